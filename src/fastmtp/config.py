@@ -1,0 +1,159 @@
+"""Every setting of the long-running commands, with its one default and its meaning.
+
+A value comes from the default here, then from a TOML file, then from a command-line flag; the last one wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+_T = TypeVar("_T")
+
+
+def setting(default: _T, meaning: str, choices: tuple[str, ...] = ()) -> _T:
+    """A dataclass field that carries its one-line meaning, and its choices if there are only some."""
+    return cast(_T, field(default=default, metadata={"meaning": meaning, "choices": choices}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a token is drawn from the logits. Temperature 0 is greedy."""
+
+    temperature: float = setting(0.0, "0 is greedy; higher is more varied")
+    top_k: int = setting(0, "keep the k likeliest tokens; 0 keeps all")
+    top_p: float = setting(1.0, "keep the likeliest tokens that together reach this probability")
+    seed: int = setting(0, "seed of every random draw")
+
+    def __post_init__(self) -> None:
+        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Self-distillation: which answers the target gives, and how they are stored."""
+
+    count: int = setting(1000, "exchanges to make when the model writes its own prompts")
+    max_new_tokens: int = setting(512, "an answer that is longer is marked as truncated")
+    max_prompt_tokens: int = setting(320, "longest prompt that the model may write for itself")
+    temperature: float = setting(0.6, "temperature of the answers; 0 is greedy")
+    top_k: int = setting(20, "top-k of the answers; 0 keeps all tokens")
+    top_p: float = setting(0.95, "top-p of the answers")
+    prompt_temperature: float = setting(1.0, "temperature of the prompts that the model writes")
+    prompt_top_k: int = setting(100, "top-k of the prompts that the model writes")
+    prompt_top_p: float = setting(0.95, "top-p of the prompts that the model writes")
+    seed: int = setting(0, "seed; exchange number i draws from (seed, i)")
+    slots: int = setting(96, "sequences decoded together")
+    shard_rows: int = setting(256, "exchanges in one shard; at most this many are lost by a kill")
+
+    def __post_init__(self) -> None:
+        for name in ("count", "max_new_tokens", "max_prompt_tokens", "slots", "shard_rows"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        self.answer_sampling()
+        self.prompt_sampling()
+
+    def answer_sampling(self) -> SamplingConfig:
+        return SamplingConfig(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
+        )
+
+    def prompt_sampling(self) -> SamplingConfig:
+        return SamplingConfig(
+            temperature=self.prompt_temperature,
+            top_k=self.prompt_top_k,
+            top_p=self.prompt_top_p,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training of the head (FastMTP, arXiv 2509.18362, section 3)."""
+
+    draft_steps: int = setting(3, "K: recursive draft steps trained together")
+    beta: float = setting(0.6, "decay of the step weights: alpha_k is proportional to beta^(k-1)")
+    objective: str = setting(
+        "kl",
+        "kl: match the target's distribution at every token; cross_entropy: match the answer's tokens",
+        ("kl", "cross_entropy"),
+    )
+    draft_vocabulary: int = setting(8192, "tokens the draft step scores, counted on the data; 0 is all")
+    optimizer: str = setting("muon", "muon: orthogonalised updates for matrices; adamw", ("muon", "adamw"))
+    learning_rate: float = setting(3e-3, "peak learning rate; 3e-4 suits adamw")
+    weight_decay: float = setting(0.0, "decoupled weight decay of the matrices")
+    warmup: float = setting(0.05, "share of the steps with rising learning rate; cosine afterwards")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    epochs: float = setting(1.0, "passes over the data; 0.5 is half of it")
+    batch_tokens: int = setting(4096, "tokens in one optimiser step")
+    max_length: int = setting(768, "longer exchanges are cut here")
+    held_out: int = setting(64, "exchanges kept aside to measure acceptance on")
+    evaluate_every: int = setting(200, "steps between two measurements on the held-out exchanges")
+    checkpoint_every: int = setting(100, "steps between two checkpoints")
+    seed: int = setting(0, "seed of the order of the data")
+
+    def __post_init__(self) -> None:
+        for name in ("draft_steps", "batch_tokens", "held_out", "evaluate_every", "checkpoint_every"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("learning_rate", "epochs", "clip"):
+            _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _check(0 < self.beta <= 1, "beta", self.beta, "above 0 and at most 1")
+        _check(0 <= self.warmup < 1, "warmup", self.warmup, "0 or more and below 1")
+        _check(self.draft_vocabulary >= 0, "draft_vocabulary", self.draft_vocabulary, "0 (all) or more")
+        _check(self.max_length > self.draft_steps + 1, "max_length", self.max_length, "above draft_steps + 1")
+        for name in ("objective", "optimizer"):
+            choices = choices_of(type(self), name)
+            _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+
+
+Config = TypeVar("Config", DistillConfig, TrainConfig, SamplingConfig)
+
+
+def choices_of(kind: type[Any], name: str) -> tuple[str, ...]:
+    """The allowed values of a setting; empty when any value of its type is allowed."""
+    metadata = {item.name: item.metadata for item in dataclasses.fields(kind)}[name]
+    return cast("tuple[str, ...]", metadata["choices"])
+
+
+def load_config(kind: type[Config], path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Settings from the defaults, a TOML file and overrides, in this order.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is not TOML, or a key or a value does not fit; the message names it.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values |= _read_toml(kind, path)
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    return kind(**values)
+
+
+def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    hints = typing.get_type_hints(kind)
+    known = {item.name for item in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+        expected = hints[key]
+        if expected is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not expected:
+            raise ValueError(f"{path}: {key} must be of type {expected.__name__}, not {value!r}")
+    return values
+
+
+def _check(holds: bool, name: str, value: object, right: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; it must be {right}")

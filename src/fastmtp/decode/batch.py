@@ -1,0 +1,143 @@
+"""Plain decoding of many sequences together: the throughput engine of self-distillation.
+
+Shapes: R sequences prefilled together, T prompt tokens, B slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtp.config import SamplingConfig
+from fastmtp.models.kv_cache import KVCache, SlotCache
+from fastmtp.models.target import Target
+from fastmtp.sampling import candidates
+
+PREFILL_TOKENS = 8192
+LOOP_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to decode; `key` is the caller's own."""
+
+    key: Any
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: SamplingConfig
+    end_ids: frozenset[int]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens of a request, the end token included; not finished if cut at the limit or in a loop."""
+
+    request: Request
+    tokens: list[int]
+    finished: bool
+
+
+@dataclass
+class _Row:
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+
+    def ended(self) -> bool | None:
+        """True: at its end token; False: cut; None: goes on."""
+        if self.tokens[-1] in self.request.end_ids:
+            return True
+        cut = len(self.tokens) >= self.request.max_new_tokens or is_looping(self.tokens)
+        return False if cut else None
+
+
+@torch.inference_mode()
+def decode_batch(target: Target, queue: deque[Request], slots: int) -> Iterator[Completion]:
+    """Decode every request in the queue, `slots` at a time, in order of completion.
+
+    The caller may append to the queue whenever a completion comes out. Every request draws from its own
+    generator, so what it gives does not depend on its neighbours but through rounding.
+    """
+    cache = SlotCache(slots)
+    rows: dict[int, _Row] = {}
+    last = torch.zeros(slots, 1, dtype=torch.long)
+    while queue or rows:
+        free = [slot for slot in range(slots) if slot not in rows]
+        # Prompts are prefilled several at a time: a forward of one short prompt wastes most of its cost.
+        if queue and (not rows or len(free) >= min(len(queue), max(1, slots // 16))):
+            fresh = _admit(queue, free)
+            rows |= fresh
+            logits_RV = _prefill(target, fresh, cache)
+            active = list(fresh)
+        else:
+            active = list(rows)
+            mask = cache.mask().to(target.device)
+            positions = cache.lengths[:, None].to(target.device)
+            masks = dict.fromkeys(target.kinds, mask)
+            states = target.states(last.to(target.device), positions, masks, cache)
+            cache.lengths[active] += 1
+            logits_RV = target.logits(states[active, 0])
+        for slot, token in zip(active, _draw([rows[slot] for slot in active], logits_RV), strict=True):
+            row = rows[slot]
+            row.tokens.append(token)
+            last[slot] = token
+            finished = row.ended()
+            if finished is not None:
+                del rows[slot]
+                cache.lengths[slot] = 0
+                yield Completion(row.request, row.tokens, finished)
+
+
+def is_looping(tokens: list[int]) -> bool:
+    """Whether the last tokens repeat with a short period; looked at now and then only."""
+    if len(tokens) < LOOP_TOKENS or len(tokens) % 16:
+        return False
+    tail = tokens[-LOOP_TOKENS:]
+    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_TOKENS // 2 + 1))
+
+
+def _admit(queue: deque[Request], free: list[int]) -> dict[int, _Row]:
+    fresh: dict[int, _Row] = {}
+    longest = 0
+    while queue and len(fresh) < len(free):
+        longest = max(longest, len(queue[0].prompt))
+        if fresh and longest * (len(fresh) + 1) > PREFILL_TOKENS:
+            break
+        fresh[free[len(fresh)]] = _Row(queue.popleft())
+    return fresh
+
+
+def _prefill(target: Target, fresh: dict[int, _Row], cache: SlotCache) -> Tensor:
+    """Fill the slots with their prompts; returns the logits [R, V] after each prompt's last token."""
+    prompts = [row.request.prompt for row in fresh.values()]
+    longest = max(map(len, prompts))
+    # Padding on the right is never attended to by the causal prompt before it.
+    ids_RT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=target.device)
+    prefilled = KVCache(longest)
+    states_RTH = target.forward(ids_RT, prefilled)
+    for index, (slot, prompt) in enumerate(zip(fresh, prompts, strict=True)):
+        cache.insert(slot, prefilled, index, len(prompt))
+    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=target.device)
+    return target.logits(states_RTH[torch.arange(len(prompts), device=target.device), ends])
+
+
+def _draw(rows: list[_Row], logits_RV: Tensor) -> list[int]:
+    """One token for each row, by inverse transform with a uniform number from the row's own generator."""
+    tokens = [0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: repr(rows[index].request.sampling))
+    for _, group in groupby(order, key=lambda index: rows[index].request.sampling):
+        indices = list(group)
+        requests = [rows[index].request for index in indices]
+        probabilities, ids = candidates(logits_RV[indices], requests[0].sampling)
+        uniform = torch.cat([torch.rand(1, generator=request.generator) for request in requests])
+        below = probabilities.cumsum(-1) < uniform[:, None].to(probabilities.device)
+        chosen = below.sum(-1, keepdim=True).clamp(max=ids.shape[-1] - 1)
+        for index, token in zip(indices, ids.gather(-1, chosen)[:, 0].tolist(), strict=True):
+            tokens[index] = token
+    return tokens

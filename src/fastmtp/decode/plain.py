@@ -1,0 +1,22 @@
+"""Plain decoding: one target forward a token. The oracle that every losslessness test compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.backend import Backend
+from fastmtp.sampling import draw, probabilities
+
+
+def plain(
+    backend: Backend, prompt: Sequence[int], sampling: SamplingConfig, generator: torch.Generator
+) -> Iterator[int]:
+    """Tokens that follow the prompt, without end, until the context is full."""
+    token = draw(probabilities(backend.prefill(prompt), sampling), generator)
+    yield token
+    while len(backend.tokens) < backend.context_limit:
+        token = draw(probabilities(backend.verify([token])[0], sampling), generator)
+        yield token

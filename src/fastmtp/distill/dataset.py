@@ -1,0 +1,137 @@
+"""The self-distilled data on disk: a directory of Parquet shards, one exchange a row.
+
+Columns: index, kind, prompt, answer, finished, ids (the whole exchange in the chat template, end token
+included) and answer_mask (true where a token is the target's own answer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastmtp.files import file_sha256, read_json, replacing, write_json
+
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("kind", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("finished", pa.bool_()),
+        ("ids", pa.list_(pa.int32())),
+        ("answer_mask", pa.list_(pa.bool_())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One row: a conversation with the target's answer to its last turn."""
+
+    index: int
+    kind: str
+    prompt: str
+    answer: str
+    finished: bool
+    ids: list[int]
+    answer_mask: list[bool]
+
+
+class ShardWriter:
+    """Appends exchanges to a data directory, a shard at a time; what is on disk is always whole shards."""
+
+    def __init__(self, directory: Path, shard_rows: int) -> None:
+        self._directory = directory
+        self._shard_rows = shard_rows
+        self._pending: list[Exchange] = []
+        self._next = 1 + max((int(path.stem.split("-")[1]) for path in shards(directory)), default=-1)
+
+    def add(self, exchange: Exchange) -> None:
+        self._pending.append(exchange)
+        if len(self._pending) >= self._shard_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending, as a shard of its own."""
+        if not self._pending:
+            return
+        table = pa.Table.from_pylist([vars(exchange) for exchange in self._pending], schema=SCHEMA)
+        with replacing(self._directory / f"shard-{self._next:05d}.parquet") as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        self._next += 1
+        self._pending.clear()
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*.parquet"))
+
+
+def finished_indices(directory: Path) -> set[int]:
+    """Indices of the exchanges that are on disk."""
+    return {index for path in shards(directory) for index in _read(path, ["index"])["index"].to_pylist()}
+
+
+def read_exchanges(directories: Iterable[Path], tokenizer_sha256: str) -> list[Exchange]:
+    """The finished exchanges of data directories, in their order; truncated answers are dropped.
+
+    Raises:
+        FileNotFoundError: a directory is missing or holds no shard.
+        ValueError: a shard is damaged, or the data is of another tokenizer, or no answer is finished.
+    """
+    exchanges: list[Exchange] = []
+    for directory in directories:
+        found = read_json(directory / "provenance.json").get("tokenizer_sha256")
+        if found != tokenizer_sha256:
+            raise ValueError(f"{directory}: its token ids are of another tokenizer; distill from this target")
+        if not shards(directory):
+            raise FileNotFoundError(f"{directory}: holds no shard-*.parquet; run `fastmtp distill` first")
+        for path in shards(directory):
+            rows = _read(path, SCHEMA.names).to_pylist()
+            exchanges += [Exchange(**row) for row in rows if row["finished"]]
+    if not exchanges:
+        raise ValueError("the data holds no finished answer; distill more, or raise max_new_tokens")
+    return exchanges
+
+
+def data_sha256(directories: Iterable[Path]) -> dict[str, str]:
+    """Hash of every shard, by directory name and file name."""
+    return {
+        f"{directory.name}/{path.name}": file_sha256(path)
+        for directory in directories
+        for path in shards(directory)
+    }
+
+
+def claim_directory(directory: Path, facts: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Start a data directory, or go on with one made with the same settings but for the `free` ones.
+
+    Raises:
+        ValueError: the directory was made with other settings, or is not a data directory.
+    """
+    path = directory / "provenance.json"
+    if path.is_file():
+        before = read_json(path)
+        for key in ("tokenizer_sha256", "prompts_sha256"):
+            if before.get(key) != facts[key]:
+                raise ValueError(f"{directory}: was made with another {key.split('_')[0]}; choose another --out")
+        for name, value in facts["settings"].items():
+            if name not in free and before["settings"].get(name) != value:
+                raise ValueError(
+                    f"{directory}: was made with {name} = {before['settings'].get(name)!r}, not {value!r}; "
+                    "choose another --out, or the same settings to go on"
+                )
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: is not empty and not a data directory; choose another --out")
+    write_json(path, facts)
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read, it may be damaged ({error}); remove it and go on") from error

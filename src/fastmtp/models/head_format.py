@@ -1,0 +1,110 @@
+"""The head on disk: config.json, model.safetensors, vocabulary.json, provenance.json in one directory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fastmtp.files import read_json, replacing, write_json
+from fastmtp.models.head import MTPHead
+from fastmtp.models.target import Target, TargetIdentity
+from fastmtp.vocabulary.lists import VocabularyLists
+
+FORMAT_VERSION = 1
+# The only convention this version writes; engines that want another one get it at export.
+CONVENTION = {"hidden_state": "post_norm", "concat": ["hidden", "embedding"]}
+
+
+def save_head(
+    directory: Path,
+    head: MTPHead,
+    target: Target,
+    *,
+    draft_steps: int,
+    vocabulary: VocabularyLists,
+    provenance: dict[str, Any],
+) -> None:
+    """Write a head directory whole; one that exists is replaced."""
+    config = {
+        "format_version": FORMAT_VERSION,
+        "target": asdict(target.identity),
+        **CONVENTION,
+        "draft_steps": draft_steps,
+        "norm_eps": float(target.config.rms_norm_eps),
+        "rope": target.config.rope_parameters,
+    }
+    tensors = {name: tensor.detach().cpu().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()}
+    with replacing(directory) as temporary:
+        temporary.mkdir()
+        save_file(tensors, temporary / "model.safetensors")
+        vocabulary.save(temporary / "vocabulary.json", target.identity.tokenizer_sha256)
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "provenance.json", provenance)
+
+
+def load_head(directory: Path, target: Target) -> tuple[MTPHead, VocabularyLists, int]:
+    """A head for this target, its draft vocabularies, and the number of draft steps it was trained for.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: a file is damaged, or the head does not fit the target; every mismatch is named.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such head directory")
+    config = read_json(directory / "config.json")
+    problems = _mismatches(config, target)
+    if problems:
+        raise ValueError(f"{directory}: this head does not fit {target.source}:\n  " + "\n  ".join(problems))
+    head = MTPHead(target)
+    try:
+        tensors = load_file(directory / "model.safetensors", device=str(target.device))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{directory / 'model.safetensors'}: no such file") from error
+    except SafetensorError as error:
+        raise ValueError(f"{directory / 'model.safetensors'}: damaged or incomplete: {error}") from error
+    problems = _tensor_mismatches(head, tensors)
+    if problems:
+        raise ValueError(f"{directory / 'model.safetensors'}: does not fit:\n  " + "\n  ".join(problems))
+    head.load_state_dict(tensors)
+    vocabulary = VocabularyLists.load(directory / "vocabulary.json", target.identity)
+    return head.eval().requires_grad_(False), vocabulary, int(config["draft_steps"])
+
+
+def _mismatches(config: dict[str, Any], target: Target) -> list[str]:
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        return [f"format_version: {version}; this fastmtp reads {FORMAT_VERSION}"]
+    stored = config.get("target")
+    names = {field.name for field in fields(TargetIdentity)}
+    if not isinstance(stored, dict) or set(stored) != names:
+        return [f"target: must hold exactly {', '.join(sorted(names))}"]
+    problems = target.identity.mismatches(TargetIdentity(**stored))
+    for key, value in CONVENTION.items():
+        if config.get(key) != value:
+            problems.append(f"{key}: {config.get(key)!r}; this fastmtp reads {value!r}")
+    steps = config.get("draft_steps")
+    if not isinstance(steps, int) or steps < 1:
+        problems.append(f"draft_steps: {steps!r}; must be 1 or more")
+    eps = float(target.config.rms_norm_eps)
+    if abs(float(config.get("norm_eps", 0.0)) - eps) > 1e-3 * eps:
+        problems.append(f"norm_eps: {config.get('norm_eps')} in the head, {eps} in the target")
+    if config.get("rope") != target.config.rope_parameters:
+        problems.append(f"rope: {config.get('rope')} in the head, {target.config.rope_parameters} in the target")
+    return problems
+
+
+def _tensor_mismatches(head: MTPHead, tensors: dict[str, torch.Tensor]) -> list[str]:
+    expected = head.state_dict()
+    problems = [f"missing tensor {name}" for name in expected if name not in tensors]
+    problems += [f"unknown tensor {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name}: shape {list(tensors[name].shape)}, must be {list(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    return problems

@@ -1,0 +1,111 @@
+"""Preallocated key/value caches that transformers' attention classes write to, and that own their rollback.
+
+Shapes: B batch, N key/value heads, T new tokens, L tokens held, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of a batch of sequences of equal length.
+
+    A forward pass is one `update` per layer; its tokens count once `advance(T)` is called.
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        self.length = 0
+        self._capacity = capacity
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; returns all of that layer's, [B, N, L + T, D] each."""
+        end = self.length + key_BNTD.shape[2]
+        keys, values = self._storage(layer, key_BNTD, end)
+        keys[:, :, self.length : end] = key_BNTD
+        values[:, :, self.length : end] = value_BNTD
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, the keys and values held, [B, N, L, D] each."""
+        return {
+            layer: (keys[:, :, : self.length], values[:, :, : self.length])
+            for layer, (keys, values) in self._layers.items()
+        }
+
+    def _storage(self, layer: int, like_BNTD: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        while self._capacity < end:
+            self._capacity *= 2
+        held = self._layers.get(layer)
+        if held is None or held[0].shape[2] < end:
+            self._layers[layer] = _grown(held, like_BNTD, self._capacity, self.length)
+        return self._layers[layer]
+
+
+class SlotCache:
+    """Keys and values of `slots` independent sequences, each with a length of its own, one token at a time."""
+
+    def __init__(self, slots: int, capacity: int = 256) -> None:
+        self.lengths = torch.zeros(slots, dtype=torch.long)
+        self._slots = slots
+        self._capacity = capacity
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._span = 0
+
+    def insert(self, slot: int, cache: KVCache, row: int, length: int) -> None:
+        """Put the first `length` tokens of one row of a prefilled cache into a slot."""
+        self._grow(length)
+        for layer, (keys, values) in cache.layers().items():
+            if layer not in self._layers:
+                like = keys[:1].expand(self._slots, -1, -1, -1)
+                self._layers[layer] = _grown(None, like, self._capacity, 0)
+            held_keys, held_values = self._layers[layer]
+            held_keys[slot, :, :length] = keys[row, :, :length]
+            held_values[slot, :, :length] = values[row, :, :length]
+        self.lengths[slot] = length
+
+    def mask(self) -> Tensor:
+        """Reserve one more token for every slot; returns which keys each may attend to, [B, 1, 1, L]."""
+        self._span = int(self.lengths.max()) + 1
+        self._grow(self._span)
+        return (torch.arange(self._span) <= self.lengths[:, None])[:, None, None, :]
+
+    def update(self, key_BN1D: Tensor, value_BN1D: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self._layers[layer]
+        slots = torch.arange(self._slots)
+        keys[slots, :, self.lengths] = key_BN1D[:, :, 0]
+        values[slots, :, self.lengths] = value_BN1D[:, :, 0]
+        return keys[:, :, : self._span], values[:, :, : self._span]
+
+    def _grow(self, length: int) -> None:
+        if length <= self._capacity:
+            return
+        filled = self._capacity
+        while self._capacity < length:
+            self._capacity *= 2
+        for layer, held in self._layers.items():
+            self._layers[layer] = _grown(held, held[0], self._capacity, filled)
+
+
+def _grown(
+    held: tuple[Tensor, Tensor] | None, like_BNTD: Tensor, capacity: int, filled: int
+) -> tuple[Tensor, Tensor]:
+    """Room for `capacity` tokens, with the first `filled` ones copied over."""
+    batch, heads, _, size = like_BNTD.shape
+    keys, values = (like_BNTD.new_zeros(batch, heads, capacity, size) for _ in range(2))
+    if held is not None:
+        keys[:, :, :filled] = held[0][:, :, :filled]
+        values[:, :, :filled] = held[1][:, :, :filled]
+    return keys, values

@@ -1,0 +1,82 @@
+"""Running decoder layers of transformers' own classes on our caches and masks.
+
+Shapes: B batch, T new tokens, L keys (held + new), H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+Masks = Mapping[str, Tensor | None]
+Rotations = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Cache(Protocol):
+    """What an attention layer needs of a cache."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]: ...
+
+
+def layer_types(config: Any) -> list[str]:
+    """Attention kind of each layer; configs without `layer_types` have the same kind throughout."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types)
+    kind = SLIDING if getattr(config, "sliding_window", None) else FULL
+    return [kind] * int(config.num_hidden_layers)
+
+
+def causal_mask(start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which of the `start + tokens` keys each new token sees: [1, 1, T, L] of bool, or None where that is plain.
+
+    Plain means that attention's own default does the same: one token that sees everything, or a causal prefill.
+    """
+    length = start + tokens
+    inside_window = window is None or length <= window
+    if inside_window and (tokens == 1 or start == 0):
+        return None
+    queries = torch.arange(start, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)[None, :]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    return mask[None, None]
+
+
+def causal_masks(config: Any, start: int, tokens: int, device: torch.device) -> Masks:
+    """`causal_mask` for each kind of attention that the model has."""
+    windows = {FULL: None, SLIDING: getattr(config, "sliding_window", None)}
+    return {kind: causal_mask(start, tokens, windows[kind], device) for kind in set(layer_types(config))}
+
+
+def rotations(rotary: nn.Module, like: Tensor, positions_BT: Tensor, kinds: set[str]) -> Rotations:
+    """Rotary cosines and sines for each kind of attention; only some models tell the kinds apart."""
+    if hasattr(rotary, "layer_types"):
+        return {kind: rotary(like, positions_BT, kind) for kind in kinds}
+    shared = rotary(like, positions_BT)
+    return dict.fromkeys(kinds, shared)
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    kinds: list[str],
+    hidden_BTH: Tensor,
+    rotation: Rotations,
+    masks: Masks,
+    cache: Cache | None,
+) -> Tensor:
+    """The residual stream after all layers, [B, T, H]."""
+    for layer, kind in zip(layers, kinds, strict=True):
+        hidden_BTH = layer(
+            hidden_BTH,
+            position_embeddings=rotation[kind],
+            attention_mask=masks[kind],
+            past_key_values=cache,
+        )
+    return hidden_BTH

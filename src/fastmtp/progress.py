@@ -1,0 +1,59 @@
+"""The one progress bar of the long commands, on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        tokens, elapsed = task.fields["tokens"], task.elapsed or 0.0
+        return Text(f"{tokens / elapsed:,.0f} tokens/s" if elapsed > 1 else "")
+
+
+class Bar:
+    """Counts units of work, and tokens for the rate."""
+
+    def __init__(self, progress: Progress, task: int) -> None:
+        self._progress = progress
+        self._task = task
+        self.tokens = 0
+
+    def advance(self, units: int, tokens: int, note: str | None = None) -> None:
+        self.tokens += tokens
+        changed = {"tokens": self.tokens} | ({} if note is None else {"note": note})
+        self._progress.update(self._task, advance=units, **changed)  # type: ignore[arg-type]
+
+
+@contextmanager
+def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """A progress bar with the rate in tokens a second and the time left; `done` units came from an earlier run."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, completed=done, tokens=0, note="")
+        yield Bar(progress, task)

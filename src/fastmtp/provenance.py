@@ -1,0 +1,42 @@
+"""What made an artefact, written beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def provenance(config: Any, **facts: Any) -> dict[str, Any]:
+    """A JSON object: command, settings (a dataclass), versions, commit, machine, and the facts given."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": dataclasses.asdict(config),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("fastmtp", "torch", "transformers")
+        }
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        **facts,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    source = Path(__file__).parent
+    if not (source.parents[1] / ".git").exists():
+        return None
+    described = subprocess.run(
+        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or None

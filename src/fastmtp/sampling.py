@@ -1,0 +1,77 @@
+"""Logits to probabilities, a draw, and speculative acceptance: pure functions.
+
+Shapes: V vocabulary, C candidates kept by top-k (or V), K draft steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtp.config import SamplingConfig
+
+
+def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn and their probabilities.
+
+    Args:
+        logits: [..., V], any float type.
+    Returns:
+        probabilities [..., C] in float32, likeliest first where top-k or top-p applies, and token ids [..., C].
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        ids = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(ids, dtype=torch.float32), ids
+    size = logits.shape[-1]
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < size:
+        logits, ids = logits.topk(sampling.top_k)
+    elif sampling.top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    else:
+        ids = torch.arange(size, device=logits.device).expand(logits.shape)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        # A token stays while the ones before it have not reached top_p; so the first one always stays.
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.where(before < sampling.top_p, 0.0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities, ids
+
+
+def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The distribution [..., V] that a token is drawn from; one-hot at temperature 0."""
+    values, ids = candidates(logits, sampling)
+    return torch.zeros(logits.shape, device=logits.device).scatter(-1, ids, values)
+
+
+def draw(distribution_V: Tensor, generator: torch.Generator) -> int:
+    """One token id from a distribution [V] (which need not be normalised)."""
+    return int(torch.multinomial(distribution_V, 1, generator=generator))
+
+
+def accept(
+    drafted: list[int], q_KV: list[Tensor], p_KV: Tensor, generator: torch.Generator
+) -> tuple[int, int]:
+    """Speculative acceptance (Leviathan et al., arXiv 2211.17192, algorithm 1).
+
+    Token k is kept with probability min(1, p/q); the first one that is not kept is replaced by a draw from the
+    normalised (p - q)+; when all are kept one more token is drawn from the last p. Every token that comes out
+    has the target's distribution exactly, whatever q is.
+
+    Args:
+        drafted: K token ids, token k drawn from q_KV[k].
+        q_KV: K draft distributions [V]; zero outside a compressed vocabulary.
+        p_KV: [K + 1, V] target distributions after 0..K of the drafted tokens.
+    Returns:
+        How many drafted tokens are kept, and the token that follows them.
+    """
+    for k, (token, q_V) in enumerate(zip(drafted, q_KV, strict=True)):
+        p_V = p_KV[k]
+        uniform = torch.rand((), generator=generator, device=p_V.device)
+        if uniform * q_V[token] >= p_V[token]:
+            residual_V = (p_V - q_V).clamp(min=0)
+            # All zero only where p and q are equal but for rounding; then p itself is the residual's limit.
+            return k, draw(residual_V if residual_V.any() else p_V, generator)
+    return len(drafted), draw(p_KV[-1], generator)

@@ -1,0 +1,51 @@
+"""The order of the training data: a pure function of the settings, so that a resumed run sees the same batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Exchanges that are sorted by length together, so that a batch has little padding.
+WINDOW = 512
+
+
+def batch_order(lengths: Sequence[int], batch_tokens: int, epochs: float, seed: int) -> list[list[int]]:
+    """Index lists of all batches of a run; each holds at most `batch_tokens` tokens with padding, or one text."""
+    wanted = round(epochs * len(lengths))
+    batches: list[list[int]] = []
+    epoch = 0
+    while wanted > 0:
+        shuffler = random.Random(f"{seed}/{epoch}")
+        order = list(range(len(lengths)))
+        shuffler.shuffle(order)
+        order = order[:wanted]
+        wanted -= len(order)
+        of_epoch: list[list[int]] = []
+        for start in range(0, len(order), WINDOW):
+            window = sorted(order[start : start + WINDOW], key=lambda index: lengths[index])
+            of_epoch += _fill(window, lengths, batch_tokens)
+        shuffler.shuffle(of_epoch)
+        batches += of_epoch
+        epoch += 1
+    return batches
+
+
+def padded(texts: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Texts as one tensor [B, T], filled up on the right."""
+    longest = max(map(len, texts))
+    return torch.tensor([[*text, *[fill] * (longest - len(text))] for text in texts])
+
+
+def _fill(window: list[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    for index in window:
+        # Lengths rise, so the newest text sets the padded length of the batch.
+        if batch and lengths[index] * (len(batch) + 1) > batch_tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(index)
+    return [*batches, batch]

@@ -1,0 +1,34 @@
+"""Optimisers and their schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastmtp.config import TrainConfig
+
+
+def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """AdamW for everything, or Muon for the matrices with AdamW for the rest."""
+    matrices = [parameter for parameter in head.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in head.parameters() if parameter.ndim != 2]
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "muon":
+        # match_rms_adamw makes one learning rate fit both optimisers.
+        large: Optimizer = torch.optim.Muon(
+            matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        )
+    else:
+        large = torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
+    return [large, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to 0."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
