@@ -17,7 +17,8 @@ _T = TypeVar("_T")
 
 def setting(default: _T, meaning: str, choices: tuple[str, ...] = ()) -> _T:
     """A dataclass field that carries its one-line meaning, and its choices if there are only some."""
-    return cast(_T, field(default=default, metadata={"meaning": meaning, "choices": choices}))
+    described: _T = field(default=default, metadata={"meaning": meaning, "choices": choices})
+    return described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,7 @@ class DistillConfig:
         self.prompt_sampling()
 
     def answer_sampling(self) -> SamplingConfig:
-        return SamplingConfig(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed
-        )
+        return SamplingConfig(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
     def prompt_sampling(self) -> SamplingConfig:
         return SamplingConfig(

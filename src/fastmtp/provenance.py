@@ -19,9 +19,7 @@ def provenance(config: Any, **facts: Any) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": dataclasses.asdict(config),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("fastmtp", "torch", "transformers")
-        }
+        "versions": {name: importlib.metadata.version(name) for name in ("fastmtp", "torch", "transformers")}
         | {"python": platform.python_version()},
         "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}",

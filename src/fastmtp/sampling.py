@@ -51,9 +51,7 @@ def draw(distribution_V: Tensor, generator: torch.Generator) -> int:
     return int(torch.multinomial(distribution_V, 1, generator=generator))
 
 
-def accept(
-    drafted: list[int], q_KV: list[Tensor], p_KV: Tensor, generator: torch.Generator
-) -> tuple[int, int]:
+def accept(drafted: list[int], q_KV: list[Tensor], p_KV: Tensor, generator: torch.Generator) -> tuple[int, int]:
     """Speculative acceptance (Leviathan et al., arXiv 2211.17192, algorithm 1).
 
     Token k is kept with probability min(1, p/q); the first one that is not kept is replaced by a draw from the

@@ -27,10 +27,17 @@ class Backend(Protocol):
     """One sequence in one engine. `tokens` are those whose keys and values the target's cache holds."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def tokens(self) -> Sequence[int]: ...
 
     @property
     def context_limit(self) -> int: ...
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        ...
 
     def prefill(self, prompt: Sequence[int]) -> Tensor:
         """Make the sequence exactly `prompt` (what is cached of it is kept); logits [V] after its last token."""
@@ -40,9 +47,7 @@ class Backend(Protocol):
         """Append M tokens in one forward of the target; logits [M, V] after each."""
         ...
 
-    def draft(
-        self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator
-    ) -> Draft:
+    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
         """Draft `steps` tokens to follow `token`, the next token of the sequence, which is not yet cached."""
         ...
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmtp.config import SamplingConfig
 from fastmtp.models.kv_cache import KVCache, SlotCache
+from fastmtp.models.layers import windows
 from fastmtp.models.target import Target
 from fastmtp.sampling import candidates
 
@@ -77,9 +78,9 @@ def decode_batch(target: Target, queue: deque[Request], slots: int) -> Iterator[
             active = list(fresh)
         else:
             active = list(rows)
-            mask = cache.mask().to(target.device)
+            cache.reserve()
+            masks = {kind: cache.mask(size).to(target.device) for kind, size in windows(target.config).items()}
             positions = cache.lengths[:, None].to(target.device)
-            masks = dict.fromkeys(target.kinds, mask)
             states = target.states(last.to(target.device), positions, masks, cache)
             cache.lengths[active] += 1
             logits_RV = target.logits(states[active, 0])

@@ -14,7 +14,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Draft
 from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
-from fastmtp.models.layers import FULL, causal_mask
+from fastmtp.models.layers import causal_mask
 from fastmtp.models.target import Target
 from fastmtp.sampling import draw, probabilities
 
@@ -55,12 +55,19 @@ class TorchBackend:
         self._states_TH = torch.empty(0, int(target.config.hidden_size), device=target.device, dtype=target.dtype)
 
     @property
+    def name(self) -> str:
+        return f"torch {torch.__version__} ({self._target.device.type}, {str(self._target.dtype)[6:]})"
+
+    @property
     def tokens(self) -> Sequence[int]:
         return self._tokens
 
     @property
     def context_limit(self) -> int:
         return self._target.context_limit
+
+    def reset(self) -> None:
+        self._rewind(0)
 
     @torch.inference_mode()
     def prefill(self, prompt: Sequence[int]) -> Tensor:
@@ -76,9 +83,7 @@ class TorchBackend:
         return self._target.logits(self._append(tokens))
 
     @torch.inference_mode()
-    def draft(
-        self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator
-    ) -> Draft:
+    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
         assert self._head is not None and steps >= 1
         length = len(self._tokens)
         start = self._draft_cache.length
@@ -114,7 +119,7 @@ class TorchBackend:
         embedding = self._target.embed(torch.tensor([list(inputs)], device=device))
         rotation = self._target.rotations(torch.arange(start, start + tokens, device=device)[None])
         mask = causal_mask(start, tokens, None, device)
-        states = self._head(states_TH[None], embedding, rotation, mask, self._draft_cache)
+        states: Tensor = self._head(states_TH[None], embedding, rotation, mask, self._draft_cache)
         self._draft_cache.advance(tokens)
         return states[0]
 

@@ -95,9 +95,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file")
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    is_packed = path.suffix == ".gz"
     is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
-    with opened as stream:
+    with gzip.open(path, "rt") if is_packed else path.open() as stream:
         lines = [(number, line.strip()) for number, line in enumerate(stream, 1) if line.strip()]
     prompts = [
         _parse(index, line, f"{path}, line {number}") if is_jsonl else Prompt(index, "file", user(line))
@@ -125,9 +125,7 @@ class UserTurn:
             raise ValueError(
                 f"{target.source}: has no chat template, so it cannot write its own prompts; give --prompts FILE"
             )
-        text = target.tokenizer.apply_chat_template(
-            user(marker), tokenize=False, add_generation_prompt=True
-        )
+        text = target.tokenizer.apply_chat_template(user(marker), tokenize=False, add_generation_prompt=True)
         self._before, after = text.split(marker)
         self._target = target
         ends = target.tokenizer.encode(after, add_special_tokens=False)[:1]
@@ -152,14 +150,12 @@ def _parse(index: int, line: str, where: str) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be a JSON object")
     text = row.get("prompt", row.get("user"))
-    messages = row.get("messages") if text is None else user(text)
+    messages: Any = row.get("messages") if text is None else user(text)
     if not _is_conversation(messages):
         raise ValueError(
             f"{where}: needs a text `prompt`, or `messages` of `role` and `content` that end with the user's"
         )
-    return Prompt(
-        index, row.get("kind", "file"), messages, row.get("answer_ids"), row.get("finished", True)
-    )
+    return Prompt(index, row.get("kind", "file"), messages, row.get("answer_ids"), row.get("finished", True))
 
 
 def _is_conversation(messages: Any) -> bool:

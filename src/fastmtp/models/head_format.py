@@ -38,7 +38,9 @@ def save_head(
         "norm_eps": float(target.config.rms_norm_eps),
         "rope": target.config.rope_parameters,
     }
-    tensors = {name: tensor.detach().cpu().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()
+    }
     with replacing(directory) as temporary:
         temporary.mkdir()
         save_file(tensors, temporary / "model.safetensors")

@@ -76,11 +76,18 @@ class SlotCache:
             held_values[slot, :, :length] = values[row, :, :length]
         self.lengths[slot] = length
 
-    def mask(self) -> Tensor:
-        """Reserve one more token for every slot; returns which keys each may attend to, [B, 1, 1, L]."""
+    def reserve(self) -> None:
+        """Make room for one more token in every slot."""
         self._span = int(self.lengths.max()) + 1
         self._grow(self._span)
-        return (torch.arange(self._span) <= self.lengths[:, None])[:, None, None, :]
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which keys the reserved token of each slot sees, [B, 1, 1, L]."""
+        keys, newest = torch.arange(self._span), self.lengths[:, None]
+        mask = keys <= newest
+        if window is not None:
+            mask &= keys > newest - window
+        return mask[:, None, None, :]
 
     def update(self, key_BN1D: Tensor, value_BN1D: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._layers[layer]

@@ -49,10 +49,15 @@ def causal_mask(start: int, tokens: int, window: int | None, device: torch.devic
     return mask[None, None]
 
 
+def windows(config: Any) -> dict[str, int | None]:
+    """By kind of attention that the model has, how many of the last tokens it sees; None is all."""
+    sizes = {FULL: None, SLIDING: getattr(config, "sliding_window", None)}
+    return {kind: sizes[kind] for kind in sorted(set(layer_types(config)))}
+
+
 def causal_masks(config: Any, start: int, tokens: int, device: torch.device) -> Masks:
     """`causal_mask` for each kind of attention that the model has."""
-    windows = {FULL: None, SLIDING: getattr(config, "sliding_window", None)}
-    return {kind: causal_mask(start, tokens, windows[kind], device) for kind in set(layer_types(config))}
+    return {kind: causal_mask(start, tokens, size, device) for kind, size in windows(config).items()}
 
 
 def rotations(rotary: nn.Module, like: Tensor, positions_BT: Tensor, kinds: set[str]) -> Rotations:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
+import gguf
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -110,9 +114,7 @@ class Target:
     def states(self, ids_BT: Tensor, positions_BT: Tensor, masks: Masks, cache: Cache | None) -> Tensor:
         """States [B, T, H] after the final norm, for positions and masks of the caller's choice."""
         rotation = self.rotations(positions_BT, self.kinds)
-        hidden_BTH = run_layers(
-            self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache
-        )
+        hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
         return cast(Tensor, self.model.model.norm(hidden_BTH))
 
     def logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -136,9 +138,7 @@ class Target:
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def load_target(
-    name: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
-) -> Target:
+def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Target:
     """Load and freeze a target.
 
     Args:
@@ -155,17 +155,40 @@ def load_target(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     location, arguments = _locate(name)
     try:
-        config = AutoConfig.from_pretrained(location, **arguments)
-        _check_supported(config, name)
-        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
-        if "gguf_file" in arguments:
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **arguments
-        )
+        with _gguf_read_once():
+            model, tokenizer = _load(location, dtype, arguments, name)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise _explained(name, error) from error
     return Target(model.to(device), tokenizer, name)
+
+
+def _load(location: str, dtype: torch.dtype, arguments: dict[str, Any], name: str) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(location, **arguments)
+    _check_supported(config, name)
+    tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
+    if "gguf_file" in arguments:
+        arguments = {**arguments, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(
+        location, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **arguments
+    )
+    return model, tokenizer
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers reads a GGUF file's header three times and its name map once a module; here once each."""
+    with (
+        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
+
+
+def throughput_dtype(device: str | torch.device | None = None) -> torch.dtype:
+    """The fastest dtype for work on many tokens at once: half precision where the hardware multiplies it."""
+    on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
+    has_units = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_units else torch.float32
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -179,7 +202,9 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no such GGUF file")
-        if path.open("rb").read(4) != b"GGUF":
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+        if magic != b"GGUF":
             raise ValueError(f"{name}: not a GGUF file (it does not start with GGUF)")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():

@@ -61,5 +61,5 @@ def replay(agrees_TK: Tensor, prompt_length: int) -> Acceptance:
 def _choices(target: Target, states_TH: Tensor, ids_D: Tensor | None) -> Tensor:
     """The likeliest token [T] after each state, among the given ids if there are any."""
     rows = None if ids_D is None else target.lm_head.weight[ids_D]
-    best = torch.cat([target.logits(part, rows).argmax(-1) for part in states_TH.split(CHUNK)])
+    best = torch.cat([target.logits(part, rows).argmax(-1) for part in torch.split(states_TH, CHUNK)])
     return best if ids_D is None else ids_D[best]

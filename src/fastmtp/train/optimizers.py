@@ -18,9 +18,7 @@ def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
         # match_rms_adamw makes one learning rate fit both optimisers.
-        large: Optimizer = torch.optim.Muon(
-            matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-        )
+        large: Optimizer = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     else:
         large = torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
     return [large, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]

@@ -39,9 +39,7 @@ def chain_mask(tokens: int, step: int, device: torch.device) -> Tensor:
     return torch.cat([prefix_TT, *[own_TT] * (step - 1)], dim=1)[None, None]
 
 
-def recursion(
-    head: MTPHead, target: Target, ids_BT: Tensor, states_BTH: Tensor, draft_steps: int
-) -> list[Tensor]:
+def recursion(head: MTPHead, target: Target, ids_BT: Tensor, states_BTH: Tensor, draft_steps: int) -> list[Tensor]:
     """The head's states [B, T, H] after steps 1..K of the chains that start at every position.
 
     Step k of the chain at t takes the token at t + k, and its state scores the token at t + k + 1. Past the

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N = B T positions, H hidden, D draft vocabulary, V vo
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -65,9 +66,10 @@ class Trainer:
         self.target = target
         self.config = config
         self.head = MTPHead(target).float()
-        self._held_out = exchanges[: config.held_out]
-        self._texts = [exchange.ids[: config.max_length] for exchange in exchanges[config.held_out :]]
-        self._masks = [exchange.answer_mask[: config.max_length] for exchange in exchanges[config.held_out :]]
+        shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
+        self._held_out = shuffled[: config.held_out]
+        self._texts = [exchange.ids[: config.max_length] for exchange in shuffled[config.held_out :]]
+        self._masks = [exchange.answer_mask[: config.max_length] for exchange in shuffled[config.held_out :]]
         self._draft_ids_D = None if draft_ids is None else torch.tensor(draft_ids, device=target.device)
         self._rows_DH = None if draft_ids is None else target.lm_head.weight[self._draft_ids_D]
         self._place_V = self._places()
@@ -132,7 +134,9 @@ class Trainer:
             outputs = recursion(self.head, self.target, ids_BT, states_BTH, draft_steps)
         losses_K, gradients = self._losses(outputs, ids_BT, states_BTH, self._valid(chosen, ids_BT))
         alphas = step_weights(draft_steps, self.config.beta)
-        torch.autograd.backward(outputs, [alpha * gradient for alpha, gradient in zip(alphas, gradients, strict=True)])
+        torch.autograd.backward(
+            outputs, [alpha * gradient for alpha, gradient in zip(alphas, gradients, strict=True)]
+        )
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         factor = rate_factor(self.step, self.steps, self.config.warmup)
         for optimizer in self._optimizers:
@@ -164,8 +168,7 @@ class Trainer:
         if self._place_V is not None:
             labels_BT = self._place_V[labels_BT]
         aligned = [
-            output.detach().to(self.target.dtype).roll(k, 1).flatten(0, 1)
-            for k, output in enumerate(outputs, 1)
+            output.detach().to(self.target.dtype).roll(k, 1).flatten(0, 1) for k, output in enumerate(outputs, 1)
         ]
         weights = []
         for k in range(1, len(outputs) + 1):
@@ -177,7 +180,7 @@ class Trainer:
         labels_N, states_NH = labels_BT.flatten(), states_BTH.flatten(0, 1)
         rows_DH = self.target.lm_head.weight if self._rows_DH is None else self._rows_DH
         useful = valid_BT.flatten().nonzero()[:, 0]
-        for part in useful.split(CHUNK):
+        for part in torch.split(useful, CHUNK):
             log_p_ND = (
                 log_probabilities(self.target.logits(states_NH[part], self._rows_DH))
                 if self.config.objective == "kl"

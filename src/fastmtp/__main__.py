@@ -1,0 +1,3 @@
+from fastmtp.cli import main
+
+main()

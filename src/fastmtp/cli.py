@@ -1,0 +1,368 @@
+"""The `fastmtp` command: parses, calls, prints. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
+from fastmtp.options import settings_options
+
+if TYPE_CHECKING:
+    from fastmtp.decode.torch_backend import TorchBackend
+    from fastmtp.models.target import Target
+
+Command = Callable[..., None]
+DTYPES = ("float32", "bfloat16", "float16")
+_TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
+
+
+def main() -> None:
+    """Entry point: every expected error is one line, without a traceback."""
+    try:
+        commands.main(standalone_mode=False)
+    except (ValueError, FileNotFoundError) as error:
+        click.echo(f"fastmtp: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nfastmtp: stopped; the same command goes on from what is on disk", err=True)
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="fastmtp")
+def commands() -> None:
+    """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
+
+
+def target_options(command: Command) -> Command:
+    command = click.option("--target", default="smollm2", show_default=True, help=_TARGET_HELP)(command)
+    command = click.option(
+        "--dtype", type=click.Choice(DTYPES), help="arithmetic  [default: what suits the device and the work]"
+    )(command)
+    return click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")(command)
+
+
+def decoding_options(command: Command) -> Command:
+    command = click.option(
+        "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
+    )(command)
+    return click.option(
+        "--draft-steps", type=click.IntRange(0), help="K; 0 decodes plainly  [default: the head's own]"
+    )(command)
+
+
+@commands.command()
+@target_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="data directory to fill")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSONL or text file  [default: the model writes its own prompts]",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the settings below")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@settings_options(DistillConfig)
+def distill(
+    target: str,
+    dtype: str | None,
+    device: str | None,
+    out: Path,
+    prompts: Path | None,
+    config: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Let the target answer prompts; its own answers are the training data. Goes on where it stopped."""
+    chosen = load_config(DistillConfig, config, settings)
+    from fastmtp.distill.answers import distill as run
+
+    summary = run(_load_target(target, dtype, device, for_throughput=True), chosen, out, prompts)
+    rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
+    _finish(
+        as_json,
+        {**vars(summary), "answer_tokens_per_second": rate, "out": str(out)},
+        f"{summary.exchanges} exchanges, {summary.answer_tokens} answer tokens, {rate:.0f} tokens/s, "
+        f"{summary.truncated} truncated, in {out}",
+    )
+
+
+@commands.command()
+@target_options
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    multiple=True,
+    help="data directory; may be repeated",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the settings below")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@settings_options(TrainConfig)
+def train(
+    target: str,
+    dtype: str | None,
+    device: str | None,
+    data: tuple[Path, ...],
+    out: Path,
+    config: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train the head on self-distilled data. Goes on where it stopped."""
+    chosen = load_config(TrainConfig, config, settings)
+    from fastmtp.train.run import train_head
+
+    summary = train_head(_load_target(target, dtype, device, for_throughput=True), data, chosen, out)
+    _finish(
+        as_json,
+        {**summary, "out": str(out)},
+        f"held-out tau {summary['tau']:.3f} at K = {chosen.draft_steps}, {summary['steps']} steps, head in {out}",
+    )
+
+
+@commands.command()
+@click.argument("prompt")
+@target_options
+@decoding_options
+@settings_options(SamplingConfig)
+@click.option("--max-new-tokens", type=int, default=512, show_default=True)
+@click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
+@click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+def generate(
+    prompt: str,
+    target: str,
+    dtype: str | None,
+    device: str | None,
+    head: Path | None,
+    draft_steps: int | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    raw: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Answer one prompt. PROMPT may be - for standard input."""
+    sampling = load_config(SamplingConfig, None, settings)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    from fastmtp.decode.generation import Generation
+
+    loaded = _load_target(target, dtype, device)
+    backend, steps = _backend(loaded, target, head, draft_steps)
+    ids = loaded.encode(text) if raw else loaded.encode_chat([{"role": "user", "content": text}])
+    generation = Generation(
+        backend,
+        loaded,
+        ids,
+        draft_steps=steps,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+    )
+    for piece in generation:
+        if not as_json:
+            click.echo(piece, nl=False)
+    result = generation.result
+    facts = {
+        "text": result.text,
+        "tokens": result.tokens,
+        "stopped": result.stopped,
+        "tokens_per_second": result.tokens_per_second,
+        "prefill_seconds": result.prefill_seconds,
+        "tau": result.acceptance.tau,
+        "acceptance": result.acceptance.cumulative,
+    }
+    if not as_json:
+        click.echo()
+    _finish(as_json, facts, _described(result, steps), to_stderr=True)
+
+
+@commands.command()
+@target_options
+@decoding_options
+@settings_options(SamplingConfig)
+@click.option("--max-new-tokens", type=int, default=512, show_default=True, help="for each answer")
+def chat(
+    target: str,
+    dtype: str | None,
+    device: str | None,
+    head: Path | None,
+    draft_steps: int | None,
+    max_new_tokens: int,
+    **settings: Any,
+) -> None:
+    """Talk to the model; the cache is kept between turns. An empty line or Ctrl-D ends the conversation."""
+    sampling = load_config(SamplingConfig, None, settings)
+    from fastmtp.decode.generation import Generation
+
+    loaded = _load_target(target, dtype, device)
+    backend, steps = _backend(loaded, target, head, draft_steps)
+    messages: list[dict[str, str]] = []
+    while text := _ask():
+        messages.append({"role": "user", "content": text})
+        generation = Generation(
+            backend,
+            loaded,
+            loaded.encode_chat(messages),
+            draft_steps=steps,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+        )
+        for piece in generation:
+            click.echo(piece, nl=False)
+        click.echo("\n")
+        click.echo(click.style(_described(generation.result, steps), dim=True), err=True)
+        messages.append({"role": "assistant", "content": generation.result.text})
+
+
+@commands.command()
+@click.option("--max-new-tokens", type=int, default=96, show_default=True, help="for each answer")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+def demo(max_new_tokens: int, as_json: bool) -> None:
+    """The embedded model and its head: the same prompts plain and speculative, compared."""
+    from fastmtp.evaluate.prompts import builtin_conversations
+
+    _run_bench("smollm2", None, None, None, None, builtin_conversations(), max_new_tokens, as_json, stream=True)
+
+
+@commands.command()
+@target_options
+@decoding_options
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSONL file, or a directory of them, with `turns` on each line  [default: the built-in prompts]",
+)
+@click.option("--limit", type=click.IntRange(1), help="prompts of each file  [default: all]")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="for each answer")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+def bench(
+    target: str,
+    dtype: str | None,
+    device: str | None,
+    head: Path | None,
+    draft_steps: int | None,
+    prompts: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Plain against speculative decoding, greedy, in the same engine, on your prompts."""
+    from fastmtp.evaluate.prompts import builtin_conversations, read_conversations
+
+    conversations = read_conversations(prompts, limit) if prompts else builtin_conversations()
+    _run_bench(target, dtype, device, head, draft_steps, conversations, max_new_tokens, as_json, stream=False)
+
+
+def _run_bench(
+    target: str,
+    dtype: str | None,
+    device: str | None,
+    head: Path | None,
+    draft_steps: int | None,
+    conversations: list[Any],
+    max_new_tokens: int,
+    as_json: bool,
+    *,
+    stream: bool,
+) -> None:
+    from fastmtp.evaluate.compare import Comparison, compare_conversations
+    from fastmtp.evaluate.report import bench_json, comparison_table
+    from fastmtp.progress import console
+
+    loaded = _load_target(target, dtype, device)
+    backend, steps = _backend(loaded, target, head, draft_steps)
+    if not steps:
+        raise ValueError(f"{target}: there is no head to compare with plain decoding; give --head DIR")
+    show = _Stream() if stream and not as_json else None
+    pairs = compare_conversations(
+        backend, loaded, conversations, draft_steps=steps, max_new_tokens=max_new_tokens, show=show
+    )
+    total = Comparison.of(pairs)
+    if not as_json:
+        click.echo()
+        console.print(comparison_table(pairs, steps))
+    _finish(
+        as_json,
+        bench_json(pairs, engine=backend.name, draft_steps=steps),
+        f"{total.speedup:.2f}x at tau {total.acceptance.tau:.2f}, {backend.name}; "
+        f"identical answers: {total.identical}/{total.pairs}",
+    )
+
+
+class _Stream:
+    """Prints the pieces of a comparison under a headline for each answer."""
+
+    def __init__(self) -> None:
+        self._current: tuple[str, str] | None = None
+
+    def __call__(self, kind: str, mode: str, piece: str) -> None:
+        if (kind, mode) != self._current:
+            self._current = (kind, mode)
+            click.echo(("\n\n" if self._current else "") + click.style(f"[{kind}, {mode}]", bold=True))
+        click.echo(piece, nl=False)
+
+
+def _load_target(name: str, dtype: str | None, device: str | None, *, for_throughput: bool = False) -> Target:
+    import torch
+    from transformers.utils import logging
+
+    from fastmtp.models.target import load_target, throughput_dtype
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if dtype is not None:
+        return load_target(name, dtype=getattr(torch, dtype), device=device)
+    return load_target(name, dtype=throughput_dtype(device) if for_throughput else None, device=device)
+
+
+def _backend(target: Target, name: str, head: Path | None, draft_steps: int | None) -> tuple[TorchBackend, int]:
+    """An engine with the head that was asked for or ships with the target, and the number of draft steps."""
+    from fastmtp.decode.torch_backend import TorchBackend
+    from fastmtp.models.head_format import load_head
+    from fastmtp.models.shipped import shipped_head
+
+    directory = head or shipped_head(name)
+    if directory is None or draft_steps == 0:
+        if draft_steps:
+            raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
+        if draft_steps is None:
+            click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
+        return TorchBackend(target), 0
+    loaded, vocabulary, trained_steps = load_head(directory, target)
+    return TorchBackend(target, loaded, vocabulary.union() or None), draft_steps or trained_steps
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _described(result: Any, draft_steps: int) -> str:
+    reasons = {
+        "end": "",
+        "stop_string": "",
+        "length": ", cut at max-new-tokens",
+        "context": ", context is full",
+    }
+    tau = f", tau {result.acceptance.tau:.2f}" if draft_steps else ", plain"
+    return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s{tau}{reasons[result.stopped]}"
+
+
+def _finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: bool = False) -> None:
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        click.echo(summary, err=to_stderr)

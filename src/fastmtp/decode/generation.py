@@ -1,0 +1,169 @@
+"""One answer: tokens from an engine, stopped where they must be, as text that can be shown at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.decode.backend import Backend
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import Round, speculative
+from fastmtp.models.target import Target
+
+StopReason = Literal["end", "stop_string", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished answer. `tokens` holds the end token, `text` neither it nor the stop string."""
+
+    tokens: list[int]
+    text: str
+    stopped: StopReason
+    acceptance: Acceptance
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, after the first token, which the prefill gives."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+class Generation:
+    """Iterate over it for pieces of text as they are settled; `result` is there afterwards."""
+
+    result: Result
+
+    def __init__(
+        self,
+        backend: Backend,
+        target: Target,
+        prompt: Sequence[int],
+        *,
+        draft_steps: int,
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+    ) -> None:
+        """Prepare an answer.
+
+        Args:
+            draft_steps: K; 0 decodes plainly.
+            stop: the answer ends before the first of these strings.
+        Raises:
+            ValueError: the prompt is empty or fills the context, or a limit is below 1.
+        """
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(prompt) >= backend.context_limit:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and the context ends at {backend.context_limit}; shorten it"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+        if any(not text for text in stop):
+            raise ValueError("a stop string is empty")
+        self._backend, self._target, self._prompt = backend, target, list(prompt)
+        self._draft_steps, self._sampling = draft_steps, sampling
+        self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
+
+    def __iter__(self) -> Iterator[str]:
+        answer = _Answer(self._target, self._max_new_tokens, self._stop)
+        accepted: list[int] = []
+        started = first = time.perf_counter()
+        for settled in self._rounds():
+            used = answer.extend(settled.tokens)
+            if settled.drafted:
+                # The end of the answer cuts its last round: what lies beyond was verified for nothing.
+                accepted.append(used - 1)
+            if len(answer.tokens) == used:
+                first = time.perf_counter()
+            if piece := answer.take():
+                yield piece
+            if answer.stopped:
+                break
+        ended = time.perf_counter()
+        if piece := answer.finish():
+            yield piece
+        self.result = Result(
+            tokens=answer.tokens,
+            text=answer.text,
+            stopped=answer.stopped or "context",
+            acceptance=Acceptance.of(accepted, self._draft_steps),
+            prefill_seconds=first - started,
+            decode_seconds=ended - first,
+        )
+
+    def run(self) -> Result:
+        """The whole answer at once."""
+        for _ in self:
+            pass
+        return self.result
+
+    def _rounds(self) -> Iterator[Round]:
+        generator = torch.Generator(self._target.device).manual_seed(self._sampling.seed)
+        if self._draft_steps:
+            return speculative(self._backend, self._prompt, self._draft_steps, self._sampling, generator)
+        tokens = plain(self._backend, self._prompt, self._sampling, generator)
+        return (Round([token], 0) for token in tokens)
+
+
+class _Answer:
+    """Tokens so far and their text; holds back what may turn out to belong to a stop string."""
+
+    def __init__(self, target: Target, limit: int, stop: tuple[str, ...]) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped: StopReason | None = None
+        self._target, self._limit, self._stop = target, limit, stop
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._shown = 0
+
+    def extend(self, tokens: Sequence[int]) -> int:
+        """Take tokens one by one until the answer stops; returns how many were taken."""
+        for taken, token in enumerate(tokens, 1):
+            self.tokens.append(token)
+            if token in self._target.end_ids:
+                self.stopped = "end"
+            else:
+                self.text += self._stream.step(self._target.tokenizer.backend_tokenizer, token) or ""
+                found = [place for text in self._stop if (place := self.text.find(text, self._shown)) >= 0]
+                if found:
+                    self.text = self.text[: min(found)]
+                    self.stopped = "stop_string"
+                elif len(self.tokens) >= self._limit:
+                    self.stopped = "length"
+            if self.stopped:
+                return taken
+        return len(tokens)
+
+    def take(self) -> str:
+        """Text that is certain and was not taken before."""
+        held = max((_overlap(self.text, text) for text in self._stop), default=0)
+        return self._show(len(self.text) - (0 if self.stopped else held))
+
+    def finish(self) -> str:
+        """What is left: text held back, and the bytes of a character that never became whole."""
+        if self.stopped != "stop_string":
+            whole = self._target.decode(self.tokens)
+            if whole.startswith(self.text):
+                self.text = whole
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        piece = self.text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    return max((size for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)

@@ -1,0 +1,64 @@
+"""A comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from fastmtp.evaluate.compare import Comparison, Pair
+
+
+def by_kind(pairs: Sequence[Pair]) -> dict[str, Comparison]:
+    """Comparisons of the pairs of each kind, in order of first appearance."""
+    kinds = dict.fromkeys(pair.kind for pair in pairs)
+    return {kind: Comparison.of([pair for pair in pairs if pair.kind == kind]) for kind in kinds}
+
+
+def bench_json(pairs: Sequence[Pair], *, engine: str, draft_steps: int) -> dict[str, Any]:
+    """Everything the table shows, for programs; `mean_tau` weighs every kind equally."""
+    kinds = by_kind(pairs)
+    return {
+        **Comparison.of(pairs).as_json(),
+        "mean_tau": sum(comparison.acceptance.tau for comparison in kinds.values()) / len(kinds),
+        "draft_steps": draft_steps,
+        "engine": engine,
+        "kinds": {kind: comparison.as_json() for kind, comparison in kinds.items()},
+    }
+
+
+def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
+    table = Table(show_footer=False)
+    table.add_column("")
+    for name in (
+        "tokens",
+        "plain tok/s",
+        "fastmtp tok/s",
+        "speedup",
+        "tau",
+        *_steps(draft_steps),
+        "identical",
+    ):
+        table.add_column(name, justify="right")
+    for kind, comparison in by_kind(pairs).items():
+        table.add_row(kind, *_cells(comparison))
+    table.add_section()
+    table.add_row("all", *_cells(Comparison.of(pairs)), style="bold")
+    return table
+
+
+def _steps(draft_steps: int) -> list[str]:
+    return [f"step {k}" for k in range(1, draft_steps + 1)]
+
+
+def _cells(comparison: Comparison) -> list[str]:
+    return [
+        str(comparison.tokens),
+        f"{comparison.plain_tokens_per_second:.1f}",
+        f"{comparison.speculative_tokens_per_second:.1f}",
+        f"{comparison.speedup:.2f}x",
+        f"{comparison.acceptance.tau:.2f}",
+        *[f"{100 * share:.0f} %" for share in comparison.acceptance.cumulative],
+        f"{comparison.identical}/{comparison.pairs}",
+    ]

@@ -1,0 +1,14 @@
+"""Heads that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastmtp.models import embedded
+
+HEADS = Path(__file__).parents[1] / "heads"
+
+
+def shipped_head(target_name: str) -> Path | None:
+    """The directory of the head for a target by its short name; None if there is none."""
+    return HEADS / embedded.NAME if target_name == embedded.NAME else None

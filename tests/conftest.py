@@ -1,0 +1,121 @@
+"""Tiny random targets of every supported family, made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from fastmtp.models.target import Target
+
+VOCABULARY = 300
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": None,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the special tokens of the chat template from 256 on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|start|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer.add_special_tokens(special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**COMMON))
+
+
+def _mistral() -> MistralForCausalLM:
+    return MistralForCausalLM(MistralConfig(**COMMON, sliding_window=24))
+
+
+def _qwen2() -> Qwen2ForCausalLM:
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    config = Qwen2Config(
+        **common, use_sliding_window=True, sliding_window=24, layer_types=kinds, tie_word_embeddings=True
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def _qwen3() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**{**COMMON, "head_dim": 16}))
+
+
+def _gemma3() -> Gemma3ForCausalLM:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**COMMON, sliding_window=24, layer_types=kinds, tie_word_embeddings=False)
+    )
+
+
+FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+}
+
+
+@cache
+def tiny_target(family: str) -> Target:
+    """A random fp32 target that talks about many tokens: its layers outweigh its embeddings."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.05 if "embed" in name else 0.4)
+    return Target(model, byte_tokenizer(), f"tiny-{family}")
+
+
+@pytest.fixture(params=list(FAMILIES))
+def target(request: pytest.FixtureRequest) -> Target:
+    return tiny_target(request.param)
+
+
+@pytest.fixture
+def llama() -> Target:
+    return tiny_target("llama")
+
+
+def random_ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,0 +1,218 @@
+"""Self-distillation: what is stored, and that stopping loses nothing that is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from copy import copy, deepcopy
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from fastmtp.config import DistillConfig, SamplingConfig
+from fastmtp.decode.batch import Request, decode_batch, is_looping
+from fastmtp.decode.plain import plain
+from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.distill.answers import distill
+from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
+from fastmtp.distill.prompts import OPENINGS, opening, read_prompts
+from fastmtp.models.target import Target, tokenizer_sha256
+from tests.conftest import random_ids, tiny_target
+
+CONFIG = DistillConfig(
+    count=12, max_new_tokens=24, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0
+)
+
+
+def talkative() -> Target:
+    """A tiny target that ends its turns now and then."""
+    source = tiny_target("llama")
+    model = deepcopy(source.model)
+    with torch.no_grad():
+        model.lm_head.weight[257] *= 3
+    return Target(model, source.tokenizer, source.source)
+
+
+def rows(directory: Path) -> dict[int, Exchange]:
+    listed = [Exchange(**row) for path in shards(directory) for row in pq.read_table(path).to_pylist()]
+    assert len({row.index for row in listed}) == len(listed)
+    return {row.index: row for row in listed}
+
+
+def test_batched_decoding_is_plain_decoding(target: Target) -> None:
+    """Greedy answers of many requests together, of unequal lengths and beyond a cache growth, one by one alike."""
+    prompts = [random_ids(length, seed=length) for length in (1, 5, 30, 7, 280, 2, 19)]
+    queue = deque(
+        Request(
+            key=index,
+            prompt=prompt,
+            max_new_tokens=6 + 5 * index,
+            sampling=SamplingConfig(),
+            end_ids=frozenset(),
+            generator=torch.Generator(),
+        )
+        for index, prompt in enumerate(prompts)
+    )
+    got = {done.request.key: done.tokens for done in decode_batch(target, queue, slots=3)}
+    for index, prompt in enumerate(prompts):
+        stream = plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator())
+        assert got[index] == list(islice(stream, 6 + 5 * index))
+
+
+def test_batched_sampling_follows_the_law(llama: Target) -> None:
+    """First tokens of many sampled requests have the target's distribution."""
+    prompt, sampling, count = random_ids(5), SamplingConfig(temperature=1.0, top_k=5), 1500
+    queue = deque(
+        Request(
+            key=index,
+            prompt=prompt,
+            max_new_tokens=1,
+            sampling=sampling,
+            end_ids=frozenset(),
+            generator=torch.Generator().manual_seed(index),
+        )
+        for index in range(count)
+    )
+    counts = torch.zeros(llama.vocabulary_size)
+    for done in decode_batch(llama, queue, slots=64):
+        counts[done.tokens[0]] += 1
+    values, ids = llama.model(torch.tensor([prompt])).logits[0, -1].detach().topk(5)
+    expected = count * values.softmax(-1)
+    assert counts.sum() == counts[ids].sum()
+    # 4 degrees of freedom: exceeded once in 10,000 seeds, and the seeds are fixed.
+    assert float(((counts[ids] - expected) ** 2 / expected).sum()) < 23.5
+
+
+def test_loops_end_early() -> None:
+    assert is_looping([1, 2, 3, 4] * 16)
+    assert is_looping([9] * 30 + [7, 8] * 49)
+    assert not is_looping([1, 2, 3, 4] * 15 + [5] * 4)
+    assert not is_looping(list(range(64)))
+
+
+def test_own_prompts(tmp_path: Path) -> None:
+    """The model writes prompts and answers; ids and mask are those of the chat template."""
+    target = talkative()
+    summary = distill(target, CONFIG, tmp_path / "data", None)
+    found = rows(tmp_path / "data")
+    assert summary.exchanges == len(found) == 12
+    assert {row.kind for row in found.values()} <= set(OPENINGS)
+    for row in found.values():
+        prompt = target.encode_chat([{"role": "user", "content": row.prompt}])
+        assert row.ids[: len(prompt)] == prompt
+        assert row.answer_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
+        assert row.finished == (row.ids[-1] == 257)
+        assert row.prompt.startswith(opening(CONFIG.seed, row.index).words.strip())
+    kept = read_exchanges([tmp_path / "data"], tokenizer_sha256(target.tokenizer))
+    assert len(kept) == 12 - summary.truncated
+    assert 0 < len(kept) < 12
+    assert all(row.finished for row in kept)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """Every exchange draws from its own seed, so it does not matter when it was made, or beside which others."""
+    target = talkative()
+    distill(target, CONFIG, tmp_path / "whole", None)
+    few = DistillConfig(**{**vars(CONFIG), "count": 5, "slots": 2})
+    distill(target, few, tmp_path / "parts", None)
+    assert len(finished_indices(tmp_path / "parts")) == 5
+    summary = distill(target, CONFIG, tmp_path / "parts", None)
+    assert summary.exchanges == 7
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_prompts_from_files(tmp_path: Path, llama: Target) -> None:
+    """Text lines, JSONL in its three forms, and answers that are there already."""
+    (tmp_path / "plain.txt").write_text("first\n\nsecond\n")
+    assert [row.messages[-1]["content"] for row in read_prompts(tmp_path / "plain.txt")] == ["first", "second"]
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "c"}]
+    lines = [{"prompt": "a"}, {"user": "b", "answer_ids": [1, 2, 257], "kind": "x"}, {"messages": talk}]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    distill(llama, CONFIG, tmp_path / "data", path)
+    found = rows(tmp_path / "data")
+    assert found[1].ids[-3:] == [1, 2, 257]
+    assert found[1].kind == "x"
+    assert found[2].ids[: len(llama.encode_chat(talk))] == llama.encode_chat(talk)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "line 1: not valid JSON"),
+        ("[]", "line 1: must be a JSON object"),
+        ('{"prompt": "a"}\n{"text": "b"}', "line 2: needs a text `prompt`"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: needs a text `prompt`"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+
+
+def test_missing_prompt_file() -> None:
+    with pytest.raises(FileNotFoundError, match="no such prompt file"):
+        read_prompts(Path("nowhere.jsonl"))
+
+
+def test_other_settings_do_not_mix(tmp_path: Path) -> None:
+    target = talkative()
+    distill(target, CONFIG, tmp_path / "data", None)
+    with pytest.raises(ValueError, match=r"was made with temperature = 1\.0, not 0\.5"):
+        distill(target, DistillConfig(**{**vars(CONFIG), "temperature": 0.5}), tmp_path / "data", None)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not a data directory"):
+        distill(target, CONFIG, tmp_path / "notes", None)
+
+
+def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
+    target = copy(tiny_target("llama"))
+    target.tokenizer = copy(target.tokenizer)
+    target.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="give --prompts FILE"):
+        distill(target, CONFIG, tmp_path / "data", None)
+
+
+def test_reading_bad_data(tmp_path: Path) -> None:
+    target = talkative()
+    distill(target, CONFIG, tmp_path / "data", None)
+    with pytest.raises(ValueError, match="of another tokenizer"):
+        read_exchanges([tmp_path / "data"], "0")
+    path = shards(tmp_path / "data")[0]
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{path.name}: cannot be read"):
+        read_exchanges([tmp_path / "data"], tokenizer_sha256(target.tokenizer))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) -> None:
+    """Whole shards survive; Ctrl-C also saves the pending ones; the next run makes the rest."""
+    script = (
+        "import sys; from pathlib import Path; from tests.distill.test_distill import *\n"
+        "config = DistillConfig(**{**vars(CONFIG), 'count': 4000})\n"
+        "distill(talkative(), config, Path(sys.argv[1]), None)\n"
+    )
+    data = tmp_path / "data"
+    process = subprocess.Popen([sys.executable, "-c", script, str(data)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(shards(data)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, sent)
+    assert process.wait(30) != 0
+    done = finished_indices(data)
+    assert 6 <= len(done) < 4000
+    assert not list(data.glob(".*"))
+    distill(talkative(), DistillConfig(**{**vars(CONFIG), "count": 12}), data, None)
+    assert finished_indices(data) >= done | set(range(12))

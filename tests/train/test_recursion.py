@@ -1,0 +1,168 @@
+"""Training sees what inference sees: the recursion, its attention pattern, and the acceptance it measures."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import islice
+
+import pytest
+import torch
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import speculative
+from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.models.head import MTPHead
+from fastmtp.models.kv_cache import KVCache
+from fastmtp.models.target import Target
+from fastmtp.train.acceptance import agreement, replay, text_states
+from fastmtp.train.recursion import chain_mask, recursion
+from tests.conftest import random_ids, tiny_target
+
+GREEDY = SamplingConfig()
+
+
+def step_by_step(head: MTPHead, target: Target, ids: list[int], start: int, steps: int) -> list[torch.Tensor]:
+    """The chain at one start, written out: step-1 states of the prefix in the cache, then the chain's own."""
+    cache = KVCache()
+    states = text_states(target, torch.tensor([ids]))
+    inputs = target.embed(torch.tensor([ids[1 : start + 2]]))
+    rotation = target.rotations(torch.arange(start + 1)[None])
+    out = head(states[:, : start + 1], inputs, rotation, None, cache)[:, -1:]
+    cache.advance(start + 1)
+    outputs = [out[0, 0]]
+    for step in range(2, steps + 1):
+        position = start + step - 1
+        inputs = target.embed(torch.tensor([[ids[start + step]]]))
+        out = head(out, inputs, target.rotations(torch.tensor([[position]])), None, cache)
+        cache.advance(1)
+        outputs.append(out[0, 0])
+    return outputs
+
+
+def test_all_positions_at_once_equal_each_chain_alone(target: Target) -> None:
+    """The parallel recursion gives every start what the decoder's own cache would give it."""
+    head = MTPHead(target)
+    ids = random_ids(30, seed=8)
+    together = recursion(head, target, torch.tensor([ids]), text_states(target, torch.tensor([ids])), 4)
+    for start in (0, 1, 13, 25):
+        alone = step_by_step(head, target, ids, start, 4)
+        for step in range(4):
+            torch.testing.assert_close(together[step][0, start], alone[step], atol=1e-4, rtol=1e-4)
+
+
+def test_chain_mask_by_hand() -> None:
+    """Step 3 over three tokens: the step-1 prefix, then each chain's own keys of steps 2 and 3."""
+    expected = [
+        [1, 0, 0, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 1, 0, 0, 1],
+    ]
+    assert chain_mask(3, 3, torch.device("cpu"))[0, 0].long().tolist() == expected
+
+
+def test_padding_changes_nothing(llama: Target) -> None:
+    """A text in a padded batch has the states it has alone."""
+    head = MTPHead(llama)
+    ids = random_ids(12)
+    alone = torch.tensor([ids])
+    batch = torch.tensor([[*ids, 0, 0, 0, 0], random_ids(16, seed=3)])
+    for one, other in zip(
+        recursion(head, llama, alone, text_states(llama, alone), 3),
+        recursion(head, llama, batch, text_states(llama, batch), 3),
+        strict=True,
+    ):
+        # The last starts of the shorter text reach into the padding; they never count.
+        torch.testing.assert_close(one[0, :9], other[0, :9], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("draft_ids", [None, list(range(0, 300, 2))])
+def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_ids: list[int] | None) -> None:
+    """On the target's greedy text, acceptance measured for training is what the decoder accepts, round by round."""
+    steps, text = 3, greedy_text(target, seed)
+    prompt, head = text[:8], tuned_head(target)
+    ids_D = None if draft_ids is None else torch.tensor(draft_ids)
+    replayed = replay(agreement(head, target, text, ids_D, steps), len(prompt))
+    accepted, settled = [], 1
+    for one in islice(
+        speculative(TorchBackend(target, head, draft_ids), prompt, steps, GREEDY, torch.Generator()), 1, None
+    ):
+        used = min(len(one.tokens), 40 - settled)
+        accepted.append(used - 1)
+        settled += used
+        if settled == 40:
+            break
+    assert replayed == Acceptance.of(accepted, steps)
+
+
+def greedy_text(target: Target, seed: int) -> list[int]:
+    prompt = random_ids(8, seed=seed)
+    return [*prompt, *islice(plain(TorchBackend(target), prompt, GREEDY, torch.Generator()), 40)]
+
+
+@cache
+def tuned_head(target: Target) -> MTPHead:
+    """A head that is often right about a few texts, because it was fitted to them."""
+    head = MTPHead(target)
+    ids = torch.tensor([greedy_text(target, seed) for seed in range(4)])
+    states = text_states(target, ids)
+    choices = target.logits(states).argmax(-1)
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
+    for _ in range(40):
+        losses = [
+            torch.nn.functional.cross_entropy(target.logits(out[:, :-k]).flatten(0, 1), choices[:, k:].flatten())
+            for k, out in enumerate(recursion(head, target, ids, states, 3), 1)
+        ]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    return head.requires_grad_(False)
+
+
+def test_tuned_head_is_accepted_now_and_then(target: Target) -> None:
+    """The comparison above is of counts between none and all; otherwise it would say little."""
+    text = greedy_text(target, 1)
+    assert 1.2 < replay(agreement(tuned_head(target), target, text, None, 3), 8).tau < 4
+
+
+def test_head_that_equals_the_target_is_always_accepted() -> None:
+    """A target whose layers pass everything through predicts from the last token alone; so does its head.
+
+    With the layer's outputs at zero and `input_proj` taking the embedding only, head and target compute the
+    same function, and every draft is kept.
+    """
+    from copy import deepcopy
+
+    source = tiny_target("llama")
+    model = deepcopy(source.model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    # Untied, else every token would predict itself.
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    target = Target(model, source.tokenizer, "memoryless")
+    head = MTPHead(target)
+    with torch.no_grad():
+        size = target.config.hidden_size
+        head.input_proj.weight[:, :size] = 0
+    prompt = random_ids(7)
+    rounds = list(islice(speculative(TorchBackend(target, head), prompt, 5, GREEDY, torch.Generator()), 1, 11))
+    assert [one.accepted for one in rounds] == [5] * 10
+    expected = list(islice(plain(TorchBackend(target), prompt, GREEDY, torch.Generator()), 61))
+    assert [token for one in rounds for token in one.tokens] == expected[1:]
+    assert len(set(expected)) > 3
+
+
+def test_replay_counts_by_hand() -> None:
+    """Prompt of 2, seven tokens of text: rounds start at the last settled token and stop with the text."""
+    agrees = torch.zeros(9, 2, dtype=torch.bool)
+    agrees[1] = torch.tensor([True, False])
+    agrees[5] = torch.tensor([True, True])
+    # Token 2 comes from the prefill; start 1 keeps one draft and settles 3, 4; start 3 settles 5; start 4
+    # settles 6; start 5 keeps both and would settle 7, 8 and one more, but the text ends at 8.
+    assert replay(agrees, 2) == Acceptance(rounds=4, kept=(2, 0))
+    assert math.isclose(replay(agrees, 2).tau, 1.5)

@@ -1,0 +1,170 @@
+"""Training learns, stops, goes on, and keeps its best."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmtp.config import SamplingConfig, TrainConfig
+from fastmtp.decode.plain import plain
+from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.distill.dataset import Exchange
+from fastmtp.models.head import MTPHead
+from fastmtp.models.target import Target
+from fastmtp.train.acceptance import agreement, text_states
+from fastmtp.train.batches import batch_order, padded
+from fastmtp.train.recursion import recursion
+from fastmtp.train.trainer import Trainer
+from tests.conftest import random_ids, tiny_target
+
+CONFIG = TrainConfig(
+    held_out=3,
+    batch_tokens=160,
+    evaluate_every=4,
+    checkpoint_every=5,
+    draft_vocabulary=0,
+    learning_rate=1e-2,
+    epochs=3.0,
+)
+
+
+def exchanges(target: Target, count: int = 30) -> list[Exchange]:
+    rows = []
+    for index in range(count):
+        prompt = random_ids(4 + index % 5, seed=index)
+        tokens = plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator())
+        answer = list(islice(tokens, 16 + index % 7))
+        mask = [False] * len(prompt) + [True] * len(answer)
+        rows.append(Exchange(index, "test", "", "", True, prompt + answer, mask))
+    return rows
+
+
+def losses(trainer: Trainer, steps: int | None = None) -> list[list[float]]:
+    return [done.losses for done in islice(trainer.train(), steps)]
+
+
+@pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_path: Path, llama: Target) -> None:
+    """Many passes over a little text: every step's loss falls, and drafts of that text get accepted."""
+    changes = {"epochs": 20.0, "objective": objective, "optimizer": optimizer}
+    data = exchanges(llama)
+    trainer = Trainer(llama, data, None, TrainConfig(**{**vars(CONFIG), **changes}), tmp_path)
+    before = acceptance(trainer, data)
+    history = losses(trainer)
+    for k in range(3):
+        assert history[-1][k] < 0.7 * history[0][k]
+    assert acceptance(trainer, data) > before + 0.1
+
+
+def acceptance(trainer: Trainer, data: list[Exchange]) -> float:
+    parts = [agreement(trainer.head, trainer.target, row.ids, None, 3) for row in data]
+    return sum(float(part.float().cumprod(1).sum(1).mean()) for part in parts) / len(parts)
+
+
+def test_draft_vocabulary_limits_the_loss(tmp_path: Path, llama: Target) -> None:
+    """With cross-entropy, answers outside the draft vocabulary carry no loss and the rest stays finite."""
+    config = TrainConfig(**{**vars(CONFIG), "objective": "cross_entropy"})
+    trainer = Trainer(llama, exchanges(llama), [257, *range(100)], config, tmp_path)
+    assert all(0 < value < 20 for step in losses(trainer, 2) for value in step)
+
+
+def test_cross_entropy_counts_answers_only(tmp_path: Path, llama: Target) -> None:
+    """The first step's loss is the mean over answer tokens, computed here the long way."""
+    config = TrainConfig(**{**vars(CONFIG), "objective": "cross_entropy", "batch_tokens": 1})
+    data = exchanges(llama)
+    trainer = Trainer(llama, data, None, config, tmp_path)
+    head = MTPHead(llama)
+    index = trainer._order[0][0]
+    ids, mask = trainer._texts[index], trainer._masks[index]
+    batch = torch.tensor([ids])
+    outputs = recursion(head, llama, batch, text_states(llama, batch), 3)
+    expected = []
+    for k, out in enumerate(outputs, 1):
+        places = [t for t in range(len(ids) - k - 1) if mask[t + k + 1]]
+        rows = llama.logits(out[0, places]).detach().log_softmax(-1)
+        expected.append(-float(torch.stack([rows[i, ids[t + k + 1]] for i, t in enumerate(places)]).mean()))
+    assert losses(trainer, 1)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ten_steps_equal_five_and_five(tmp_path: Path, llama: Target) -> None:
+    """A stopped run goes on with the same losses to the last digit, and the same weights."""
+    data = exchanges(llama)
+    config = CONFIG
+    whole = Trainer(llama, data, None, config, tmp_path / "whole")
+    expected = losses(whole, 10)
+    first = losses(Trainer(llama, data, None, config, tmp_path / "halves"), 5)
+    second_half = Trainer(llama, data, None, config, tmp_path / "halves")
+    assert second_half.step == 5
+    assert first + losses(second_half, 5) == expected
+    for one, other in zip(whole.head.parameters(), second_half.head.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, llama: Target) -> None:
+    data = exchanges(llama)
+    losses(Trainer(llama, data, None, CONFIG, tmp_path), 5)
+    with pytest.raises(ValueError, match="other settings or data"):
+        Trainer(llama, data, None, TrainConfig(**{**vars(CONFIG), "beta": 0.5}), tmp_path)
+    with pytest.raises(ValueError, match="other settings or data"):
+        Trainer(llama, data[:-1], None, CONFIG, tmp_path)
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path, llama: Target) -> None:
+    losses(Trainer(llama, exchanges(llama), None, CONFIG, tmp_path), 5)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged checkpoint"):
+        Trainer(llama, exchanges(llama), None, CONFIG, tmp_path)
+
+
+def test_best_head_is_kept(tmp_path: Path, llama: Target) -> None:
+    """The head that is returned has the highest acceptance that the metrics show."""
+    trainer = Trainer(llama, exchanges(llama), None, CONFIG, tmp_path)
+    losses(trainer)
+    measured = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trainer.best_head()
+    assert trainer.measure().tau == max(row["tau"] for row in measured if "tau" in row)
+
+
+def test_too_little_data(tmp_path: Path, llama: Target) -> None:
+    with pytest.raises(ValueError, match="held_out keeps 3 of them"):
+        Trainer(llama, exchanges(llama, 3), None, CONFIG, tmp_path)
+
+
+def test_killed_run_goes_on(tmp_path: Path) -> None:
+    """kill -9 in the middle loses the steps since the last checkpoint only."""
+    script = (
+        "import os, sys; from pathlib import Path; from tests.train.test_trainer import *\n"
+        "target = tiny_target('llama')\n"
+        "trainer = Trainer(target, exchanges(target), None, CONFIG, Path(sys.argv[1]))\n"
+        "for done in trainer.train():\n"
+        "    if done.step == 7: os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    target = tiny_target("llama")
+    assert Trainer(target, exchanges(target), None, CONFIG, tmp_path).step == 5
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_batches_cover_the_data_once_an_epoch() -> None:
+    lengths = [5 + (7 * index) % 40 for index in range(100)]
+    order = batch_order(lengths, 100, 2.5, seed=1)
+    seen = [index for batch in order for index in batch]
+    assert sorted(seen[:100]) != seen[:100]
+    assert len(seen) == 250
+    assert all(2 <= seen.count(index) <= 3 for index in range(100))
+    for batch in order:
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 100
+    assert order == batch_order(lengths, 100, 2.5, seed=1) != batch_order(lengths, 100, 2.5, seed=2)
+
+
+def test_padding() -> None:
+    assert padded([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
