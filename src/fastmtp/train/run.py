@@ -24,7 +24,7 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
     Returns:
         steps, tau and acceptance (cumulative by step) of the head that was written.
     """
-    if out.exists() and not (out / "config.json").is_file():
+    if out.exists() and not (out / "vocabulary.json").is_file():
         raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256)
     vocabulary = _vocabulary(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)

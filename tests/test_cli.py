@@ -1,0 +1,138 @@
+"""The commands as a user runs them, on a tiny model in a directory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fastmtp.cli import commands
+from tests.conftest import tiny_target
+
+TRAIN = ["--held-out", "2", "--batch-tokens", "400", "--draft-vocabulary", "100", "--draft-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    target = tiny_target("qwen2")
+    target.model.save_pretrained(directory)
+    target.tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def head(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Distilled and trained by the commands themselves."""
+    base = tmp_path_factory.mktemp("work")
+    (base / "prompts.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"say {n}", "answer_ids": [n, n + 1, 9, 257]}) for n in range(12))
+    )
+    made = run("distill", model, "--out", base / "data", "--prompts", base / "prompts.jsonl", "--json")
+    assert made["exchanges"] == 12
+    trained = run("train", model, "--data", base / "data", "--out", base / "head", "--json", *TRAIN)
+    assert trained["tau"] >= 1
+    assert len(trained["acceptance"]) == 2
+    return base / "head"
+
+
+def run(command: str, model: Path, *arguments: object) -> dict[str, object]:
+    """Run a command with --json; its standard output must be one JSON document and nothing else."""
+    result = CliRunner().invoke(commands, [command, "--target", str(model), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_generate_is_the_same_with_and_without_the_head(model: Path, head: Path) -> None:
+    common = ["hello", "--max-new-tokens", "30", "--json"]
+    with_head = run("generate", model, "--head", head, *common)
+    without = run("generate", model, "--head", head, "--draft-steps", "0", *common)
+    assert with_head["tokens"] == without["tokens"]
+    assert len(with_head["acceptance"]) == 2
+    assert without["acceptance"] == []
+
+
+def test_generate_prints_text_and_a_summary(model: Path, head: Path) -> None:
+    arguments = ["generate", "--target", str(model), "--head", str(head), "hello", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(commands, arguments)
+    assert "tokens/s, tau" in result.stderr
+    assert "tokens/s" not in result.stdout
+
+
+def test_chat_remembers(model: Path, head: Path) -> None:
+    """The second answer depends on the first turn: it differs from the same question asked alone."""
+    arguments = ["chat", "--target", str(model), "--head", str(head), "--max-new-tokens", "12"]
+    two = CliRunner().invoke(commands, arguments, input="first\nsecond\n\n")
+    one = CliRunner().invoke(commands, arguments, input="second\n\n")
+    assert two.exit_code == one.exit_code == 0
+    assert two.stderr.count("tokens/s") == 2
+    assert two.stdout.split(">")[2] != one.stdout.split(">")[1]
+
+
+def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
+    """Two benchmark files, one with two turns; every answer compared."""
+    (tmp_path / "a.jsonl").write_text('{"benchmark": "A", "turns": ["one", "two"]}\n{"turns": ["three"]}\n')
+    (tmp_path / "b.jsonl").write_text('{"turns": ["four"]}\n')
+    found = run("bench", model, "--head", head, "--prompts", tmp_path, "--max-new-tokens", 10, "--json")
+    assert found["identical"] is True
+    assert found["answers"] == 4
+    assert set(found["kinds"]) == {"A", "a", "b"}
+    assert found["tokens_per_second"]["plain"] > 0
+    assert found["mean_tau"] == pytest.approx(sum(kind["tau"] for kind in found["kinds"].values()) / 3)
+    table = CliRunner().invoke(
+        commands,
+        ["bench", "--target", str(model), "--head", str(head), "--prompts", str(tmp_path), "--limit", "1"],
+    )
+    assert "identical answers: 3/3" in table.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--target", "./nowhere"], "./nowhere: no such model"),
+        (["generate", "x", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
+        (["generate", "x", "--target", "{model}", "--draft-steps", "2"], "no head ships for this target"),
+        (["generate", "x", "--target", "{model}", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "x", "--target", "{model}", "--device", "cuda"], "no usable GPU"),
+        (["bench", "--target", "{model}"], "there is no head to compare"),
+        (["bench", "--target", "{model}", "--prompts", "nowhere"], "nowhere: no such file"),
+        (
+            ["train", "--target", "{model}", "--data", "nowhere", "--out", "x"],
+            "nowhere/provenance.json: no such file",
+        ),
+        (["train", "--target", "{model}", "--data", "{model}", "--out", "{model}"], "choose another --out"),
+        (["distill", "--target", "{model}", "--out", "{model}"], "not a data directory"),
+        (["train", "--config", "none.toml", "--data", "x", "--out", "x"], "no such configuration file"),
+    ],
+)
+def test_errors_are_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    """No traceback, exit code 2, and nothing is left where the command was run."""
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "fastmtp", *(part.format(model=model) for part in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("fastmtp: no head ships")]
+    assert done.returncode == 2
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from fastmtp.cli import commands; import fastmtp; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_goes_on_where_it_stopped(model: Path, head: Path) -> None:
+    """The same command on a finished run trains nothing more and gives the same head."""
+    before = (head / "model.safetensors").read_bytes()
+    data = head.parent / "data"
+    run("train", model, "--data", data, "--out", head, "--json", *TRAIN)
+    assert (head / "model.safetensors").read_bytes() == before
+    assert (head.parent / "head.training" / "metrics.jsonl").is_file()

@@ -1,0 +1,65 @@
+"""Settings: one default each, strict files, and errors that name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Default, then file, then flag; a flag that was not given is None and changes nothing."""
+    path = tmp_path / "train.toml"
+    path.write_text("beta = 0.8\nepochs = 2\n")
+    config = load_config(TrainConfig, path, {"epochs": 3.0, "clip": None})
+    assert (config.beta, config.epochs, config.clip) == (0.8, 3.0, TrainConfig().clip)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("betta = 0.5", "unknown key 'betta'; known keys: "),
+        ("draft_steps = 'three'", "draft_steps must be of type int, not 'three'"),
+        ("draft_steps = 2.5", "draft_steps must be of type int"),
+        ("beta =", "not valid TOML"),
+        ("beta = 2.0", r"beta is 2.0; it must be above 0 and at most 1"),
+        ("objective = 'mse'", "objective is 'mse'; it must be kl or cross_entropy"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(TrainConfig, path, {})
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such configuration file"):
+        load_config(TrainConfig, tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (SamplingConfig, {"temperature": -1.0}),
+        (SamplingConfig, {"top_p": 0.0}),
+        (SamplingConfig, {"top_k": -1}),
+        (DistillConfig, {"slots": 0}),
+        (DistillConfig, {"top_p": 1.5}),
+        (TrainConfig, {"learning_rate": 0.0}),
+        (TrainConfig, {"max_length": 3}),
+    ],
+)
+def test_values_out_of_range_name_their_setting(kind: type[Any], change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        kind(**change)
+
+
+@pytest.mark.parametrize("kind", [SamplingConfig, DistillConfig, TrainConfig])
+def test_every_setting_has_a_meaning(kind: type[Any]) -> None:
+    assert all(item.metadata["meaning"] for item in dataclasses.fields(kind))

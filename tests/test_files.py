@@ -1,0 +1,45 @@
+"""Nothing half-written is left behind, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastmtp.files import read_json, replacing, write_json
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError):
+        _write_half(path)
+    assert read_json(path) == {"old": 1}
+    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+def _write_half(path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+
+
+def test_directories_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "head"
+    for names in (["a", "b"], ["c"]):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            for name in names:
+                (temporary / name).touch()
+    assert [item.name for item in path.iterdir()] == ["c"]
+    assert [item.name for item in tmp_path.iterdir()] == ["head"]
+
+
+def test_bad_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError, match=r"a\.json"):
+        read_json(path)
+    for text in ("{", "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json"):
+            read_json(path)

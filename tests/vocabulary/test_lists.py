@@ -1,0 +1,49 @@
+"""Draft vocabularies: ranking, and files that must fit the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastmtp.models.target import TargetIdentity
+from fastmtp.vocabulary.lists import VocabularyLists, rank_tokens
+
+IDENTITY = TargetIdentity("X", 8, 50, "hash")
+
+
+def test_ranking() -> None:
+    """Always-tokens first, then by count, ties and unseen tokens in id order."""
+    assert rank_tokens([[7, 7, 3, 9], [9, 7, 1]], 8, [40], 50) == [40, 7, 9, 1, 3, 0, 2, 4]
+    assert rank_tokens([], 100, [], 5) == [0, 1, 2, 3, 4]
+
+
+def test_union_keeps_the_order_of_the_first_list() -> None:
+    assert VocabularyLists({"en": [3, 1], "zh": [1, 8]}).union() == [3, 1, 8]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    lists = VocabularyLists({"en": [3, 1], "zh": [8]})
+    lists.save(tmp_path / "v.json", "hash")
+    assert VocabularyLists.load(tmp_path / "v.json", IDENTITY) == lists
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer_sha256": "other"}, "of another tokenizer"),
+        ({"format_version": 9}, "format_version must be 1"),
+        ({"lists": [1]}, "lists must be an object"),
+        ({"lists": {"en": [1, 50]}}, "list 'en': ids must be from 0 to 49"),
+        ({"lists": {"en": [1, 1]}}, "list 'en': has an id twice"),
+        ({"lists": {"en": []}}, "list 'en': must be a list of token ids"),
+        ({"lists": {"en": ["a"]}}, "list 'en': must be a list of token ids"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = tmp_path / "v.json"
+    VocabularyLists({"en": [1]}).save(path, "hash")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        VocabularyLists.load(path, IDENTITY)
