@@ -33,7 +33,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nfastmtp: stopped; the same command goes on from what is on disk", err=True)
+        click.echo("\nfastmtp: stopped; distill and train go on from here with the same command", err=True)
         sys.exit(130)
 
 
@@ -56,7 +56,9 @@ def decoding_options(command: Command) -> Command:
         "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
     )(command)
     return click.option(
-        "--draft-steps", type=click.IntRange(0), help="K; 0 decodes plainly  [default: the head's own]"
+        "--draft-steps",
+        type=click.IntRange(0),
+        help="K; 0 decodes plainly  [default: what the engine verifies cheaply, at most the head's own]",
     )(command)
 
 
@@ -308,8 +310,8 @@ class _Stream:
 
     def __call__(self, kind: str, mode: str, piece: str) -> None:
         if (kind, mode) != self._current:
-            self._current = (kind, mode)
             click.echo(("\n\n" if self._current else "") + click.style(f"[{kind}, {mode}]", bold=True))
+            self._current = (kind, mode)
         click.echo(piece, nl=False)
 
 
@@ -340,7 +342,8 @@ def _backend(target: Target, name: str, head: Path | None, draft_steps: int | No
             click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
         return TorchBackend(target), 0
     loaded, vocabulary, trained_steps = load_head(directory, target)
-    return TorchBackend(target, loaded, vocabulary.union() or None), draft_steps or trained_steps
+    backend = TorchBackend(target, loaded, vocabulary.union() or None)
+    return backend, draft_steps or min(trained_steps, backend.cheap_draft_steps)
 
 
 def _ask() -> str:

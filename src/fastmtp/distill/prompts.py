@@ -126,7 +126,7 @@ class UserTurn:
                 f"{target.source}: has no chat template, so it cannot write its own prompts; give --prompts FILE"
             )
         text = target.tokenizer.apply_chat_template(user(marker), tokenize=False, add_generation_prompt=True)
-        self._before, after = text.split(marker)
+        self._before, _, after = text.partition(marker)
         self._target = target
         ends = target.tokenizer.encode(after, add_special_tokens=False)[:1]
         self.end_ids = target.end_ids | frozenset(ends)

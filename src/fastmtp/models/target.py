@@ -19,7 +19,13 @@ import gguf
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    modeling_gguf_pytorch_utils,
+)
 
 from fastmtp.models import embedded
 from fastmtp.models.kv_cache import KVCache
@@ -176,10 +182,14 @@ def _load(location: str, dtype: torch.dtype, arguments: dict[str, Any], name: st
 
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """transformers reads a GGUF file's header three times and its name map once a module; here once each."""
+    """transformers reads a GGUF header three times, makes its name map for every module, and shows a bar.
+
+    Here the header is read once, the map made once, and the bar left out; the rest is its own.
+    """
     with (
         patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
         patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors),
     ):
         yield
 

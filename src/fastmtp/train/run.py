@@ -26,6 +26,8 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
     """
     if out.exists() and not (out / "vocabulary.json").is_file():
         raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
+    # Now, not at the end: the code may have changed by then.
+    record = provenance(config)
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256)
     vocabulary = _vocabulary(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
     trainer = Trainer(target, exchanges, vocabulary.union() or None, config, out.with_name(out.name + ".training"))
@@ -50,7 +52,7 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
         target,
         draft_steps=config.draft_steps,
         vocabulary=vocabulary,
-        provenance=provenance(config, **facts),
+        provenance=record | facts,
     )
     return {"steps": trainer.steps, "tau": held_out.tau, "acceptance": held_out.cumulative}
 

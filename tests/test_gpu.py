@@ -1,0 +1,51 @@
+"""The same invariants on a CUDA device, in float32, where rounding leaves the choices of a tiny model alone."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
+from fastmtp.decode.generation import Generation
+from fastmtp.decode.plain import plain
+from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.distill.answers import distill
+from fastmtp.models.head import MTPHead
+from fastmtp.models.target import Target
+from fastmtp.train.trainer import Trainer
+from tests.conftest import FAMILIES, random_ids, tiny_target
+from tests.train.test_trainer import CONFIG, exchanges, losses
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(family: str) -> Target:
+    source = tiny_target(family)
+    return Target(deepcopy(source.model).cuda(), source.tokenizer, source.source)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_speculative_is_plain_is_the_cpus(family: str) -> None:
+    target, prompt = on_gpu(family), random_ids(30)
+    backend = TorchBackend(target, MTPHead(target), list(range(100)))
+    answers = [
+        Generation(backend, target, prompt, draft_steps=steps, sampling=SamplingConfig(), max_new_tokens=40)
+        for steps in (0, 3)
+    ]
+    tokens = [answer.run().tokens for answer in answers]
+    cpu = plain(TorchBackend(tiny_target(family)), prompt, SamplingConfig(), torch.Generator())
+    assert tokens[0] == tokens[1] == list(islice(cpu, len(tokens[0])))
+
+
+def test_distilling_and_training_run(tmp_path: Path) -> None:
+    target = on_gpu("llama")
+    config = DistillConfig(count=4, max_new_tokens=16, max_prompt_tokens=300, slots=3)
+    assert distill(target, config, tmp_path / "data", None).exchanges == 4
+    history = losses(
+        Trainer(target, exchanges(tiny_target("llama")), [257, *range(200)], TrainConfig(**vars(CONFIG)), tmp_path)
+    )
+    assert history[-1][0] < history[0][0]
