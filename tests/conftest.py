@@ -24,6 +24,9 @@ from transformers import (
 
 from fastmtp.models.target import Target
 
+# Matrices this small are faster on one core, and tests beside other work stay quick.
+torch.set_num_threads(1)
+
 VOCABULARY = 300
 COMMON = {
     "vocab_size": VOCABULARY,

@@ -320,12 +320,13 @@ def _load_target(name: str, dtype: str | None, device: str | None, *, for_throug
     from transformers.utils import logging
 
     from fastmtp.models.target import load_target, throughput_dtype
+    from fastmtp.progress import console
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if dtype is not None:
-        return load_target(name, dtype=getattr(torch, dtype), device=device)
-    return load_target(name, dtype=throughput_dtype(device) if for_throughput else None, device=device)
+    chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
+    with console.status(f"loading {name}"):
+        return load_target(name, dtype=chosen, device=device)
 
 
 def _backend(target: Target, name: str, head: Path | None, draft_steps: int | None) -> tuple[TorchBackend, int]:

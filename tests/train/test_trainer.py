@@ -18,7 +18,7 @@ from fastmtp.distill.dataset import Exchange
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import agreement, text_states
-from fastmtp.train.batches import batch_order, padded
+from fastmtp.train.batches import batch_order, make_batch
 from fastmtp.train.recursion import recursion
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, tiny_target
@@ -166,5 +166,8 @@ def test_batches_cover_the_data_once_an_epoch() -> None:
     assert order == batch_order(lengths, 100, 2.5, seed=1) != batch_order(lengths, 100, 2.5, seed=2)
 
 
-def test_padding() -> None:
-    assert padded([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
+def test_batch_is_filled_on_the_right() -> None:
+    batch = make_batch([[1, 2], [3]], [[False, True], [True]], torch.device("cpu"))
+    assert batch.ids_BT.tolist() == [[1, 2], [3, 0]]
+    assert batch.inside_BT.tolist() == [[True, True], [True, False]]
+    assert batch.answer_BT.tolist() == [[False, True], [True, False]]

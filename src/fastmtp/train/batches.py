@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,10 +34,25 @@ def batch_order(lengths: Sequence[int], batch_tokens: int, epochs: float, seed: 
     return batches
 
 
-def padded(texts: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Texts as one tensor [B, T], filled up on the right."""
-    longest = max(map(len, texts))
-    return torch.tensor([[*text, *[fill] * (longest - len(text))] for text in texts])
+@dataclass(frozen=True)
+class Batch:
+    """Texts [B, T], filled up on the right: `inside` is true on their tokens, `answer` on the target's own."""
+
+    ids_BT: Tensor
+    inside_BT: Tensor
+    answer_BT: Tensor
+
+
+def make_batch(
+    texts: Sequence[Sequence[int]], answer_masks: Sequence[Sequence[bool]], device: torch.device
+) -> Batch:
+    lengths = torch.tensor([len(text) for text in texts])
+    inside_BT = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids_BT = torch.zeros(inside_BT.shape, dtype=torch.long)
+    answer_BT = torch.zeros(inside_BT.shape, dtype=torch.bool)
+    ids_BT[inside_BT] = torch.tensor([token for text in texts for token in text])
+    answer_BT[inside_BT] = torch.tensor([flag for mask in answer_masks for flag in mask])
+    return Batch(ids_BT.to(device), inside_BT.to(device), answer_BT.to(device))
 
 
 def _fill(window: list[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
