@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastmtp import sampling as module
 from fastmtp.config import SamplingConfig
-from fastmtp.sampling import accept, candidates, draw, probabilities
+from fastmtp.sampling import accept, candidates, draw, invert, probabilities
 
 VOCABULARY = 5
 SETTINGS = [
@@ -132,3 +132,10 @@ def test_candidates_agree_with_probabilities() -> None:
     for config in SETTINGS:
         values, ids = candidates(row, config)
         torch.testing.assert_close(torch.zeros(3, 11).scatter(-1, ids, values), probabilities(row, config))
+
+
+def test_inversion_hits_every_token_by_its_weight_and_no_other() -> None:
+    """At and around each border of the cumulative distribution; weights need not sum to 1."""
+    weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 1.0, 0.0])
+    for uniform, token in [(0.0, 1), (0.4999, 1), (0.5, 3), (0.7499, 3), (0.75, 4), (1 - 2**-53, 4)]:
+        assert int(invert(weights[None], torch.tensor([uniform], dtype=torch.float64))) == token

@@ -28,7 +28,7 @@ from fastmtp.models.target import Target, tokenizer_sha256
 from tests.conftest import random_ids, tiny_target
 
 CONFIG = DistillConfig(
-    count=12, max_new_tokens=24, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0
+    count=12, max_new_tokens=8, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0
 )
 
 

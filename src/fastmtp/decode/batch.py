@@ -18,7 +18,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.models.kv_cache import KVCache, SlotCache
 from fastmtp.models.layers import windows
 from fastmtp.models.target import Target
-from fastmtp.sampling import candidates
+from fastmtp.sampling import candidates, invert
 
 PREFILL_TOKENS = 8192
 LOOP_TOKENS = 64
@@ -129,16 +129,15 @@ def _prefill(target: Target, fresh: dict[int, _Row], cache: SlotCache) -> Tensor
 
 
 def _draw(rows: list[_Row], logits_RV: Tensor) -> list[int]:
-    """One token for each row, by inverse transform with a uniform number from the row's own generator."""
+    """One token for each row, from the row's own generator."""
     tokens = [0] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: repr(rows[index].request.sampling))
     for _, group in groupby(order, key=lambda index: rows[index].request.sampling):
         indices = list(group)
         requests = [rows[index].request for index in indices]
         probabilities, ids = candidates(logits_RV[indices], requests[0].sampling)
-        uniform = torch.cat([torch.rand(1, generator=request.generator) for request in requests])
-        below = probabilities.cumsum(-1) < uniform[:, None].to(probabilities.device)
-        chosen = below.sum(-1, keepdim=True).clamp(max=ids.shape[-1] - 1)
-        for index, token in zip(indices, ids.gather(-1, chosen)[:, 0].tolist(), strict=True):
+        draws = [torch.rand(1, generator=request.generator, dtype=torch.float64) for request in requests]
+        chosen = invert(probabilities, torch.cat(draws).to(probabilities.device))
+        for index, token in zip(indices, ids.gather(-1, chosen[:, None])[:, 0].tolist(), strict=True):
             tokens[index] = token
     return tokens
