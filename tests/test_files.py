@@ -43,3 +43,13 @@ def test_bad_json_is_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"a\.json"):
             read_json(path)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as temporary:
+        left_behind = temporary
+        temporary.touch()
+    left_behind.mkdir()
+    (left_behind / "half").touch()
+    write_json(tmp_path / "a", {})
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
-
-if TYPE_CHECKING:
-    from fastmtp.decode.torch_backend import TorchBackend
-    from fastmtp.models.target import Target
-
-Command = Callable[..., None]
-DTYPES = ("float32", "bfloat16", "float16")
-_TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
+from fastmtp.session import decoding_options, described, finish, open_backend, open_target, target_options
 
 
 def main() -> None:
@@ -41,25 +32,6 @@ def main() -> None:
 @click.version_option(package_name="fastmtp")
 def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
-
-
-def target_options(command: Command) -> Command:
-    command = click.option("--target", default="smollm2", show_default=True, help=_TARGET_HELP)(command)
-    command = click.option(
-        "--dtype", type=click.Choice(DTYPES), help="arithmetic  [default: what suits the device and the work]"
-    )(command)
-    return click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")(command)
-
-
-def decoding_options(command: Command) -> Command:
-    command = click.option(
-        "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
-    )(command)
-    return click.option(
-        "--draft-steps",
-        type=click.IntRange(0),
-        help="K; 0 decodes plainly  [default: what the engine verifies cheaply, at most the head's own]",
-    )(command)
 
 
 @commands.command()
@@ -87,9 +59,9 @@ def distill(
     chosen = load_config(DistillConfig, config, settings)
     from fastmtp.distill.answers import distill as run
 
-    summary = run(_load_target(target, dtype, device, for_throughput=True), chosen, out, prompts)
+    summary = run(open_target(target, dtype, device, for_throughput=True), chosen, out, prompts)
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
-    _finish(
+    finish(
         as_json,
         {**vars(summary), "answer_tokens_per_second": rate, "out": str(out)},
         f"{summary.exchanges} exchanges, {summary.answer_tokens} answer tokens, {rate:.0f} tokens/s, "
@@ -124,8 +96,8 @@ def train(
     chosen = load_config(TrainConfig, config, settings)
     from fastmtp.train.run import train_head
 
-    summary = train_head(_load_target(target, dtype, device, for_throughput=True), data, chosen, out)
-    _finish(
+    summary = train_head(open_target(target, dtype, device, for_throughput=True), data, chosen, out)
+    finish(
         as_json,
         {**summary, "out": str(out)},
         f"held-out tau {summary['tau']:.3f} at K = {chosen.draft_steps}, {summary['steps']} steps, head in {out}",
@@ -159,8 +131,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     from fastmtp.decode.generation import Generation
 
-    loaded = _load_target(target, dtype, device)
-    backend, steps = _backend(loaded, target, head, draft_steps)
+    loaded = open_target(target, dtype, device)
+    backend, steps = open_backend(loaded, target, head, draft_steps)
     ids = loaded.encode(text) if raw else loaded.encode_chat([{"role": "user", "content": text}])
     generation = Generation(
         backend,
@@ -186,7 +158,7 @@ def generate(
     }
     if not as_json:
         click.echo()
-    _finish(as_json, facts, _described(result, steps), to_stderr=True)
+    finish(as_json, facts, described(result, steps), to_stderr=True)
 
 
 @commands.command()
@@ -207,8 +179,8 @@ def chat(
     sampling = load_config(SamplingConfig, None, settings)
     from fastmtp.decode.generation import Generation
 
-    loaded = _load_target(target, dtype, device)
-    backend, steps = _backend(loaded, target, head, draft_steps)
+    loaded = open_target(target, dtype, device)
+    backend, steps = open_backend(loaded, target, head, draft_steps)
     messages: list[dict[str, str]] = []
     while text := _ask():
         messages.append({"role": "user", "content": text})
@@ -223,7 +195,7 @@ def chat(
         for piece in generation:
             click.echo(piece, nl=False)
         click.echo("\n")
-        click.echo(click.style(_described(generation.result, steps), dim=True), err=True)
+        click.echo(click.style(described(generation.result, steps), dim=True), err=True)
         messages.append({"role": "assistant", "content": generation.result.text})
 
 
@@ -282,8 +254,8 @@ def _run_bench(
     from fastmtp.evaluate.report import bench_json, comparison_table
     from fastmtp.progress import console
 
-    loaded = _load_target(target, dtype, device)
-    backend, steps = _backend(loaded, target, head, draft_steps)
+    loaded = open_target(target, dtype, device)
+    backend, steps = open_backend(loaded, target, head, draft_steps)
     if not steps:
         raise ValueError(f"{target}: there is no head to compare with plain decoding; give --head DIR")
     show = _Stream() if stream and not as_json else None
@@ -294,7 +266,7 @@ def _run_bench(
     if not as_json:
         click.echo()
         console.print(comparison_table(pairs, steps))
-    _finish(
+    finish(
         as_json,
         bench_json(pairs, engine=backend.name, draft_steps=steps),
         f"{total.speedup:.2f}x at tau {total.acceptance.tau:.2f}, {backend.name}; "
@@ -315,58 +287,8 @@ class _Stream:
         click.echo(piece, nl=False)
 
 
-def _load_target(name: str, dtype: str | None, device: str | None, *, for_throughput: bool = False) -> Target:
-    import torch
-    from transformers.utils import logging
-
-    from fastmtp.models.target import load_target, throughput_dtype
-    from fastmtp.progress import console
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
-    with console.status(f"loading {name}"):
-        return load_target(name, dtype=chosen, device=device)
-
-
-def _backend(target: Target, name: str, head: Path | None, draft_steps: int | None) -> tuple[TorchBackend, int]:
-    """An engine with the head that was asked for or ships with the target, and the number of draft steps."""
-    from fastmtp.decode.torch_backend import TorchBackend
-    from fastmtp.models.head_format import load_head
-    from fastmtp.models.shipped import shipped_head
-
-    directory = head or shipped_head(name)
-    if directory is None or draft_steps == 0:
-        if draft_steps:
-            raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
-        if draft_steps is None:
-            click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
-        return TorchBackend(target), 0
-    loaded, vocabulary, trained_steps = load_head(directory, target)
-    backend = TorchBackend(target, loaded, vocabulary.union() or None)
-    return backend, draft_steps or min(trained_steps, backend.cheap_draft_steps)
-
-
 def _ask() -> str:
     try:
         return input("> ").strip()
     except EOFError:
         return ""
-
-
-def _described(result: Any, draft_steps: int) -> str:
-    reasons = {
-        "end": "",
-        "stop_string": "",
-        "length": ", cut at max-new-tokens",
-        "context": ", context is full",
-    }
-    tau = f", tau {result.acceptance.tau:.2f}" if draft_steps else ", plain"
-    return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s{tau}{reasons[result.stopped]}"
-
-
-def _finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: bool = False) -> None:
-    if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
-    else:
-        click.echo(summary, err=to_stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,16 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well it becomes `path`, else it is removed.
 
-    The block may make a file or a directory there. An existing `path` is replaced.
+    The block may make a file or a directory there. An existing `path` is replaced. What a killed process left
+    at the temporary path is removed by the next one to write `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            previous = path.with_name(f".{path.name}.{os.getpid()}.old")
+            previous = path.with_name(f".{path.name}.old")
             path.rename(previous)
             temporary.rename(path)
             _remove(previous)
@@ -34,9 +34,9 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

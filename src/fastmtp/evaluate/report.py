@@ -31,7 +31,7 @@ def bench_json(pairs: Sequence[Pair], *, engine: str, draft_steps: int) -> dict[
 
 def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
     """One row a kind, narrow enough for a terminal of 80 columns at K = 3."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     steps = [f"step\n{k}" for k in range(1, draft_steps + 1)]
     names = ("tokens", "plain\ntok/s", "fastmtp\ntok/s", "speedup", "tau", *steps, "identical")

@@ -25,7 +25,7 @@ class VocabularyLists:
 
     def save(self, path: Path, tokenizer_sha256: str) -> None:
         facts = {"format_version": FORMAT_VERSION, "tokenizer_sha256": tokenizer_sha256, "lists": self.lists}
-        write_json(path, facts)
+        write_json(path, facts, indent=None)
 
     @classmethod
     def load(cls, path: Path, identity: Any) -> VocabularyLists:
