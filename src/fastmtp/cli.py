@@ -17,7 +17,7 @@ def main() -> None:
     """Entry point: every expected error is one line, without a traceback."""
     try:
         commands.main(standalone_mode=False)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         click.echo(f"fastmtp: {error}", err=True)
         sys.exit(2)
     except click.ClickException as error:

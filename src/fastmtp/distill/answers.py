@@ -90,7 +90,7 @@ def _exchanges(
     refill()
     yield from answered
     answered.clear()
-    for completion in decode_batch(target, queue, config.slots):
+    for completion in decode_batch(target, queue, slots=len(queue)):
         task = completion.request.key
         if isinstance(task, Prompt):
             yield _exchange(target, task, completion.tokens, completion.finished)
