@@ -10,7 +10,16 @@ import click
 
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
-from fastmtp.session import decoding_options, described, finish, open_backend, open_target, target_options
+from fastmtp.session import (
+    config_option,
+    decoding_options,
+    described,
+    finish,
+    json_option,
+    open_backend,
+    open_target,
+    target_options,
+)
 
 
 def main() -> None:
@@ -42,8 +51,8 @@ def commands() -> None:
     type=click.Path(path_type=Path),
     help="JSONL or text file  [default: the model writes its own prompts]",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the settings below")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@config_option
+@json_option
 @settings_options(DistillConfig)
 def distill(
     target: str,
@@ -79,8 +88,8 @@ def distill(
     help="data directory; may be repeated",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the settings below")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@config_option
+@json_option
 @settings_options(TrainConfig)
 def train(
     target: str,
@@ -112,7 +121,7 @@ def train(
 @click.option("--max-new-tokens", type=int, default=512, show_default=True)
 @click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
 @click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@json_option
 def generate(
     prompt: str,
     target: str,
@@ -201,7 +210,7 @@ def chat(
 
 @commands.command()
 @click.option("--max-new-tokens", type=int, default=96, show_default=True, help="for each answer")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@json_option
 def demo(max_new_tokens: int, as_json: bool) -> None:
     """The embedded model and its head: the same prompts plain and speculative, compared."""
     from fastmtp.evaluate.prompts import builtin_conversations
@@ -219,7 +228,7 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
 )
 @click.option("--limit", type=click.IntRange(1), help="prompts of each file  [default: all]")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="for each answer")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+@json_option
 def bench(
     target: str,
     dtype: str | None,

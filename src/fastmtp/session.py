@@ -18,6 +18,9 @@ Command = Callable[..., None]
 DTYPES = ("float32", "bfloat16", "float16")
 _TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
 
+json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+config_option = click.option("--config", type=click.Path(path_type=Path), help="TOML file with the settings below")
+
 
 def target_options(command: Command) -> Command:
     command = click.option("--target", default="smollm2", show_default=True, help=_TARGET_HELP)(command)
