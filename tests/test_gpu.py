@@ -13,6 +13,7 @@ from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.distill.answers import distill
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
@@ -44,7 +45,7 @@ def test_speculative_is_plain_is_the_cpus(family: str) -> None:
 def test_distilling_and_training_run(tmp_path: Path) -> None:
     target = on_gpu("llama")
     config = DistillConfig(count=4, max_new_tokens=16, max_prompt_tokens=300, slots=3)
-    assert distill(target, config, tmp_path / "data", None).exchanges == 4
+    assert distill(TorchBatch(target), config, tmp_path / "data", None).exchanges == 4
     history = losses(
         Trainer(target, exchanges(tiny_target("llama")), [257, *range(200)], TrainConfig(**vars(CONFIG)), tmp_path)
     )

@@ -11,14 +11,18 @@ import click
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
+    EngineOptions,
     config_option,
     decoding_options,
     described,
+    engine_options,
     finish,
     json_option,
     open_backend,
+    open_batch,
     open_target,
-    target_options,
+    open_torch_target,
+    training_options,
 )
 
 
@@ -44,7 +48,7 @@ def commands() -> None:
 
 
 @commands.command()
-@target_options
+@engine_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="data directory to fill")
 @click.option(
     "--prompts",
@@ -56,8 +60,7 @@ def commands() -> None:
 @settings_options(DistillConfig)
 def distill(
     target: str,
-    dtype: str | None,
-    device: str | None,
+    options: EngineOptions,
     out: Path,
     prompts: Path | None,
     config: Path | None,
@@ -68,7 +71,7 @@ def distill(
     chosen = load_config(DistillConfig, config, settings)
     from fastmtp.distill.answers import distill as run
 
-    summary = run(open_target(target, dtype, device, for_throughput=True), chosen, out, prompts)
+    summary = run(open_batch(target, options), chosen, out, prompts)
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
     finish(
         as_json,
@@ -79,7 +82,7 @@ def distill(
 
 
 @commands.command()
-@target_options
+@training_options
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -105,7 +108,7 @@ def train(
     chosen = load_config(TrainConfig, config, settings)
     from fastmtp.train.run import train_head
 
-    summary = train_head(open_target(target, dtype, device, for_throughput=True), data, chosen, out)
+    summary = train_head(open_torch_target(target, dtype, device, for_throughput=True), data, chosen, out)
     finish(
         as_json,
         {**summary, "out": str(out)},
@@ -115,7 +118,7 @@ def train(
 
 @commands.command()
 @click.argument("prompt")
-@target_options
+@engine_options
 @decoding_options
 @settings_options(SamplingConfig)
 @click.option("--max-new-tokens", type=int, default=512, show_default=True)
@@ -125,8 +128,7 @@ def train(
 def generate(
     prompt: str,
     target: str,
-    dtype: str | None,
-    device: str | None,
+    options: EngineOptions,
     head: Path | None,
     draft_steps: int | None,
     max_new_tokens: int,
@@ -140,7 +142,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     from fastmtp.decode.generation import Generation
 
-    loaded = open_target(target, dtype, device)
+    loaded = open_target(target, options)
     backend, steps = open_backend(loaded, target, head, draft_steps)
     ids = loaded.encode(text) if raw else loaded.encode_chat([{"role": "user", "content": text}])
     generation = Generation(
@@ -171,14 +173,13 @@ def generate(
 
 
 @commands.command()
-@target_options
+@engine_options
 @decoding_options
 @settings_options(SamplingConfig)
 @click.option("--max-new-tokens", type=int, default=512, show_default=True, help="for each answer")
 def chat(
     target: str,
-    dtype: str | None,
-    device: str | None,
+    options: EngineOptions,
     head: Path | None,
     draft_steps: int | None,
     max_new_tokens: int,
@@ -188,7 +189,7 @@ def chat(
     sampling = load_config(SamplingConfig, None, settings)
     from fastmtp.decode.generation import Generation
 
-    loaded = open_target(target, dtype, device)
+    loaded = open_target(target, options)
     backend, steps = open_backend(loaded, target, head, draft_steps)
     messages: list[dict[str, str]] = []
     while text := _ask():
@@ -215,11 +216,13 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
     """The embedded model and its head: the same prompts plain and speculative, compared."""
     from fastmtp.evaluate.prompts import builtin_conversations
 
-    _run_bench("smollm2", None, None, None, None, builtin_conversations(), max_new_tokens, as_json, stream=True)
+    _run_bench(
+        "smollm2", EngineOptions(), None, None, builtin_conversations(), max_new_tokens, as_json, stream=True
+    )
 
 
 @commands.command()
-@target_options
+@engine_options
 @decoding_options
 @click.option(
     "--prompts",
@@ -231,8 +234,7 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
 @json_option
 def bench(
     target: str,
-    dtype: str | None,
-    device: str | None,
+    options: EngineOptions,
     head: Path | None,
     draft_steps: int | None,
     prompts: Path | None,
@@ -244,13 +246,12 @@ def bench(
     from fastmtp.evaluate.prompts import builtin_conversations, read_conversations
 
     conversations = read_conversations(prompts, limit) if prompts else builtin_conversations()
-    _run_bench(target, dtype, device, head, draft_steps, conversations, max_new_tokens, as_json, stream=False)
+    _run_bench(target, options, head, draft_steps, conversations, max_new_tokens, as_json, stream=False)
 
 
 def _run_bench(
     target: str,
-    dtype: str | None,
-    device: str | None,
+    options: EngineOptions,
     head: Path | None,
     draft_steps: int | None,
     conversations: list[Any],
@@ -263,7 +264,7 @@ def _run_bench(
     from fastmtp.evaluate.report import bench_json, comparison_table
     from fastmtp.progress import console
 
-    loaded = open_target(target, dtype, device)
+    loaded = open_target(target, options)
     backend, steps = open_backend(loaded, target, head, draft_steps)
     if not steps:
         raise ValueError(f"{target}: there is no head to compare with plain decoding; give --head DIR")

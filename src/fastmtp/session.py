@@ -2,32 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 if TYPE_CHECKING:
+    from fastmtp.decode.backend import Backend, Batch
     from fastmtp.decode.generation import Result
-    from fastmtp.decode.torch_backend import TorchBackend
+    from fastmtp.models.info import TargetInfo
     from fastmtp.models.target import Target
 
 Command = Callable[..., None]
-DTYPES = ("float32", "bfloat16", "float16")
+EngineName = Literal["native", "torch"]
+TORCH_DTYPES = ("float32", "bfloat16", "float16")
+NATIVE_DTYPES = ("int8", "bfloat16")
 _TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
 config_option = click.option("--config", type=click.Path(path_type=Path), help="TOML file with the settings below")
+target_option = click.option("--target", default="smollm2", show_default=True, help=_TARGET_HELP)
+device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 
 
-def target_options(command: Command) -> Command:
-    command = click.option("--target", default="smollm2", show_default=True, help=_TARGET_HELP)(command)
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a user wants a target run; None leaves it to the machine."""
+
+    engine: EngineName | None = None
+    dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
+
+
+def training_options(command: Command) -> Command:
+    """Options of the command that needs gradients, so PyTorch."""
     command = click.option(
-        "--dtype", type=click.Choice(DTYPES), help="arithmetic  [default: what suits the device and the work]"
+        "--dtype", type=click.Choice(TORCH_DTYPES), help="arithmetic  [default: what suits the device]"
     )(command)
-    return click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")(command)
+    return target_option(device_option(command))
+
+
+def engine_options(command: Command) -> Command:
+    """Options of the commands that run on any engine; they arrive as `options`, an EngineOptions."""
+
+    @functools.wraps(command)
+    def collected(
+        engine: EngineName | None, dtype: str | None, device: str | None, threads: int | None, **rest: Any
+    ) -> None:
+        command(options=EngineOptions(engine, dtype, device, threads), **rest)
+
+    decorated: Command = click.option(
+        "--threads", type=click.IntRange(1), help="of the native engine  [default: one for each physical core]"
+    )(collected)
+    decorated = device_option(decorated)
+    decorated = click.option(
+        "--dtype",
+        type=click.Choice(dict.fromkeys([*NATIVE_DTYPES, *TORCH_DTYPES])),
+        help="arithmetic; native: int8 or bfloat16  [default: int8 in native, what suits the device in torch]",
+    )(decorated)
+    decorated = click.option(
+        "--engine", type=click.Choice(("native", "torch")), help="[default: native on a CPU, torch on a GPU]"
+    )(decorated)
+    return target_option(decorated)
 
 
 def decoding_options(command: Command) -> Command:
@@ -41,25 +83,71 @@ def decoding_options(command: Command) -> Command:
     )(command)
 
 
-def open_target(name: str, dtype: str | None, device: str | None, *, for_throughput: bool = False) -> Target:
-    """Load a target with the user's or the fitting arithmetic, without transformers' own messages."""
+def choose_engine(options: EngineOptions) -> EngineName:
+    """The engine that fits what was asked for, or the fastest one for this machine.
+
+    Raises:
+        ValueError: the options contradict each other, or the native engine is asked for and was not built.
+    """
+    on_gpu = options.device not in (None, "cpu")
+    if options.engine == "torch" or (
+        options.engine is None and (on_gpu or options.dtype in ("float32", "float16"))
+    ):
+        if options.dtype == "int8":
+            raise ValueError("--dtype int8 is the native engine's, which runs on a CPU only")
+        return "torch"
+    if options.engine == "native":
+        if on_gpu:
+            raise ValueError(f"--engine native runs on a CPU, not on --device {options.device}")
+        if options.dtype not in (None, *NATIVE_DTYPES):
+            raise ValueError(f"--engine native computes in {' or '.join(NATIVE_DTYPES)}, not in {options.dtype}")
+    built = importlib.util.find_spec("fastmtp._native") is not None
+    asked = options.engine == "native" or options.dtype == "int8"
+    if built and (asked or options.device == "cpu" or not _has_gpu()):
+        return "native"
+    if asked:
+        raise ValueError("the native engine was not built; install fastmtp again where a C++ compiler is")
+    if not built and not _has_gpu():
+        click.echo("fastmtp: the native engine was not built (no C++ compiler?); decoding with PyTorch", err=True)
+    return "torch"
+
+
+def open_target(name: str, options: EngineOptions) -> TargetInfo:
+    """Load a target into the engine that `choose_engine` chooses."""
+    if choose_engine(options) == "torch":
+        return open_torch_target(name, options.dtype, options.device)
+    from fastmtp.models.native import load_native_target
+
+    with _quietly(name):
+        weight_type: Any = options.dtype or "int8"
+        return load_native_target(name, weight_type=weight_type, threads=options.threads)
+
+
+def open_torch_target(name: str, dtype: str | None, device: str | None, *, for_throughput: bool = False) -> Target:
+    """Load a target into PyTorch with the user's or the fitting arithmetic."""
     import torch
-    from transformers.utils import logging
 
     from fastmtp.models.target import load_target, throughput_dtype
-    from fastmtp.progress import console
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
-    with console.status(f"loading {name}"):
+    with _quietly(name):
         return load_target(name, dtype=chosen, device=device)
 
 
-def open_backend(target: Target, name: str, head: Path | None, draft_steps: int | None) -> tuple[TorchBackend, int]:
+def open_batch(name: str, options: EngineOptions) -> Batch:
+    """An engine that decodes many sequences together."""
+    if choose_engine(options) == "torch":
+        from fastmtp.decode.torch_batch import TorchBatch
+
+        return TorchBatch(open_torch_target(name, options.dtype, options.device, for_throughput=True))
+    from fastmtp.decode.native_batch import NativeBatch
+
+    target: Any = open_target(name, options)
+    return NativeBatch(target)
+
+
+def open_backend(target: TargetInfo, name: str, head: Path | None, draft_steps: int | None) -> tuple[Backend, int]:
     """An engine with the head that was asked for or ships with the target, and the number of draft steps."""
-    from fastmtp.decode.torch_backend import TorchBackend
-    from fastmtp.models.head_format import load_head
     from fastmtp.models.shipped import shipped_head
 
     directory = head or shipped_head(name)
@@ -68,10 +156,31 @@ def open_backend(target: Target, name: str, head: Path | None, draft_steps: int 
             raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
         if draft_steps is None:
             click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
-        return TorchBackend(target), 0
-    loaded, vocabulary, trained_steps = load_head(directory, target)
-    backend = TorchBackend(target, loaded, vocabulary.union() or None)
+        return backend_of(target, None)[0], 0
+    backend, trained_steps = backend_of(target, directory)
     return backend, draft_steps or min(trained_steps, backend.cheap_draft_steps)
+
+
+def backend_of(target: TargetInfo, head: Path | None) -> tuple[Backend, int]:
+    """The backend of a loaded target, with a head if there is one, and the steps that the head was trained for."""
+    from fastmtp.models.head_format import load_head, load_native_head
+    from fastmtp.models.target import Target
+
+    if isinstance(target, Target):
+        from fastmtp.decode.torch_backend import TorchBackend
+
+        if head is None:
+            return TorchBackend(target), 0
+        loaded, vocabulary, steps = load_head(head, target)
+        return TorchBackend(target, loaded, vocabulary.union() or None), steps
+    from fastmtp.decode.native_backend import NativeBackend
+    from fastmtp.models.native import NativeTarget
+
+    assert isinstance(target, NativeTarget)
+    if head is None:
+        return NativeBackend(target), 0
+    native, vocabulary, steps = load_native_head(head, target)
+    return NativeBackend(target, native, vocabulary.union() or None), steps
 
 
 def described(result: Result, draft_steps: int) -> str:
@@ -91,3 +200,20 @@ def finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: boo
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
         click.echo(summary, err=to_stderr)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _quietly(name: str) -> Any:
+    """Around loading: a line that says so, and none of transformers' own messages."""
+    from transformers.utils import logging
+
+    from fastmtp.progress import console
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return console.status(f"loading {name}")

@@ -21,10 +21,12 @@ from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch, is_looping
 from fastmtp.decode.plain import plain
 from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
 from fastmtp.distill.prompts import OPENINGS, opening, read_prompts
-from fastmtp.models.target import Target, tokenizer_sha256
+from fastmtp.models.info import tokenizer_sha256
+from fastmtp.models.target import Target
 from tests.conftest import random_ids, tiny_target
 
 CONFIG = DistillConfig(
@@ -61,7 +63,7 @@ def test_batched_decoding_is_plain_decoding(target: Target) -> None:
         )
         for index, prompt in enumerate(prompts)
     )
-    got = {done.request.key: done.tokens for done in decode_batch(target, queue, slots=3)}
+    got = {done.request.key: done.tokens for done in decode_batch(TorchBatch(target), queue, slots=3)}
     for index, prompt in enumerate(prompts):
         stream = plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator())
         assert got[index] == list(islice(stream, 6 + 5 * index))
@@ -82,7 +84,7 @@ def test_batched_sampling_follows_the_law(llama: Target) -> None:
         for index in range(count)
     )
     counts = torch.zeros(llama.vocabulary_size)
-    for done in decode_batch(llama, queue, slots=64):
+    for done in decode_batch(TorchBatch(llama), queue, slots=64):
         counts[done.tokens[0]] += 1
     values, ids = llama.model(torch.tensor([prompt])).logits[0, -1].detach().topk(5)
     expected = count * values.softmax(-1)
@@ -101,7 +103,7 @@ def test_loops_end_early() -> None:
 def test_own_prompts(tmp_path: Path) -> None:
     """The model writes prompts and answers; ids and mask are those of the chat template."""
     target = talkative()
-    summary = distill(target, CONFIG, tmp_path / "data", None)
+    summary = distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
     found = rows(tmp_path / "data")
     assert summary.exchanges == len(found) == 12
     assert {row.kind for row in found.values()} <= set(OPENINGS)
@@ -120,11 +122,11 @@ def test_own_prompts(tmp_path: Path) -> None:
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Every exchange draws from its own seed, so it does not matter when it was made, or beside which others."""
     target = talkative()
-    distill(target, CONFIG, tmp_path / "whole", None)
+    distill(TorchBatch(target), CONFIG, tmp_path / "whole", None)
     few = DistillConfig(**{**vars(CONFIG), "count": 5, "slots": 2})
-    distill(target, few, tmp_path / "parts", None)
+    distill(TorchBatch(target), few, tmp_path / "parts", None)
     assert len(finished_indices(tmp_path / "parts")) == 5
-    summary = distill(target, CONFIG, tmp_path / "parts", None)
+    summary = distill(TorchBatch(target), CONFIG, tmp_path / "parts", None)
     assert summary.exchanges == 7
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
@@ -137,7 +139,7 @@ def test_prompts_from_files(tmp_path: Path, llama: Target) -> None:
     lines = [{"prompt": "a"}, {"user": "b", "answer_ids": [1, 2, 257], "kind": "x"}, {"messages": talk}]
     path = tmp_path / "mixed.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    distill(llama, CONFIG, tmp_path / "data", path)
+    distill(TorchBatch(llama), CONFIG, tmp_path / "data", path)
     found = rows(tmp_path / "data")
     assert found[1].ids[-3:] == [1, 2, 257]
     assert found[1].kind == "x"
@@ -168,13 +170,13 @@ def test_missing_prompt_file() -> None:
 
 def test_other_settings_do_not_mix(tmp_path: Path) -> None:
     target = talkative()
-    distill(target, CONFIG, tmp_path / "data", None)
+    distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
     with pytest.raises(ValueError, match=r"was made with temperature = 1\.0, not 0\.5"):
-        distill(target, DistillConfig(**{**vars(CONFIG), "temperature": 0.5}), tmp_path / "data", None)
+        distill(TorchBatch(target), DistillConfig(**{**vars(CONFIG), "temperature": 0.5}), tmp_path / "data", None)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     with pytest.raises(ValueError, match="not a data directory"):
-        distill(target, CONFIG, tmp_path / "notes", None)
+        distill(TorchBatch(target), CONFIG, tmp_path / "notes", None)
 
 
 def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
@@ -182,12 +184,12 @@ def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
     target.tokenizer = copy(target.tokenizer)
     target.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="give --prompts FILE"):
-        distill(target, CONFIG, tmp_path / "data", None)
+        distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
 
 
 def test_reading_bad_data(tmp_path: Path) -> None:
     target = talkative()
-    distill(target, CONFIG, tmp_path / "data", None)
+    distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
     with pytest.raises(ValueError, match="of another tokenizer"):
         read_exchanges([tmp_path / "data"], "0")
     path = shards(tmp_path / "data")[0]
@@ -202,7 +204,7 @@ def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) 
     script = (
         "import sys; from pathlib import Path; from tests.distill.test_distill import *\n"
         "config = DistillConfig(**{**vars(CONFIG), 'count': 4000})\n"
-        "distill(talkative(), config, Path(sys.argv[1]), None)\n"
+        "distill(TorchBatch(talkative()), config, Path(sys.argv[1]), None)\n"
     )
     data = tmp_path / "data"
     process = subprocess.Popen([sys.executable, "-c", script, str(data)], stderr=subprocess.DEVNULL)
@@ -214,5 +216,5 @@ def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) 
     done = finished_indices(data)
     assert 6 <= len(done) < 4000
     assert not list(data.glob(".*"))
-    distill(talkative(), DistillConfig(**{**vars(CONFIG), "count": 12}), data, None)
+    distill(TorchBatch(talkative()), DistillConfig(**{**vars(CONFIG), "count": 12}), data, None)
     assert finished_indices(data) >= done | set(range(12))

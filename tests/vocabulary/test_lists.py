@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmtp.models.target import TargetIdentity
+from fastmtp.models.info import TargetIdentity
 from fastmtp.vocabulary.lists import VocabularyLists, rank_tokens
 
 IDENTITY = TargetIdentity("X", 8, 50, "hash")

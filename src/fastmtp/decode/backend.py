@@ -1,11 +1,11 @@
 """The small protocol that an engine implements, and what a draft is.
 
-Shapes: M tokens verified together, D draft vocabulary, V vocabulary.
+Shapes: M tokens verified together, R sequences, D draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,21 +13,35 @@ import torch
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
+from fastmtp.models.info import TargetInfo
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafted tokens, and for each the distribution [V] that it was drawn from."""
+    """Drafted tokens, and for each the distribution [V] that it was drawn from; none at temperature 0."""
 
     tokens: list[int]
     distributions_V: list[Tensor]
 
 
 class Backend(Protocol):
-    """One sequence in one engine. `tokens` are those whose keys and values the target's cache holds."""
+    """One sequence in one engine. `tokens` are those whose keys and values the target's cache holds.
+
+    Logits may live in memory that the engine's next call uses again.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits are, and where draws are made."""
+        ...
+
+    @property
+    def cheap_draft_steps(self) -> int:
+        """Drafts that can be verified at about the cost of one plain step."""
+        ...
 
     @property
     def tokens(self) -> Sequence[int]: ...
@@ -53,4 +67,23 @@ class Backend(Protocol):
 
     def truncate(self, length: int) -> None:
         """Take back verified tokens beyond the first `length`. Only those of the last `verify` may go."""
+        ...
+
+
+class Batch(Protocol):
+    """Many sequences in one engine, one in each slot, decoded plainly. Of logits the same holds as above."""
+
+    @property
+    def target(self) -> TargetInfo: ...
+
+    def reset(self, slots: int) -> None:
+        """Forget all sequences, and make room for so many."""
+        ...
+
+    def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Tensor:
+        """Start sequences in the slots named; logits [R, V] after the last token of each."""
+        ...
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Append a token in each slot named, in one forward; logits [R, V]. Other slots are free from now on."""
         ...

@@ -1,6 +1,6 @@
 """Plain decoding of many sequences together: the throughput engine of self-distillation.
 
-Shapes: R sequences prefilled together, T prompt tokens, B slots, V vocabulary.
+Shapes: R sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
-from fastmtp.models.kv_cache import KVCache, SlotCache
-from fastmtp.models.layers import windows
-from fastmtp.models.target import Target
+from fastmtp.decode.backend import Batch
 from fastmtp.sampling import candidates, invert
 
 PREFILL_TOKENS = 8192
@@ -58,40 +56,31 @@ class _Row:
         return False if cut else None
 
 
-@torch.inference_mode()
-def decode_batch(target: Target, queue: deque[Request], slots: int) -> Iterator[Completion]:
+def decode_batch(engine: Batch, queue: deque[Request], slots: int) -> Iterator[Completion]:
     """Decode every request in the queue, `slots` at a time, in order of completion.
 
     The caller may append to the queue whenever a completion comes out. Every request draws from its own
     generator, so what it gives does not depend on its neighbours but through rounding.
     """
-    cache = SlotCache(slots)
+    engine.reset(slots)
     rows: dict[int, _Row] = {}
-    last = torch.zeros(slots, 1, dtype=torch.long)
     while queue or rows:
         free = [slot for slot in range(slots) if slot not in rows]
         # Prompts are prefilled several at a time: a forward of one short prompt wastes most of its cost.
         if queue and (not rows or len(free) >= min(len(queue), max(1, slots // 16))):
             fresh = _admit(queue, free)
             rows |= fresh
-            logits_RV = _prefill(target, fresh, cache)
+            logits_RV = engine.prefill({slot: row.request.prompt for slot, row in fresh.items()})
             active = list(fresh)
         else:
             active = list(rows)
-            cache.reserve()
-            masks = {kind: cache.mask(size).to(target.device) for kind, size in windows(target.config).items()}
-            positions = cache.lengths[:, None].to(target.device)
-            states = target.states(last.to(target.device), positions, masks, cache)
-            cache.lengths[active] += 1
-            logits_RV = target.logits(states[active, 0])
+            logits_RV = engine.step({slot: row.tokens[-1] for slot, row in rows.items()})
         for slot, token in zip(active, _draw([rows[slot] for slot in active], logits_RV), strict=True):
             row = rows[slot]
             row.tokens.append(token)
-            last[slot] = token
             finished = row.ended()
             if finished is not None:
                 del rows[slot]
-                cache.lengths[slot] = 0
                 yield Completion(row.request, row.tokens, finished)
 
 
@@ -112,20 +101,6 @@ def _admit(queue: deque[Request], free: list[int]) -> dict[int, _Row]:
             break
         fresh[free[len(fresh)]] = _Row(queue.popleft())
     return fresh
-
-
-def _prefill(target: Target, fresh: dict[int, _Row], cache: SlotCache) -> Tensor:
-    """Fill the slots with their prompts; returns the logits [R, V] after each prompt's last token."""
-    prompts = [row.request.prompt for row in fresh.values()]
-    longest = max(map(len, prompts))
-    # Padding on the right is never attended to by the causal prompt before it.
-    ids_RT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=target.device)
-    prefilled = KVCache(longest)
-    states_RTH = target.forward(ids_RT, prefilled)
-    for index, (slot, prompt) in enumerate(zip(fresh, prompts, strict=True)):
-        cache.insert(slot, prefilled, index, len(prompt))
-    ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=target.device)
-    return target.logits(states_RTH[torch.arange(len(prompts), device=target.device), ends])
 
 
 def _draw(rows: list[_Row], logits_RV: Tensor) -> list[int]:

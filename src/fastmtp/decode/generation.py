@@ -15,7 +15,7 @@ from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
-from fastmtp.models.target import Target
+from fastmtp.models.info import TargetInfo
 
 StopReason = Literal["end", "stop_string", "length", "context"]
 
@@ -45,7 +45,7 @@ class Generation:
     def __init__(
         self,
         backend: Backend,
-        target: Target,
+        target: TargetInfo,
         prompt: Sequence[int],
         *,
         draft_steps: int,
@@ -109,7 +109,7 @@ class Generation:
         return self.result
 
     def _rounds(self) -> Iterator[Round]:
-        generator = torch.Generator(self._target.device).manual_seed(self._sampling.seed)
+        generator = torch.Generator(self._backend.device).manual_seed(self._sampling.seed)
         if self._draft_steps:
             return speculative(self._backend, self._prompt, self._draft_steps, self._sampling, generator)
         tokens = plain(self._backend, self._prompt, self._sampling, generator)
@@ -119,7 +119,7 @@ class Generation:
 class _Answer:
     """Tokens so far and their text; holds back what may turn out to belong to a stop string."""
 
-    def __init__(self, target: Target, limit: int, stop: tuple[str, ...]) -> None:
+    def __init__(self, target: TargetInfo, limit: int, stop: tuple[str, ...]) -> None:
         self.tokens: list[int] = []
         self.text = ""
         self.stopped: StopReason | None = None

@@ -8,15 +8,15 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
-from fastmtp.sampling import draw, probabilities
+from fastmtp.sampling import choose
 
 
 def plain(
     backend: Backend, prompt: Sequence[int], sampling: SamplingConfig, generator: torch.Generator
 ) -> Iterator[int]:
     """Tokens that follow the prompt, without end, until the context is full."""
-    token = draw(probabilities(backend.prefill(prompt), sampling), generator)
+    token = choose(backend.prefill(prompt), sampling, generator)
     yield token
     while len(backend.tokens) < backend.context_limit:
-        token = draw(probabilities(backend.verify([token])[0], sampling), generator)
+        token = choose(backend.verify([token])[0], sampling, generator)
         yield token

@@ -9,7 +9,7 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend, Draft
-from fastmtp.sampling import accept, draw, probabilities
+from fastmtp.sampling import accept, accept_greedy, choose, greedy, probabilities
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,16 @@ def speculative(
 
     Greedy output is that of `plain`; at a temperature every token has the distribution that `plain` draws from.
     """
-    token = draw(probabilities(backend.prefill(prompt), sampling), generator)
+    token = choose(backend.prefill(prompt), sampling, generator)
     yield Round([token], 0)
     while (length := len(backend.tokens)) < backend.context_limit:
         steps = min(draft_steps, backend.context_limit - length - 1)
         draft = backend.draft(token, steps, sampling, generator) if steps else Draft([], [])
-        p_KV = probabilities(backend.verify([token, *draft.tokens]), sampling)
-        kept, token = accept(draft.tokens, draft.distributions_V, p_KV, generator)
+        logits_KV = backend.verify([token, *draft.tokens])
+        if sampling.temperature == 0:
+            kept, token = accept_greedy(draft.tokens, greedy(logits_KV))
+        else:
+            p_KV = probabilities(logits_KV, sampling)
+            kept, token = accept(draft.tokens, draft.distributions_V, p_KV, generator)
         backend.truncate(length + 1 + kept)
         yield Round([*draft.tokens[:kept], token], steps)

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from fastmtp.config import DistillConfig
+from fastmtp.decode.backend import Batch
 from fastmtp.decode.batch import Request, decode_batch
 from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
 from fastmtp.distill.prompts import Opening, Prompt, UserTurn, opening, read_prompts, user
 from fastmtp.files import file_sha256
-from fastmtp.models.target import Target, tokenizer_sha256
+from fastmtp.models.info import TargetInfo, tokenizer_sha256
 from fastmtp.progress import bar
 from fastmtp.provenance import provenance
 
@@ -33,7 +34,7 @@ class DistillSummary:
     seconds: float
 
 
-def distill(target: Target, config: DistillConfig, out: Path, prompts: Path | None) -> DistillSummary:
+def distill(engine: Batch, config: DistillConfig, out: Path, prompts: Path | None) -> DistillSummary:
     """Fill the data directory `out`; goes on where an earlier run stopped.
 
     Args:
@@ -41,6 +42,7 @@ def distill(target: Target, config: DistillConfig, out: Path, prompts: Path | No
     Raises:
         FileNotFoundError, ValueError: the prompts, the target or the directory do not fit; the message says how.
     """
+    target = engine.target
     listed = None if prompts is None else read_prompts(prompts)
     turn = UserTurn(target) if listed is None else None
     facts = provenance(
@@ -59,7 +61,7 @@ def distill(target: Target, config: DistillConfig, out: Path, prompts: Path | No
     started = time.monotonic()
     with bar("distill", total, total - len(remaining)) as progress:
         try:
-            for exchange in _exchanges(target, config, work, turn):
+            for exchange in _exchanges(engine, config, work, turn):
                 writer.add(exchange)
                 exchanges += 1
                 truncated += not exchange.finished
@@ -71,9 +73,10 @@ def distill(target: Target, config: DistillConfig, out: Path, prompts: Path | No
 
 
 def _exchanges(
-    target: Target, config: DistillConfig, work: Iterator[Opening | Prompt], turn: UserTurn | None
+    engine: Batch, config: DistillConfig, work: Iterator[Opening | Prompt], turn: UserTurn | None
 ) -> Iterator[Exchange]:
     """Exchanges in order of completion. The queue feeds itself: a prompt that is written asks for its answer."""
+    target = engine.target
     queue: deque[Request] = deque()
     answered: deque[Exchange] = deque()
 
@@ -90,7 +93,7 @@ def _exchanges(
     refill()
     yield from answered
     answered.clear()
-    for completion in decode_batch(target, queue, slots=len(queue)):
+    for completion in decode_batch(engine, queue, slots=len(queue)):
         task = completion.request.key
         if isinstance(task, Prompt):
             yield _exchange(target, task, completion.tokens, completion.finished)
@@ -118,7 +121,7 @@ def _prompt_request(config: DistillConfig, turn: UserTurn, task: Opening) -> Req
     )
 
 
-def _answer_request(target: Target, config: DistillConfig, prompt: Prompt) -> Request:
+def _answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -> Request:
     return Request(
         key=prompt,
         prompt=target.encode_chat(prompt.messages),
@@ -134,7 +137,7 @@ def _generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(hash((seed, stream)) & 0x7FFFFFFFFFFFFFFF)
 
 
-def _exchange(target: Target, prompt: Prompt, answer_ids: list[int], finished: bool) -> Exchange:
+def _exchange(target: TargetInfo, prompt: Prompt, answer_ids: list[int], finished: bool) -> Exchange:
     prompt_ids = target.encode_chat(prompt.messages)
     return Exchange(
         index=prompt.index,

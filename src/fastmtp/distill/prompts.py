@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtp.models.target import Target
+from fastmtp.models.info import TargetInfo
 
 # How a user turn opens, by kind of task. The model writes the rest (the idea is Magpie's, arXiv 2406.08464);
 # the opening only steers the mix. The first number is the weight of the kind.
@@ -118,7 +118,7 @@ def opening(seed: int, index: int) -> Opening:
 class UserTurn:
     """The chat template around a user's turn, so that the model can be asked to write one."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: TargetInfo) -> None:
         """Raises ValueError if the target has no chat template to write a user's turn in."""
         marker = "user-turn-goes-here"
         if not target.tokenizer.chat_template:

@@ -13,7 +13,7 @@ from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.generation import Generation, Result
 from fastmtp.evaluate.prompts import Conversation
-from fastmtp.models.target import Target
+from fastmtp.models.info import TargetInfo
 from fastmtp.progress import bar
 
 
@@ -35,7 +35,7 @@ Show = Callable[[str, str, str], None]
 
 def compare_conversations(
     backend: Backend,
-    target: Target,
+    target: TargetInfo,
     conversations: Sequence[Conversation],
     *,
     draft_steps: int,
@@ -74,7 +74,7 @@ def compare_conversations(
 
 def _answer(
     backend: Backend,
-    target: Target,
+    target: TargetInfo,
     prompt: Sequence[int],
     draft_steps: int,
     max_new_tokens: int,

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmtp.models.layers import FULL, Cache, Rotations, run_layers
+from fastmtp.models.layers import FULL, Cache, Rotations, norm_offset, run_layers
 from fastmtp.models.target import Target
 
 
@@ -56,14 +56,10 @@ class MTPHead(nn.Module):
 
 
 def _unit_norm(norm: nn.Module) -> nn.Module:
-    """A copy of a norm with all gains at one, whichever way its class stores them (w, or 1 + w)."""
+    """A copy of a norm with all gains at one."""
     fresh = copy.deepcopy(norm)
-    weight = cast(Tensor, fresh.weight)
-    probe = torch.ones_like(weight)
     with torch.no_grad():
-        weight.fill_(0.0)
-        stored_as_offset = bool(fresh(probe).abs().sum() > 0)
-        weight.fill_(0.0 if stored_as_offset else 1.0)
+        cast(Tensor, fresh.weight).fill_(1.0 - norm_offset(norm))
     return fresh
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fastmtp.files import read_json, replacing, write_json
 from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target, TargetIdentity
+from fastmtp.models.info import TargetIdentity, TargetInfo
+from fastmtp.models.target import Target
+from fastmtp.models.weights import SafetensorsWeights, Weights, whole
 from fastmtp.vocabulary.lists import VocabularyLists
+
+if TYPE_CHECKING:
+    from fastmtp.models.native import NativeHead, NativeTarget
 
 FORMAT_VERSION = 1
 # The only convention this version writes; engines that want another one get it at export.
@@ -56,28 +62,52 @@ def load_head(directory: Path, target: Target) -> tuple[MTPHead, VocabularyLists
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is damaged, or the head does not fit the target; every mismatch is named.
     """
+    vocabulary, steps = _read_description(directory, target)
+    head = MTPHead(target)
+    weights = _read_tensors(directory, {name: tuple(value.shape) for name, value in head.state_dict().items()})
+    head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
+    return head.eval().requires_grad_(False), vocabulary, steps
+
+
+def load_native_head(directory: Path, target: NativeTarget) -> tuple[NativeHead, VocabularyLists, int]:
+    """`load_head` for the native engine."""
+    from fastmtp.models.native import NativeHead
+
+    vocabulary, steps = _read_description(directory, target)
+    return NativeHead(target, _read_tensors(directory, target.head_shapes())), vocabulary, steps
+
+
+def _read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:
+    """Everything but the tensors, checked against the target."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such head directory")
     config = read_json(directory / "config.json")
     problems = _mismatches(config, target)
     if problems:
         raise ValueError(f"{directory}: this head does not fit {target.source}:\n  " + "\n  ".join(problems))
-    head = MTPHead(target)
+    return VocabularyLists.load(directory / "vocabulary.json", target.identity), int(config["draft_steps"])
+
+
+def _read_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> Weights:
+    path = directory / "model.safetensors"
     try:
-        tensors = load_file(directory / "model.safetensors", device=str(target.device))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{directory / 'model.safetensors'}: no such file") from error
+        weights = SafetensorsWeights([path])
     except SafetensorError as error:
-        raise ValueError(f"{directory / 'model.safetensors'}: damaged or incomplete: {error}") from error
-    problems = _tensor_mismatches(head, tensors)
+        raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+    found = weights.shapes()
+    problems = [f"missing tensor {name}" for name in expected if name not in found]
+    problems += [f"unknown tensor {name}" for name in found if name not in expected]
+    problems += [
+        f"{name}: shape {list(found[name])}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
     if problems:
-        raise ValueError(f"{directory / 'model.safetensors'}: does not fit:\n  " + "\n  ".join(problems))
-    head.load_state_dict(tensors)
-    vocabulary = VocabularyLists.load(directory / "vocabulary.json", target.identity)
-    return head.eval().requires_grad_(False), vocabulary, int(config["draft_steps"])
+        raise ValueError(f"{path}: does not fit:\n  " + "\n  ".join(problems))
+    return weights
 
 
-def _mismatches(config: dict[str, Any], target: Target) -> list[str]:
+def _mismatches(config: dict[str, Any], target: TargetInfo) -> list[str]:
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         return [f"format_version: {version}; this fastmtp reads {FORMAT_VERSION}"]
@@ -97,16 +127,4 @@ def _mismatches(config: dict[str, Any], target: Target) -> list[str]:
         problems.append(f"norm_eps: {config.get('norm_eps')} in the head, {eps} in the target")
     if config.get("rope") != target.config.rope_parameters:
         problems.append(f"rope: {config.get('rope')} in the head, {target.config.rope_parameters} in the target")
-    return problems
-
-
-def _tensor_mismatches(head: MTPHead, tensors: dict[str, torch.Tensor]) -> list[str]:
-    expected = head.state_dict()
-    problems = [f"missing tensor {name}" for name in expected if name not in tensors]
-    problems += [f"unknown tensor {name}" for name in tensors if name not in expected]
-    problems += [
-        f"{name}: shape {list(tensors[name].shape)}, must be {list(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
-    ]
     return problems

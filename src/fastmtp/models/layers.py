@@ -6,10 +6,11 @@ Shapes: B batch, T new tokens, L keys (held + new), H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -21,6 +22,18 @@ class Cache(Protocol):
     """What an attention layer needs of a cache."""
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]: ...
+
+
+def skeleton(config: Any) -> Any:
+    """The model of a configuration without memory for its weights: its classes, names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """What a norm's class adds to its stored weights to get gains: 0 for w, 1 for 1 + w."""
+    # A new norm changes nothing, so its gains are 1.
+    return 1.0 - float(cast("Any", type(norm))(1).weight.detach())
 
 
 def layer_types(config: Any) -> list[str]:

@@ -1,0 +1,105 @@
+#include "attention.hpp"
+
+#include <algorithm>
+
+namespace fastmtp {
+namespace {
+
+// With few rows the pages are shared out among the threads; with many there is work for all without that, and the
+// partial results of every page would take too much memory.
+constexpr int kRowsByPage = 16;
+
+}  // namespace
+
+Attention::Attention(const Shape& shape, const std::vector<Segment>& segments, const std::vector<int>& windows)
+    : shape_(shape), segments_(segments), partial_size_(kPartialHeader + round_up(shape.head_size, kLanes)) {
+  const int group = shape.heads / shape.key_heads;
+  for (size_t s = 0; s < segments.size(); s++) {
+    const Segment& segment = segments[s];
+    const int queries = segment.count * group;
+    for (int first = 0; first < queries; first += kTileQueries)
+      tiles_.push_back({int(s), rows_, first, std::min(kTileQueries, queries - first)});
+    for (int i = 0; i < segment.count; i++) positions_.push_back(segment.start + i);
+    rows_ += segment.count;
+  }
+  by_page_ = rows_ <= kRowsByPage;
+  if (by_page_)
+    for (int position : positions_) pages_ = std::max(pages_, position / kPageTokens + 1);
+
+  for (int window : windows) {
+    if (std::any_of(plans_.begin(), plans_.end(), [&](const Plan& made) { return made.window == window; })) continue;
+    Plan made{window, {}};
+    for (size_t t = 0; t < tiles_.size(); t++) {
+      const Tile& tile = tiles_[t];
+      const int start = segments[tile.segment].start;
+      const int first = first_seen(start + tile.first_query / group, window) / kPageTokens;
+      const int last = (start + (tile.first_query + tile.count - 1) / group) / kPageTokens;
+      for (int head = 0; head < shape.key_heads; head++) {
+        if (!by_page_) made.items.push_back({int(t), head, first, last});
+        if (by_page_)
+          for (int page = first; page <= last; page++) made.items.push_back({int(t), head, page, page});
+      }
+    }
+    plans_.push_back(std::move(made));
+  }
+}
+
+const Attention::Plan& Attention::plan(int window) const {
+  return *std::find_if(plans_.begin(), plans_.end(), [&](const Plan& made) { return made.window == window; });
+}
+
+size_t Attention::scratch(int threads) const {
+  const size_t results = size_t(rows_) * shape_.heads * pages_;
+  return (results + size_t(threads) * kTileQueries) * partial_size_;
+}
+
+float* Attention::partial(Runtime& runtime, int row, int head, int page) const {
+  const size_t place = (size_t(row) * shape_.heads + head) * pages_ + (by_page_ ? page : 0);
+  return runtime.partials.get() + place * partial_size_;
+}
+
+void Attention::attend(Runtime& runtime, Team& team, int layer, int window, const uint16_t* queries) const {
+  const std::vector<Item>& items = plan(window).items;
+  const int group = shape_.heads / shape_.key_heads, size = shape_.head_size;
+  float* own = runtime.partials.get() + (size_t(rows_) * shape_.heads * pages_ + size_t(team.id) * kTileQueries) * partial_size_;
+  team.each(int(items.size()), [&](int index) {
+    const Item& item = items[index];
+    const Tile& tile = tiles_[item.tile];
+    const Cache& cache = *segments_[tile.segment].cache;
+    for (int page = item.first_page; page <= item.last_page; page++) {
+      Query seen[kTileQueries];
+      float* totals[kTileQueries];
+      for (int i = 0; i < tile.count; i++) {
+        const int query = tile.first_query + i, row = tile.first_row + query / group;
+        const int head = item.key_head * group + query % group;
+        const int position = positions_[row], before = page * kPageTokens;
+        totals[i] = partial(runtime, row, head, page);
+        seen[i] = {
+            queries + (size_t(row) * shape_.heads + head) * size,
+            std::clamp(first_seen(position, window) - before, 0, kPageTokens),
+            std::clamp(position + 1 - before, 0, kPageTokens),
+            // The first page's result is the total so far; later ones are merged into it.
+            by_page_ || page == item.first_page ? totals[i] : own + size_t(i) * partial_size_,
+        };
+      }
+      runtime.kernels.attend(seen, tile.count, cache.keys(page, layer, item.key_head),
+                             cache.values(page, layer, item.key_head), size);
+      for (int i = 0; i < tile.count; i++)
+        if (seen[i].partial != totals[i]) runtime.kernels.merge(totals[i], seen[i].partial, size);
+    }
+  });
+}
+
+void Attention::gather(Runtime& runtime, int row, int window, float* out) const {
+  const int size = shape_.head_size, position = positions_[row];
+  const int first = by_page_ ? first_seen(position, window) / kPageTokens : 0;
+  const int last = by_page_ ? position / kPageTokens : 0;
+  for (int head = 0; head < shape_.heads; head++) {
+    float* total = partial(runtime, row, head, first);
+    for (int page = first + 1; page <= last; page++)
+      runtime.kernels.merge(total, partial(runtime, row, head, page), size);
+    for (int d = 0; d < size; d++) out[head * size + d] = total[kPartialHeader + d] / total[1];
+  }
+}
+
+}  // namespace fastmtp

@@ -1,0 +1,193 @@
+// The extension module: weights are filled from Python, forward passes run without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "bandwidth.hpp"
+#include "forward.hpp"
+
+namespace nb = nanobind;
+using namespace fastmtp;
+
+namespace {
+
+using Integers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& caches, const Integers& starts,
+                                 const Integers& counts, size_t tokens) {
+  require(!stack.layers.empty(), "the stack has no layers");
+  require(caches.size() == starts.size() && caches.size() == counts.size(), "caches, starts and counts differ in length");
+  std::vector<Segment> segments;
+  size_t total = 0;
+  for (size_t i = 0; i < caches.size(); i++) {
+    require(starts(i) >= 0 && counts(i) > 0, "a segment needs a start of 0 or more and at least one token");
+    segments.push_back({caches[i], starts(i), counts(i)});
+    total += counts(i);
+  }
+  require(total > 0 && total == tokens, "the counts must add up to the number of tokens");
+  return segments;
+}
+
+void check_tokens(const Integers& tokens, const Matrix& embedding) {
+  for (size_t i = 0; i < tokens.size(); i++)
+    require(tokens(i) >= 0 && tokens(i) < embedding.outputs(), "a token id is outside the vocabulary");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "fastmtp's CPU engine; docs/native-engine.md says how it works.";
+
+  m.attr("PAGE_TOKENS") = kPageTokens;
+
+  nb::enum_<Type>(m, "Type").value("bf16", Type::bf16).value("int8", Type::int8);
+
+  nb::class_<Runtime>(m, "Runtime")
+      .def(nb::init<int>(), nb::arg("threads"))
+      .def_ro("threads", &Runtime::threads)
+      .def_ro("matmul_seconds", &Runtime::matmul_seconds)
+      .def_prop_ro("kernels", [](const Runtime& runtime) { return runtime.kernels.name; });
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def(nb::init<Type, int, int, bool>(), nb::arg("type"), nb::arg("outputs"), nb::arg("inputs"),
+           nb::arg("bias") = false)
+      .def_prop_ro("type", &Matrix::type)
+      .def_prop_ro("outputs", &Matrix::outputs)
+      .def_prop_ro("inputs", &Matrix::inputs)
+      .def_prop_ro("bytes", &Matrix::bytes)
+      .def_prop_ro("stride", &stride_of)
+      .def("pack",
+           [](Matrix& matrix, const Integers& places, const Rows& rows) {
+             require(rows.shape(0) == places.size() && int(rows.shape(1)) == matrix.inputs(),
+                     "rows must be [places, inputs]");
+             nb::gil_scoped_release release;
+             matrix.pack(places.data(), rows.data(), int(places.size()));
+           })
+      .def("set_bias",
+           [](Matrix& matrix, const Integers& places, const Floats& values) {
+             require(values.size() == places.size(), "a bias needs one value for each place");
+             matrix.set_bias(places.data(), values.data(), int(places.size()));
+           })
+      .def("unpack",
+           [](const Matrix& matrix, int output, Output row) {
+             require(output >= 0 && output < matrix.outputs(), "no such output");
+             require(row.shape(0) == 1 && int(row.shape(1)) == matrix.inputs(), "row must be [1, inputs]");
+             matrix.unpack(output, row.data());
+           })
+      .def("copy", [](Matrix& matrix, const Integers& places, const Matrix& source, const Integers& outputs) {
+        require(outputs.size() == places.size(), "each place needs one output of the source");
+        matrix.copy(places.data(), source, outputs.data(), int(places.size()));
+      });
+
+  nb::class_<Layer>(m, "Layer")
+      .def_prop_ro("query_key_value", [](Layer& layer) -> Matrix& { return layer.query_key_value; }, nb::rv_policy::reference_internal)
+      .def_prop_ro("out", [](Layer& layer) -> Matrix& { return layer.out; }, nb::rv_policy::reference_internal)
+      .def_prop_ro("gate_up", [](Layer& layer) -> Matrix& { return layer.gate_up; }, nb::rv_policy::reference_internal)
+      .def_prop_ro("down", [](Layer& layer) -> Matrix& { return layer.down; }, nb::rv_policy::reference_internal)
+      .def_rw("input_norm", &Layer::input_norm)
+      .def_rw("attention_out_norm", &Layer::attention_out_norm)
+      .def_rw("feed_forward_norm", &Layer::feed_forward_norm)
+      .def_rw("feed_forward_out_norm", &Layer::feed_forward_out_norm)
+      .def_rw("query_norm", &Layer::query_norm)
+      .def_rw("key_norm", &Layer::key_norm);
+
+  nb::class_<Stack>(m, "Stack")
+      .def("__init__",
+           [](Stack* place, int hidden, int heads, int key_heads, int head_size, int feed_forward, float epsilon,
+              float attention_scale, bool gelu, const std::vector<std::pair<std::vector<float>, float>>& ropes) {
+             require(hidden > 0 && heads > 0 && key_heads > 0 && head_size > 0 && feed_forward > 0,
+                     "every size must be above 0");
+             require(heads % key_heads == 0, "the query heads must be a multiple of the key heads");
+             require(head_size % 2 == 0 && head_size <= kLargestHead, "the head size must be even and at most 512");
+             for (const auto& rope : ropes)
+               require(int(rope.first.size()) == head_size / 2, "a rope needs one frequency for each pair");
+             auto* stack = new (place) Stack(
+                 {hidden, heads, key_heads, head_size, feed_forward, epsilon, attention_scale, gelu});
+             for (const auto& [frequencies, scale] : ropes) stack->ropes.push_back({frequencies, scale});
+           },
+           nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("key_heads"), nb::arg("head_size"),
+           nb::arg("feed_forward"), nb::arg("epsilon"), nb::arg("attention_scale"), nb::arg("gelu"), nb::arg("ropes"))
+      .def("add_layer",
+           [](Stack& stack, Type type, bool bias, bool out_bias, bool feed_forward_bias, int window, int rope) -> Layer& {
+             require(rope >= 0 && rope < int(stack.ropes.size()), "no such rope");
+             Layer& layer = stack.layers.emplace_back(stack.shape, type, bias, out_bias, feed_forward_bias);
+             layer.window = window;
+             layer.rope = rope;
+             return layer;
+           },
+           nb::rv_policy::reference_internal, nb::arg("type"), nb::kw_only(), nb::arg("bias"), nb::arg("out_bias"),
+           nb::arg("feed_forward_bias"), nb::arg("window"), nb::arg("rope"))
+      .def_prop_ro("layers",
+                   [](Stack& stack) {
+                     std::vector<Layer*> layers;
+                     for (Layer& layer : stack.layers) layers.push_back(&layer);
+                     return layers;
+                   },
+                   nb::rv_policy::reference_internal)
+      .def_rw("final_norm", &Stack::final_norm)
+      .def("new_cache", [](const Stack& stack) {
+        return Cache(int(stack.layers.size()), stack.shape.key_heads, stack.shape.head_size);
+      });
+
+  nb::class_<Cache>(m, "Cache")
+      .def("reserve", &Cache::reserve, nb::arg("tokens"))
+      .def_prop_ro("capacity", &Cache::capacity)
+      .def_prop_ro("page_bytes", &Cache::page_bytes);
+
+  nb::class_<Projection>(m, "Projection")
+      .def(nb::init<Type, int>(), nb::arg("type"), nb::arg("hidden"))
+      .def_prop_ro("matrix", [](Projection& projection) -> Matrix& { return projection.matrix; }, nb::rv_policy::reference_internal)
+      .def_rw("hidden_norm", &Projection::hidden_norm)
+      .def_rw("token_norm", &Projection::token_norm);
+
+  m.def("target_forward",
+        [](Runtime& runtime, const Stack& stack, const Matrix& embedding, float embedding_scale,
+           const std::vector<Cache*>& caches, const Integers& starts, const Integers& counts, const Integers& tokens,
+           Output states) {
+          const auto segments = segments_of(stack, caches, starts, counts, tokens.size());
+          check_tokens(tokens, embedding);
+          require(states.shape(0) == tokens.size() && int(states.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
+          nb::gil_scoped_release release;
+          target_forward(runtime, stack, {embedding, embedding_scale}, segments, tokens.data(), states.data());
+        });
+
+  m.def("head_forward",
+        [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,
+           float embedding_scale, const std::vector<Cache*>& caches, const Integers& starts, const Integers& counts,
+           const Integers& tokens, const Rows& before, Output states) {
+          const auto segments = segments_of(stack, caches, starts, counts, tokens.size());
+          check_tokens(tokens, embedding);
+          for (const auto shape : {before.shape(1), states.shape(1)})
+            require(int(shape) == stack.shape.hidden, "states must be [tokens, hidden]");
+          require(before.shape(0) == tokens.size() && states.shape(0) == tokens.size(), "states must be [tokens, hidden]");
+          nb::gil_scoped_release release;
+          head_forward(runtime, stack, projection, {embedding, embedding_scale}, segments, tokens.data(), before.data(), states.data());
+        });
+
+  m.def("scores", [](Runtime& runtime, const Matrix& matrix, const Rows& states, Output out) {
+    require(int(states.shape(1)) == matrix.inputs(), "states must be [rows, inputs]");
+    require(out.shape(0) >= states.shape(0) && int(out.shape(1)) >= matrix.blocks() * kLanes, "out must be [rows, stride]");
+    nb::gil_scoped_release release;
+    scores(runtime, matrix, states.data(), int(states.shape(0)), out.data(), int(out.shape(1)));
+  });
+
+  m.def("read_seconds", &read_seconds, nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"),
+        nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("available_kernels", [] {
+    std::vector<std::string> names;
+    for (const Kernels* const* table = available_kernels(); *table; table++) names.emplace_back((*table)->name);
+    return names;
+  });
+}

@@ -1,0 +1,56 @@
+// Chooses the kernels for this processor.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.hpp"
+
+namespace fastmtp {
+
+#ifdef FASTMTP_X86
+extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels;
+#endif
+extern const Kernels portable_kernels;
+
+namespace {
+
+struct Available {
+  const Kernels* tables[5] = {};
+
+  Available() {
+    int count = 0;
+#ifdef FASTMTP_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512bf16_kernels;
+    if (avx512) tables[count++] = &avx512_kernels;
+    if (avx2) tables[count++] = &avx2_kernels;
+#endif
+    tables[count] = &portable_kernels;
+  }
+};
+
+}  // namespace
+
+const Kernels* const* available_kernels() {
+  static const Available available;
+  return available.tables;
+}
+
+const Kernels& kernels() {
+  const char* wanted = std::getenv("FASTMTP_KERNELS");
+  const Kernels* const* tables = available_kernels();
+  if (!wanted || !*wanted) return **tables;
+  std::string names;
+  for (; *tables; tables++) {
+    if (!std::strcmp((*tables)->name, wanted)) return **tables;
+    names += std::string(names.empty() ? "" : ", ") + (*tables)->name;
+  }
+  throw std::invalid_argument("FASTMTP_KERNELS is " + std::string(wanted) + "; this processor can run: " + names);
+}
+
+}  // namespace fastmtp

@@ -1,0 +1,368 @@
+// The kernels, compiled once for each kind of processor (CMakeLists.txt sets FASTMTP_SIMD and FASTMTP_TABLE).
+//
+// Nothing here may be contracted or reordered by the compiler (-ffp-contract=off, no -ffast-math): the same
+// operations in the same order for every number of rows is what makes the engine batch-invariant. No function of
+// the standard library that is inlined may be used: the linker keeps one copy of it, for the wrong processor.
+#include "kernels.hpp"
+
+#include <math.h>
+
+#include FASTMTP_SIMD
+
+namespace {
+
+using namespace fastmtp;
+
+// exp(x) for x <= 88; 0 below -87. Degree 6 after Cody and Waite's reduction; exact at 0; error below 2 ulp.
+inline Floats exponential(Floats x) {
+  const Floats clamped = max(x, splat(-87.0f));
+  const Floats n = nearest(mul(clamped, splat(1.44269504f)));
+  Floats r = fma(n, splat(-0.693359375f), clamped);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Floats y = splat(1.9875691500e-4f);
+  y = fma(y, r, splat(1.3981999507e-3f));
+  y = fma(y, r, splat(8.3334519073e-3f));
+  y = fma(y, r, splat(4.1665795894e-2f));
+  y = fma(y, r, splat(1.6666665459e-1f));
+  y = fma(y, r, splat(5.0000001201e-1f));
+  y = add(fma(y, mul(r, r), r), splat(1.0f));
+  return scale_by_power(y, n);
+}
+
+// ---- matrix products: each weight is loaded once for all rows of a tile ----
+
+template <int Rows, int Blocks>
+void int8_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const uint8_t* scales = weights + size_t(w.groups) * kGroup * kLanes;
+  const int8_t* values = x.int8_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  Floats total[Blocks][Rows];
+  for (int b = 0; b < Blocks; b++)
+    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  for (int g = 0; g < w.groups; g++) {
+    Ints sums[Blocks][Rows];
+    for (int b = 0; b < Blocks; b++)
+      for (int m = 0; m < Rows; m++) sums[b][m] = dot_start(x.sums[(row + m) * x.groups + g]);
+#pragma GCC unroll 16
+    for (int k = 0; k < kGroup; k += 4) {
+      for (int b = 0; b < Blocks; b++) {
+        const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
+        if (Blocks > 1) prefetch(place + 1024);
+        const Bytes four = load_bytes(place);
+        for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
+      }
+    }
+    for (int b = 0; b < Blocks; b++) {
+      const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales + b * w.block_bytes));
+      for (int m = 0; m < Rows; m++) {
+        const Floats both = mul(scale, splat(x.scales[(row + m) * x.groups + g]));
+        total[b][m] = fma(to_floats(sums[b][m]), both, total[b][m]);
+      }
+    }
+    weights += kGroup * kLanes;
+    scales += 2 * kLanes;
+    values += kGroup;
+  }
+  for (int b = 0; b < Blocks; b++) {
+    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
+    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+  }
+}
+
+template <int Rows, int Blocks>
+void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const uint16_t* values = x.bf16_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  Floats total[Blocks][Rows];
+  for (int b = 0; b < Blocks; b++)
+    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  for (int g = 0; g < 2 * w.groups; g++) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kGroup / 2; k += 2) {
+      for (int b = 0; b < Blocks; b++) {
+        const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
+        if (Blocks > 1) prefetch(place + 1024);
+        const Bytes two = load_bytes(place);
+        for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
+      }
+    }
+    weights += kGroup * kLanes;
+    values += kGroup / 2;
+  }
+  for (int b = 0; b < Blocks; b++) {
+    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
+    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+  }
+}
+
+template <int Rows, int Blocks>
+void blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  if (w.type == Type::int8)
+    int8_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else
+    bf16_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+}
+
+// Some blocks for `rows` rows, Rows or fewer.
+template <int Rows, int Blocks>
+void tile(const PackedView& w, const Operand& x, int row, int rows, int block, float* out, int stride) {
+  if (rows == Rows)
+    blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else if constexpr (Rows > 1)
+    tile<Rows - 1, Blocks>(w, x, row, rows, block, out, stride);
+}
+
+void matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
+            int stride) {
+  // With few rows several blocks go together: more streams from memory at once, and registers are free.
+  constexpr int kTogether = 4, kFew = kTileRows / 4;
+  int block = first_block;
+  if (rows <= kFew)
+    for (; block + kTogether <= last_block; block += kTogether)
+      tile<kFew, kTogether>(w, x, 0, rows, block, out + block * kLanes, stride);
+  for (; block < last_block; block++)
+    for (int row = 0; row < rows; row += kTileRows) {
+      const int count = rows - row < kTileRows ? rows - row : kTileRows;
+      tile<kTileRows, 1>(w, x, row, count, block, out + size_t(row) * stride + block * kLanes, stride);
+    }
+}
+
+// The orthonormal Walsh-Hadamard transform of a group, which makes its outliers small (see matrix.hpp).
+inline void spread(Floats x[kGroup / kLanes]) {
+  static_assert(kGroup / kLanes == 4);
+  alignas(64) static constexpr float kSigns[4][kLanes] = {
+      {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+      {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+      {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+      {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
+  };
+  for (int i = 0; i < 4; i++) {
+    x[i] = fma(x[i], load(kSigns[0]), swap<1>(x[i]));
+    x[i] = fma(x[i], load(kSigns[1]), swap<2>(x[i]));
+    x[i] = fma(x[i], load(kSigns[2]), swap<4>(x[i]));
+    x[i] = fma(x[i], load(kSigns[3]), swap<8>(x[i]));
+  }
+  const Floats a = add(x[0], x[1]), b = sub(x[0], x[1]), c = add(x[2], x[3]), d = sub(x[2], x[3]);
+  const Floats eighth = splat(0.125f);
+  x[0] = mul(add(a, c), eighth);
+  x[1] = mul(add(b, d), eighth);
+  x[2] = mul(sub(a, c), eighth);
+  x[3] = mul(sub(b, d), eighth);
+}
+
+void convert(Type type, const float* x, int size, const Operand& operand, int row) {
+  for (int g = 0; g < operand.groups; g++) {
+    Floats lanes[kGroup / kLanes];
+    for (int i = 0; i < kGroup / kLanes; i++) {
+      const int start = g * kGroup + i * kLanes, left = size - start;
+      if (left >= kLanes) {
+        lanes[i] = load(x + start);
+      } else {
+        float padded[kLanes] = {};
+        for (int j = 0; j < left; j++) padded[j] = x[start + j];
+        lanes[i] = load(padded);
+      }
+    }
+    if (type == Type::bf16) {
+      for (int i = 0; i < kGroup / kLanes; i++)
+        store_bf16(operand.bf16_row(row) + g * kGroup + i * kLanes, lanes[i]);
+      continue;
+    }
+    spread(lanes);
+    const float top = largest(max(max(abs(lanes[0]), abs(lanes[1])), max(abs(lanes[2]), abs(lanes[3]))));
+    const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+    int total = 0;
+    for (int i = 0; i < kGroup / kLanes; i++)
+      total += store_int8(operand.int8_row(row) + g * kGroup + i * kLanes, mul(lanes[i], splat(inverse)));
+    operand.scales[size_t(row) * operand.groups + g] = top / 127.0f;
+    operand.sums[size_t(row) * operand.groups + g] = total;
+  }
+}
+
+// ---- rows ----
+
+void norm(const float* x, const float* gain, int size, float epsilon, float* out) {
+  Floats squares = splat(0.0f);
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+  float total = sum(squares);
+  for (; i < size; i++) total += x[i] * x[i];
+  const float scale = 1.0f / sqrtf(total / static_cast<float>(size) + epsilon);
+  for (i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
+}
+
+void add_rows(float* x, const float* y, int size) {
+  for (int i = 0; i < size; i++) x[i] += y[i];
+}
+
+void activate(const float* gate_up, int size, bool gelu, float* out) {
+  for (int i = 0; i < size; i += kLanes) {
+    const Floats gate = load(gate_up + 2 * i), up = load(gate_up + 2 * i + kLanes);
+    Floats inner = gate;
+    if (gelu) {
+      // gelu(x) = x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), the tanh form
+      const Floats cubic = fma(mul(gate, gate), splat(0.044715f), splat(1.0f));
+      inner = mul(mul(gate, cubic), splat(1.5957691216f));
+    }
+    // exp(-x) would overflow below -88, where the result is 0 anyway
+    const Floats minus = min(sub(splat(0.0f), inner), splat(87.0f));
+    store(out + i, mul(div(gate, add(splat(1.0f), exponential(minus))), up));
+  }
+}
+
+// Rounds `size` numbers to bf16; out has room for whole lanes.
+inline void round_row(const float* x, int size, uint16_t* out) {
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) store_bf16(out + i, load(x + i));
+  if (i == size) return;
+  float padded[kLanes] = {};
+  uint16_t rounded[kLanes];
+  for (int j = i; j < size; j++) padded[j - i] = x[j];
+  store_bf16(rounded, load(padded));
+  for (int j = i; j < size; j++) out[j] = rounded[j - i];
+}
+
+void rotate(const float* x, const float* cosine, const float* sine, int size, float scale, uint16_t* out) {
+  const int half = size / 2;
+  float turned[kLargestHead];
+  for (int i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    turned[i] = (a * cosine[i] - b * sine[i]) * scale;
+    turned[i + half] = (b * cosine[i] + a * sine[i]) * scale;
+  }
+  round_row(turned, size, out);
+}
+
+// ---- attention ----
+
+void store_token(const uint16_t* key, const float* value, int size, int place, uint16_t* keys, uint16_t* values) {
+  const int width = round_up(size, kLanes);
+  uint16_t* lane = keys + size_t(place / kLanes) * size * kLanes + place % kLanes * 2;
+  for (int d = 0; d < size; d += 2) {
+    lane[d * kLanes] = key[d];
+    lane[d * kLanes + 1] = key[d + 1];
+  }
+  uint16_t rounded[kLargestHead];
+  round_row(value, size, rounded);
+  uint16_t* pair = values + size_t(place / 2) * width * 2 + place % 2;
+  for (int d = 0; d < size; d++) pair[2 * d] = rounded[d];
+}
+
+inline Bytes load_pairs(const uint16_t* p) { return load_bytes(reinterpret_cast<const uint8_t*>(p)); }
+
+// Lanes * 16 of the head's dimensions: the values of tokens begin..end - 1 (both even) by their weights.
+template <int Count, int Lanes>
+void weigh(const Query* queries, const uint16_t (*weights)[kPageTokens], const uint16_t* values, int width, int begin,
+           int end, int start) {
+  Floats total[Count][Lanes];
+  for (int i = 0; i < Count; i++)
+    for (int j = 0; j < Lanes; j++) total[i][j] = splat(0.0f);
+  for (int t = begin; t < end; t += 2) {
+    const uint16_t* two = values + (size_t(t) * width + 2 * start);
+    for (int j = 0; j < Lanes; j++) {
+      const Bytes value = load_pairs(two + 2 * j * kLanes);
+      for (int i = 0; i < Count; i++) total[i][j] = dot2(total[i][j], value, weights[i] + t);
+    }
+  }
+  for (int i = 0; i < Count; i++)
+    for (int j = 0; j < Lanes; j++)
+      store(queries[i].partial + kPartialHeader + start + j * kLanes, total[i][j]);
+}
+
+template <int Count>
+void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* values, int size) {
+  constexpr int kTogether = Count <= 4 ? 2 : 1;  // enough chains of additions to hide their latency
+  float scores[Count][kPageTokens];
+  uint16_t weights[Count][kPageTokens];
+  int begin = kPageTokens, end = 0;
+  for (int i = 0; i < Count; i++) {
+    if (queries[i].begin >= queries[i].end) continue;
+    if (queries[i].begin < begin) begin = queries[i].begin;
+    if (queries[i].end > end) end = queries[i].end;
+  }
+  const int first = begin / (kLanes * kTogether) * kTogether;
+  const int last = end > 0 ? round_up(end, kLanes * kTogether) / kLanes : first;
+  for (int block = first; block < last; block += kTogether) {
+    Floats score[kTogether][Count];
+    for (int b = 0; b < kTogether; b++)
+      for (int i = 0; i < Count; i++) score[b][i] = splat(0.0f);
+    for (int d = 0; d < size; d += 2)
+      for (int b = 0; b < kTogether; b++) {
+        const Bytes key = load_pairs(keys + (size_t(block + b) * size + d) * kLanes);
+        for (int i = 0; i < Count; i++) score[b][i] = dot2(score[b][i], key, queries[i].q + d);
+      }
+    for (int b = 0; b < kTogether; b++)
+      for (int i = 0; i < Count; i++) store(scores[i] + (block + b) * kLanes, score[b][i]);
+  }
+  for (int i = 0; i < Count; i++) {
+    const auto inside = [&](Floats x, int block, float other) {
+      const int from = queries[i].begin - block * kLanes, to = queries[i].end - block * kLanes;
+      const int low = from < 0 ? 0 : from > kLanes ? kLanes : from;
+      const int high = to < low ? low : to > kLanes ? kLanes : to;
+      return keep(x, low, high, other);
+    };
+    Floats most = splat(-3e38f), total = splat(0.0f);
+    for (int block = first; block < last; block++)
+      most = max(most, inside(load(scores[i] + block * kLanes), block, -3e38f));
+    const float top = largest(most);
+    for (int block = first; block < last; block++) {
+      const Floats shifted = sub(load(scores[i] + block * kLanes), splat(top));
+      const Floats weight = inside(exponential(shifted), block, 0.0f);
+      store_bf16(weights[i] + block * kLanes, weight);
+      // The sum is that of the rounded weights, so that they add up to one.
+      total = add(total, load_bf16(weights[i] + block * kLanes));
+    }
+    queries[i].partial[0] = top;
+    queries[i].partial[1] = sum(total);
+  }
+  const int width = round_up(size, kLanes);
+  begin = begin / 2 * 2;
+  end = round_up(end, 2);
+  int start = 0;
+  if constexpr (Count <= 4)
+    for (; start + 4 * kLanes <= width; start += 4 * kLanes)
+      weigh<Count, 4>(queries, weights, values, width, begin, end, start);
+  for (; start + 2 * kLanes <= width; start += 2 * kLanes)
+    weigh<Count, 2>(queries, weights, values, width, begin, end, start);
+  if (start < width) weigh<Count, 1>(queries, weights, values, width, begin, end, start);
+}
+
+template <int Count>
+void attend_count(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size) {
+  if (count == Count)
+    attend_tile<Count>(queries, keys, values, size);
+  else if constexpr (Count > 1)
+    attend_count<Count - 1>(queries, count, keys, values, size);
+}
+
+void attend(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size) {
+  attend_count<kTileQueries>(queries, count, keys, values, size);
+}
+
+void merge(float* total, const float* part, int size) {
+  // A page of which the query sees nothing leaves no trace, so that tiles need not agree on which pages they visit.
+  if (part[1] == 0.0f) return;
+  const float top = total[0] > part[0] ? total[0] : part[0];
+  const Floats left = exponential(splat(total[0] - top)), right = exponential(splat(part[0] - top));
+  float factors[2][kLanes];
+  store(factors[0], left);
+  store(factors[1], right);
+  total[0] = top;
+  total[1] = total[1] * factors[0][0] + part[1] * factors[1][0];
+  const int width = round_up(size, kLanes);
+  for (int i = kPartialHeader; i < kPartialHeader + width; i += kLanes)
+    store(total + i, fma(load(total + i), left, mul(load(part + i), right)));
+}
+
+}  // namespace
+
+namespace fastmtp {
+
+extern const Kernels FASTMTP_TABLE;
+const Kernels FASTMTP_TABLE = {
+    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, merge,
+};
+
+}  // namespace fastmtp

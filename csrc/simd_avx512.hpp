@@ -1,0 +1,93 @@
+// Sixteen lanes in one AVX-512 register; the meaning of each function is given in simd_portable.hpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kTileRows = 8;
+
+using Floats = __m512;
+using Ints = __m512i;
+using Bytes = __m512i;
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats abs(Floats a) { return _mm512_abs_ps(a); }
+inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Floats scale_by_power(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
+
+inline Floats keep(Floats x, int begin, int end, float other) {
+  const __mmask16 mask = static_cast<__mmask16>(((1u << end) - 1u) & ~((1u << begin) - 1u));
+  return _mm512_mask_blend_ps(mask, _mm512_set1_ps(other), x);
+}
+
+template <int Distance>
+inline Floats swap(Floats x) {
+  if constexpr (Distance == 1) return _mm512_permute_ps(x, 0xb1);
+  if constexpr (Distance == 2) return _mm512_permute_ps(x, 0x4e);
+  if constexpr (Distance == 4) return _mm512_shuffle_f32x4(x, x, 0xb1);
+  return _mm512_shuffle_f32x4(x, x, 0x4e);
+}
+
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+
+inline Floats load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store_bf16(uint16_t* p, Floats x) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+inline int store_int8(int8_t* p, Floats x) {
+  const __m512i integers = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(integers));
+  return _mm512_reduce_add_epi32(integers);
+}
+
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+
+inline int32_t word_at(const void* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// vpdpbusd takes unsigned weights: w + 128 is what is stored, and starting at -128 * sum(x) takes that out again.
+inline Ints dot_start(int32_t sum_of_x) { return _mm512_set1_epi32(-128 * sum_of_x); }
+inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
+  return _mm512_dpbusd_epi32(total, weights, _mm512_set1_epi32(word_at(x)));
+}
+
+inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
+  const __m512i x2 = _mm512_set1_epi32(word_at(x));
+#ifdef __AVX512BF16__
+  return _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)x2);
+#else
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  const Floats even = _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16));
+  const Floats odd = _mm512_castsi512_ps(_mm512_and_si512(weights, high));
+  total = fma(even, _mm512_castsi512_ps(_mm512_slli_epi32(x2, 16)), total);
+  return fma(odd, _mm512_castsi512_ps(_mm512_and_si512(x2, high)), total);
+#endif
+}
+
+}  // namespace

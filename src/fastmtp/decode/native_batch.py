@@ -1,0 +1,43 @@
+"""Many sequences in the native CPU engine, one in each slot.
+
+Shapes: R sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtp import _native
+from fastmtp.decode.native_backend import Scores, forward
+from fastmtp.models.native import NativeTarget
+
+
+class NativeBatch:
+    """`Batch` on a CPU. What a sequence gives does not depend on its neighbours, to the bit."""
+
+    def __init__(self, target: NativeTarget) -> None:
+        self.target = target
+        self._scores = Scores(target, target.lm_head)
+        self.reset(0)
+
+    def reset(self, slots: int) -> None:
+        self._caches: list[_native.Cache] = [self.target.stack.new_cache() for _ in range(slots)]
+        self._lengths = [0] * slots
+
+    def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Tensor:
+        ends = []
+        for slot, prompt in prompts.items():
+            ends.append(forward(self.target, [self._caches[slot]], [0], [prompt])[-1:])
+            self._lengths[slot] = len(prompt)
+        return self._scores(torch.cat(ends))
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        caches = [self._caches[slot] for slot in tokens]
+        starts = [self._lengths[slot] for slot in tokens]
+        states_RH = forward(self.target, caches, starts, [[token] for token in tokens.values()])
+        for slot in tokens:
+            self._lengths[slot] += 1
+        return self._scores(states_RH)

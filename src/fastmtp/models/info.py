@@ -1,0 +1,98 @@
+"""What a target is besides its weights: configuration, tokenizer, chat template, ends of an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class TargetIdentity:
+    """What a head depends on; two targets with equal identities can share a head's files."""
+
+    architecture: str
+    hidden_size: int
+    vocabulary_size: int
+    tokenizer_sha256: str
+
+    def mismatches(self, other: TargetIdentity) -> list[str]:
+        """The fields in which `other` differs, as readable lines."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name}: {mine[name]} here, {theirs[name]} there" for name in mine if mine[name] != theirs[name]]
+
+
+class TargetInfo:
+    """A target as text goes in and comes out; what every engine's target is."""
+
+    def __init__(self, config: Any, generation_config: Any, tokenizer: Any, architecture: str, source: str) -> None:
+        """Describe a target.
+
+        Raises:
+            ValueError: the architecture is not supported, or the tokenizer does not fit.
+        """
+        check_supported(config, source)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.architecture = architecture
+        self.source = source
+        self.vocabulary_size = int(config.vocab_size)
+        self.context_limit = int(config.max_position_embeddings)
+        self._generation_config = generation_config
+        if tokenizer is not None and len(tokenizer) > self.vocabulary_size:
+            raise ValueError(
+                f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {self.vocabulary_size}; "
+                "use the tokenizer that came with the model"
+            )
+
+    @property
+    def identity(self) -> TargetIdentity:
+        return TargetIdentity(
+            architecture=self.architecture,
+            hidden_size=int(self.config.hidden_size),
+            vocabulary_size=self.vocabulary_size,
+            tokenizer_sha256=tokenizer_sha256(self.tokenizer) if self.tokenizer is not None else "",
+        )
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's own and those of the generation settings."""
+        ids: set[int] = set()
+        for source in (self.tokenizer, self._generation_config, self.config):
+            end = getattr(source, "eos_token_id", None)
+            ids.update(end if isinstance(end, list) else [] if end is None else [end])
+        return frozenset(ids)
+
+    def encode_chat(self, messages: list[dict[str, str]], *, reply: bool = True) -> list[int]:
+        """Token ids of a conversation in the model's chat template, opened for a reply if asked.
+
+        A model without a template gets the plain text of the messages.
+        """
+        if not self.tokenizer.chat_template:
+            return self.encode("\n\n".join(message["content"] for message in messages))
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        return cast("list[int]", self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, text: str) -> list[int]:
+        return cast("list[int]", self.tokenizer.encode(text))
+
+    def decode(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of the map from tokens to ids; equal for one tokenizer in different file formats."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def check_supported(config: Any, source: str) -> None:
+    """Raises ValueError if no engine here runs models of this kind."""
+    if config.model_type not in SUPPORTED:
+        raise ValueError(
+            f"{source}: architecture {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}"
+        )
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise ValueError(f"{source}: a model with final_logit_softcapping is not supported")

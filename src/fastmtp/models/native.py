@@ -1,0 +1,300 @@
+"""Targets and heads in the native CPU engine (docs/native-engine.md): weights converted once, run by `_native`.
+
+What a layer is made of is read off transformers' own modules, built without memory: no table by family.
+Shapes: N outputs, K inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import psutil
+from torch import nn
+
+from fastmtp import _native
+from fastmtp.models.info import TargetInfo
+from fastmtp.models.layers import FULL, layer_types, norm_offset, skeleton, windows
+from fastmtp.models.source import locate, reading
+from fastmtp.models.weights import Floats, Weights, open_weights, whole
+
+WeightType = Literal["int8", "bfloat16"]
+_TYPES = {"int8": _native.Type.int8, "bfloat16": _native.Type.bf16}
+_BYTES_PER_WEIGHT = {"int8": 1.04, "bfloat16": 2.0}
+_CHUNK_BYTES = 1 << 25
+_LANES = 16
+
+# Where the rows of a Hugging Face matrix go in a packed one.
+Places = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
+
+
+class NativeTarget(TargetInfo):
+    """A frozen model in the native engine. States are always the ones after the final norm."""
+
+    def __init__(
+        self,
+        config: Any,
+        generation_config: Any,
+        tokenizer: Any,
+        source: str,
+        weights: Weights,
+        *,
+        weight_type: WeightType = "int8",
+        threads: int | None = None,
+    ) -> None:
+        """Convert a model's weights, a piece at a time.
+
+        Args:
+            weight_type: `int8` (in groups of 64 that share a scale, activations too) or `bfloat16`.
+            threads: default one for each physical core that this process may use.
+        Raises:
+            ValueError: the architecture is not supported, or tensors are missing or of another shape.
+            MemoryError: the converted weights would not fit; nothing was converted.
+        """
+        self._model = skeleton(config)
+        super().__init__(config, generation_config, tokenizer, type(self._model).__name__, source)
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be 1 or more")
+        self.weight_type = weight_type
+        self._check(weights)
+        self.runtime = _native.Runtime(threads or default_threads())
+        base = self._model.model
+        self._rope_factors = getattr(weights, "rope_factors", None)
+        self.embedding_scale = float(getattr(base.embed_tokens, "scalar_embed_scale", 1.0))
+        self.embedding = self.matrix(self.vocabulary_size, int(config.hidden_size))
+        _pack(self.embedding, weights, "model.embed_tokens")
+        self.lm_head = self.embedding
+        if not config.tie_word_embeddings:
+            self.lm_head = self.matrix(self.vocabulary_size, int(config.hidden_size))
+            _pack(self.lm_head, weights, "lm_head")
+        kinds = layer_types(config)
+        seen = windows(config)
+        self.stack = self.new_stack()
+        for index, (module, kind) in enumerate(zip(base.layers, kinds, strict=True)):
+            self.add_layer(self.stack, module, kind, seen[kind], weights, f"model.layers.{index}.")
+        self.stack.final_norm = gains(base.norm, weights, "model.norm")
+
+    def matrix(self, outputs: int, inputs: int) -> _native.Matrix:
+        """A matrix of zeros in this target's arithmetic."""
+        return _native.Matrix(_TYPES[self.weight_type], outputs, inputs)
+
+    def lm_head_rows(self, ids: Sequence[int]) -> _native.Matrix:
+        """The LM head's rows of some tokens, bits and all, in a matrix of their own."""
+        rows = self.matrix(len(ids), int(self.config.hidden_size))
+        rows.copy(np.arange(len(ids), dtype=np.int32), self.lm_head, np.array(ids, np.int32))
+        return rows
+
+    def new_stack(self) -> _native.Stack:
+        """A stack without layers, shaped as the target's."""
+        config, attention = self.config, self._model.model.layers[0].self_attn
+        return _native.Stack(
+            hidden=int(config.hidden_size),
+            heads=int(config.num_attention_heads),
+            key_heads=int(config.num_key_value_heads),
+            head_size=int(attention.head_dim),
+            feed_forward=int(config.intermediate_size),
+            epsilon=float(config.rms_norm_eps),
+            attention_scale=float(attention.scaling),
+            gelu=self._activation() == "gelu_pytorch_tanh",
+            ropes=self._ropes(),
+        )
+
+    def add_layer(
+        self, stack: _native.Stack, module: Any, kind: str, window: int | None, weights: Weights, prefix: str
+    ) -> None:
+        """Append a layer to a stack, of the make of a transformers module and with a checkpoint's tensors."""
+        attention, network = module.self_attn, module.mlp
+        layer = stack.add_layer(
+            _TYPES[self.weight_type],
+            bias=attention.q_proj.bias is not None,
+            out_bias=attention.o_proj.bias is not None,
+            feed_forward_bias=network.down_proj.bias is not None,
+            window=window or 0,
+            rope=self._rope_kinds().index(kind),
+        )
+        start = 0
+        for name in ("q_proj", "k_proj", "v_proj"):
+            _pack(layer.query_key_value, weights, f"{prefix}self_attn.{name}", _from(start))
+            start += getattr(attention, name).out_features
+        _pack(layer.out, weights, prefix + "self_attn.o_proj")
+        _pack(layer.gate_up, weights, prefix + "mlp.gate_proj", _interleaved(0))
+        _pack(layer.gate_up, weights, prefix + "mlp.up_proj", _interleaved(1))
+        _pack(layer.down, weights, prefix + "mlp.down_proj")
+        norms = {
+            "input_norm": "input_layernorm",
+            "query_norm": "self_attn.q_norm",
+            "key_norm": "self_attn.k_norm",
+            "feed_forward_norm": "post_attention_layernorm",
+        }
+        if hasattr(module, "pre_feedforward_layernorm"):
+            norms |= {
+                "attention_out_norm": "post_attention_layernorm",
+                "feed_forward_norm": "pre_feedforward_layernorm",
+                "feed_forward_out_norm": "post_feedforward_layernorm",
+            }
+        for ours, theirs in norms.items():
+            norm = dict(module.named_modules()).get(theirs)
+            if norm is not None:
+                setattr(layer, ours, gains(norm, weights, prefix + theirs))
+
+    @property
+    def last_layer(self) -> Any:
+        """The target's last layer as a transformers module without memory; what a head's layer is made like."""
+        return self._model.model.layers[-1]
+
+    @property
+    def final_norm(self) -> Any:
+        return self._model.model.norm
+
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of an `MTPHead` for this target."""
+        hidden = int(self.config.hidden_size)
+        norms = {f"{name}.weight": (hidden,) for name in ("token_norm", "hidden_norm", "final_norm")}
+        layer = {f"layer.{name}": tuple(value.shape) for name, value in self.last_layer.state_dict().items()}
+        return {**norms, "input_proj.weight": (hidden, 2 * hidden), **layer}
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes of weights that one forward of few tokens reads, LM head included."""
+        layers = self.stack.layers
+        matrices = [m for layer in layers for m in (layer.query_key_value, layer.out, layer.gate_up, layer.down)]
+        return sum(matrix.bytes for matrix in [*matrices, self.lm_head])
+
+    def _check(self, weights: Weights) -> None:
+        shapes = weights.shapes()
+        expected = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            expected.pop("lm_head.weight", None)
+        wrong = [
+            f"{name}: {list(shapes[name]) if name in shapes else 'missing'}, must be {list(shape)}"
+            for name, shape in expected.items()
+            if shapes.get(name) != shape
+        ]
+        if wrong:
+            listed = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+            raise ValueError(f"{self.source}: tensors do not fit the configuration:\n  {listed}")
+        count = sum(math.prod(shape) for shape in expected.values())
+        check_memory(
+            int(count * _BYTES_PER_WEIGHT[self.weight_type]),
+            f"{self.source} in {self.weight_type}",
+            "a smaller model",
+        )
+
+    def _activation(self) -> str:
+        name = str(getattr(self.config, "hidden_act", None) or self.config.hidden_activation)
+        if name not in ("silu", "gelu_pytorch_tanh"):
+            raise ValueError(
+                f"{self.source}: activation {name!r} is not supported; supported: silu, gelu_pytorch_tanh"
+            )
+        return name
+
+    def _rope_kinds(self) -> list[str]:
+        return sorted({*layer_types(self.config), FULL})
+
+    def _ropes(self) -> list[tuple[list[float], float]]:
+        """Frequencies and scale for each kind of attention, as transformers derives them from the configuration."""
+        parameters = self.config.rope_parameters
+        for settings in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+            if settings.get("rope_type") == "longrope":
+                raise ValueError(f"{self.source}: rope_type 'longrope' is not supported by the native engine")
+        rotary = type(self._model.model.rotary_emb)(self.config)
+        ropes = []
+        for kind in self._rope_kinds():
+            prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+            frequencies = getattr(rotary, f"{prefix}inv_freq").numpy()
+            if self._rope_factors is not None:
+                frequencies = frequencies / self._rope_factors
+            ropes.append((frequencies.tolist(), float(getattr(rotary, f"{prefix}attention_scaling"))))
+        return ropes
+
+
+class NativeHead:
+    """The MTP head in the native engine: s' = final_norm(layer(input_proj([hidden_norm(s), token_norm(e)])))."""
+
+    def __init__(self, target: NativeTarget, weights: Weights) -> None:
+        """Convert a head's tensors, whose names and shapes were checked against the target."""
+        hidden = int(target.config.hidden_size)
+        self.projection = _native.Projection(_TYPES[target.weight_type], hidden)
+        _pack(self.projection.matrix, weights, "input_proj")
+        self.projection.hidden_norm = gains(target.final_norm, weights, "hidden_norm")
+        self.projection.token_norm = gains(target.final_norm, weights, "token_norm")
+        self.stack = target.new_stack()
+        # The layer always attends to the full context (models/head.py).
+        target.add_layer(self.stack, target.last_layer, FULL, None, weights, "layer.")
+        self.stack.final_norm = gains(target.final_norm, weights, "final_norm")
+
+
+def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: int | None = None) -> NativeTarget:
+    """Load a target into the native engine; `name` as for `load_target`.
+
+    Raises:
+        FileNotFoundError: no such file or directory, or a hub id that cannot be had.
+        ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
+        MemoryError: the weights would not fit.
+    """
+    source = locate(name)
+    with reading(source):
+        config = source.read_config()
+        return NativeTarget(
+            config,
+            source.read_generation_config(),
+            source.read_tokenizer(),
+            name,
+            open_weights(source, config),
+            weight_type=weight_type,
+            threads=threads,
+        )
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS if it is set, else one for each physical core that this process may use.
+
+    A second thread on a core adds nothing where memory is the limit.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, psutil.cpu_count(logical=False) or usable)
+
+
+def check_memory(needed: int, what: str, instead: str) -> None:
+    """Raises MemoryError while nothing is lost yet, rather than let the system kill the process later."""
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise MemoryError(
+            f"{what} needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; use {instead}"
+        )
+
+
+def gains(norm: nn.Module, weights: Weights, name: str) -> list[float]:
+    """What a norm multiplies by, whichever way its class stores it."""
+    return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(norm_offset(norm))).tolist())
+
+
+def _pack(matrix: _native.Matrix, weights: Weights, module: str, places: Places = lambda rows: rows) -> None:
+    """Put a linear module's rows, and its bias if it has one, at their places in a matrix."""
+    shapes = weights.shapes()
+    rows, inputs = shapes[f"{module}.weight"]
+    step = max(1, _CHUNK_BYTES // (4 * inputs))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        values = weights.rows(f"{module}.weight", start, stop)
+        # The feed-forward width is padded to whole blocks in `down`.
+        padded = np.zeros((stop - start, matrix.inputs), np.float32) if inputs < matrix.inputs else values
+        padded[:, :inputs] = values
+        matrix.pack(places(np.arange(start, stop)).astype(np.int32), padded)
+    if f"{module}.bias" in shapes:
+        bias: Floats = whole(weights, f"{module}.bias")
+        matrix.set_bias(places(np.arange(rows)).astype(np.int32), bias)
+
+
+def _from(start: int) -> Places:
+    return lambda rows: rows + start
+
+
+def _interleaved(part: int) -> Places:
+    """Blocks of sixteen of two matrices in turn."""
+    return lambda rows: rows // _LANES * 2 * _LANES + part * _LANES + rows % _LANES
