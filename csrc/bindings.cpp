@@ -54,7 +54,12 @@ NB_MODULE(_native, m) {
   nb::enum_<Type>(m, "Type").value("bf16", Type::bf16).value("int8", Type::int8);
 
   nb::class_<Runtime>(m, "Runtime")
-      .def(nb::init<int>(), nb::arg("threads"))
+      .def("__init__",
+           [](Runtime* place, int threads) {
+             require(threads >= 1, "threads must be 1 or more");
+             new (place) Runtime(threads);
+           },
+           nb::arg("threads"))
       .def_ro("threads", &Runtime::threads)
       .def_ro("matmul_seconds", &Runtime::matmul_seconds)
       .def_prop_ro("kernels", [](const Runtime& runtime) { return runtime.kernels.name; });

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from fastmtp.models.target import Target
+from tests.engines import ENGINES, Engine
 
 # Matrices this small are faster on one core, and tests beside other work stay quick.
 torch.set_num_threads(1)
@@ -113,6 +114,11 @@ def tiny_target(family: str) -> Target:
 @pytest.fixture(params=list(FAMILIES))
 def target(request: pytest.FixtureRequest) -> Target:
     return tiny_target(request.param)
+
+
+@pytest.fixture(params=list(ENGINES))
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return ENGINES[request.param]
 
 
 @pytest.fixture

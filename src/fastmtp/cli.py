@@ -30,8 +30,8 @@ def main() -> None:
     """Entry point: every expected error is one line, without a traceback."""
     try:
         commands.main(standalone_mode=False)
-    except (ValueError, OSError) as error:
-        click.echo(f"fastmtp: {error}", err=True)
+    except (ValueError, OSError, MemoryError) as error:
+        click.echo(f"fastmtp: {error or 'out of memory'}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

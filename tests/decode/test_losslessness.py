@@ -1,4 +1,4 @@
-"""Greedy speculative output is token-identical to the plain loop, whatever the head drafts (fp32, torch)."""
+"""Greedy speculative output is token-identical to the plain loop, whatever the head drafts, in every engine."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Draft
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
+from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.decode.speculative import speculative
-from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.sampling import probabilities
 from tests.conftest import random_ids, tiny_target
+from tests.engines import Engine
 
 GREEDY = SamplingConfig()
 
 
-class ScriptedBackend(TorchBackend):
-    """Drafts what it is told to; the draft cache runs along as usual."""
+def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every: int) -> SequenceBackend:
+    """A backend that drafts what it is told to; its draft cache runs along as usual."""
+    backend = engine.backend(target, MTPHead(target))
+    really = backend.draft
 
-    def __init__(self, target: Target, script: Sequence[int], wrong_every: int) -> None:
-        super().__init__(target, MTPHead(target))
-        self._script, self._wrong_every = script, wrong_every
-
-    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
-        real = super().draft(token, steps, sampling, generator)
-        place = len(self.tokens) + 1
-        drafted = [self._script[place + k] for k in range(steps)]
-        if self._wrong_every:
+    def draft(token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
+        assert len(really(token, steps, sampling, generator).tokens) == steps
+        place = len(backend.tokens) + 1
+        drafted = [script[place + k] for k in range(steps)]
+        if wrong_every:
             drafted = [
-                (token + 1) % 256 if (place + k) % self._wrong_every == 0 else token
-                for k, token in enumerate(drafted)
+                (token + 1) % 256 if (place + k) % wrong_every == 0 else token for k, token in enumerate(drafted)
             ]
-        assert len(real.tokens) == steps
-        return Draft(drafted, [torch.eye(self._target.vocabulary_size)[token] for token in drafted])
+        return Draft(drafted, [])
+
+    backend.draft = draft  # type: ignore[method-assign]
+    return backend
 
 
-def plain_tokens(target: Target, prompt: Sequence[int], count: int) -> list[int]:
-    return list(islice(plain(TorchBackend(target), prompt, GREEDY, torch.Generator()), count))
+def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: int) -> list[int]:
+    return list(islice(plain(engine.backend(target), prompt, GREEDY, torch.Generator()), count))
 
 
-def speculative_tokens(backend: TorchBackend, prompt: Sequence[int], steps: int, count: int) -> list[int]:
+def speculative_tokens(backend: SequenceBackend, prompt: Sequence[int], steps: int, count: int) -> list[int]:
     rounds = speculative(backend, prompt, steps, GREEDY, torch.Generator())
     tokens: list[int] = []
     while len(tokens) < count:
@@ -64,63 +64,63 @@ def reference_tokens(target: Target, prompt: Sequence[int], count: int) -> list[
 
 
 def test_plain_decoding_is_transformers_own(target: Target) -> None:
-    """The oracle itself agrees with transformers, past a sliding window."""
+    """The oracle itself agrees with transformers, past a sliding window (tests/native/ has the native engine's)."""
     prompt = random_ids(20)
-    assert plain_tokens(target, prompt, 20) == reference_tokens(target, prompt, 20)
+    assert plain_tokens(Engine(), target, prompt, 20) == reference_tokens(target, prompt, 20)
 
 
-def test_targets_talk_about_many_tokens(target: Target) -> None:
+def test_targets_talk_about_many_tokens(engine: Engine, target: Target) -> None:
     """Agreement on one token for ever would prove nothing."""
-    assert len(set(plain_tokens(target, random_ids(9, seed=7), 60))) > 10
+    assert len(set(plain_tokens(engine, target, random_ids(9, seed=7), 60))) > 10
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
-def test_random_head(target: Target, steps: int) -> None:
+def test_random_head(engine: Engine, target: Target, steps: int) -> None:
     """A head that knows nothing changes nothing."""
     prompt = random_ids(12, seed=steps)
-    backend = TorchBackend(target, MTPHead(target))
-    assert speculative_tokens(backend, prompt, steps, 40) == plain_tokens(target, prompt, 40)
+    backend = engine.backend(target, MTPHead(target))
+    assert speculative_tokens(backend, prompt, steps, 40) == plain_tokens(engine, target, prompt, 40)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 23, 24, 25, 255, 256, 257, 300])
-def test_prompt_lengths(target: Target, length: int) -> None:
+def test_prompt_lengths(engine: Engine, target: Target, length: int) -> None:
     """From one token to beyond the growth of the caches, around the sliding window too."""
     prompt = random_ids(length, seed=length)
-    backend = TorchBackend(target, MTPHead(target))
-    assert speculative_tokens(backend, prompt, 3, 12) == plain_tokens(target, prompt, 12)
+    backend = engine.backend(target, MTPHead(target))
+    assert speculative_tokens(backend, prompt, 3, 12) == plain_tokens(engine, target, prompt, 12)
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
 @pytest.mark.parametrize("wrong_every", [0, 1, 2, 3, 5])
-def test_scripted_drafts(target: Target, steps: int, wrong_every: int) -> None:
+def test_scripted_drafts(engine: Engine, target: Target, steps: int, wrong_every: int) -> None:
     """Perfect drafts (0), always wrong ones (1) and all kinds of partial acceptance."""
     prompt = random_ids(9, seed=7)
-    expected = plain_tokens(target, prompt, 60)
+    expected = plain_tokens(engine, target, prompt, 60)
     script = [*prompt, *expected]
-    backend = ScriptedBackend(target, script, wrong_every)
+    backend = scripted(engine, target, script, wrong_every)
     assert speculative_tokens(backend, prompt, steps, 40) == expected[:40]
 
 
-def test_perfect_drafts_are_all_accepted(target: Target) -> None:
+def test_perfect_drafts_are_all_accepted(engine: Engine, target: Target) -> None:
     prompt = random_ids(9, seed=7)
-    script = [*prompt, *plain_tokens(target, prompt, 60)]
-    rounds = speculative(ScriptedBackend(target, script, 0), prompt, 4, GREEDY, torch.Generator())
+    script = [*prompt, *plain_tokens(engine, target, prompt, 60)]
+    rounds = speculative(scripted(engine, target, script, 0), prompt, 4, GREEDY, torch.Generator())
     assert [one.accepted for one in islice(rounds, 1, 9)] == [4] * 8
 
 
-def test_compressed_draft_vocabulary(target: Target) -> None:
+def test_compressed_draft_vocabulary(engine: Engine, target: Target) -> None:
     """Sixteen tokens in the draft vocabulary, or one: the output stays that of the full vocabulary."""
     prompt = random_ids(15, seed=2)
-    expected = plain_tokens(target, prompt, 30)
+    expected = plain_tokens(engine, target, prompt, 30)
     for ids in (list(range(16)), [5]):
-        backend = TorchBackend(target, MTPHead(target), ids)
+        backend = engine.backend(target, MTPHead(target), ids)
         assert speculative_tokens(backend, prompt, 3, 30) == expected
 
 
-def test_context_limit_stops_both_at_the_same_token(llama: Target) -> None:
+def test_context_limit_stops_both_at_the_same_token(engine: Engine, llama: Target) -> None:
     """The last round drafts only what fits; both say that the context is full."""
     prompt = random_ids(500)
-    backend = TorchBackend(llama, MTPHead(llama))
+    backend = engine.backend(llama, MTPHead(llama))
     results = [
         Generation(backend, llama, prompt, draft_steps=steps, sampling=GREEDY, max_new_tokens=100).run()
         for steps in (0, 3)
@@ -130,20 +130,20 @@ def test_context_limit_stops_both_at_the_same_token(llama: Target) -> None:
     assert len(results[0].tokens) == llama.context_limit - 500 + 1
 
 
-def test_max_tokens_in_the_middle_of_a_draft(llama: Target) -> None:
+def test_max_tokens_in_the_middle_of_a_draft(engine: Engine, llama: Target) -> None:
     prompt = random_ids(9, seed=7)
-    script = [*prompt, *plain_tokens(llama, prompt, 60)]
+    script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
     for limit in range(1, 12):
-        backend = ScriptedBackend(llama, script, 0)
+        backend = scripted(engine, llama, script, 0)
         result = Generation(backend, llama, prompt, draft_steps=4, sampling=GREEDY, max_new_tokens=limit).run()
         assert result.tokens == script[9 : 9 + limit]
         assert result.stopped == "length"
 
 
-def test_end_token_inside_a_draft(llama: Target) -> None:
+def test_end_token_inside_a_draft(engine: Engine, llama: Target) -> None:
     """The answer ends at its end token although later drafts were accepted."""
     prompt = random_ids(9, seed=7)
-    expected = plain_tokens(llama, prompt, 30)
+    expected = plain_tokens(engine, llama, prompt, 30)
     for place in range(1, 10):
         end = expected[place]
         if end in expected[:place]:
@@ -151,7 +151,7 @@ def test_end_token_inside_a_draft(llama: Target) -> None:
         ended = _with_end_token(llama, end)
         script = [*prompt, *expected, *[0] * 8]
         for steps in (0, 4):
-            backend = ScriptedBackend(ended, script, 0)
+            backend = scripted(engine, ended, script, 0)
             result = Generation(backend, ended, prompt, draft_steps=steps, sampling=GREEDY, max_new_tokens=30).run()
             assert result.tokens == expected[: place + 1]
             assert result.stopped == "end"
@@ -164,18 +164,18 @@ def _with_end_token(target: Target, end: int) -> Target:
     return Ended(target.model, target.tokenizer, target.source)
 
 
-def test_stop_string_across_a_draft_boundary(llama: Target) -> None:
+def test_stop_string_across_a_draft_boundary(engine: Engine, llama: Target) -> None:
     """Wherever the string lies relative to the rounds, text and tokens are those of plain decoding."""
     prompt = random_ids(9, seed=7)
-    script = [*prompt, *plain_tokens(llama, prompt, 60)]
+    script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
     text = "".join(
-        Generation(TorchBackend(llama), llama, prompt, draft_steps=0, sampling=GREEDY, max_new_tokens=40)
+        Generation(engine.backend(llama), llama, prompt, draft_steps=0, sampling=GREEDY, max_new_tokens=40)
     )
     for start in range(1, 20, 2):
         stop = [text[start : start + 4]]
         results = [
             Generation(
-                ScriptedBackend(llama, script, 0),
+                scripted(engine, llama, script, 0),
                 llama,
                 prompt,
                 draft_steps=steps,
@@ -192,26 +192,27 @@ def test_stop_string_across_a_draft_boundary(llama: Target) -> None:
         assert results[0].result.stopped == "stop_string"
 
 
-def test_continued_conversation_reuses_the_cache_without_a_trace(target: Target) -> None:
+def test_continued_conversation_reuses_the_cache_without_a_trace(engine: Engine, target: Target) -> None:
     """After a shared prefix, a reused backend gives what a fresh one gives, both ways of decoding."""
     first = random_ids(20, seed=1)
-    backend = TorchBackend(target, MTPHead(target))
+    head = MTPHead(target)
+    backend = engine.backend(target, head)
     answer = speculative_tokens(backend, first, 3, 10)
     for second in ([*first, *answer, *random_ids(7, seed=2)], [*first[:11], *random_ids(5, seed=3)], first):
-        expected = plain_tokens(target, second, 15)
+        expected = plain_tokens(engine, target, second, 15)
         assert speculative_tokens(backend, second, 3, 15) == expected
         drafted = _drafts(backend, second)
-        assert drafted == _drafts(TorchBackend(target, backend._head), second)
+        assert drafted == _drafts(engine.backend(target, head), second)
         assert list(islice(plain(backend, second, GREEDY, torch.Generator()), 15)) == expected
 
 
-def _drafts(backend: TorchBackend, prompt: Sequence[int]) -> list[int]:
+def _drafts(backend: SequenceBackend, prompt: Sequence[int]) -> list[int]:
     """A draft shows that the draft cache too is right after reuse."""
     token = int(backend.prefill(prompt).argmax())
     return backend.draft(token, 4, GREEDY, torch.Generator()).tokens
 
 
-def test_sampling_law_of_the_decoder() -> None:
+def test_sampling_law_of_the_decoder(engine: Engine) -> None:
     """At a temperature the second token's law is the target's, although half of it comes from drafts."""
     target = tiny_target("llama")
     prompt = random_ids(6, seed=4)
@@ -219,16 +220,15 @@ def test_sampling_law_of_the_decoder() -> None:
     head = MTPHead(target)
     generator = torch.Generator().manual_seed(11)
     rounds, counts = 1500, torch.zeros(target.vocabulary_size)
-    backend = TorchBackend(target, head)
+    backend = engine.backend(target, head)
     for _ in range(rounds):
         stream = speculative(backend, prompt, 2, sampling, generator)
         tokens = next(stream).tokens + next(stream).tokens
         counts[tokens[1]] += 1
     expected = torch.zeros(target.vocabulary_size)
-    with torch.no_grad():
-        first = _law(target, prompt, sampling)
-        for token in first.nonzero()[:, 0].tolist():
-            expected += first[token] * _law(target, [*prompt, token], sampling)
+    first = _law(engine, target, prompt, sampling)
+    for token in first.nonzero()[:, 0].tolist():
+        expected += first[token] * _law(engine, target, [*prompt, token], sampling)
     likely = expected > 0
     assert counts[~likely].sum() == 0
     # At most 16 tokens are likely: 15 degrees of freedom, exceeded once in 10,000 seeds; the seed is fixed.
@@ -236,5 +236,5 @@ def test_sampling_law_of_the_decoder() -> None:
     assert float(statistic) < 45
 
 
-def _law(target: Target, ids: Sequence[int], sampling: SamplingConfig) -> torch.Tensor:
-    return probabilities(target.model(torch.tensor([list(ids)])).logits[0, -1], sampling)
+def _law(engine: Engine, target: Target, ids: Sequence[int], sampling: SamplingConfig) -> torch.Tensor:
+    return probabilities(engine.backend(target).prefill(ids), sampling)

@@ -20,7 +20,6 @@ import torch
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch, is_looping
 from fastmtp.decode.plain import plain
-from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
@@ -28,6 +27,7 @@ from fastmtp.distill.prompts import OPENINGS, opening, read_prompts
 from fastmtp.models.info import tokenizer_sha256
 from fastmtp.models.target import Target
 from tests.conftest import random_ids, tiny_target
+from tests.engines import Engine
 
 CONFIG = DistillConfig(
     count=12, max_new_tokens=8, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0
@@ -49,7 +49,7 @@ def rows(directory: Path) -> dict[int, Exchange]:
     return {row.index: row for row in listed}
 
 
-def test_batched_decoding_is_plain_decoding(target: Target) -> None:
+def test_batched_decoding_is_plain_decoding(engine: Engine, target: Target) -> None:
     """Greedy answers of many requests together, of unequal lengths and beyond a cache growth, one by one alike."""
     prompts = [random_ids(length, seed=length) for length in (1, 5, 30, 7, 280, 2, 19)]
     queue = deque(
@@ -63,9 +63,9 @@ def test_batched_decoding_is_plain_decoding(target: Target) -> None:
         )
         for index, prompt in enumerate(prompts)
     )
-    got = {done.request.key: done.tokens for done in decode_batch(TorchBatch(target), queue, slots=3)}
+    got = {done.request.key: done.tokens for done in decode_batch(engine.batch(target), queue, slots=3)}
     for index, prompt in enumerate(prompts):
-        stream = plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator())
+        stream = plain(engine.backend(target), prompt, SamplingConfig(), torch.Generator())
         assert got[index] == list(islice(stream, 6 + 5 * index))
 
 

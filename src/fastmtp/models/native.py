@@ -41,26 +41,23 @@ class NativeTarget(TargetInfo):
         tokenizer: Any,
         source: str,
         weights: Weights,
+        runtime: _native.Runtime,
         *,
         weight_type: WeightType = "int8",
-        threads: int | None = None,
     ) -> None:
         """Convert a model's weights, a piece at a time.
 
         Args:
             weight_type: `int8` (in groups of 64 that share a scale, activations too) or `bfloat16`.
-            threads: default one for each physical core that this process may use.
         Raises:
             ValueError: the architecture is not supported, or tensors are missing or of another shape.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
         self._model = skeleton(config)
         super().__init__(config, generation_config, tokenizer, type(self._model).__name__, source)
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be 1 or more")
+        self.runtime = runtime
         self.weight_type = weight_type
         self._check(weights)
-        self.runtime = _native.Runtime(threads or default_threads())
         base = self._model.model
         self._rope_factors = getattr(weights, "rope_factors", None)
         self.embedding_scale = float(getattr(base.embed_tokens, "scalar_embed_scale", 1.0))
@@ -230,11 +227,15 @@ class NativeHead:
 def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: int | None = None) -> NativeTarget:
     """Load a target into the native engine; `name` as for `load_target`.
 
+    Args:
+        weight_type: as for `NativeTarget`.
+        threads: default one for each physical core that this process may use.
     Raises:
         FileNotFoundError: no such file or directory, or a hub id that cannot be had.
         ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
         MemoryError: the weights would not fit.
     """
+    runtime = _native.Runtime(default_threads() if threads is None else threads)
     source = locate(name)
     with reading(source):
         config = source.read_config()
@@ -244,8 +245,8 @@ def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: 
             source.read_tokenizer(),
             name,
             open_weights(source, config),
+            runtime,
             weight_type=weight_type,
-            threads=threads,
         )
 
 

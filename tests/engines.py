@@ -1,0 +1,68 @@
+"""The engines that pass the same tests, made from a tiny PyTorch target and head."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from fastmtp.decode.backend import Batch
+from fastmtp.decode.sequence import SequenceBackend
+from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.decode.torch_batch import TorchBatch
+from fastmtp.models.head import MTPHead
+from fastmtp.models.target import Target
+from fastmtp.models.weights import TensorWeights
+
+NATIVE = importlib.util.find_spec("fastmtp._native") is not None
+if NATIVE:
+    from fastmtp import _native
+    from fastmtp.decode.native_backend import NativeBackend
+    from fastmtp.decode.native_batch import NativeBatch
+    from fastmtp.models.native import NativeHead, NativeTarget, WeightType
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`weight_type` of the native engine; None is PyTorch."""
+
+    weight_type: WeightType | None = None
+
+    def backend(
+        self, target: Target, head: MTPHead | None = None, ids: Sequence[int] | None = None
+    ) -> SequenceBackend:
+        if self.weight_type is None:
+            return TorchBackend(target, head, ids)
+        converted = native_target(target, self.weight_type)
+        return NativeBackend(converted, native_head(converted, head) if head else None, ids)
+
+    def batch(self, target: Target) -> Batch:
+        return NativeBatch(native_target(target, self.weight_type)) if self.weight_type else TorchBatch(target)
+
+
+ENGINES = {"torch": Engine()}
+if NATIVE:
+    ENGINES |= {"native-int8": Engine("int8"), "native-bfloat16": Engine("bfloat16")}
+
+
+@cache
+def native_target(target: Target, weight_type: WeightType) -> NativeTarget:
+    return convert(target, weight_type)
+
+
+def convert(target: Target, weight_type: WeightType, threads: int = 2) -> NativeTarget:
+    """The native copy of a PyTorch target, with the kernels that FASTMTP_KERNELS names."""
+    return NativeTarget(
+        target.config,
+        target.model.generation_config,
+        target.tokenizer,
+        target.source,
+        TensorWeights(target.model.state_dict()),
+        _native.Runtime(threads),
+        weight_type=weight_type,
+    )
+
+
+def native_head(target: NativeTarget, head: MTPHead) -> NativeHead:
+    return NativeHead(target, TensorWeights(head.state_dict()))

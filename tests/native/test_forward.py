@@ -1,0 +1,192 @@
+"""Forward passes of the native engine: right, and the same to the bit however the work is cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmtp import _native
+from fastmtp.decode.native_backend import NativeBackend, Scores, forward
+from fastmtp.models.head import MTPHead
+from fastmtp.models.kv_cache import KVCache
+from fastmtp.models.native import NativeTarget, WeightType
+from fastmtp.models.target import Target
+from tests.conftest import random_ids, tiny_target
+from tests.engines import convert, native_head, native_target
+
+# Two pages of 256 tokens and a bit of the third; the tiny models' contexts end at 512 tokens, not their weights.
+LONG = 530
+
+
+@pytest.fixture(params=_native.available_kernels())
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTMTP_KERNELS", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["int8", "bfloat16"])
+def weight_type(request: pytest.FixtureRequest) -> WeightType:
+    return request.param
+
+
+def states(target: NativeTarget, ids: Sequence[int], chunks: Sequence[int] | None = None) -> Tensor:
+    """The states [T, H] of a text, computed in chunks of the sizes given."""
+    cache, start, parts = target.stack.new_cache(), 0, []
+    for size in chunks or [len(ids)]:
+        parts.append(forward(target, [cache], [start], [ids[start : start + size]]))
+        start += size
+    assert start == len(ids)
+    return torch.cat(parts)
+
+
+def logits(target: NativeTarget, states_TH: Tensor) -> Tensor:
+    return Scores(target, target.lm_head)(states_TH)
+
+
+@cache
+def rounded(family: str) -> Target:
+    """The tiny target with weights that bf16 holds exactly: only the arithmetic differs between engines."""
+    source = tiny_target(family)
+    model = deepcopy(source.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    return Target(model, source.tokenizer, source.source)
+
+
+def test_bf16_logits_are_the_references(kernels: str, target: Target) -> None:
+    """On every architecture, past a sliding window: within 2 % of the largest logit (root mean square), and no
+    farther from the fp32 reference than twice what PyTorch's own bf16 model is."""
+    source = rounded(target.source.removeprefix("tiny-"))
+    ids = random_ids(60)
+    reference = source.logits(source.forward(torch.tensor([ids]), KVCache()))[0]
+    half = Target(deepcopy(source.model).bfloat16(), source.tokenizer, source.source)
+    own_error = half.logits(half.forward(torch.tensor([ids]), KVCache()))[0].float() - reference
+    native = convert(source, "bfloat16")
+    error = logits(native, states(native, ids)) - reference
+    assert error.square().mean().sqrt() < 0.02 * reference.abs().max()
+    assert error.square().mean().sqrt() < 2 * own_error.square().mean().sqrt()
+
+
+def test_int8_logits_are_near_the_references(kernels: str, target: Target) -> None:
+    """Tiny random models amplify rounding as no trained one does; still the direction is kept."""
+    ids = random_ids(60)
+    reference = target.logits(target.forward(torch.tensor([ids]), KVCache()))[0]
+    native = convert(target, "int8")
+    found = logits(native, states(native, ids))
+    assert torch.nn.functional.cosine_similarity(found, reference).min() > 0.97
+
+
+def test_head_states_are_the_references(target: Target) -> None:
+    """The head in bf16 against PyTorch's in fp32, step 1 at every position."""
+    head = MTPHead(target)
+    ids, before = random_ids(40), torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        rotation = target.rotations(torch.arange(40)[None])
+        expected = head(before[None], target.embed(torch.tensor([ids])), rotation, None, None)[0]
+    native = native_target(target, "bfloat16")
+    backend = NativeBackend(native, native_head(native, head))
+    error = backend._head_forward(0, before, ids) - expected
+    assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("chunk", range(1, 17))
+def test_rows_do_not_depend_on_their_number(kernels: str, weight_type: WeightType, chunk: int) -> None:
+    """M = 1 to 16 tokens in one forward: the same bits, across the border of a page."""
+    native = _native_of("llama", weight_type, kernels, 2)
+    ids = random_ids(270)
+    size = 240
+    chunks = [size, *[chunk] * ((270 - size) // chunk)]
+    chunks += [270 - sum(chunks)] * (sum(chunks) < 270)
+    assert torch.equal(states(native, ids, chunks), states(native, ids, [1] * 270))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_states_do_not_depend_on_chunks(target: Target, weight_type: WeightType, seed: int) -> None:
+    """Any way of cutting a prompt of three pages gives the same bits, in every architecture."""
+    native = native_target(target, weight_type)
+    ids = random_ids(LONG)
+    dice = random.Random(seed)
+    chunks: list[int] = []
+    while sum(chunks) < LONG:
+        chunks.append(min(dice.choice([1, 3, 8, 15, 16, 17, 100, 256, 300]), LONG - sum(chunks)))
+    assert torch.equal(states(native, ids, chunks), states(native, ids))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
+def test_states_do_not_depend_on_threads(kernels: str, weight_type: WeightType, threads: int) -> None:
+    """More threads than cores included: nobody adds in another order."""
+    ids = random_ids(300)
+    chunks = [256, 40, *[1] * 4]
+    for family in ("qwen3", "gemma3"):
+        alone = states(_native_of(family, weight_type, kernels, 1), ids, chunks)
+        assert torch.equal(states(_native_of(family, weight_type, kernels, threads), ids, chunks), alone)
+
+
+def test_sequences_together_are_sequences_alone(target: Target, weight_type: WeightType) -> None:
+    """Several sequences of unequal lengths in one forward, each at its own position: the same bits as alone."""
+    native = native_target(target, weight_type)
+    texts = [random_ids(length, seed=length) for length in (1, 30, 260, 17, 255)]
+    alone = [states(native, text) for text in texts]
+    caches = [native.stack.new_cache() for _ in texts]
+    for held, text, expected in zip(caches, texts, alone, strict=True):
+        if text[:-1]:
+            assert torch.equal(forward(native, [held], [0], [text[:-1]]), expected[:-1])
+    last = forward(native, caches, [len(text) - 1 for text in texts], [text[-1:] for text in texts])
+    assert torch.equal(last, torch.stack([expected[-1] for expected in alone]))
+
+
+def test_tokens_taken_back_leave_no_trace(target: Target, weight_type: WeightType) -> None:
+    """Writing over positions that held other tokens gives what a fresh cache gives."""
+    native = native_target(target, weight_type)
+    text, other = random_ids(300), random_ids(300, seed=5)
+    cache = native.stack.new_cache()
+    forward(native, [cache], [0], [[*text[:250], *other[250:]]])
+    assert torch.equal(forward(native, [cache], [250], [text[250:]]), states(native, text)[250:])
+
+
+def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: WeightType) -> None:
+    """A gathered draft vocabulary scores its tokens as the whole LM head does, to the bit."""
+    native, head = native_target(llama, weight_type), MTPHead(llama)
+    ids = [257, 3, 100, 31, 7]
+    whole = NativeBackend(native, native_head(native, head))
+    part = NativeBackend(native, native_head(native, head), ids)
+    state = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(part._draft_logits(state), whole._draft_logits(state)[ids])
+
+
+@cache
+def _native_of(family: str, weight_type: WeightType, kernels: str, threads: int) -> NativeTarget:
+    target = convert(tiny_target(family), weight_type, threads)
+    assert target.runtime.kernels == kernels
+    return target
+
+
+@pytest.mark.parametrize(
+    ("starts", "counts", "tokens", "message"),
+    [
+        ([0], [2], [1], "must add up to the number of tokens"),
+        ([-1], [1], [1], "a start of 0 or more"),
+        ([0], [0], [], "at least one token"),
+        ([0, 1], [1], [1], "differ in length"),
+        ([0], [1], [300], "outside the vocabulary"),
+        ([0], [1], [-1], "outside the vocabulary"),
+    ],
+)
+def test_bad_calls_are_refused(
+    llama: Target, starts: list[int], counts: list[int], tokens: list[int], message: str
+) -> None:
+    """Nothing is read or written out of bounds, whatever the caller gives."""
+    native = native_target(llama, "int8")
+    numpy = [torch.tensor(values, dtype=torch.int32).numpy() for values in (starts, counts, tokens)]
+    out = torch.empty(len(tokens), 32).numpy()
+    with pytest.raises(ValueError, match=message):
+        _native.target_forward(
+            native.runtime, native.stack, native.embedding, 1.0, [native.stack.new_cache()], *numpy, out
+        )
