@@ -29,18 +29,28 @@ Attention::Attention(const Shape& shape, const std::vector<Segment>& segments, c
   for (int window : windows) {
     if (std::any_of(plans_.begin(), plans_.end(), [&](const Plan& made) { return made.window == window; })) continue;
     Plan made{window, {}};
-    for (size_t t = 0; t < tiles_.size(); t++) {
-      const Tile& tile = tiles_[t];
-      const int start = segments[tile.segment].start;
-      const int first = first_seen(start + tile.first_query / group, window) / kPageTokens;
-      const int last = (start + (tile.first_query + tile.count - 1) / group) / kPageTokens;
-      for (int head = 0; head < shape.key_heads; head++) {
-        if (!by_page_) made.items.push_back({int(t), head, first, last});
-        if (by_page_)
-          for (int page = first; page <= last; page++) made.items.push_back({int(t), head, page, page});
-      }
+    int first = 0;
+    for (int tile = 1; tile <= int(tiles_.size()); tile++) {
+      // Tiles of a segment that are not too many share a page while it is in the cache of one core.
+      if (by_page_ && tile < int(tiles_.size()) && tiles_[tile].segment == tiles_[first].segment) continue;
+      add_items(made, first, tile - 1);
+      first = tile;
     }
     plans_.push_back(std::move(made));
+  }
+}
+
+void Attention::add_items(Plan& made, int first_tile, int last_tile) const {
+  const int group = shape_.heads / shape_.key_heads;
+  const Tile &first = tiles_[first_tile], &last = tiles_[last_tile];
+  const int start = segments_[first.segment].start;
+  const int first_page = first_seen(start + first.first_query / group, made.window) / kPageTokens;
+  const int last_page = (start + (last.first_query + last.count - 1) / group) / kPageTokens;
+  for (int head = 0; head < shape_.key_heads; head++) {
+    if (!by_page_) made.items.push_back({first_tile, last_tile, head, first_page, last_page});
+    if (by_page_)
+      for (int page = first_page; page <= last_page; page++)
+        made.items.push_back({first_tile, last_tile, head, page, page});
   }
 }
 
@@ -64,29 +74,30 @@ void Attention::attend(Runtime& runtime, Team& team, int layer, int window, cons
   float* own = runtime.partials.get() + (size_t(rows_) * shape_.heads * pages_ + size_t(team.id) * kTileQueries) * partial_size_;
   team.each(int(items.size()), [&](int index) {
     const Item& item = items[index];
-    const Tile& tile = tiles_[item.tile];
-    const Cache& cache = *segments_[tile.segment].cache;
-    for (int page = item.first_page; page <= item.last_page; page++) {
-      Query seen[kTileQueries];
-      float* totals[kTileQueries];
-      for (int i = 0; i < tile.count; i++) {
-        const int query = tile.first_query + i, row = tile.first_row + query / group;
-        const int head = item.key_head * group + query % group;
-        const int position = positions_[row], before = page * kPageTokens;
-        totals[i] = partial(runtime, row, head, page);
-        seen[i] = {
-            queries + (size_t(row) * shape_.heads + head) * size,
-            std::clamp(first_seen(position, window) - before, 0, kPageTokens),
-            std::clamp(position + 1 - before, 0, kPageTokens),
-            // The first page's result is the total so far; later ones are merged into it.
-            by_page_ || page == item.first_page ? totals[i] : own + size_t(i) * partial_size_,
-        };
+    for (int page = item.first_page; page <= item.last_page; page++)
+      for (int t = item.first_tile; t <= item.last_tile; t++) {
+        const Tile& tile = tiles_[t];
+        const Cache& cache = *segments_[tile.segment].cache;
+        Query seen[kTileQueries];
+        float* totals[kTileQueries];
+        for (int i = 0; i < tile.count; i++) {
+          const int query = tile.first_query + i, row = tile.first_row + query / group;
+          const int head = item.key_head * group + query % group;
+          const int position = positions_[row], before = page * kPageTokens;
+          totals[i] = partial(runtime, row, head, page);
+          seen[i] = {
+              queries + (size_t(row) * shape_.heads + head) * size,
+              std::clamp(first_seen(position, window) - before, 0, kPageTokens),
+              std::clamp(position + 1 - before, 0, kPageTokens),
+              // The first page's result is the total so far; later ones are merged into it.
+              by_page_ || page == item.first_page ? totals[i] : own + size_t(i) * partial_size_,
+          };
+        }
+        runtime.kernels.attend(seen, tile.count, cache.keys(page, layer, item.key_head),
+                               cache.values(page, layer, item.key_head), size);
+        for (int i = 0; i < tile.count; i++)
+          if (seen[i].partial != totals[i]) runtime.kernels.merge(totals[i], seen[i].partial, size);
       }
-      runtime.kernels.attend(seen, tile.count, cache.keys(page, layer, item.key_head),
-                             cache.values(page, layer, item.key_head), size);
-      for (int i = 0; i < tile.count; i++)
-        if (seen[i].partial != totals[i]) runtime.kernels.merge(totals[i], seen[i].partial, size);
-    }
   });
 }
 

@@ -38,8 +38,9 @@ class Attention {
   struct Tile {
     int segment, first_row, first_query, count;
   };
+  // Some tiles of one segment, one key head, some pages.
   struct Item {
-    int tile, key_head, first_page, last_page;
+    int first_tile, last_tile, key_head, first_page, last_page;
   };
   struct Plan {
     int window;
@@ -47,6 +48,7 @@ class Attention {
   };
 
   const Plan& plan(int window) const;
+  void add_items(Plan& plan, int first_tile, int last_tile) const;
   int first_seen(int position, int window) const { return window > 0 && position >= window ? position - window + 1 : 0; }
   float* partial(Runtime& runtime, int row, int head, int page) const;
 
@@ -55,7 +57,7 @@ class Attention {
   std::vector<int> positions_;  // by row
   std::vector<Tile> tiles_;
   std::vector<Plan> plans_;
-  bool by_page_;  // one item for each page, else one for all pages of a tile
+  bool by_page_;  // one item for each page of a segment, else one for each tile
   int pages_ = 1, partial_size_, rows_ = 0;
 };
 

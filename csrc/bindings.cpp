@@ -187,7 +187,7 @@ NB_MODULE(_native, m) {
     scores(runtime, matrix, states.data(), int(states.shape(0)), out.data(), int(out.shape(1)));
   });
 
-  m.def("read_seconds", &read_seconds, nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"),
+  m.def("read_seconds", &read_seconds, nb::arg("runtime"), nb::arg("bytes"), nb::arg("repeats"),
         nb::call_guard<nb::gil_scoped_release>());
 
   m.def("available_kernels", [] {

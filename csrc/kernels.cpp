@@ -31,6 +31,16 @@ inline Floats exponential(Floats x) {
 
 // ---- matrix products: each weight is loaded once for all rows of a tile ----
 
+// How far ahead of a kilobyte of weights to fetch. One block is one stream with its successors, and many rows keep
+// the processor from looking ahead itself: 16 kB. Several blocks together: what follows in each of them, and at their
+// ends the beginnings of the next ones.
+template <int Blocks>
+inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
+  constexpr size_t kPart = kGroup * kLanes;
+  if (Blocks == 1) return 16 * kPart;
+  return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
+}
+
 template <int Rows, int Blocks>
 void int8_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
@@ -41,6 +51,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, floa
   for (int b = 0; b < Blocks; b++)
     for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
   for (int g = 0; g < w.groups; g++) {
+    const size_t ahead = prefetch_distance<Blocks>(w, g, w.groups);
     Ints sums[Blocks][Rows];
     for (int b = 0; b < Blocks; b++)
       for (int m = 0; m < Rows; m++) sums[b][m] = dot_start(x.sums[(row + m) * x.groups + g]);
@@ -48,7 +59,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, floa
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
         const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
-        if (Blocks > 1) prefetch(place + 1024);
+        prefetch(place + ahead);
         const Bytes four = load_bytes(place);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
       }
@@ -79,11 +90,12 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, floa
   for (int b = 0; b < Blocks; b++)
     for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
   for (int g = 0; g < 2 * w.groups; g++) {
+    const size_t ahead = prefetch_distance<Blocks>(w, g, 2 * w.groups);
 #pragma GCC unroll 16
     for (int k = 0; k < kGroup / 2; k += 2) {
       for (int b = 0; b < Blocks; b++) {
         const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
-        if (Blocks > 1) prefetch(place + 1024);
+        prefetch(place + ahead);
         const Bytes two = load_bytes(place);
         for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
       }
@@ -284,14 +296,26 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
   }
   const int first = begin / (kLanes * kTogether) * kTogether;
   const int last = end > 0 ? round_up(end, kLanes * kTogether) / kLanes : first;
+  // One row after another: the multiplications find the next query at a fixed distance.
+  alignas(64) uint16_t together[kLargestHead / 2][Count][2];
+  for (int d = 0; d < size; d += 2)
+    for (int i = 0; i < Count; i++) {
+      together[d / 2][i][0] = queries[i].q[d];
+      together[d / 2][i][1] = queries[i].q[d + 1];
+    }
+  const int width = round_up(size, kLanes);
   for (int block = first; block < last; block += kTogether) {
     Floats score[kTogether][Count];
     for (int b = 0; b < kTogether; b++)
       for (int i = 0; i < Count; i++) score[b][i] = splat(0.0f);
     for (int d = 0; d < size; d += 2)
       for (int b = 0; b < kTogether; b++) {
-        const Bytes key = load_pairs(keys + (size_t(block + b) * size + d) * kLanes);
-        for (int i = 0; i < Count; i++) score[b][i] = dot2(score[b][i], key, queries[i].q + d);
+        const size_t place = (size_t(block + b) * size + d) * kLanes;
+        // The keys two blocks on, and the values of these tokens, which are wanted next.
+        prefetch(reinterpret_cast<const uint8_t*>(keys + place + 2 * size * kLanes));
+        prefetch(reinterpret_cast<const uint8_t*>(values + place));
+        const Bytes key = load_pairs(keys + place);
+        for (int i = 0; i < Count; i++) score[b][i] = dot2(score[b][i], key, together[d / 2][i]);
       }
     for (int b = 0; b < kTogether; b++)
       for (int i = 0; i < Count; i++) store(scores[i] + (block + b) * kLanes, score[b][i]);
@@ -317,7 +341,6 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
     queries[i].partial[0] = top;
     queries[i].partial[1] = sum(total);
   }
-  const int width = round_up(size, kLanes);
   begin = begin / 2 * 2;
   end = round_up(end, 2);
   int start = 0;
@@ -341,6 +364,21 @@ void attend(const Query* queries, int count, const uint16_t* keys, const uint16_
   attend_count<kTileQueries>(queries, count, keys, values, size);
 }
 
+// Four streams at once, as in the matrix products with few rows.
+float read(const float* memory, size_t count) {
+  constexpr int kStreams = 4;
+  const size_t part = count / kStreams / (4 * kLanes) * (4 * kLanes);
+  Floats total[kStreams];
+  for (Floats& one : total) one = splat(0.0f);
+  for (size_t i = 0; i < part; i += kLanes)
+    for (int s = 0; s < kStreams; s++) {
+      const float* place = memory + s * part + i;
+      prefetch(reinterpret_cast<const uint8_t*>(place) + 1024);
+      total[s] = add(total[s], load(place));
+    }
+  return sum(add(add(total[0], total[1]), add(total[2], total[3])));
+}
+
 void merge(float* total, const float* part, int size) {
   // A page of which the query sees nothing leaves no trace, so that tiles need not agree on which pages they visit.
   if (part[1] == 0.0f) return;
@@ -362,7 +400,7 @@ namespace fastmtp {
 
 extern const Kernels FASTMTP_TABLE;
 const Kernels FASTMTP_TABLE = {
-    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, merge,
+    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, read, merge,
 };
 
 }  // namespace fastmtp

@@ -71,6 +71,8 @@ struct Kernels {
   void (*store_token)(const uint16_t* key, const float* value, int size, int place, uint16_t* keys, uint16_t* values);
   // Partial attention of up to kTileQueries queries over one page of one head.
   void (*attend)(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size);
+  // Reads memory as fast as it goes, and returns the sum of what is there.
+  float (*read)(const float* memory, size_t count);
   // Adds the second partial result to the first.
   void (*merge)(float* total, const float* part, int size);
 };
