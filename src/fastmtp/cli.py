@@ -11,6 +11,7 @@ import click
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
+    NATIVE_DTYPES,
     EngineOptions,
     config_option,
     decoding_options,
@@ -22,6 +23,7 @@ from fastmtp.session import (
     open_batch,
     open_target,
     open_torch_target,
+    target_option,
     training_options,
 )
 
@@ -247,6 +249,50 @@ def bench(
 
     conversations = read_conversations(prompts, limit) if prompts else builtin_conversations()
     _run_bench(target, options, head, draft_steps, conversations, max_new_tokens, as_json, stream=False)
+
+
+@commands.command("bench-engine")
+@target_option
+@click.option("--dtype", type=click.Choice(NATIVE_DTYPES), default="int8", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="[default: one for each physical core]")
+@click.option("--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]")
+@json_option
+def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None, as_json: bool) -> None:
+    """How fast the native engine is here, against the memory's bandwidth and llama.cpp (extra `llama-cpp`)."""
+    options = EngineOptions("native", dtype, None, threads)
+    loaded: Any = open_target(target, options)
+    from fastmtp.evaluate.engine import CONTEXT, measure
+    from fastmtp.evaluate.report import engine_tables
+    from fastmtp.models.head_format import load_native_head
+    from fastmtp.models.shipped import shipped_head
+    from fastmtp.progress import console
+
+    directory = head or shipped_head(target)
+    native_head, ids, steps = None, [], 0
+    if directory is not None:
+        native_head, vocabulary, steps = load_native_head(directory, loaded)
+        ids = vocabulary.union()
+    report = measure(loaded, native_head, ids, steps)
+    if not as_json:
+        console.print(f"{report.model}, {report.engine}, {report.machine}")
+        console.print(
+            f"reads {report.bandwidth_gb_s:.1f} GB/s; a forward reads {report.forward_bytes / 1e6:.0f} MB at "
+            f"{CONTEXT} tokens of context, so takes {report.floor_ms:.2f} ms at least"
+        )
+        for table in engine_tables(report):
+            console.print(table)
+        if (rounds := report.rounds) is not None:
+            console.print(
+                f"K = {rounds.draft_steps}, {rounds.draft_vocabulary} draft tokens, {CONTEXT} tokens of context: "
+                f"{rounds.speedup:.2f}x at tau {rounds.tau:.2f}, {rounds.round_ms:.2f} ms a round, "
+                f"{100 * rounds.outside_matmul:.0f}% of it outside the matrix products"
+            )
+    finish(
+        as_json,
+        report.as_json(),
+        f"{report.plain_tokens_per_second:.0f} tokens/s plain, {report.forward_ms[1]:.2f} ms a forward, "
+        f"{100 * report.floor_ms / report.forward_ms[1]:.0f}% of the memory's bandwidth",
+    )
 
 
 def _run_bench(

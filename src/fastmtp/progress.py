@@ -24,7 +24,7 @@ console = Console(stderr=True)
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         tokens, elapsed = task.fields["tokens"], task.elapsed or 0.0
-        return Text(f"{tokens / elapsed:,.0f} tokens/s" if elapsed > 1 else "")
+        return Text(f"{tokens / elapsed:,.0f} tokens/s" if tokens and elapsed > 1 else "")
 
 
 class Bar:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastmtp.evaluate.compare import Comparison, Pair
+
+if TYPE_CHECKING:
+    from fastmtp.evaluate.engine import EngineReport
 
 
 def by_kind(pairs: Sequence[Pair]) -> dict[str, Comparison]:
@@ -41,6 +44,36 @@ def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
         table.add_row(kind, *_cells(comparison))
     table.add_section()
     table.add_row("all", *_cells(Comparison.of(pairs)), style="bold")
+    return table
+
+
+def engine_tables(report: EngineReport) -> list[Table]:
+    """The engine's figures: single forwards, draft steps, and speeds beside llama.cpp's."""
+    forwards = _figures("tokens together", report.forward_ms, "{:d}")
+    forwards.add_row("ms", *[f"{ms:.2f}" for ms in report.forward_ms.values()])
+    forwards.add_row("times one", *[f"{ms / report.forward_ms[1]:.2f}" for ms in report.forward_ms.values()])
+    tables = [forwards]
+    if report.draft_ms:
+        drafts = _figures("draft vocabulary", report.draft_ms, "{:d}")
+        drafts.add_row("ms a draft step", *[f"{ms:.2f}" for ms in report.draft_ms.values()])
+        tables.append(drafts)
+    speeds = _figures("tokens/s", {"fastmtp": 0, **report.llama_cpp}, "{}")
+    speeds.add_row(
+        "plain", f"{report.plain_tokens_per_second:.0f}", *[f"{speed:.0f}" for speed in report.llama_cpp.values()]
+    )
+    speeds.add_row(
+        "prefill",
+        f"{report.prefill_tokens_per_second:.0f}",
+        *[f"{speed:.0f}" for speed in report.llama_cpp_prefill.values()],
+    )
+    return [*tables, speeds]
+
+
+def _figures(title: str, columns: Mapping[Any, object], form: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(title)
+    for column in columns:
+        table.add_column(form.format(column), justify="right", no_wrap=True)
     return table
 
 

@@ -67,6 +67,7 @@ class NativeTarget(TargetInfo):
         if not config.tie_word_embeddings:
             self.lm_head = self.matrix(self.vocabulary_size, int(config.hidden_size))
             _pack(self.lm_head, weights, "lm_head")
+        self.head_size = int(base.layers[0].self_attn.head_dim)
         kinds = layer_types(config)
         seen = windows(config)
         self.stack = self.new_stack()
@@ -91,7 +92,7 @@ class NativeTarget(TargetInfo):
             hidden=int(config.hidden_size),
             heads=int(config.num_attention_heads),
             key_heads=int(config.num_key_value_heads),
-            head_size=int(attention.head_dim),
+            head_size=self.head_size,
             feed_forward=int(config.intermediate_size),
             epsilon=float(config.rms_norm_eps),
             attention_scale=float(attention.scaling),

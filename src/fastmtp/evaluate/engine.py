@@ -1,0 +1,266 @@
+"""How fast the native engine is on this machine, and how near to what the memory allows.
+
+Everything is measured several times in turn (A B C A B C), and medians are taken: a shared machine drifts.
+Shapes: M tokens verified together, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from fastmtp import _native
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.decode.native_backend import NativeBackend, Scores, forward
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import Round, speculative
+from fastmtp.evaluate import llama_cpp
+from fastmtp.evaluate.prompts import BUILTIN
+from fastmtp.models.native import NativeHead, NativeTarget
+from fastmtp.models.source import locate
+from fastmtp.progress import bar
+
+TOKENS_TOGETHER = (1, 2, 4, 8, 16)
+DRAFT_SIZES = (4096, 8192, 16384, 32768)
+# The context of the single forwards and of the rounds; of prompts and answers for the speeds.
+CONTEXT, PREFILL, PROMPT, ANSWER = 500, 512, 128, 128
+_READ_BYTES = 1 << 28
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Speculative decoding of one long prompt: acceptance length, milliseconds a round, and where they go."""
+
+    draft_steps: int
+    draft_vocabulary: int
+    tau: float
+    round_ms: float
+    speedup: float
+    outside_matmul: float  # share of a round between the matrix products: attention, norms, sampling, Python
+    identical: bool
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What `measure` found; milliseconds and tokens a second."""
+
+    model: str
+    engine: str
+    machine: str
+    bandwidth_gb_s: float
+    forward_bytes: int  # weights and keys and values that a forward at CONTEXT tokens reads
+    forward_ms: dict[int, float]  # by M
+    draft_ms: dict[int, float]  # one draft step, by D; empty without a head
+    plain_tokens_per_second: float
+    prefill_tokens_per_second: float
+    rounds: Rounds | None
+    llama_cpp: dict[str, float]  # plain tokens a second by type; empty if it cannot run
+    llama_cpp_prefill: dict[str, float]
+    llama_cpp_version: str | None
+
+    @property
+    def floor_ms(self) -> float:
+        """The least time that a forward can take: its bytes at the machine's bandwidth."""
+        return self.forward_bytes / self.bandwidth_gb_s / 1e6
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **{name: value for name, value in vars(self).items() if name != "rounds"},
+            "context": CONTEXT,
+            "floor_ms": self.floor_ms,
+            "bandwidth_share": self.floor_ms / self.forward_ms[1],
+            "rounds": None if self.rounds is None else vars(self.rounds),
+        }
+
+
+def measure(target: NativeTarget, head: NativeHead | None, ids: list[int], draft_steps: int) -> EngineReport:
+    """Measure an engine.
+
+    Args:
+        head: an MTP head, for draft steps and rounds; None leaves them out.
+        ids: the draft vocabulary of the rounds, likeliest first.
+        draft_steps: K of the rounds.
+    """
+    tasks = _forward_tasks(target)
+    if head is not None:
+        tasks |= _draft_tasks(target, head, ids)
+    tasks |= _speed_tasks(target)
+    tasks |= _llama_cpp_tasks(target)
+    found: dict[str, list[float]] = defaultdict(list)
+    with bar("bench-engine", _REPEATS * len(tasks)) as progress:
+        for _ in range(_REPEATS):
+            for name, task in tasks.items():
+                found[name].append(task())
+                progress.advance(1, 0, name)
+    by_kind: dict[str, dict[Any, float]] = defaultdict(dict)
+    for name, values in found.items():
+        kind, _, key = name.partition(" ")
+        by_kind[kind][int(key) if key.isdigit() else key] = median(values)
+    config = target.config
+    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.head_size * CONTEXT
+    return EngineReport(
+        model=target.source,
+        engine=NativeBackend(target).name,
+        machine=machine(),
+        bandwidth_gb_s=_READ_BYTES / by_kind["read"][""] / 1e9,
+        forward_bytes=target.forward_bytes + cached,
+        forward_ms={count: 1e3 * seconds for count, seconds in by_kind["forward"].items()},
+        draft_ms={size: 1e3 * seconds for size, seconds in by_kind["draft"].items()},
+        plain_tokens_per_second=by_kind["plain"][""],
+        prefill_tokens_per_second=by_kind["prefill"][""],
+        rounds=None if head is None else _rounds(target, head, ids, draft_steps),
+        llama_cpp=by_kind["llama.cpp"],
+        llama_cpp_prefill=by_kind["llama.cpp-prefill"],
+        llama_cpp_version=llama_cpp.version(),
+    )
+
+
+def machine() -> str:
+    """The processor, its cores and the memory, in one line."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    return f"{model}, {cores} cores, {psutil.virtual_memory().total / (1 << 30):.0f} GiB"
+
+
+def _forward_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
+    cache, scores = target.stack.new_cache(), Scores(target, target.lm_head)
+    prompt = _some_ids(target, CONTEXT)
+    forward(target, [cache], [0], [prompt])
+
+    def one(count: int) -> float:
+        def run() -> None:
+            scores(forward(target, [cache], [CONTEXT - count], [prompt[-count:]]))
+
+        return median(_timed(run) for _ in range(5))
+
+    def read() -> float:
+        return _native.read_seconds(target.runtime, _READ_BYTES, 3)
+
+    forwards = {f"forward {count}": (lambda count=count: one(count)) for count in TOKENS_TOGETHER}
+    return {"read": read, **forwards}
+
+
+def _draft_tasks(target: NativeTarget, head: NativeHead, ids: list[int]) -> dict[str, Callable[[], float]]:
+    everything = list(dict.fromkeys([*ids, *range(target.vocabulary_size)]))
+    sizes = [size for size in DRAFT_SIZES if size < len(everything)] + [len(everything)]
+    prompt = _some_ids(target, CONTEXT)
+
+    def task(size: int) -> Callable[[], float]:
+        backend = NativeBackend(target, head, everything[:size])
+        backend.prefill(prompt)
+        generator, greedy = torch.Generator(), SamplingConfig()
+        backend.draft(prompt[0], 1, greedy, generator)
+        state = torch.zeros(1, int(target.config.hidden_size))
+
+        def step() -> None:
+            backend._head_forward(CONTEXT, state, prompt[:1])
+            backend._draft_logits(state[0])
+
+        return lambda: median(_timed(step) for _ in range(9))
+
+    return {f"draft {size}": task(size) for size in sizes}
+
+
+def _speed_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
+    backend = NativeBackend(target)
+    prompt, long_prompt = _some_ids(target, PROMPT), _some_ids(target, PREFILL)
+
+    def decode() -> float:
+        backend.reset()
+        token = int(backend.prefill(prompt).numpy().argmax())
+        started = time.perf_counter()
+        for _ in range(ANSWER):
+            token = int(backend.verify([token])[0].numpy().argmax())
+        return ANSWER / (time.perf_counter() - started)
+
+    def prefill() -> float:
+        backend.reset()
+        return PREFILL / _timed(lambda: backend.prefill(long_prompt))
+
+    return {"plain": decode, "prefill": prefill}
+
+
+def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
+    source = locate(target.source).gguf
+    if source is None or llama_cpp.version() is None:
+        return {}
+    threads = target.runtime.threads
+
+    def task(kind: str, prompt: list[int], tokens: int, which: int) -> Callable[[], float]:
+        path = llama_cpp.requantized(source, kind)
+        return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
+
+    prompt, long_prompt = _some_ids(target, PROMPT), _some_ids(target, PREFILL)
+    decoding = {f"llama.cpp {kind}": task(kind, prompt, ANSWER, 0) for kind in llama_cpp.TYPES}
+    return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in llama_cpp.TYPES}
+
+
+def _rounds(target: NativeTarget, head: NativeHead, ids: list[int], draft_steps: int) -> Rounds:
+    """Plain and speculative decoding in turn, around CONTEXT tokens of context."""
+    backend = NativeBackend(target, head, ids or None)
+    prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(text for _, text in BUILTIN)}])
+    prompt = prompt[: CONTEXT - ANSWER // 2]
+    plains, speculatives, shares = [], [], []
+    for _ in range(_REPEATS):
+        tokens = plain(backend, prompt, SamplingConfig(), torch.Generator())
+        expected = [next(tokens)]
+        plains.append(_timed(lambda: expected.extend(islice(tokens, ANSWER))))  # noqa: B023
+        backend.reset()
+        rounds = speculative(backend, prompt, draft_steps, SamplingConfig(), torch.Generator())
+        settled = [next(rounds)]
+        before = target.runtime.matmul_seconds
+        seconds = _timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023
+        speculatives.append(seconds)
+        shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
+        backend.reset()
+    accepted = Acceptance.of((one.accepted for one in settled[1:]), draft_steps)
+    decoded = [token for one in settled for token in one.tokens]
+    # Speeds are compared by token: the last round may go beyond the plain answer.
+    by_token = median(plains) / ANSWER / (median(speculatives) / (len(decoded) - 1))
+    return Rounds(
+        draft_steps=draft_steps,
+        draft_vocabulary=len(ids) or target.vocabulary_size,
+        tau=accepted.tau,
+        round_ms=1e3 * median(speculatives) / accepted.rounds,
+        speedup=by_token,
+        outside_matmul=median(shares),
+        identical=decoded[: len(expected)] == expected,
+    )
+
+
+def _until(rounds: Iterator[Round], tokens: int) -> Iterator[Round]:
+    """Rounds until they have settled so many tokens."""
+    settled = 0
+    while settled < tokens:
+        one = next(rounds)
+        settled += len(one.tokens)
+        yield one
+
+
+def _some_ids(target: NativeTarget, count: int) -> list[int]:
+    ids = np.random.default_rng(0).integers(0, target.vocabulary_size, count)
+    return [int(token) for token in ids]
+
+
+def _timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,68 @@
+"""llama.cpp on the same weights, through PyPI's `xllamacpp` (extra `llama-cpp`), for comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from fastmtp.files import replacing
+from fastmtp.models.embedded import cache_directory
+from fastmtp.models.source import gguf_reader
+
+TYPES = ("Q8_0", "BF16", "Q4_0")
+
+
+def version() -> str | None:
+    """The version of xllamacpp; None if it is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        return None
+    return importlib.metadata.version("xllamacpp")
+
+
+def requantized(source: Path, kind: str) -> Path:
+    """A GGUF file with the weights of `source` in another type, made once and kept in the cache directory."""
+    stat = source.stat()
+    key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    path = cache_directory() / "llama.cpp" / f"{key}-{kind}.gguf"
+    if path.is_file():
+        return path
+    reader = gguf_reader(source)
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, reader.fields["general.architecture"].contents())
+        for name, field in reader.fields.items():
+            # The writer sets the first ones itself; the type and version of quantisation would be wrong.
+            if not name.startswith(("GGUF.", "general.architecture", "general.file_type", "general.quantization")):
+                items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
+        for tensor in reader.tensors:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            wanted = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
+
+
+def decode_speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> tuple[float, float]:
+    """Tokens a second of plain decoding and of prefill, by llama.cpp's own clock.
+
+    Raises:
+        ValueError: llama.cpp failed; the message holds its last words.
+    """
+    request = {"path": str(path), "prompt": prompt, "new_tokens": new_tokens, "threads": threads}
+    command = [sys.executable, "-m", "fastmtp.evaluate.llama_cpp_process"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"{path}: llama.cpp failed: {done.stderr.strip()[-300:]}")
+    decoding, prefill = json.loads(done.stdout.splitlines()[-1])
+    return float(decoding), float(prefill)
