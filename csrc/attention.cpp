@@ -68,14 +68,22 @@ float* Attention::partial(Runtime& runtime, int row, int head, int page) const {
   return runtime.partials.get() + place * partial_size_;
 }
 
-void Attention::attend(Runtime& runtime, Team& team, int layer, int window, const uint16_t* queries) const {
+void Attention::attend(Runtime& runtime, Team& team, int layer, int window, const uint16_t* queries,
+                       const void* after) const {
   const std::vector<Item>& items = plan(window).items;
   const int group = shape_.heads / shape_.key_heads, size = shape_.head_size;
   float* own = runtime.partials.get() + (size_t(rows_) * shape_.heads * pages_ + size_t(team.id) * kTileQueries) * partial_size_;
+  const auto keys = [&](const Item& item, int page) {
+    return segments_[tiles_[item.first_tile].segment].cache->keys(page, layer, item.key_head);
+  };
   team.each(int(items.size()), [&](int index) {
     const Item& item = items[index];
-    for (int page = item.first_page; page <= item.last_page; page++)
-      for (int t = item.first_tile; t <= item.last_tile; t++) {
+    const Item* following = index + team.count < int(items.size()) ? &items[index + team.count] : nullptr;
+    for (int page = item.first_page; page <= item.last_page; page++) {
+      const void* next = page < item.last_page ? keys(item, page + 1)
+                         : following           ? keys(*following, following->first_page)
+                                               : after;
+      for (int t = item.first_tile; t <= item.last_tile; t++, next = keys(item, page)) {
         const Tile& tile = tiles_[t];
         const Cache& cache = *segments_[tile.segment].cache;
         Query seen[kTileQueries];
@@ -93,11 +101,11 @@ void Attention::attend(Runtime& runtime, Team& team, int layer, int window, cons
               by_page_ || page == item.first_page ? totals[i] : own + size_t(i) * partial_size_,
           };
         }
-        runtime.kernels.attend(seen, tile.count, cache.keys(page, layer, item.key_head),
-                               cache.values(page, layer, item.key_head), size);
+        runtime.kernels.attend(seen, tile.count, keys(item, page), cache.values(page, layer, item.key_head), size, next);
         for (int i = 0; i < tile.count; i++)
           if (seen[i].partial != totals[i]) runtime.kernels.merge(totals[i], seen[i].partial, size);
       }
+    }
   });
 }
 

@@ -26,8 +26,10 @@ class Attention {
   // Floats of working memory for `threads` threads.
   size_t scratch(int threads) const;
 
-  // Partial results of all queries of a layer, by the whole team. `queries` is [M, heads * D] in bf16, rotated and scaled.
-  void attend(Runtime& runtime, Team& team, int layer, int window, const uint16_t* queries) const;
+  // Partial results of all queries of a layer, by the whole team. `queries` is [M, heads * D] in bf16, rotated and
+  // scaled; `after` is what this thread reads next, and is fetched meanwhile.
+  void attend(Runtime& runtime, Team& team, int layer, int window, const uint16_t* queries,
+              const void* after) const;
 
   // The heads' outputs of one row, [heads * D].
   void gather(Runtime& runtime, int row, int window, float* out) const;

@@ -8,7 +8,7 @@
 namespace fastmtp {
 
 double read_seconds(Runtime& runtime, size_t bytes, int repeats) {
-  std::lock_guard<std::mutex> lock(runtime.busy);
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
   const size_t count = bytes / sizeof(float);
   Buffer<float> memory = allocate<float>(count);
   // Pages that hold only zeros may be one page to the system.

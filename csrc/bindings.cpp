@@ -24,24 +24,26 @@ void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& caches, const Integers& starts,
-                                 const Integers& counts, size_t tokens) {
+using Numbers = std::vector<int32_t>;
+
+std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& caches, const Numbers& starts,
+                                 const Numbers& counts, size_t tokens) {
   require(!stack.layers.empty(), "the stack has no layers");
   require(caches.size() == starts.size() && caches.size() == counts.size(), "caches, starts and counts differ in length");
   std::vector<Segment> segments;
   size_t total = 0;
   for (size_t i = 0; i < caches.size(); i++) {
-    require(starts(i) >= 0 && counts(i) > 0, "a segment needs a start of 0 or more and at least one token");
-    segments.push_back({caches[i], starts(i), counts(i)});
-    total += counts(i);
+    require(starts[i] >= 0 && counts[i] > 0, "a segment needs a start of 0 or more and at least one token");
+    segments.push_back({caches[i], starts[i], counts[i]});
+    total += counts[i];
   }
   require(total > 0 && total == tokens, "the counts must add up to the number of tokens");
   return segments;
 }
 
-void check_tokens(const Integers& tokens, const Matrix& embedding) {
-  for (size_t i = 0; i < tokens.size(); i++)
-    require(tokens(i) >= 0 && tokens(i) < embedding.outputs(), "a token id is outside the vocabulary");
+void check_tokens(const int32_t* tokens, size_t count, const Matrix& embedding) {
+  for (size_t i = 0; i < count; i++)
+    require(tokens[i] >= 0 && tokens[i] < embedding.outputs(), "a token id is outside the vocabulary");
 }
 
 }  // namespace
@@ -158,10 +160,10 @@ NB_MODULE(_native, m) {
 
   m.def("target_forward",
         [](Runtime& runtime, const Stack& stack, const Matrix& embedding, float embedding_scale,
-           const std::vector<Cache*>& caches, const Integers& starts, const Integers& counts, const Integers& tokens,
+           const std::vector<Cache*>& caches, const Numbers& starts, const Numbers& counts, const Numbers& tokens,
            Output states) {
           const auto segments = segments_of(stack, caches, starts, counts, tokens.size());
-          check_tokens(tokens, embedding);
+          check_tokens(tokens.data(), tokens.size(), embedding);
           require(states.shape(0) == tokens.size() && int(states.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
           nb::gil_scoped_release release;
           target_forward(runtime, stack, {embedding, embedding_scale}, segments, tokens.data(), states.data());
@@ -169,10 +171,10 @@ NB_MODULE(_native, m) {
 
   m.def("head_forward",
         [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,
-           float embedding_scale, const std::vector<Cache*>& caches, const Integers& starts, const Integers& counts,
-           const Integers& tokens, const Rows& before, Output states) {
+           float embedding_scale, const std::vector<Cache*>& caches, const Numbers& starts, const Numbers& counts,
+           const Numbers& tokens, const Rows& before, Output states) {
           const auto segments = segments_of(stack, caches, starts, counts, tokens.size());
-          check_tokens(tokens, embedding);
+          check_tokens(tokens.data(), tokens.size(), embedding);
           for (const auto shape : {before.shape(1), states.shape(1)})
             require(int(shape) == stack.shape.hidden, "states must be [tokens, hidden]");
           require(before.shape(0) == tokens.size() && states.shape(0) == tokens.size(), "states must be [tokens, hidden]");
@@ -186,6 +188,27 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     scores(runtime, matrix, states.data(), int(states.shape(0)), out.data(), int(out.shape(1)));
   });
+
+  m.def("choices", [](Runtime& runtime, const Matrix& matrix, const Rows& states) {
+    require(int(states.shape(1)) == matrix.inputs(), "states must be [rows, inputs]");
+    nb::gil_scoped_release release;
+    return choices(runtime, matrix, states.data(), int(states.shape(0)));
+  });
+
+  m.def("draft_chain",
+        [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,
+           float embedding_scale, Cache& cache, int start, const Numbers& tokens, const Rows& before,
+           const Matrix& rows, const Integers& ids, int steps) {
+          const auto segments = segments_of(stack, {&cache}, {start}, {int(tokens.size())}, tokens.size());
+          check_tokens(tokens.data(), tokens.size(), embedding);
+          check_tokens(ids.data(), ids.size(), embedding);
+          require(before.shape(0) == tokens.size() && int(before.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
+          require(int(ids.size()) == rows.outputs() && rows.inputs() == stack.shape.hidden, "rows must be [ids, hidden]");
+          require(steps >= 1, "a chain has one step or more");
+          nb::gil_scoped_release release;
+          return draft_chain(runtime, stack, projection, {embedding, embedding_scale}, segments[0], tokens.data(),
+                             before.data(), rows, ids.data(), steps);
+        });
 
   m.def("read_seconds", &read_seconds, nb::arg("runtime"), nb::arg("bytes"), nb::arg("repeats"),
         nb::call_guard<nb::gil_scoped_release>());

@@ -57,8 +57,12 @@ class Pass {
         convert_norm(team, layer.input_norm, layer.query_key_value, m);
       });
       runtime_.matmul(team, layer.query_key_value, rows, wide(0), wide_stride_);
-      team.each(shape_.key_heads, [&](int head) { place(team, layer, index, head); });
-      attention_.attend(runtime_, team, index, layer.window, runtime_.queries.get());
+      team.each(2 * shape_.key_heads, [&](int item) {
+        const int head = item % shape_.key_heads;
+        item < shape_.key_heads ? place_keys(team, layer, index, head) : place_queries(team, layer, head);
+      });
+      attention_.attend(runtime_, team, index, layer.window, runtime_.queries.get(),
+                        share_of(team, layer.out));
       team.each(rows, [&](int m) {
         attention_.gather(runtime_, m, layer.window, own_row(team));
         runtime_.convert(layer.out, own_row(team), m);
@@ -88,6 +92,12 @@ class Pass {
   }
 
  private:
+  // Where a thread's share of a matrix begins (see Team::split).
+  static const void* share_of(const Team& team, const Matrix& matrix) {
+    const PackedView view = matrix.view();
+    return view.data + view.block_bytes * (size_t(matrix.blocks()) * team.id / team.count);
+  }
+
   float* x(int m) { return runtime_.x.get() + size_t(m) * shape_.hidden; }
   float* wide(int m) { return runtime_.wide.get() + size_t(m) * wide_stride_; }
   // Cosines, then sines, of one row for one rope.
@@ -120,27 +130,33 @@ class Pass {
     });
   }
 
-  // Rotates the queries, keys and values of one key head, and puts keys and values into the caches.
-  void place(Team& team, const Layer& layer, int index, int key_head) {
+  void rotate(const Team& team, const float* head, const Gains& gains, const float* angle, float scale, uint16_t* out) {
+    if (!gains.empty()) {
+      norm(head, gains, own_row(team));
+      head = own_row(team);
+    }
+    runtime_.kernels.rotate(head, angle, angle + shape_.head_size / 2, shape_.head_size, scale, out);
+  }
+
+  // The queries that share one key head.
+  void place_queries(const Team& team, const Layer& layer, int key_head) {
     const int size = shape_.head_size, group = shape_.heads / shape_.key_heads;
-    const auto rotate = [&](const float* head, const Gains& gains, const float* angle, float scale, uint16_t* out) {
-      if (!gains.empty()) {
-        norm(head, gains, own_row(team));
-        head = own_row(team);
-      }
-      runtime_.kernels.rotate(head, angle, angle + size / 2, size, scale, out);
-    };
+    for (int m = 0; m < rows; m++)
+      for (int head = key_head * group; head < (key_head + 1) * group; head++)
+        rotate(team, wide(m) + head * size, layer.query_norm, angles(layer.rope, m), shape_.attention_scale,
+               runtime_.queries.get() + (size_t(m) * shape_.heads + head) * size);
+  }
+
+  // The keys and values of one head, into the caches.
+  void place_keys(const Team& team, const Layer& layer, int index, int key_head) {
+    const int size = shape_.head_size;
     int m = 0;
     for (const Segment& segment : segments_)
       for (int i = 0; i < segment.count; i++, m++) {
-        const float* angle = angles(layer.rope, m);
-        for (int head = key_head * group; head < (key_head + 1) * group; head++)
-          rotate(wide(m) + head * size, layer.query_norm, angle, shape_.attention_scale,
-                 runtime_.queries.get() + (size_t(m) * shape_.heads + head) * size);
         const float* key = wide(m) + (shape_.heads + key_head) * size;
         const float* value = key + shape_.key_heads * size;
         uint16_t rotated[kLargestHead];
-        rotate(key, layer.key_norm, angle, 1.0f, rotated);
+        rotate(team, key, layer.key_norm, angles(layer.rope, m), 1.0f, rotated);
         const int position = segment.start + i, page = position / kPageTokens;
         runtime_.kernels.store_token(rotated, value, size, position % kPageTokens,
                                      segment.cache->keys(page, index, key_head),
@@ -156,6 +172,13 @@ class Pass {
   int wide_stride_, row_size_;
 };
 
+// The scores of all rows, by the whole team.
+void product(Runtime& runtime, Team& team, const Matrix& matrix, const float* states, int rows, float* out,
+             int stride) {
+  team.each(rows, [&](int m) { runtime.convert(matrix, states + size_t(m) * matrix.inputs(), m); });
+  runtime.matmul(team, matrix, rows, out, stride);
+}
+
 void embed(const Embedding& embedding, int token, int hidden, float* out) {
   embedding.matrix.unpack(token, out);
   for (int h = 0; h < hidden; h++) out[h] *= embedding.scale;
@@ -165,7 +188,7 @@ void embed(const Embedding& embedding, int token, int hidden, float* out) {
 
 void target_forward(Runtime& runtime, const Stack& stack, const Embedding& embedding,
                     const std::vector<Segment>& segments, const int32_t* tokens, float* states) {
-  std::lock_guard<std::mutex> lock(runtime.busy);
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
   Pass pass(runtime, stack, segments, stack.shape.hidden);
   with_team(runtime.threads, runtime.barrier, [&](Team team) {
     team.each(pass.rows, [&](int m) { embed(embedding, tokens[m], stack.shape.hidden, pass.branch(m)); });
@@ -175,7 +198,7 @@ void target_forward(Runtime& runtime, const Stack& stack, const Embedding& embed
 
 void head_forward(Runtime& runtime, const Stack& stack, const Projection& projection, const Embedding& embedding,
                   const std::vector<Segment>& segments, const int32_t* tokens, const float* before, float* states) {
-  std::lock_guard<std::mutex> lock(runtime.busy);
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
   const int hidden = stack.shape.hidden;
   Pass pass(runtime, stack, segments, 2 * hidden);
   with_team(runtime.threads, runtime.barrier, [&](Team team) {
@@ -192,12 +215,42 @@ void head_forward(Runtime& runtime, const Stack& stack, const Projection& projec
 }
 
 void scores(Runtime& runtime, const Matrix& matrix, const float* states, int rows, float* out, int stride) {
-  std::lock_guard<std::mutex> lock(runtime.busy);
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
   runtime.reserve_operand(rows, matrix.inputs());
   with_team(runtime.threads, runtime.barrier, [&](Team team) {
-    team.each(rows, [&](int m) { runtime.convert(matrix, states + size_t(m) * matrix.inputs(), m); });
-    runtime.matmul(team, matrix, rows, out, stride);
+    product(runtime, team, matrix, states, rows, out, stride);
   });
+}
+
+std::vector<int32_t> choices(Runtime& runtime, const Matrix& matrix, const float* states, int rows) {
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
+  const int stride = stride_of(matrix);
+  float* logits = runtime.logits.reserve(size_t(rows) * stride);
+  runtime.reserve_operand(rows, matrix.inputs());
+  std::vector<int32_t> chosen(rows);
+  with_team(runtime.threads, runtime.barrier, [&](Team team) {
+    product(runtime, team, matrix, states, rows, logits, stride);
+    team.each(rows, [&](int m) { chosen[m] = runtime.kernels.argmax(logits + size_t(m) * stride, matrix.outputs()); });
+  });
+  return chosen;
+}
+
+std::vector<int32_t> draft_chain(Runtime& runtime, const Stack& stack, const Projection& projection,
+                                 const Embedding& embedding, Segment segment, const int32_t* tokens,
+                                 const float* before, const Matrix& rows, const int32_t* ids, int steps) {
+  const size_t hidden = stack.shape.hidden;
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
+  std::vector<float> states(segment.count * hidden), last(hidden);
+  std::vector<int32_t> drafted;
+  head_forward(runtime, stack, projection, embedding, {segment}, tokens, before, states.data());
+  while (true) {
+    std::copy(states.end() - hidden, states.end(), last.begin());
+    drafted.push_back(ids[choices(runtime, rows, last.data(), 1)[0]]);
+    if (int(drafted.size()) == steps) return drafted;
+    segment = {segment.cache, segment.start + segment.count, 1};
+    states.resize(hidden);
+    head_forward(runtime, stack, projection, embedding, {segment}, &drafted.back(), last.data(), states.data());
+  }
 }
 
 }  // namespace fastmtp

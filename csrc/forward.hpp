@@ -22,4 +22,13 @@ void head_forward(Runtime& runtime, const Stack& stack, const Projection& projec
 // out[m * stride + v] = states[m] times output v of the matrix; stride_of(matrix) suits.
 void scores(Runtime& runtime, const Matrix& matrix, const float* states, int rows, float* out, int stride);
 
+// The output of the matrix that scores highest for each row; of equal ones the first.
+std::vector<int32_t> choices(Runtime& runtime, const Matrix& matrix, const float* states, int rows);
+
+// A greedy draft chain: the head's forward over `tokens`, its choice among the rows of the draft vocabulary (`ids`
+// names their tokens), then `steps` - 1 times a forward over the token chosen last.
+std::vector<int32_t> draft_chain(Runtime& runtime, const Stack& stack, const Projection& projection,
+                                 const Embedding& embedding, Segment segment, const int32_t* tokens,
+                                 const float* before, const Matrix& rows, const int32_t* ids, int steps);
+
 }  // namespace fastmtp

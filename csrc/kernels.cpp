@@ -185,11 +185,14 @@ void convert(Type type, const float* x, int size, const Operand& operand, int ro
     spread(lanes);
     const float top = largest(max(max(abs(lanes[0]), abs(lanes[1])), max(abs(lanes[2]), abs(lanes[3]))));
     const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-    int total = 0;
-    for (int i = 0; i < kGroup / kLanes; i++)
-      total += store_int8(operand.int8_row(row) + g * kGroup + i * kLanes, mul(lanes[i], splat(inverse)));
+    for (int i = 0; i < kGroup / kLanes; i++) {
+      lanes[i] = nearest(mul(lanes[i], splat(inverse)));
+      store_int8(operand.int8_row(row) + g * kGroup + i * kLanes, lanes[i]);
+    }
+    // Whole numbers this small add up exactly.
+    const float total = sum(add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3])));
     operand.scales[size_t(row) * operand.groups + g] = top / 127.0f;
-    operand.sums[size_t(row) * operand.groups + g] = total;
+    operand.sums[size_t(row) * operand.groups + g] = static_cast<int32_t>(total);
   }
 }
 
@@ -267,13 +270,14 @@ inline Bytes load_pairs(const uint16_t* p) { return load_bytes(reinterpret_cast<
 // Lanes * 16 of the head's dimensions: the values of tokens begin..end - 1 (both even) by their weights.
 template <int Count, int Lanes>
 void weigh(const Query* queries, const uint16_t (*weights)[kPageTokens], const uint16_t* values, int width, int begin,
-           int end, int start) {
+           int end, int start, const uint8_t* next) {
   Floats total[Count][Lanes];
   for (int i = 0; i < Count; i++)
     for (int j = 0; j < Lanes; j++) total[i][j] = splat(0.0f);
   for (int t = begin; t < end; t += 2) {
     const uint16_t* two = values + (size_t(t) * width + 2 * start);
     for (int j = 0; j < Lanes; j++) {
+      prefetch(next + 2 * ((size_t(t) * width + 2 * start) + 2 * j * kLanes));
       const Bytes value = load_pairs(two + 2 * j * kLanes);
       for (int i = 0; i < Count; i++) total[i][j] = dot2(total[i][j], value, weights[i] + t);
     }
@@ -284,7 +288,7 @@ void weigh(const Query* queries, const uint16_t (*weights)[kPageTokens], const u
 }
 
 template <int Count>
-void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* values, int size) {
+void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* values, int size, const uint8_t* next) {
   constexpr int kTogether = Count <= 4 ? 2 : 1;  // enough chains of additions to hide their latency
   float scores[Count][kPageTokens];
   uint16_t weights[Count][kPageTokens];
@@ -311,9 +315,7 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
     for (int d = 0; d < size; d += 2)
       for (int b = 0; b < kTogether; b++) {
         const size_t place = (size_t(block + b) * size + d) * kLanes;
-        // The keys two blocks on, and the values of these tokens, which are wanted next.
-        prefetch(reinterpret_cast<const uint8_t*>(keys + place + 2 * size * kLanes));
-        prefetch(reinterpret_cast<const uint8_t*>(values + place));
+        prefetch(next + 2 * place);
         const Bytes key = load_pairs(keys + place);
         for (int i = 0; i < Count; i++) score[b][i] = dot2(score[b][i], key, together[d / 2][i]);
       }
@@ -323,6 +325,7 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
   for (int i = 0; i < Count; i++) {
     const auto inside = [&](Floats x, int block, float other) {
       const int from = queries[i].begin - block * kLanes, to = queries[i].end - block * kLanes;
+      if (from <= 0 && to >= kLanes) return x;
       const int low = from < 0 ? 0 : from > kLanes ? kLanes : from;
       const int high = to < low ? low : to > kLanes ? kLanes : to;
       return keep(x, low, high, other);
@@ -346,22 +349,45 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
   int start = 0;
   if constexpr (Count <= 4)
     for (; start + 4 * kLanes <= width; start += 4 * kLanes)
-      weigh<Count, 4>(queries, weights, values, width, begin, end, start);
+      weigh<Count, 4>(queries, weights, values, width, begin, end, start, next + 2 * page_numbers(size));
   for (; start + 2 * kLanes <= width; start += 2 * kLanes)
-    weigh<Count, 2>(queries, weights, values, width, begin, end, start);
-  if (start < width) weigh<Count, 1>(queries, weights, values, width, begin, end, start);
+    weigh<Count, 2>(queries, weights, values, width, begin, end, start, next + 2 * page_numbers(size));
+  if (start < width) weigh<Count, 1>(queries, weights, values, width, begin, end, start, next + 2 * page_numbers(size));
 }
 
 template <int Count>
-void attend_count(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size) {
+void attend_count(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size,
+                  const uint8_t* next) {
   if (count == Count)
-    attend_tile<Count>(queries, keys, values, size);
+    attend_tile<Count>(queries, keys, values, size, next);
   else if constexpr (Count > 1)
-    attend_count<Count - 1>(queries, count, keys, values, size);
+    attend_count<Count - 1>(queries, count, keys, values, size, next);
 }
 
-void attend(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size) {
-  attend_count<kTileQueries>(queries, count, keys, values, size);
+void attend(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size,
+            const void* next) {
+  attend_count<kTileQueries>(queries, count, keys, values, size, static_cast<const uint8_t*>(next));
+}
+
+int argmax(const float* x, int size) {
+  // The largest of each strip first; then only the strip that holds it is looked at number by number.
+  constexpr int kStrip = 64 * kLanes;
+  float most = -INFINITY;
+  int strip = 0;
+  for (int start = 0; start < size; start += kStrip) {
+    const int end = size - start < kStrip ? size : start + kStrip;
+    Floats lanes = splat(-INFINITY);
+    int i = start;
+    for (; i + kLanes <= end; i += kLanes) lanes = max(lanes, load(x + i));
+    float top = largest(lanes);
+    for (; i < end; i++) top = x[i] > top ? x[i] : top;
+    if (top > most) {
+      most = top;
+      strip = start;
+    }
+  }
+  while (strip + 1 < size && x[strip] != most) strip++;
+  return strip;
 }
 
 // Four streams at once, as in the matrix products with few rows.
@@ -400,7 +426,7 @@ namespace fastmtp {
 
 extern const Kernels FASTMTP_TABLE;
 const Kernels FASTMTP_TABLE = {
-    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, read, merge,
+    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, merge, argmax, read,
 };
 
 }  // namespace fastmtp

@@ -69,12 +69,16 @@ struct Kernels {
   void (*rotate)(const float* x, const float* cosine, const float* sine, int size, float scale, uint16_t* out);
   // One token's key (bf16) and value of one head into a page.
   void (*store_token)(const uint16_t* key, const float* value, int size, int place, uint16_t* keys, uint16_t* values);
-  // Partial attention of up to kTileQueries queries over one page of one head.
-  void (*attend)(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size);
-  // Reads memory as fast as it goes, and returns the sum of what is there.
-  float (*read)(const float* memory, size_t count);
+  // Partial attention of up to kTileQueries queries over one page of one head; meanwhile the memory that is wanted
+  // `next`, as much as the page's, is fetched.
+  void (*attend)(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size,
+                 const void* next);
   // Adds the second partial result to the first.
   void (*merge)(float* total, const float* part, int size);
+  // Where the largest number is; of equal ones the first.
+  int (*argmax)(const float* x, int size);
+  // Reads memory as fast as it goes, and returns the sum of what is there.
+  float (*read)(const float* memory, size_t count);
 };
 
 // How many bf16 numbers one head's keys, or values, take in a page: keys as [block][D / 2][16 tokens][2], values as

@@ -39,9 +39,9 @@ class Runtime {
   const Kernels& kernels = fastmtp::kernels();
   double matmul_seconds = 0;  // in matrix products so far, as the first thread sees it, waiting included
 
-  std::mutex busy;
+  std::recursive_mutex busy;
   Barrier barrier;
-  Scratch<float> x, branch, wide, partials, angles, rows;
+  Scratch<float> x, branch, wide, partials, angles, rows, logits;
   Scratch<uint16_t> queries;
 
   // Memory for `rows` rows of up to `inputs` inputs of any matrix.

@@ -49,16 +49,19 @@ inline Floats load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline void store_bf16(uint16_t* p, Floats x) {
+#ifdef __AVX512BF16__
+  const __m256bh halves = _mm512_cvtneps_pbh(x);
+  std::memcpy(p, &halves, sizeof halves);
+#else
   const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#endif
 }
-inline int store_int8(int8_t* p, Floats x) {
-  const __m512i integers = _mm512_cvtps_epi32(x);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(integers));
-  return _mm512_reduce_add_epi32(integers);
+inline void store_int8(int8_t* p, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

@@ -94,12 +94,9 @@ inline void store_bf16(uint16_t* p, Floats x) {
     p[i] = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
 }
-// Sixteen rounded integers of at most 127 in magnitude; returns their sum.
-inline int store_int8(int8_t* p, Floats x) {
-  const Floats rounded = nearest(x);
-  int total = 0;
-  for (int i = 0; i < 16; i++) total += p[i] = static_cast<int8_t>(rounded.lane[i]);
-  return total;
+// Sixteen whole numbers of at most 127 in magnitude.
+inline void store_int8(int8_t* p, Floats x) {
+  for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(x.lane[i]);
 }
 
 inline void prefetch(const uint8_t*) {}

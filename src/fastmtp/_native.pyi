@@ -100,9 +100,9 @@ def target_forward(
     embedding: Matrix,
     embedding_scale: float,
     caches: Sequence[Cache],
-    starts: _Integers,
-    counts: _Integers,
-    tokens: _Integers,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    tokens: Sequence[int],
     states: NDArray[Any],
 ) -> None: ...
 def head_forward(
@@ -112,12 +112,27 @@ def head_forward(
     embedding: Matrix,
     embedding_scale: float,
     caches: Sequence[Cache],
-    starts: _Integers,
-    counts: _Integers,
-    tokens: _Integers,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    tokens: Sequence[int],
     before: NDArray[Any],
     states: NDArray[Any],
 ) -> None: ...
 def scores(runtime: Runtime, matrix: Matrix, states: NDArray[Any], out: NDArray[Any]) -> None: ...
+def choices(runtime: Runtime, matrix: Matrix, states: NDArray[Any]) -> list[int]: ...
+def draft_chain(
+    runtime: Runtime,
+    stack: Stack,
+    projection: Projection,
+    embedding: Matrix,
+    embedding_scale: float,
+    cache: Cache,
+    start: int,
+    tokens: Sequence[int],
+    before: NDArray[Any],
+    rows: Matrix,
+    ids: _Integers,
+    steps: int,
+) -> list[int]: ...
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...
 def available_kernels() -> list[str]: ...

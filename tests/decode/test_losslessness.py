@@ -117,6 +117,39 @@ def test_compressed_draft_vocabulary(engine: Engine, target: Target) -> None:
         assert speculative_tokens(backend, prompt, 3, 30) == expected
 
 
+def test_choices_are_the_largest_logits(engine: Engine, target: Target) -> None:
+    """What an engine chooses by itself is what its logits say, with any number of tokens verified together."""
+    text = random_ids(60, seed=4)
+    chosen: list[int] = []
+    expected: list[int] = []
+    for which, found in (("choices", chosen), ("verify", expected)):
+        backend = engine.backend(target)
+        backend.prefill(text[:10])
+        for start, end in ((10, 11), (11, 15), (15, 31), (31, 60)):
+            result = getattr(backend, which)(text[start:end])
+            found += result if which == "choices" else result.argmax(-1).tolist()
+    assert chosen == expected
+
+
+@pytest.mark.parametrize("ids", [None, [*range(40, 80), 3]])
+def test_greedy_drafts_are_the_largest_logits(engine: Engine, target: Target, ids: list[int] | None) -> None:
+    """The engine's own way through a greedy chain, after a long prompt too, is the general one step by step."""
+    prompt, head = random_ids(300), MTPHead(target)
+    drafts = []
+    for general in (False, True):
+        backend = engine.backend(target, head, ids)
+        if general:
+            backend._greedy_chain = lambda *chain, of=backend: of._chain(
+                *chain, lambda logits: int(logits.argmax())
+            )
+        backend.prefill(prompt)
+        drafts.append([backend.draft(7, 5, GREEDY, torch.Generator()).tokens])
+        backend.choices([7, 8, 9])
+        backend.truncate(302)
+        drafts[-1].append(backend.draft(11, 5, GREEDY, torch.Generator()).tokens)
+    assert drafts[0] == drafts[1]
+
+
 def test_context_limit_stops_both_at_the_same_token(engine: Engine, llama: Target) -> None:
     """The last round drafts only what fits; both say that the context is full."""
     prompt = random_ids(500)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastmtp import _native
-from fastmtp.decode.native_backend import NativeBackend, Scores, forward
+from fastmtp.decode.native_backend import NativeBackend, forward, scores
 from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.native import NativeTarget, WeightType
@@ -42,11 +43,11 @@ def states(target: NativeTarget, ids: Sequence[int], chunks: Sequence[int] | Non
         parts.append(forward(target, [cache], [start], [ids[start : start + size]]))
         start += size
     assert start == len(ids)
-    return torch.cat(parts)
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def logits(target: NativeTarget, states_TH: Tensor) -> Tensor:
-    return Scores(target, target.lm_head)(states_TH)
+    return scores(target.runtime, target.lm_head, states_TH.numpy())
 
 
 @cache
@@ -92,7 +93,7 @@ def test_head_states_are_the_references(target: Target) -> None:
         expected = head(before[None], target.embed(torch.tensor([ids])), rotation, None, None)[0]
     native = native_target(target, "bfloat16")
     backend = NativeBackend(native, native_head(native, head))
-    error = backend._head_forward(0, before, ids) - expected
+    error = torch.from_numpy(backend._head_forward(0, before.numpy(), ids)) - expected
     assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
 
 
@@ -137,9 +138,9 @@ def test_sequences_together_are_sequences_alone(target: Target, weight_type: Wei
     caches = [native.stack.new_cache() for _ in texts]
     for held, text, expected in zip(caches, texts, alone, strict=True):
         if text[:-1]:
-            assert torch.equal(forward(native, [held], [0], [text[:-1]]), expected[:-1])
+            assert np.array_equal(forward(native, [held], [0], [text[:-1]]), expected[:-1])
     last = forward(native, caches, [len(text) - 1 for text in texts], [text[-1:] for text in texts])
-    assert torch.equal(last, torch.stack([expected[-1] for expected in alone]))
+    assert np.array_equal(last, torch.stack([expected[-1] for expected in alone]))
 
 
 def test_tokens_taken_back_leave_no_trace(target: Target, weight_type: WeightType) -> None:
@@ -148,7 +149,7 @@ def test_tokens_taken_back_leave_no_trace(target: Target, weight_type: WeightTyp
     text, other = random_ids(300), random_ids(300, seed=5)
     cache = native.stack.new_cache()
     forward(native, [cache], [0], [[*text[:250], *other[250:]]])
-    assert torch.equal(forward(native, [cache], [250], [text[250:]]), states(native, text)[250:])
+    assert np.array_equal(forward(native, [cache], [250], [text[250:]]), states(native, text)[250:])
 
 
 def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: WeightType) -> None:
@@ -157,8 +158,8 @@ def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: Weigh
     ids = [257, 3, 100, 31, 7]
     whole = NativeBackend(native, native_head(native, head))
     part = NativeBackend(native, native_head(native, head), ids)
-    state = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(part._draft_logits(state), whole._draft_logits(state)[ids])
+    state = torch.randn(1, 32, generator=torch.Generator().manual_seed(2)).numpy()
+    assert torch.equal(part._draft_logits(state), whole._draft_logits(state)[:, ids])
 
 
 @cache
@@ -184,9 +185,16 @@ def test_bad_calls_are_refused(
 ) -> None:
     """Nothing is read or written out of bounds, whatever the caller gives."""
     native = native_target(llama, "int8")
-    numpy = [torch.tensor(values, dtype=torch.int32).numpy() for values in (starts, counts, tokens)]
-    out = torch.empty(len(tokens), 32).numpy()
+    out = np.empty((len(tokens), 32), np.float32)
     with pytest.raises(ValueError, match=message):
         _native.target_forward(
-            native.runtime, native.stack, native.embedding, 1.0, [native.stack.new_cache()], *numpy, out
+            native.runtime,
+            native.stack,
+            native.embedding,
+            1.0,
+            [native.stack.new_cache()],
+            starts,
+            counts,
+            tokens,
+            out,
         )

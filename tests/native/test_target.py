@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -29,7 +30,7 @@ IDS = random_ids(40)
 
 
 def states(target: NativeTarget) -> torch.Tensor:
-    return forward(target, [target.stack.new_cache()], [0], [IDS])
+    return torch.from_numpy(forward(target, [target.stack.new_cache()], [0], [IDS]))
 
 
 @pytest.fixture
@@ -153,11 +154,11 @@ def test_head_directory_gives_the_head(tmp_path: Path, target: Target) -> None:
     native = convert(target, "int8")
     loaded, lists, steps = load_native_head(tmp_path / "head", native)
     assert (lists, steps) == (LISTS, 3)
-    before = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+    before = np.random.default_rng(0).standard_normal((12, 32), np.float32)
     outputs = [
         NativeBackend(native, one)._head_forward(0, before, IDS[:12]) for one in (loaded, native_head(native, head))
     ]
-    assert torch.equal(*outputs)
+    assert np.array_equal(*outputs)
     with pytest.raises(ValueError, match="this head does not fit"):
         load_native_head(tmp_path / "head", convert(tiny_target(_another(target)), "int8"))
 
@@ -189,7 +190,7 @@ def test_a_context_beyond_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch, 
             backend.verify(text[250:257])
         assert list(backend.tokens) == text[:250]
         backend.verify(text[250:256])
-    found = backend.verify(text[256:]).clone()
+    found = backend.verify(text[256:])
     assert torch.equal(found, NativeBackend(native).verify(text)[256:])
 
 
@@ -233,7 +234,7 @@ def test_interrupted_prefill_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, ll
         backend.prefill(text)
     for prompt in (other, text):
         fresh = NativeBackend(native, native_head(native, MTPHead(llama)))
-        found = [one.prefill(prompt).clone() for one in (backend, fresh)]
+        found = [one.prefill(prompt) for one in (backend, fresh)]
         assert torch.equal(*found)
         drafts = [one.draft(7, 3, SamplingConfig(), torch.Generator()).tokens for one in (backend, fresh)]
         assert drafts[0] == drafts[1]

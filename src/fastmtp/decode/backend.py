@@ -25,10 +25,7 @@ class Draft:
 
 
 class Backend(Protocol):
-    """One sequence in one engine. `tokens` are those whose keys and values the target's cache holds.
-
-    Logits may live in memory that the engine's next call uses again.
-    """
+    """One sequence in one engine. `tokens` are those whose keys and values the target's cache holds."""
 
     @property
     def name(self) -> str: ...
@@ -61,6 +58,10 @@ class Backend(Protocol):
         """Append M tokens in one forward of the target; logits [M, V] after each."""
         ...
 
+    def choices(self, tokens: Sequence[int]) -> list[int]:
+        """Like `verify`, but only the likeliest token after each (of equal ones the first)."""
+        ...
+
     def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
         """Draft `steps` tokens to follow `token`, the next token of the sequence, which is not yet cached."""
         ...
@@ -71,7 +72,7 @@ class Backend(Protocol):
 
 
 class Batch(Protocol):
-    """Many sequences in one engine, one in each slot, decoded plainly. Of logits the same holds as above."""
+    """Many sequences in one engine, one in each slot, decoded plainly."""
 
     @property
     def target(self) -> TargetInfo: ...

@@ -11,17 +11,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp import _native
 from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.models.native import NativeHead, NativeTarget, check_memory
 
+States = NDArray[np.float32]
+
 # Rows of one call: enough to be as fast as it gets, few enough for Ctrl-C to be heard at once.
 CHUNK = 256
 
 
-class NativeBackend(SequenceBackend):
+class NativeBackend(SequenceBackend[States]):
     """Target cache and draft cache of one sequence."""
 
     # Eight tokens are verified at about the cost of one (`fastmtp bench-engine`).
@@ -33,35 +36,57 @@ class NativeBackend(SequenceBackend):
         head: NativeHead | None = None,
         draft_vocabulary: Sequence[int] | None = None,
     ) -> None:
-        hidden = int(target.config.hidden_size)
         super().__init__(
             device=torch.device("cpu"),
             context_limit=target.context_limit,
             vocabulary_size=target.vocabulary_size,
-            no_states=torch.empty(0, hidden) if head else None,
+            no_states=np.empty((0, int(target.config.hidden_size)), np.float32) if head else None,
             draft_ids=draft_vocabulary,
         )
         self._target = target
         self._head = head
-        draft_rows = target.lm_head if draft_vocabulary is None else target.lm_head_rows(draft_vocabulary)
+        self._draft_rows = target.lm_head if draft_vocabulary is None else target.lm_head_rows(draft_vocabulary)
+        self._row_ids = np.array(draft_vocabulary or range(target.vocabulary_size), np.int32)
         self._cache = target.stack.new_cache()
         self._draft_cache = head.stack.new_cache() if head else None
-        self._verified = Scores(target, target.lm_head)
-        self._drafts = Scores(target, draft_rows)
 
     @property
     def name(self) -> str:
         runtime = self._target.runtime
         return f"native ({runtime.kernels}, {self._target.weight_type}, {runtime.threads} threads)"
 
-    def _forward(self, start: int, tokens: Sequence[int]) -> Tensor:
+    # The greedy ways do in one call what would otherwise be a dozen calls of numpy and torch: after a forward the
+    # processor's caches hold weights, no code, and every call that is not in them costs some microseconds.
+
+    def choices(self, tokens: Sequence[int]) -> list[int]:
+        return _native.choices(self._target.runtime, self._target.lm_head, self._append(tokens))
+
+    def _greedy_chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
+        target, head, cache = self._target, *self._head_and_cache(start + len(inputs) + steps)
+        many = max(0, len(inputs) - CHUNK)
+        if many:
+            self._head_forward(start, states_TH[:many], inputs[:many])
+        return _native.draft_chain(
+            target.runtime,
+            head.stack,
+            head.projection,
+            target.embedding,
+            target.embedding_scale,
+            cache,
+            start + many,
+            inputs[many:],
+            states_TH[many:],
+            self._draft_rows,
+            self._row_ids,
+            steps,
+        )
+
+    def _forward(self, start: int, tokens: Sequence[int]) -> States:
         return forward(self._target, [self._cache], [start], [tokens])
 
-    def _head_forward(self, start: int, states_TH: Tensor, tokens: Sequence[int]) -> Tensor:
-        assert self._head is not None and self._draft_cache is not None
-        target, head, cache = self._target, self._head, self._draft_cache
-        reserve(cache, start + len(tokens))
-        after_TH = torch.empty_like(states_TH)
+    def _head_forward(self, start: int, states_TH: States, tokens: Sequence[int]) -> States:
+        target, head, cache = self._target, *self._head_and_cache(start + len(tokens))
+        after_TH = np.empty_like(states_TH)
         for begin, end in _chunks(len(tokens)):
             _native.head_forward(
                 target.runtime,
@@ -70,24 +95,33 @@ class NativeBackend(SequenceBackend):
                 target.embedding,
                 target.embedding_scale,
                 [cache],
-                np.array([start + begin], np.int32),
-                np.array([end - begin], np.int32),
-                np.array(tokens[begin:end], np.int32),
-                states_TH[begin:end].numpy(),
-                after_TH[begin:end].numpy(),
+                [start + begin],
+                [end - begin],
+                tokens[begin:end],
+                states_TH[begin:end],
+                after_TH[begin:end],
             )
         return after_TH
 
-    def _logits(self, states_TH: Tensor) -> Tensor:
-        return self._verified(states_TH)
+    def _logits(self, states_TH: States) -> Tensor:
+        return scores(self._target.runtime, self._target.lm_head, states_TH)
 
-    def _draft_logits(self, state_H: Tensor) -> Tensor:
-        return self._drafts(state_H[None])[0]
+    def _draft_logits(self, states_TH: States) -> Tensor:
+        return scores(self._target.runtime, self._draft_rows, states_TH)
+
+    def _join(self, states_TH: States, more_TH: States) -> States:
+        return np.concatenate([states_TH, more_TH])
+
+    def _head_and_cache(self, tokens: int) -> tuple[NativeHead, _native.Cache]:
+        """The head, and its cache with room for so many tokens."""
+        assert self._head is not None and self._draft_cache is not None
+        reserve(self._draft_cache, tokens)
+        return self._head, self._draft_cache
 
 
 def forward(
     target: NativeTarget, caches: list[_native.Cache], starts: list[int], tokens: Sequence[Sequence[int]]
-) -> Tensor:
+) -> States:
     """The target's states [T, H] of the tokens of one or more sequences, each from a position of its own on.
 
     Raises:
@@ -95,19 +129,19 @@ def forward(
     """
     for cache, start, own in zip(caches, starts, tokens, strict=True):
         reserve(cache, start + len(own))
-    states_TH = torch.empty(sum(map(len, tokens)), int(target.config.hidden_size))
+    states_TH = np.empty((sum(map(len, tokens)), int(target.config.hidden_size)), np.float32)
 
-    def run(starts: list[int], tokens: Sequence[Sequence[int]], states_TH: Tensor) -> None:
+    def run(starts: list[int], tokens: Sequence[Sequence[int]], states_TH: States) -> None:
         _native.target_forward(
             target.runtime,
             target.stack,
             target.embedding,
             target.embedding_scale,
             caches,
-            np.array(starts, np.int32),
-            np.array([len(own) for own in tokens], np.int32),
-            np.array([token for own in tokens for token in own], np.int32),
-            states_TH.numpy(),
+            starts,
+            [len(own) for own in tokens],
+            [token for own in tokens for token in own],
+            states_TH,
         )
 
     if len(caches) > 1:
@@ -118,19 +152,11 @@ def forward(
     return states_TH
 
 
-class Scores:
-    """States times a matrix, into memory that is used again."""
-
-    def __init__(self, target: NativeTarget, matrix: _native.Matrix) -> None:
-        self._runtime, self._matrix = target.runtime, matrix
-        self._out = torch.empty(0, matrix.stride)
-
-    def __call__(self, states_TH: Tensor) -> Tensor:
-        """[T, outputs]"""
-        if len(states_TH) > len(self._out):
-            self._out = torch.empty(len(states_TH), self._matrix.stride)
-        _native.scores(self._runtime, self._matrix, states_TH.numpy(), self._out.numpy())
-        return self._out[: len(states_TH), : self._matrix.outputs]
+def scores(runtime: _native.Runtime, matrix: _native.Matrix, states_TH: States) -> Tensor:
+    """States times a matrix, [T, outputs]."""
+    out = np.empty((len(states_TH), matrix.stride), np.float32)
+    _native.scores(runtime, matrix, states_TH, out)
+    return torch.from_numpy(out)[:, : matrix.outputs]
 
 
 def reserve(cache: _native.Cache, tokens: int) -> None:

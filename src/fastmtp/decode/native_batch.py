@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from fastmtp import _native
-from fastmtp.decode.native_backend import Scores, forward
+from fastmtp.decode.native_backend import States, forward, scores
 from fastmtp.models.native import NativeTarget
 
 
@@ -20,7 +20,6 @@ class NativeBatch:
 
     def __init__(self, target: NativeTarget) -> None:
         self.target = target
-        self._scores = Scores(target, target.lm_head)
         self.reset(0)
 
     def reset(self, slots: int) -> None:
@@ -32,7 +31,7 @@ class NativeBatch:
         for slot, prompt in prompts.items():
             ends.append(forward(self.target, [self._caches[slot]], [0], [prompt])[-1:])
             self._lengths[slot] = len(prompt)
-        return self._scores(torch.cat(ends))
+        return self._logits(np.concatenate(ends))
 
     def step(self, tokens: Mapping[int, int]) -> Tensor:
         caches = [self._caches[slot] for slot in tokens]
@@ -40,4 +39,7 @@ class NativeBatch:
         states_RH = forward(self.target, caches, starts, [[token] for token in tokens.values()])
         for slot in tokens:
             self._lengths[slot] += 1
-        return self._scores(states_RH)
+        return self._logits(states_RH)
+
+    def _logits(self, states_RH: States) -> Tensor:
+        return scores(self.target.runtime, self.target.lm_head, states_RH)

@@ -18,5 +18,8 @@ def plain(
     token = choose(backend.prefill(prompt), sampling, generator)
     yield token
     while len(backend.tokens) < backend.context_limit:
-        token = choose(backend.verify([token])[0], sampling, generator)
+        if sampling.temperature == 0:
+            token = backend.choices([token])[0]
+        else:
+            token = choose(backend.verify([token])[0], sampling, generator)
         yield token

@@ -1,22 +1,27 @@
 """What the engines share: one sequence's tokens, and the head's catching up with the target.
 
-Shapes: T tokens, H hidden, D draft vocabulary, V vocabulary.
+Shapes: T tokens, H hidden, D draft vocabulary, V vocabulary. States are an engine's own kind of array.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Draft
 from fastmtp.sampling import draw, greedy, probabilities
 
+States = TypeVar("States", Tensor, NDArray[np.float32])
 
-class SequenceBackend(ABC):
+
+class SequenceBackend(ABC, Generic[States]):
     """One sequence: `Backend` in terms of four functions of an engine.
 
     The draft cache holds step-1 states only, each from the target's own state, except while a chain is drafted.
@@ -30,7 +35,7 @@ class SequenceBackend(ABC):
         device: torch.device,
         context_limit: int,
         vocabulary_size: int,
-        no_states: Tensor | None,
+        no_states: States | None,
         draft_ids: Sequence[int] | None,
     ) -> None:
         """Start with an empty sequence.
@@ -46,23 +51,27 @@ class SequenceBackend(ABC):
         self._draft_ids_D = None if draft_ids is None else torch.tensor(draft_ids, device=device)
         self._tokens: list[int] = []
         self._drafted = 0
-        self._states_TH = no_states
+        self._states_TH: States | None = no_states
 
     @abstractmethod
-    def _forward(self, start: int, tokens: Sequence[int]) -> Tensor:
+    def _forward(self, start: int, tokens: Sequence[int]) -> States:
         """The target's states [T, H] of tokens at positions from `start` on, forgetting what was held there."""
 
     @abstractmethod
-    def _logits(self, states_TH: Tensor) -> Tensor:
+    def _logits(self, states_TH: States) -> Tensor:
         """[T, V]"""
 
     @abstractmethod
-    def _head_forward(self, start: int, states_TH: Tensor, tokens: Sequence[int]) -> Tensor:
+    def _head_forward(self, start: int, states_TH: States, tokens: Sequence[int]) -> States:
         """The head's states [T, H] at positions from `start` on, forgetting what was held there."""
 
     @abstractmethod
-    def _draft_logits(self, state_H: Tensor) -> Tensor:
-        """[D]"""
+    def _draft_logits(self, states_TH: States) -> Tensor:
+        """[T, D]"""
+
+    @abstractmethod
+    def _join(self, states_TH: States, more_TH: States) -> States:
+        """One after the other."""
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -82,37 +91,61 @@ class SequenceBackend(ABC):
     def verify(self, tokens: Sequence[int]) -> Tensor:
         return self._logits(self._append(tokens))
 
+    def choices(self, tokens: Sequence[int]) -> list[int]:
+        return greedy(self.verify(tokens))
+
     def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
         assert self._states_TH is not None and steps >= 1
-        start, length = self._drafted, len(self._tokens)
-        states_TH, inputs = self._states_TH, [*self._tokens[start + 1 :], token]
-        drafted: list[int] = []
+        length, states_TH = len(self._tokens), self._states_TH
+        start: int = self._drafted
+        inputs = [*self._tokens[start + 1 :], token]
         distributions: list[Tensor] = []
-        for _ in range(steps):
-            states_TH = self._head_forward(start, states_TH, inputs)[-1:]
-            start += len(inputs)
-            logits_D = self._draft_logits(states_TH[0])
-            if sampling.temperature == 0:
-                place = greedy(logits_D[None])[0]
-            else:
-                q_D = probabilities(logits_D, sampling)
-                place = draw(q_D, generator)
-                distributions.append(self._over_vocabulary(q_D))
-            drafted.append(place if self._draft_ids is None else self._draft_ids[place])
-            inputs = drafted[-1:]
+
+        def choice(logits_D: Tensor) -> int:
+            q_D = probabilities(logits_D, sampling)
+            distributions.append(self._over_vocabulary(q_D))
+            return draw(q_D, generator)
+
+        if sampling.temperature == 0:
+            drafted = self._greedy_chain(start, states_TH, inputs, steps)
+        else:
+            drafted = self._chain(start, states_TH, inputs, steps, choice)
         # The chain's own states are forgotten: the next forward of the head starts where the target's states end.
-        self._drafted, self._states_TH = length, self._states_TH[:0]
+        self._drafted, self._states_TH = length, states_TH[:0]
         return Draft(drafted, distributions)
 
     def truncate(self, length: int) -> None:
         assert self._drafted < length <= len(self._tokens)
         self._rewind(length)
 
-    def _append(self, tokens: Sequence[int]) -> Tensor:
+    def _chain(
+        self,
+        start: int,
+        states_TH: States,
+        inputs: Sequence[int],
+        steps: int,
+        choice: Callable[[Tensor], int],
+    ) -> list[int]:
+        """Drafted tokens, each chosen from its logits [D], from the states and tokens at `start` on."""
+        drafted: list[int] = []
+        for _ in range(steps):
+            states_TH = self._head_forward(start, states_TH, inputs)[-1:]
+            start += len(inputs)
+            place = choice(self._draft_logits(states_TH)[0])
+            drafted.append(place if self._draft_ids is None else self._draft_ids[place])
+            inputs = drafted[-1:]
+        return drafted
+
+    def _greedy_chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
+        """`_chain` that takes the likeliest token; an engine may have a faster way."""
+        return self._chain(start, states_TH, inputs, steps, lambda logits_D: greedy(logits_D[None])[0])
+
+    def _append(self, tokens: Sequence[int]) -> States:
         """States [T, H] of new tokens."""
         states_TH = self._forward(len(self._tokens), tokens)
         if self._states_TH is not None:
-            self._states_TH = torch.cat([self._states_TH, states_TH])
+            waiting = len(self._states_TH) > 0
+            self._states_TH = self._join(self._states_TH, states_TH) if waiting else states_TH
         self._tokens.extend(tokens)
         return states_TH
 

@@ -9,7 +9,7 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend, Draft
-from fastmtp.sampling import accept, accept_greedy, choose, greedy, probabilities
+from fastmtp.sampling import accept, accept_greedy, choose, probabilities
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ def speculative(
     while (length := len(backend.tokens)) < backend.context_limit:
         steps = min(draft_steps, backend.context_limit - length - 1)
         draft = backend.draft(token, steps, sampling, generator) if steps else Draft([], [])
-        logits_KV = backend.verify([token, *draft.tokens])
         if sampling.temperature == 0:
-            kept, token = accept_greedy(draft.tokens, greedy(logits_KV))
+            kept, token = accept_greedy(draft.tokens, backend.choices([token, *draft.tokens]))
         else:
-            p_KV = probabilities(logits_KV, sampling)
+            p_KV = probabilities(backend.verify([token, *draft.tokens]), sampling)
             kept, token = accept(draft.tokens, draft.distributions_V, p_KV, generator)
         backend.truncate(length + 1 + kept)
         yield Round([*draft.tokens[:kept], token], steps)

@@ -17,7 +17,7 @@ from fastmtp.models.layers import causal_mask
 from fastmtp.models.target import Target
 
 
-class TorchBackend(SequenceBackend):
+class TorchBackend(SequenceBackend[Tensor]):
     """Target cache and draft cache of one sequence."""
 
     def __init__(
@@ -69,5 +69,8 @@ class TorchBackend(SequenceBackend):
         return states[0]
 
     @torch.inference_mode()
-    def _draft_logits(self, state_H: Tensor) -> Tensor:
-        return self._target.logits(state_H, self._rows_DH)
+    def _draft_logits(self, states_TH: Tensor) -> Tensor:
+        return self._target.logits(states_TH, self._rows_DH)
+
+    def _join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
+        return torch.cat([states_TH, more_TH])

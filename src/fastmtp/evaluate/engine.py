@@ -23,7 +23,8 @@ import torch
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.native_backend import NativeBackend, Scores, forward
+from fastmtp.decode.native_backend import NativeBackend, forward
+from fastmtp.decode.native_batch import NativeBatch
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.evaluate import llama_cpp
@@ -31,13 +32,17 @@ from fastmtp.evaluate.prompts import BUILTIN
 from fastmtp.models.native import NativeHead, NativeTarget
 from fastmtp.models.source import locate
 from fastmtp.progress import bar
+from fastmtp.sampling import greedy
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
 # The context of the single forwards and of the rounds; of prompts and answers for the speeds.
 CONTEXT, PREFILL, PROMPT, ANSWER = 500, 512, 128, 128
+SEQUENCES = 16
 _READ_BYTES = 1 << 28
 _REPEATS = 7
+
+Task = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,9 @@ class EngineReport:
     bandwidth_gb_s: float
     forward_bytes: int  # weights and keys and values that a forward at CONTEXT tokens reads
     forward_ms: dict[int, float]  # by M
-    draft_ms: dict[int, float]  # one draft step, by D; empty without a head
+    draft_ms: dict[int, float]  # a step of a draft chain, by D; empty without a head
     plain_tokens_per_second: float
+    batch_tokens_per_second: float  # plain decoding of SEQUENCES together
     prefill_tokens_per_second: float
     rounds: Rounds | None
     llama_cpp: dict[str, float]  # plain tokens a second by type; empty if it cannot run
@@ -94,36 +100,40 @@ def measure(target: NativeTarget, head: NativeHead | None, ids: list[int], draft
         ids: the draft vocabulary of the rounds, likeliest first.
         draft_steps: K of the rounds.
     """
-    tasks = _forward_tasks(target)
-    if head is not None:
-        tasks |= _draft_tasks(target, head, ids)
-    tasks |= _speed_tasks(target)
-    tasks |= _llama_cpp_tasks(target)
+    tasks = {
+        "read": lambda: _READ_BYTES / _native.read_seconds(target.runtime, _READ_BYTES, 3) / 1e9,
+        **_forward_tasks(target),
+        **(_draft_tasks(target, head, ids, draft_steps) if head else {}),
+        **_speed_tasks(target),
+        **_llama_cpp_tasks(target),
+    }
     found: dict[str, list[float]] = defaultdict(list)
     with bar("bench-engine", _REPEATS * len(tasks)) as progress:
         for _ in range(_REPEATS):
             for name, task in tasks.items():
                 found[name].append(task())
                 progress.advance(1, 0, name)
-    by_kind: dict[str, dict[Any, float]] = defaultdict(dict)
-    for name, values in found.items():
-        kind, _, key = name.partition(" ")
-        by_kind[kind][int(key) if key.isdigit() else key] = median(values)
+    medians = {name: median(values) for name, values in found.items()}
+
+    def by_key(kind: str) -> dict[str, float]:
+        return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
+
     config = target.config
     cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.head_size * CONTEXT
     return EngineReport(
         model=target.source,
         engine=NativeBackend(target).name,
         machine=machine(),
-        bandwidth_gb_s=_READ_BYTES / by_kind["read"][""] / 1e9,
+        bandwidth_gb_s=medians["read"],
         forward_bytes=target.forward_bytes + cached,
-        forward_ms={count: 1e3 * seconds for count, seconds in by_kind["forward"].items()},
-        draft_ms={size: 1e3 * seconds for size, seconds in by_kind["draft"].items()},
-        plain_tokens_per_second=by_kind["plain"][""],
-        prefill_tokens_per_second=by_kind["prefill"][""],
+        forward_ms={int(count): 1e3 * seconds for count, seconds in by_key("forward ").items()},
+        draft_ms={int(size): 1e3 * seconds for size, seconds in by_key("draft ").items()},
+        plain_tokens_per_second=medians["plain"],
+        batch_tokens_per_second=medians["batch"],
+        prefill_tokens_per_second=medians["prefill"],
         rounds=None if head is None else _rounds(target, head, ids, draft_steps),
-        llama_cpp=by_kind["llama.cpp"],
-        llama_cpp_prefill=by_kind["llama.cpp-prefill"],
+        llama_cpp=by_key("llama.cpp "),
+        llama_cpp_prefill=by_key("llama.cpp-prefill "),
         llama_cpp_version=llama_cpp.version(),
     )
 
@@ -140,46 +150,41 @@ def machine() -> str:
     return f"{model}, {cores} cores, {psutil.virtual_memory().total / (1 << 30):.0f} GiB"
 
 
-def _forward_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
-    cache, scores = target.stack.new_cache(), Scores(target, target.lm_head)
+def _forward_tasks(target: NativeTarget) -> dict[str, Task]:
+    cache = target.stack.new_cache()
     prompt = _some_ids(target, CONTEXT)
     forward(target, [cache], [0], [prompt])
 
-    def one(count: int) -> float:
+    def task(count: int) -> Task:
         def run() -> None:
-            scores(forward(target, [cache], [CONTEXT - count], [prompt[-count:]]))
+            states = forward(target, [cache], [CONTEXT - count], [prompt[-count:]])
+            _native.choices(target.runtime, target.lm_head, states)
 
-        return median(_timed(run) for _ in range(5))
+        return lambda: median(_timed(run) for _ in range(9))
 
-    def read() -> float:
-        return _native.read_seconds(target.runtime, _READ_BYTES, 3)
-
-    forwards = {f"forward {count}": (lambda count=count: one(count)) for count in TOKENS_TOGETHER}
-    return {"read": read, **forwards}
+    return {f"forward {count}": task(count) for count in TOKENS_TOGETHER}
 
 
-def _draft_tasks(target: NativeTarget, head: NativeHead, ids: list[int]) -> dict[str, Callable[[], float]]:
+def _draft_tasks(target: NativeTarget, head: NativeHead, ids: list[int], steps: int) -> dict[str, Task]:
     everything = list(dict.fromkeys([*ids, *range(target.vocabulary_size)]))
     sizes = [size for size in DRAFT_SIZES if size < len(everything)] + [len(everything)]
     prompt = _some_ids(target, CONTEXT)
 
-    def task(size: int) -> Callable[[], float]:
+    def task(size: int) -> Task:
         backend = NativeBackend(target, head, everything[:size])
-        backend.prefill(prompt)
-        generator, greedy = torch.Generator(), SamplingConfig()
-        backend.draft(prompt[0], 1, greedy, generator)
-        state = torch.zeros(1, int(target.config.hidden_size))
 
-        def step() -> None:
-            backend._head_forward(CONTEXT, state, prompt[:1])
-            backend._draft_logits(state[0])
+        def step() -> float:
+            # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
+            backend.prefill(prompt)
+            return _timed(lambda: backend.draft(prompt[0], steps, SamplingConfig(), torch.Generator())) / steps
 
-        return lambda: median(_timed(step) for _ in range(9))
+        step()
+        return lambda: median(step() for _ in range(5))
 
     return {f"draft {size}": task(size) for size in sizes}
 
 
-def _speed_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
+def _speed_tasks(target: NativeTarget) -> dict[str, Task]:
     backend = NativeBackend(target)
     prompt, long_prompt = _some_ids(target, PROMPT), _some_ids(target, PREFILL)
 
@@ -188,23 +193,37 @@ def _speed_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
         token = int(backend.prefill(prompt).numpy().argmax())
         started = time.perf_counter()
         for _ in range(ANSWER):
-            token = int(backend.verify([token])[0].numpy().argmax())
+            token = backend.choices([token])[0]
         return ANSWER / (time.perf_counter() - started)
 
     def prefill() -> float:
         backend.reset()
         return PREFILL / _timed(lambda: backend.prefill(long_prompt))
 
-    return {"plain": decode, "prefill": prefill}
+    batch = NativeBatch(target)
+
+    def decode_batch() -> float:
+        batch.reset(SEQUENCES)
+        for slot in range(SEQUENCES):
+            batch.prefill({slot: prompt})
+        tokens = dict.fromkeys(range(SEQUENCES), prompt[0])
+
+        def run() -> None:
+            for _ in range(ANSWER // 4):
+                tokens.update(enumerate(greedy(batch.step(tokens))))
+
+        return ANSWER // 4 * SEQUENCES / _timed(run)
+
+    return {"plain": decode, "batch": decode_batch, "prefill": prefill}
 
 
-def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Callable[[], float]]:
+def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Task]:
     source = locate(target.source).gguf
     if source is None or llama_cpp.version() is None:
         return {}
     threads = target.runtime.threads
 
-    def task(kind: str, prompt: list[int], tokens: int, which: int) -> Callable[[], float]:
+    def task(kind: str, prompt: list[int], tokens: int, which: int) -> Task:
         path = llama_cpp.requantized(source, kind)
         return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
 
@@ -218,29 +237,29 @@ def _rounds(target: NativeTarget, head: NativeHead, ids: list[int], draft_steps:
     backend = NativeBackend(target, head, ids or None)
     prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(text for _, text in BUILTIN)}])
     prompt = prompt[: CONTEXT - ANSWER // 2]
-    plains, speculatives, shares = [], [], []
+    rounds_ms, speedups, shares = [], [], []
     for _ in range(_REPEATS):
         tokens = plain(backend, prompt, SamplingConfig(), torch.Generator())
         expected = [next(tokens)]
-        plains.append(_timed(lambda: expected.extend(islice(tokens, ANSWER))))  # noqa: B023
+        plain_seconds = _timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
         backend.reset()
         rounds = speculative(backend, prompt, draft_steps, SamplingConfig(), torch.Generator())
         settled = [next(rounds)]
         before = target.runtime.matmul_seconds
         seconds = _timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023
-        speculatives.append(seconds)
         shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
+        rounds_ms.append(1e3 * seconds / (len(settled) - 1))
+        decoded = [token for one in settled for token in one.tokens]
+        # By token: the last round may go beyond the plain answer.
+        speedups.append(plain_seconds / (len(expected) - 1) / (seconds / (len(decoded) - 1)))
         backend.reset()
     accepted = Acceptance.of((one.accepted for one in settled[1:]), draft_steps)
-    decoded = [token for one in settled for token in one.tokens]
-    # Speeds are compared by token: the last round may go beyond the plain answer.
-    by_token = median(plains) / ANSWER / (median(speculatives) / (len(decoded) - 1))
     return Rounds(
         draft_steps=draft_steps,
         draft_vocabulary=len(ids) or target.vocabulary_size,
         tau=accepted.tau,
-        round_ms=1e3 * median(speculatives) / accepted.rounds,
-        speedup=by_token,
+        round_ms=median(rounds_ms),
+        speedup=median(speedups),
         outside_matmul=median(shares),
         identical=decoded[: len(expected)] == expected,
     )
@@ -249,10 +268,11 @@ def _rounds(target: NativeTarget, head: NativeHead, ids: list[int], draft_steps:
 def _until(rounds: Iterator[Round], tokens: int) -> Iterator[Round]:
     """Rounds until they have settled so many tokens."""
     settled = 0
-    while settled < tokens:
-        one = next(rounds)
-        settled += len(one.tokens)
+    for one in rounds:
         yield one
+        settled += len(one.tokens)
+        if settled >= tokens:
+            return
 
 
 def _some_ids(target: NativeTarget, count: int) -> list[int]:

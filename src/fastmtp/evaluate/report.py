@@ -66,6 +66,7 @@ def engine_tables(report: EngineReport) -> list[Table]:
         f"{report.prefill_tokens_per_second:.0f}",
         *[f"{speed:.0f}" for speed in report.llama_cpp_prefill.values()],
     )
+    speeds.add_row("plain, 16 sequences", f"{report.batch_tokens_per_second:.0f}")
     return [*tables, speeds]
 
 
