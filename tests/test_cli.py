@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -71,6 +72,24 @@ def test_chat_remembers(model: Path, head: Path) -> None:
     assert two.exit_code == one.exit_code == 0
     assert two.stderr.count("tokens/s") == 2
     assert two.stdout.split(">")[2] != one.stdout.split(">")[1]
+
+
+def test_bench_engine(model: Path) -> None:
+    """Every figure is there and makes sense; without a head no draft steps, without a GGUF file no llama.cpp."""
+    found: Any = run("bench-engine", model, "--json", "--threads", 1)
+    assert found["forward_ms"].keys() == {"1", "2", "4", "8", "16"}
+    assert all(ms > 0 for ms in found["forward_ms"].values())
+    assert found["floor_ms"] == pytest.approx(found["forward_bytes"] / found["bandwidth_gb_s"] / 1e6)
+    assert found["plain_tokens_per_second"] > 0
+    assert found["draft_ms"] == found["llama_cpp"] == {}
+    assert found["rounds"] is None
+
+
+def test_bench_engine_with_a_head(model: Path, head: Path) -> None:
+    result = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--head", str(head)])
+    assert result.exit_code == 0, result.output
+    assert "ms a draft step" in result.stderr
+    assert "K = 2, 100 draft tokens" in result.stderr
 
 
 def test_bench(model: Path, head: Path, tmp_path: Path) -> None:

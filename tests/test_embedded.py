@@ -1,8 +1,11 @@
-"""The embedded model and its shipped head, for real: minutes, so marked slow."""
+"""The embedded model and its shipped head, for real: minutes, half an hour in one case, so marked slow."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import islice
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -11,9 +14,13 @@ from click.testing import CliRunner
 from fastmtp.cli import commands
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.generation import Generation
+from fastmtp.decode.native_backend import NativeBackend, forward, scores
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import speculative
 from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.evaluate.prompts import BUILTIN
-from fastmtp.models.head_format import load_head
+from fastmtp.models.head_format import load_head, load_native_head
+from fastmtp.models.native import NativeTarget, load_native_target
 from fastmtp.models.shipped import shipped_head
 from fastmtp.models.target import load_target
 from fastmtp.train.acceptance import agreement, replay
@@ -50,6 +57,70 @@ def test_demo() -> None:
     found = json.loads(result.stdout)
     assert found["identical"] is True
     assert found["tau"] > 1.3
-    assert found["engine"].startswith("torch")
+    assert found["engine"].startswith("native")
     assert set(found["tokens_per_second"]) == {"plain", "speculative"}
     assert len(found["acceptance"]) == 3
+
+
+def passages(characters: int) -> Iterator[str]:
+    """Parts of Python's own reference texts: prose, tables and code."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    return (text[start : start + characters] for start in range(0, len(text), characters))
+
+
+def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
+    """Greedy, on the native int8 engine: every token of every answer, drafted 1 to 8 at a time."""
+    target = load_native_target("smollm2")
+    directory = shipped_head("smollm2")
+    assert directory is not None
+    head, vocabulary, _ = load_native_head(directory, target)
+    backend = NativeBackend(target, head, vocabulary.union())
+    tasks = [
+        "Summarize this:",
+        "What does this say, in one sentence?",
+        "Write a short program that uses what this describes:",
+        "Translate into French:",
+        "Ask three questions that this text answers, then answer them:",
+        "Continue this text:",
+    ]
+    compared = different = rounds = 0
+    for number, passage in enumerate(passages(1000)):
+        prompt = target.encode_chat([{"role": "user", "content": f"{tasks[number % len(tasks)]}\n\n{passage}"}])
+        expected = list(islice(plain(backend, prompt, SamplingConfig(), torch.Generator()), 512))
+        backend.reset()
+        found: list[int] = []
+        for one in speculative(backend, prompt, 1 + number % 8, SamplingConfig(), torch.Generator()):
+            found += one.tokens
+            rounds += 1
+            if len(found) >= len(expected):
+                break
+        backend.reset()
+        compared += len(expected)
+        different += sum(ours != theirs for ours, theirs in zip(found, expected, strict=False))
+        if compared >= 200_000:
+            break
+    print(f"{compared} tokens of {number + 1} prompts, {compared / rounds:.2f} a round; {different} differ")
+    assert compared >= 200_000
+    assert different == 0
+
+
+def test_int8_perplexity_is_within_half_a_percent_of_bf16() -> None:
+    """On more than 20,000 tokens of Python's reference texts, in windows of 1,024."""
+    perplexities = {}
+    for weight_type in ("int8", "bfloat16"):
+        target = load_native_target("smollm2", weight_type=weight_type)
+        ids = [token for passage in islice(passages(1000), 90) for token in target.encode(passage)]
+        perplexities[weight_type] = perplexity(target, ids)
+    print(f"{len(ids)} tokens: {perplexities}")
+    assert len(ids) > 20_000
+    assert perplexities["int8"] < 1.005 * perplexities["bfloat16"]
+
+
+def perplexity(target: NativeTarget, ids: list[int], window: int = 1024) -> float:
+    losses = []
+    for start in range(0, len(ids) - 1, window):
+        part = ids[start : start + window + 1]
+        states_TH = forward(target, [target.stack.new_cache()], [0], [part[:-1]])
+        logits_TV = scores(target.runtime, target.lm_head, states_TH)
+        losses.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(part[1:]), reduction="none"))
+    return float(torch.cat(losses).mean().exp())
