@@ -53,7 +53,7 @@ NB_MODULE(_native, m) {
 
   m.attr("PAGE_TOKENS") = kPageTokens;
 
-  nb::enum_<Type>(m, "Type").value("bf16", Type::bf16).value("int8", Type::int8);
+  nb::enum_<Type>(m, "Type").value("bf16", Type::bf16).value("int8", Type::int8).value("int4", Type::int4);
 
   nb::class_<Runtime>(m, "Runtime")
       .def("__init__",

@@ -81,6 +81,42 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, floa
   }
 }
 
+template <int Rows>
+void int4_block(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  constexpr size_t kAhead = 16 * 1024;
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const int8_t* values = x.int8_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  const int groups = 2 * w.groups;
+  Floats total[Rows];
+  for (int m = 0; m < Rows; m++) total[m] = splat(0.0f);
+  for (int g = 0; g < groups; g++) {
+    Ints sums[Rows];
+    for (int m = 0; m < Rows; m++) sums[m] = dot_start(0);
+#pragma GCC unroll 4
+    for (int k = 0; k < kHalf; k += 8) {
+      prefetch(weights + kAhead);
+      const Bytes eight = load_bytes(weights), low = low_nibbles(eight), high = high_nibbles(eight);
+      for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], low, values + m * width + k);
+      for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], high, values + m * width + k + 4);
+      weights += 4 * kLanes;
+    }
+    prefetch(weights + kAhead);
+    const auto* scales = reinterpret_cast<const uint16_t*>(weights);
+    const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
+    for (int m = 0; m < Rows; m++) {
+      const int place = (row + m) * groups + g;
+      const Floats all = splat(static_cast<float>(x.sums[place]));
+      const Floats product = fma(to_floats(sums[m]), step, mul(all, least));
+      total[m] = fma(product, splat(x.scales[place]), total[m]);
+    }
+    weights += 4 * kLanes;
+    values += kHalf;
+  }
+  const Floats bias = w.bias ? load(w.bias + block * kLanes) : splat(0.0f);
+  for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride, add(total[m], bias));
+}
+
 template <int Rows, int Blocks>
 void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
@@ -113,8 +149,10 @@ template <int Rows, int Blocks>
 void blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
   if (w.type == Type::int8)
     int8_blocks<Rows, Blocks>(w, x, row, block, out, stride);
-  else
+  else if (w.type == Type::bf16)
     bf16_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else
+    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, out + b * kLanes, stride);
 }
 
 // Some blocks for `rows` rows, Rows or fewer.
@@ -164,6 +202,21 @@ inline void spread(Floats x[kGroup / kLanes]) {
   x[3] = mul(sub(b, d), eighth);
 }
 
+// Rounds a group to steps of a 127th of its largest number.
+template <int Count>
+void quantize(Floats* lanes, int8_t* values, float& scale, int32_t& sum_of_values) {
+  Floats most = abs(lanes[0]), total = splat(0.0f);
+  for (int i = 1; i < Count; i++) most = max(most, abs(lanes[i]));
+  const float top = largest(most), inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+  for (int i = 0; i < Count; i++) {
+    const Floats rounded = nearest(mul(lanes[i], splat(inverse)));
+    store_int8(values + i * kLanes, rounded);
+    total = add(total, rounded);  // exactly: whole numbers this small
+  }
+  scale = top / 127.0f;
+  sum_of_values = static_cast<int32_t>(sum(total));
+}
+
 void convert(Type type, const float* x, int size, const Operand& operand, int row) {
   for (int g = 0; g < operand.groups; g++) {
     Floats lanes[kGroup / kLanes];
@@ -182,17 +235,16 @@ void convert(Type type, const float* x, int size, const Operand& operand, int ro
         store_bf16(operand.bf16_row(row) + g * kGroup + i * kLanes, lanes[i]);
       continue;
     }
-    spread(lanes);
-    const float top = largest(max(max(abs(lanes[0]), abs(lanes[1])), max(abs(lanes[2]), abs(lanes[3]))));
-    const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-    for (int i = 0; i < kGroup / kLanes; i++) {
-      lanes[i] = nearest(mul(lanes[i], splat(inverse)));
-      store_int8(operand.int8_row(row) + g * kGroup + i * kLanes, lanes[i]);
+    int8_t* values = operand.int8_row(row) + g * kGroup;
+    const size_t place = size_t(row) * operand.groups + g;
+    if (type == Type::int8) {
+      spread(lanes);
+      quantize<kGroup / kLanes>(lanes, values, operand.scales[place], operand.sums[place]);
+      continue;
     }
-    // Whole numbers this small add up exactly.
-    const float total = sum(add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3])));
-    operand.scales[size_t(row) * operand.groups + g] = top / 127.0f;
-    operand.sums[size_t(row) * operand.groups + g] = static_cast<int32_t>(total);
+    for (int half = 0; half < 2; half++)
+      quantize<kHalf / kLanes>(lanes + half * kHalf / kLanes, values + half * kHalf, operand.scales[2 * place + half],
+                               operand.sums[2 * place + half]);
   }
 }
 

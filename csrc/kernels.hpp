@@ -10,12 +10,13 @@
 namespace fastmtp {
 
 constexpr int kLanes = 16;       // outputs in one block of a packed matrix; tokens in one block of keys
-constexpr int kGroup = 64;       // inputs that share a scale (matrix.hpp); inputs are padded to a multiple of it
+constexpr int kGroup = 64;       // inputs that share a scale in int8; inputs are padded to a multiple of it
+constexpr int kHalf = 32;        // inputs that share a scale in int4 (matrix.hpp says more)
 constexpr int kPageTokens = 256; // tokens in one page of a cache
 constexpr int kLargestHead = 512;
 constexpr int kTileQueries = 8;  // queries that share one pass over keys and values
 
-enum class Type { bf16, int8 };
+enum class Type { bf16, int8, int4 };
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -29,12 +30,13 @@ struct PackedView {
   const float* bias;  // null where there is none
 };
 
-// Rows of inputs in the arithmetic of the weights: bf16, or int8 with a scale and a sum for each group.
+// Rows of inputs in the arithmetic of the weights: bf16, or int8 with a scale and a sum for each group that the
+// weights have.
 struct Operand {
   uint8_t* values;
-  float* scales;   // [M, groups]
-  int32_t* sums;   // [M, groups]
-  int groups;
+  float* scales;   // [M, groups], or [M, 2 groups] for int4
+  int32_t* sums;   // the same
+  int groups;      // of kGroup inputs
 
   int8_t* int8_row(int row) const { return reinterpret_cast<int8_t*>(values) + size_t(row) * groups * kGroup; }
   uint16_t* bf16_row(int row) const { return reinterpret_cast<uint16_t*>(values) + size_t(row) * groups * kGroup; }

@@ -31,8 +31,11 @@ constexpr float kSmallest = 1e-30f;
 // For a positive number: never below it, so that no weight exceeds 127 steps.
 uint16_t bf16_above(float x) { return uint16_t((bits_of(x) + 0xffff) >> 16); }
 
+constexpr size_t kHalfBytes = kHalf / 2 * kLanes + 2 * kLanes * sizeof(uint16_t);
+
 size_t bytes_of_block(Type type, int groups) {
   const size_t weights = size_t(groups) * kGroup * kLanes;
+  if (type == Type::int4) return 2 * groups * kHalfBytes;
   const size_t bytes = type == Type::int8 ? weights + size_t(groups) * kLanes * 2 : weights * 2;
   return (bytes + 63) / 64 * 64;
 }
@@ -81,12 +84,35 @@ void Matrix::set_bias(const int32_t* places, const float* values, int count) {
   for (int i = 0; i < count; i++) bias_[places[i]] = values[i];
 }
 
+uint8_t* Matrix::half_group(int output, int group) const {
+  return data_.get() + (output / kLanes) * block_bytes_ + group * kHalfBytes;
+}
+
 void Matrix::pack_row(int output, const float* row) {
   const int lane = output % kLanes;
   uint8_t* block = data_.get() + (output / kLanes) * block_bytes_;
   if (type_ == Type::bf16) {
     auto* weights = reinterpret_cast<uint16_t*>(block);
     for (int k = 0; k < inputs_; k++) weights[(k / 2 * kLanes + lane) * 2 + k % 2] = nearest_bf16(row[k]);
+    return;
+  }
+  if (type_ == Type::int4) {
+    for (int g = 0; g * kHalf < inputs_; g++) {
+      const float* first = row + g * kHalf;
+      const int count = std::min(kHalf, inputs_ - g * kHalf);
+      const auto [low, high] = std::minmax_element(first, first + count);
+      uint8_t* numbers = half_group(output, g);
+      auto* scales = reinterpret_cast<uint16_t*>(numbers + kHalf / 2 * kLanes) + lane;
+      scales[0] = nearest_bf16((*high - *low) / 15.0f);
+      scales[kLanes] = nearest_bf16(*low);
+      const float step = float_of(scales[0]), least = float_of(scales[kLanes]);
+      const float inverse = step > kSmallest ? 1.0f / step : 0.0f;
+      for (int k = 0; k < count; k++) {
+        const int number = std::clamp(int(std::lrint((first[k] - least) * inverse)), 0, 15), shift = k / 4 % 2 * 4;
+        uint8_t& pair = numbers[(k / 8 * kLanes + lane) * 4 + k % 4];
+        pair = uint8_t((pair & ~(15 << shift)) | number << shift);
+      }
+    }
     return;
   }
   auto* scales = reinterpret_cast<uint16_t*>(block + size_t(groups_) * kGroup * kLanes);
@@ -113,6 +139,15 @@ void Matrix::unpack(int output, float* row) const {
     for (int k = 0; k < inputs_; k++) row[k] = float_of(weights[(k / 2 * kLanes + lane) * 2 + k % 2]);
     return;
   }
+  if (type_ == Type::int4) {
+    for (int k = 0; k < inputs_; k++) {
+      const uint8_t* numbers = half_group(output, k / kHalf);
+      const auto* scales = reinterpret_cast<const uint16_t*>(numbers + kHalf / 2 * kLanes) + lane;
+      const int pair = numbers[(k % kHalf / 8 * kLanes + lane) * 4 + k % 4], number = pair >> k / 4 % 2 * 4 & 15;
+      row[k] = float_of(scales[kLanes]) + float_of(scales[0]) * float(number);
+    }
+    return;
+  }
   const auto* scales = reinterpret_cast<const uint16_t*>(block + size_t(groups_) * kGroup * kLanes);
   for (int g = 0; g < groups_; g++) {
     float group[kGroup];
@@ -130,19 +165,27 @@ void Matrix::copy(const int32_t* places, const Matrix& source, const int32_t* ou
     throw std::invalid_argument("rows are copied between matrices of one type and width only");
   check_places(places, count);
   source.check_places(outputs, count);
-  // Of every line of sixteen words (or scales) one lane.
-  const size_t words = size_t(groups_) * kGroup * (type_ == Type::int8 ? 1 : 2) / 4;
-  const size_t scales = type_ == Type::int8 ? groups_ : 0;
+  // Of every line of sixteen words one lane, and of every line of sixteen scales.
+  const auto copy_lane = [](uint8_t* to, int to_lane, const uint8_t* from, int from_lane, size_t lines, size_t size) {
+    for (size_t line = 0; line < lines; line++)
+      std::memcpy(to + (line * kLanes + to_lane) * size, from + (line * kLanes + from_lane) * size, size);
+  };
   for (int i = 0; i < count; i++) {
     uint8_t* to = data_.get() + (places[i] / kLanes) * block_bytes_;
     const uint8_t* from = source.data_.get() + (outputs[i] / kLanes) * block_bytes_;
     const int to_lane = places[i] % kLanes, from_lane = outputs[i] % kLanes;
-    for (size_t w = 0; w < words; w++)
-      std::memcpy(to + (w * kLanes + to_lane) * 4, from + (w * kLanes + from_lane) * 4, 4);
-    to += words * kLanes * 4;
-    from += words * kLanes * 4;
-    for (size_t g = 0; g < scales; g++)
-      std::memcpy(to + (g * kLanes + to_lane) * 2, from + (g * kLanes + from_lane) * 2, 2);
+    // Words and scales take turns in int4; elsewhere they are one part.
+    const size_t parts = type_ == Type::int4 ? 2 * groups_ : 1, inputs = size_t(groups_) * kGroup / parts;
+    const size_t words = type_ == Type::int4 ? inputs / 8 : type_ == Type::int8 ? inputs / 4 : inputs / 2;
+    const size_t scales = type_ == Type::int4 ? 2 : type_ == Type::int8 ? groups_ : 0;
+    for (size_t part = 0; part < parts; part++) {
+      copy_lane(to, to_lane, from, from_lane, words, 4);
+      to += words * kLanes * 4;
+      from += words * kLanes * 4;
+      copy_lane(to, to_lane, from, from_lane, scales, 2);
+      to += scales * kLanes * 2;
+      from += scales * kLanes * 2;
+    }
     if (bias_) bias_[places[i]] = source.bias_ ? source.bias_[outputs[i]] : 0.0f;
   }
 }

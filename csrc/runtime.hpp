@@ -48,8 +48,8 @@ class Runtime {
   void reserve_operand(int rows, int inputs) {
     const size_t width = round_up(inputs, kGroup), groups = width / kGroup;
     values_.reserve(rows * width * 2);
-    scales_.reserve(rows * groups);
-    sums_.reserve(rows * groups);
+    scales_.reserve(2 * rows * groups);
+    sums_.reserve(2 * rows * groups);
   }
 
   Operand operand(const Matrix& matrix) {

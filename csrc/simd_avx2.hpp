@@ -128,6 +128,19 @@ inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   return {half(total.low, weights.low), half(total.high, weights.high)};
 }
 
+inline Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
+}
+inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
+inline Ints dot4_small(Ints total, Bytes weights, const int8_t* x) {
+  const __m256i four = _mm256_set1_epi32(word_at(x)), ones = _mm256_set1_epi16(1);
+  const auto half = [&](__m256i sum, __m256i w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, four), ones));
+  };
+  return {half(total.low, weights.low), half(total.high, weights.high)};
+}
+
 inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
   const __m256i pair = _mm256_set1_epi32(word_at(x)), mask = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
   const __m256 x0 = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));

@@ -80,6 +80,10 @@ inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   return _mm512_dpbusd_epi32(total, weights, _mm512_set1_epi32(word_at(x)));
 }
 
+inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+inline Ints dot4_small(Ints total, Bytes weights, const int8_t* x) { return dot4(total, weights, x); }
+
 inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
   const __m512i x2 = _mm512_set1_epi32(word_at(x));
 #ifdef __AVX512BF16__

@@ -119,6 +119,22 @@ inline Ints dot4(Ints total, const Bytes& weights, const int8_t* x) {
   return total;
 }
 
+// Two weights of four bits in each byte, apart.
+inline Bytes low_nibbles(Bytes x) {
+  for (uint8_t& byte : x.byte) byte &= 15;
+  return x;
+}
+inline Bytes high_nibbles(Bytes x) {
+  for (uint8_t& byte : x.byte) byte >>= 4;
+  return x;
+}
+// dot4 for bytes of at most 15 that are the weights themselves; its total begins as dot_start(0).
+inline Ints dot4_small(Ints total, const Bytes& weights, const int8_t* x) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 4; j++) total.lane[i] += weights.byte[4 * i + j] * static_cast<int32_t>(x[j]);
+  return total;
+}
+
 // For each of sixteen outputs, two bf16 products.
 inline Floats dot2(Floats total, const Bytes& weights, const uint16_t* x) {
   uint32_t words[16];

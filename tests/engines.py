@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import get_args
 
 from fastmtp.decode.backend import Batch
 from fastmtp.decode.sequence import SequenceBackend
@@ -43,7 +44,7 @@ class Engine:
 
 ENGINES = {"torch": Engine()}
 if NATIVE:
-    ENGINES |= {"native-int8": Engine("int8"), "native-bfloat16": Engine("bfloat16")}
+    ENGINES |= {f"native-{weight_type}": Engine(weight_type) for weight_type in get_args(WeightType)}
 
 
 @cache

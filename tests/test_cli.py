@@ -119,7 +119,10 @@ def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
         (["generate", "x", "--target", "{model}", "--device", "cuda"], "no usable GPU"),
         (["generate", "x", "--engine", "torch", "--dtype", "int8"], "--dtype int8 is the native engine's"),
         (["generate", "x", "--engine", "native", "--device", "cuda"], "--engine native runs on a CPU"),
-        (["generate", "x", "--engine", "native", "--dtype", "float16"], "computes in int8 or bfloat16"),
+        (
+            ["generate", "x", "--engine", "native", "--dtype", "float16"],
+            "has --dtype int8, int4, bfloat16, not float16",
+        ),
         (["bench", "--target", "{model}"], "there is no head to compare"),
         (["bench", "--target", "{model}", "--prompts", "nowhere"], "nowhere: no such file"),
         (

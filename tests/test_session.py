@@ -46,7 +46,14 @@ def test_torch_when_only_torch_fits(built: bool, options: EngineOptions) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [EngineOptions("native"), EngineOptions(dtype="int8"), EngineOptions("native", "bfloat16")], ids=str
+    "options",
+    [
+        EngineOptions("native"),
+        EngineOptions(dtype="int8"),
+        EngineOptions(dtype="int4"),
+        EngineOptions("native", "bfloat16"),
+    ],
+    ids=str,
 )
 def test_native_when_asked_for(built: bool, options: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a machine with a GPU; an error where it cannot be had, not another engine."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 EngineName = Literal["native", "torch"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
-NATIVE_DTYPES = ("int8", "bfloat16")
+NATIVE_DTYPES = ("int8", "int4", "bfloat16")
+_ONLY_NATIVE = ("int8", "int4")
 _TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
@@ -64,7 +65,7 @@ def engine_options(command: Command) -> Command:
     decorated = click.option(
         "--dtype",
         type=click.Choice(dict.fromkeys([*NATIVE_DTYPES, *TORCH_DTYPES])),
-        help="arithmetic; native: int8 or bfloat16  [default: int8 in native, what suits the device in torch]",
+        help="weights; native: int8, int4, bfloat16  [default: int8 in native, what suits the device in torch]",
     )(decorated)
     decorated = click.option(
         "--engine", type=click.Choice(("native", "torch")), help="[default: native on a CPU, torch on a GPU]"
@@ -93,16 +94,16 @@ def choose_engine(options: EngineOptions) -> EngineName:
     if options.engine == "torch" or (
         options.engine is None and (on_gpu or options.dtype in ("float32", "float16"))
     ):
-        if options.dtype == "int8":
-            raise ValueError("--dtype int8 is the native engine's, which runs on a CPU only")
+        if options.dtype in _ONLY_NATIVE:
+            raise ValueError(f"--dtype {options.dtype} is the native engine's, which runs on a CPU only")
         return "torch"
     if options.engine == "native":
         if on_gpu:
             raise ValueError(f"--engine native runs on a CPU, not on --device {options.device}")
         if options.dtype not in (None, *NATIVE_DTYPES):
-            raise ValueError(f"--engine native computes in {' or '.join(NATIVE_DTYPES)}, not in {options.dtype}")
+            raise ValueError(f"--engine native has --dtype {', '.join(NATIVE_DTYPES)}, not {options.dtype}")
     built = importlib.util.find_spec("fastmtp._native") is not None
-    asked = options.engine == "native" or options.dtype == "int8"
+    asked = options.engine == "native" or options.dtype in _ONLY_NATIVE
     if built and (asked or options.device == "cpu" or not _has_gpu()):
         return "native"
     if asked:

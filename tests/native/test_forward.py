@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.fixture(params=["int8", "bfloat16"])
+@pytest.fixture(params=get_args(WeightType))
 def weight_type(request: pytest.FixtureRequest) -> WeightType:
     return request.param
 
@@ -77,11 +78,26 @@ def test_bf16_logits_are_the_references(kernels: str, target: Target) -> None:
 
 def test_int8_logits_are_near_the_references(kernels: str, target: Target) -> None:
     """Tiny random models amplify rounding as no trained one does; still the direction is kept."""
+    assert similarity(target, "int8").min() > 0.97
+
+
+def test_int4_logits_are_near_the_references(kernels: str, target: Target) -> None:
+    """Of a model whose layers have four-bit weights already, as a Q4_1 file's: only activations are rounded."""
+    model = deepcopy(target.model)
+    with torch.no_grad():
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                numbers = (module.weight * 20).round().clamp(-8, 7)
+                numbers[:, 0::32], numbers[:, 1::32] = -8, 7
+                module.weight.copy_(numbers / 32)
+    assert similarity(Target(model, target.tokenizer, target.source), "int4").min() > 0.97
+
+
+def similarity(target: Target, weight_type: WeightType) -> Tensor:
     ids = random_ids(60)
     reference = target.logits(target.forward(torch.tensor([ids]), KVCache()))[0]
-    native = convert(target, "int8")
-    found = logits(native, states(native, ids))
-    assert torch.nn.functional.cosine_similarity(found, reference).min() > 0.97
+    native = convert(target, weight_type)
+    return torch.nn.functional.cosine_similarity(logits(native, states(native, ids)), reference)
 
 
 def test_head_states_are_the_references(target: Target) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fastmtp import _native
 
 KERNELS = _native.available_kernels()
-TYPES = {"int8": _native.Type.int8, "bfloat16": _native.Type.bf16}
+TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
 # Inputs and outputs that fill groups of 64 and blocks of 16, and that do not; one group, and several.
 SIZES = [(16, 64), (33, 128), (5, 48), (100, 200), (64, 8)]
 
@@ -70,11 +70,20 @@ def test_an_unknown_kind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 def test_packing_loses_what_rounding_loses(kind: _native.Type, outputs: int, inputs: int) -> None:
-    """bf16 rounds each weight; int8 each group of 64 to a 127th of its largest weight after the transform."""
+    """bf16 rounds each weight; int8 each group of 64 to a 127th of its largest weight after the transform.
+
+    int4 rounds each group of 32 to a 15th of its range.
+    """
     values = normal(outputs, inputs)
     error = np.abs(unpacked(packed(kind, values)) - values)
     if kind is _native.Type.bf16:
         assert (error <= np.abs(values) / 256).all()
+    elif kind is _native.Type.int4:
+        groups = np.pad(values, ((0, 0), (0, -inputs % 32)), mode="edge").reshape(outputs, -1, 32)
+        low, high = groups.min(-1), groups.max(-1)
+        # Half a step, and what rounding the step fifteen times over and the least weight to bf16 adds.
+        allowed = (high - low) / 30 + (high - low) / 256 + np.abs(low) / 256
+        assert (error <= allowed.repeat(32, -1)[:, :inputs]).all()
     else:
         # A group's norm bounds its largest weight, transformed or not; steps of the scale's bf16 add a hundredth.
         groups = np.pad(values, ((0, 0), (0, -inputs % 64))).reshape(outputs, -1, 64)
@@ -83,8 +92,16 @@ def test_packing_loses_what_rounding_loses(kind: _native.Type, outputs: int, inp
         assert np.sqrt((error**2).mean()) < 0.01
 
 
+def test_int4_holds_what_four_bits_hold() -> None:
+    """Sixteen evenly spaced weights in a group, as in a Q4_1 tensor, are found again."""
+    numbers = np.random.default_rng(0).integers(0, 16, (20, 2, 32))
+    numbers[..., 5], numbers[..., 17] = 0, 15
+    values = (numbers * 0.125 - 1).reshape(20, 64).astype(np.float32)
+    assert np.array_equal(unpacked(packed(_native.Type.int4, values)), values)
+
+
 def test_exact_weights_stay_exact(kind: _native.Type) -> None:
-    """Zeros, and a constant group, which the transform turns into one number, here 127 steps of 2^-7."""
+    """Zeros, and a constant group, which int8's transform turns into one number, here 127 steps of 2^-7."""
     values = np.zeros((16, 128), np.float32)
     values[3, 64:] = 127 / 1024
     assert np.array_equal(unpacked(packed(kind, values)), values)

@@ -21,9 +21,9 @@ from fastmtp.models.layers import FULL, layer_types, norm_offset, skeleton, wind
 from fastmtp.models.source import locate, reading
 from fastmtp.models.weights import Floats, Weights, open_weights, whole
 
-WeightType = Literal["int8", "bfloat16"]
-_TYPES = {"int8": _native.Type.int8, "bfloat16": _native.Type.bf16}
-_BYTES_PER_WEIGHT = {"int8": 1.04, "bfloat16": 2.0}
+WeightType = Literal["int8", "int4", "bfloat16"]
+_TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
+_BYTES_PER_WEIGHT = {"int8": 1.04, "int4": 0.625, "bfloat16": 2.0}
 _CHUNK_BYTES = 1 << 25
 _LANES = 16
 
@@ -48,7 +48,8 @@ class NativeTarget(TargetInfo):
         """Convert a model's weights, a piece at a time.
 
         Args:
-            weight_type: `int8` (in groups of 64 that share a scale, activations too) or `bfloat16`.
+            weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
+                layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
         Raises:
             ValueError: the architecture is not supported, or tensors are missing or of another shape.
             MemoryError: the converted weights would not fit; nothing was converted.
@@ -57,6 +58,7 @@ class NativeTarget(TargetInfo):
         super().__init__(config, generation_config, tokenizer, type(self._model).__name__, source)
         self.runtime = runtime
         self.weight_type = weight_type
+        self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
         self._check(weights)
         base = self._model.model
         self._rope_factors = getattr(weights, "rope_factors", None)
@@ -72,12 +74,13 @@ class NativeTarget(TargetInfo):
         seen = windows(config)
         self.stack = self.new_stack()
         for index, (module, kind) in enumerate(zip(base.layers, kinds, strict=True)):
-            self.add_layer(self.stack, module, kind, seen[kind], weights, f"model.layers.{index}.")
+            prefix = f"model.layers.{index}."
+            self.add_layer(self.stack, weight_type, module, kind, seen[kind], weights, prefix)
         self.stack.final_norm = gains(base.norm, weights, "model.norm")
 
     def matrix(self, outputs: int, inputs: int) -> _native.Matrix:
-        """A matrix of zeros in this target's arithmetic."""
-        return _native.Matrix(_TYPES[self.weight_type], outputs, inputs)
+        """A matrix of zeros for what is not in the target's layers."""
+        return _native.Matrix(_TYPES[self.outer_type], outputs, inputs)
 
     def lm_head_rows(self, ids: Sequence[int]) -> _native.Matrix:
         """The LM head's rows of some tokens, bits and all, in a matrix of their own."""
@@ -101,12 +104,19 @@ class NativeTarget(TargetInfo):
         )
 
     def add_layer(
-        self, stack: _native.Stack, module: Any, kind: str, window: int | None, weights: Weights, prefix: str
+        self,
+        stack: _native.Stack,
+        weight_type: WeightType,
+        module: Any,
+        kind: str,
+        window: int | None,
+        weights: Weights,
+        prefix: str,
     ) -> None:
         """Append a layer to a stack, of the make of a transformers module and with a checkpoint's tensors."""
         attention, network = module.self_attn, module.mlp
         layer = stack.add_layer(
-            _TYPES[self.weight_type],
+            _TYPES[weight_type],
             bias=attention.q_proj.bias is not None,
             out_bias=attention.o_proj.bias is not None,
             feed_forward_bias=network.down_proj.bias is not None,
@@ -174,9 +184,12 @@ class NativeTarget(TargetInfo):
         if wrong:
             listed = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise ValueError(f"{self.source}: tensors do not fit the configuration:\n  {listed}")
-        count = sum(math.prod(shape) for shape in expected.values())
+        needed = sum(
+            math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
+            for name, shape in expected.items()
+        )
         check_memory(
-            int(count * _BYTES_PER_WEIGHT[self.weight_type]),
+            int(needed),
             f"{self.source} in {self.weight_type}",
             "a smaller model",
         )
@@ -215,13 +228,13 @@ class NativeHead:
     def __init__(self, target: NativeTarget, weights: Weights) -> None:
         """Convert a head's tensors, whose names and shapes were checked against the target."""
         hidden = int(target.config.hidden_size)
-        self.projection = _native.Projection(_TYPES[target.weight_type], hidden)
+        self.projection = _native.Projection(_TYPES[target.outer_type], hidden)
         _pack(self.projection.matrix, weights, "input_proj")
         self.projection.hidden_norm = gains(target.final_norm, weights, "hidden_norm")
         self.projection.token_norm = gains(target.final_norm, weights, "token_norm")
         self.stack = target.new_stack()
         # The layer always attends to the full context (models/head.py).
-        target.add_layer(self.stack, target.last_layer, FULL, None, weights, "layer.")
+        target.add_layer(self.stack, target.outer_type, target.last_layer, FULL, None, weights, "layer.")
         self.stack.final_norm = gains(target.final_norm, weights, "final_norm")
 
 
