@@ -7,33 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmtp.config import SamplingConfig
-    from fastmtp.decode.generation import Generation, Result
+    from fastmtp.decode.generation import Generation
+    from fastmtp.decode.native_backend import NativeBackend
     from fastmtp.decode.torch_backend import TorchBackend
-    from fastmtp.models.head import MTPHead
-    from fastmtp.models.head_format import load_head
+    from fastmtp.models.head_format import load_head, load_native_head
+    from fastmtp.models.native import load_native_target
     from fastmtp.models.shipped import shipped_head
-    from fastmtp.models.target import Target, load_target
+    from fastmtp.models.target import load_target
 
 __all__ = [
     "Generation",
-    "MTPHead",
-    "Result",
+    "NativeBackend",
     "SamplingConfig",
-    "Target",
     "TorchBackend",
     "load_head",
+    "load_native_head",
+    "load_native_target",
     "load_target",
     "shipped_head",
 ]
 
 _HOMES = {
     "Generation": "decode.generation",
-    "MTPHead": "models.head",
-    "Result": "decode.generation",
+    "NativeBackend": "decode.native_backend",
     "SamplingConfig": "config",
-    "Target": "models.target",
     "TorchBackend": "decode.torch_backend",
     "load_head": "models.head_format",
+    "load_native_head": "models.head_format",
+    "load_native_target": "models.native",
     "load_target": "models.target",
     "shipped_head": "models.shipped",
 }
