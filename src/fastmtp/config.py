@@ -79,8 +79,13 @@ class TrainConfig:
     beta: float = setting(0.6, "decay of the step weights: alpha_k is proportional to beta^(k-1)")
     objective: str = setting(
         "kl",
-        "kl: match the target's distribution at every token; cross_entropy: match the answer's tokens",
-        ("kl", "cross_entropy"),
+        "kl, tv, lk (their hybrid): match the target's distribution; cross_entropy: the answer's tokens",
+        ("kl", "tv", "lk", "cross_entropy"),
+    )
+    pattern: str = setting(
+        "inference",
+        "what step k attends to: inference, as when decoding; per_step: keys of step k only, as FastMTP's trainer",
+        ("inference", "per_step"),
     )
     draft_vocabulary: int = setting(8192, "tokens the draft step scores, counted on the data; 0 is all")
     optimizer: str = setting("muon", "muon: orthogonalised updates for matrices; adamw", ("muon", "adamw"))
@@ -105,7 +110,7 @@ class TrainConfig:
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "0 or more and below 1")
         _check(self.draft_vocabulary >= 0, "draft_vocabulary", self.draft_vocabulary, "0 (all) or more")
         _check(self.max_length > self.draft_steps + 1, "max_length", self.max_length, "above draft_steps + 1")
-        for name in ("objective", "optimizer"):
+        for name in ("objective", "pattern", "optimizer"):
             choices = choices_of(type(self), name)
             _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
 

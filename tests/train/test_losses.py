@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmtp.config import TrainConfig
-from fastmtp.train.losses import distribution_loss, log_probabilities, step_weights, token_loss
+from fastmtp.train.losses import DISTRIBUTION_LOSSES, LK_DECAY, log_probabilities, step_weights, token_loss
 from fastmtp.train.optimizers import rate_factor
 
 
@@ -16,29 +16,39 @@ def test_step_weights_are_the_papers() -> None:
     assert sum(step_weights(5, 0.9)) == pytest.approx(1)
 
 
-def test_gradients_are_autograds() -> None:
-    logits = torch.randn(6, 9, dtype=torch.float32, requires_grad=True)
-    teacher = torch.randn(6, 9)
+def kl(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.kl_div(logits.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1)
+
+
+def tv(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    return (logits.softmax(-1) - log_p.exp()).abs().sum(-1) / 2
+
+
+def lk(logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    weight = torch.exp(-LK_DECAY * (1 - tv(logits, log_p).detach()))
+    return weight * kl(logits, log_p) + (1 - weight) * tv(logits, log_p)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_gradients_are_autograds(spread: float) -> None:
+    """Each loss and its hand-written gradient against the formula, near the target's distribution and far off."""
+    log_p = log_probabilities(torch.randn(6, 9))
+    logits = (log_p + spread * torch.randn(6, 9)).requires_grad_(True)
     labels = torch.randint(0, 9, (6,))
-    log_p = log_probabilities(teacher)
-    for expected, (loss, gradient) in [
-        (
-            torch.nn.functional.cross_entropy(logits, labels, reduction="none"),
-            token_loss(logits.detach(), labels),
-        ),
-        (
-            torch.nn.functional.kl_div(logits.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1),
-            distribution_loss(logits.detach(), log_p),
-        ),
-    ]:
-        torch.testing.assert_close(loss, expected.detach())
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    cases = [(cross_entropy, token_loss(logits.detach(), labels))]
+    for name, formula in (("kl", kl), ("tv", tv), ("lk", lk)):
+        cases.append((formula(logits, log_p), DISTRIBUTION_LOSSES[name](logits.detach(), log_p)))
+    for expected, (loss, gradient) in cases:
+        torch.testing.assert_close(loss, expected.detach(), atol=1e-6, rtol=1e-5)
         (wanted,) = torch.autograd.grad(expected.sum(), logits, retain_graph=True)
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_distribution_loss_is_zero_where_the_head_equals_the_target() -> None:
+@pytest.mark.parametrize("name", DISTRIBUTION_LOSSES)
+def test_losses_are_zero_where_the_head_equals_the_target(name: str) -> None:
     logits = 20 * torch.randn(5, 50)
-    loss, gradient = distribution_loss(logits, log_probabilities(logits))
+    loss, gradient = DISTRIBUTION_LOSSES[name](logits, log_probabilities(logits))
     assert loss.abs().max() < 1e-5
     assert gradient.abs().max() < 1e-6
 

@@ -14,6 +14,8 @@ CHUNK = 128
 # Smaller log-probabilities count as this one: the exponentials of much smaller ones are subnormal numbers,
 # which processors handle ten times slower, and say nothing.
 FLOOR = -40.0
+# eta of the LK hybrid, the paper's.
+LK_DECAY = 3.0
 
 
 def step_weights(draft_steps: int, beta: float) -> list[float]:
@@ -33,13 +35,51 @@ def token_loss(logits_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     return loss_N, log_q_ND.exp() - one_hot(labels_N, log_q_ND.shape[-1])
 
 
-def distribution_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward KL from the target's distribution p, both over the draft vocabulary.
+def kl_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward KL from the target's distribution p, both over the draft vocabulary (DistillSpec, arXiv 2310.08461).
 
-    The acceptance rate is a distance between these distributions, of which a sampled token shows only one
-    draw (DistillSpec, arXiv 2310.08461; LK losses, arXiv 2602.23881).
+    A sampled token, which cross-entropy takes, shows only one draw of p.
     """
     log_q_ND = log_probabilities(logits_ND)
     p_ND = log_p_ND.exp()
-    loss_N = torch.linalg.vecdot(p_ND, log_p_ND) - torch.linalg.vecdot(p_ND, log_q_ND)
-    return loss_N, log_q_ND.exp_().sub_(p_ND)
+    return _kl(log_q_ND, log_p_ND, p_ND), log_q_ND.exp_().sub_(p_ND)
+
+
+def tv_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Total variation, 1 - sum min(p, q): the share of drafts that rejection sampling refuses.
+
+    (Leviathan et al., arXiv 2211.17192, corollary 3.6.) Hardly any gradient where q is far from p.
+    """
+    q_ND = log_probabilities(logits_ND).exp_()
+    return _tv(q_ND, log_p_ND.exp())
+
+
+def lk_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The hybrid of LK losses (arXiv 2602.23881): w KL + (1 - w) TV with w = exp(-3 alpha) at each position.
+
+    alpha = sum min(p, q) is the acceptance rate there, through which no gradient flows: KL leads while q is far
+    from p, TV as soon as it is near.
+    """
+    log_q_ND = log_probabilities(logits_ND)
+    p_ND = log_p_ND.exp()
+    kl_N = _kl(log_q_ND, log_p_ND, p_ND)
+    q_ND = log_q_ND.exp_()
+    tv_N, gradient_ND = _tv(q_ND, p_ND)
+    weight_N = torch.exp(LK_DECAY * (tv_N - 1))
+    gradient_ND.mul_((1 - weight_N)[:, None]).add_(weight_N[:, None] * q_ND.sub_(p_ND))
+    return torch.lerp(tv_N, kl_N, weight_N), gradient_ND
+
+
+def _kl(log_q_ND: Tensor, log_p_ND: Tensor, p_ND: Tensor) -> Tensor:
+    kl_N: Tensor = torch.linalg.vecdot(p_ND, log_p_ND) - torch.linalg.vecdot(p_ND, log_q_ND)
+    return kl_N
+
+
+def _tv(q_ND: Tensor, p_ND: Tensor) -> tuple[Tensor, Tensor]:
+    below_ND = q_ND * (q_ND < p_ND)
+    gradient_ND = q_ND * below_ND.sum(-1, keepdim=True) - below_ND
+    return 1 - torch.minimum(q_ND, p_ND).sum(-1), gradient_ND
+
+
+# What the objectives of a training run are called; all but cross-entropy compare with the target's distribution.
+DISTRIBUTION_LOSSES = {"kl": kl_loss, "tv": tv_loss, "lk": lk_loss}

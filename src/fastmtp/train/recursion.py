@@ -39,11 +39,22 @@ def chain_mask(tokens: int, step: int, device: torch.device) -> Tensor:
     return torch.cat([prefix_TT, *[own_TT] * (step - 1)], dim=1)[None, None]
 
 
-def recursion(head: MTPHead, target: Target, ids_BT: Tensor, states_BTH: Tensor, draft_steps: int) -> list[Tensor]:
+def recursion(
+    head: MTPHead,
+    target: Target,
+    ids_BT: Tensor,
+    states_BTH: Tensor,
+    draft_steps: int,
+    *,
+    per_step: bool = False,
+) -> list[Tensor]:
     """The head's states [B, T, H] after steps 1..K of the chains that start at every position.
 
     Step k of the chain at t takes the token at t + k, and its state scores the token at t + k + 1. Past the
     end of the ids it takes token 0: what comes out there means nothing.
+
+    Args:
+        per_step: let step k attend to step k's own keys only; for comparison.
     """
     tokens = ids_BT.shape[1]
     embeddings = target.embed(pad(ids_BT, (0, draft_steps)))
@@ -53,8 +64,10 @@ def recursion(head: MTPHead, target: Target, ids_BT: Tensor, states_BTH: Tensor,
     state_BTH = states_BTH
     for step in range(1, draft_steps + 1):
         # Attention's own default is the causal mask of step 1.
-        mask = None if step == 1 else chain_mask(tokens, step, ids_BT.device)
+        mask = None if step == 1 or per_step else chain_mask(tokens, step, ids_BT.device)
         rotation = target.rotations(positions + step - 1)
-        state_BTH = head(state_BTH, embeddings[:, step : step + tokens], rotation, mask, cache)
+        state_BTH = head(
+            state_BTH, embeddings[:, step : step + tokens], rotation, mask, None if per_step else cache
+        )
         outputs.append(state_BTH)
     return outputs
