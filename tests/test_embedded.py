@@ -46,7 +46,7 @@ def test_replayed_acceptance_is_the_decoders() -> None:
             sampling=SamplingConfig(),
             max_new_tokens=80,
         ).run()
-        replayed = replay(agreement(head, target, prompt + result.tokens, ids_D, steps), len(prompt))
+        replayed = replay(agreement(head, target, prompt + result.tokens, ids_D, steps).same_TK, len(prompt))
         assert abs(replayed.rounds - result.acceptance.rounds) <= 1
         for one, other in zip(replayed.kept, result.acceptance.kept, strict=True):
             assert abs(one - other) <= 1

@@ -93,6 +93,11 @@ def distill(
     help="data directory; may be repeated",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
+@click.option(
+    "--states", type=click.Path(path_type=Path), help="keep the target's hidden states there, and use them"
+)
+@click.option("--shard-target", is_flag=True, help="under torchrun: spread the target over the processes (FSDP2)")
+@click.option("--profile", is_flag=True, help="print where the time went")
 @config_option
 @json_option
 @settings_options(TrainConfig)
@@ -102,19 +107,34 @@ def train(
     device: str | None,
     data: tuple[Path, ...],
     out: Path,
+    states: Path | None,
+    shard_target: bool,
+    profile: bool,
     config: Path | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train the head on self-distilled data. Goes on where it stopped."""
+    """Train the head on self-distilled data. Goes on where it stopped; runs under torchrun as well."""
     chosen = load_config(TrainConfig, config, settings)
+    from fastmtp.train.processes import Processes
     from fastmtp.train.run import train_head
 
-    summary = train_head(open_torch_target(target, dtype, device, for_throughput=True), data, chosen, out)
+    # First, for it says which GPU is this process's.
+    processes = Processes()
+    loaded = open_torch_target(target, dtype, "cpu" if shard_target else device, for_throughput=True)
+    summary = train_head(loaded, data, chosen, out, processes=processes, states=states, shard_target=shard_target)
+    if not processes.first:
+        return
+    if profile:
+        total = sum(summary["seconds"].values())
+        for part, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):
+            click.echo(f"{part:18} {seconds:8.1f} s  {100 * seconds / total:3.0f} %", err=True)
     finish(
         as_json,
         {**summary, "out": str(out)},
-        f"held-out tau {summary['tau']:.3f} at K = {chosen.draft_steps}, {summary['steps']} steps, head in {out}",
+        f"held-out tau {summary['tau']:.3f} (at the start {summary['start_tau']:.3f}) at K = {chosen.draft_steps}, "
+        f"{summary['steps']} steps, {summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{summary['peak_memory_gb']:.1f} GB at most, head in {out}",
     )
 
 

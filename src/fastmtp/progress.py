@@ -42,7 +42,7 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
+def bar(title: str, total: int, done: int = 0, *, hidden: bool = False) -> Iterator[Bar]:
     """A progress bar with the rate in tokens a second and the time left; `done` units came from an earlier run."""
     columns = (
         TextColumn("{task.description}"),
@@ -54,6 +54,6 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task(title, total=total, completed=done, tokens=0, note="")
         yield Bar(progress, task)

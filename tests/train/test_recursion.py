@@ -53,6 +53,19 @@ def test_all_positions_at_once_equal_each_chain_alone(target: Target) -> None:
             torch.testing.assert_close(together[step][0, start], alone[step], atol=1e-4, rtol=1e-4)
 
 
+def test_per_step_pattern_sees_its_own_step_only(llama: Target) -> None:
+    """The first step is the same in both; later ones are one causal pass over the states before, shifted."""
+    head, ids = MTPHead(llama), torch.tensor([random_ids(20)])
+    states = text_states(llama, ids)
+    outputs = recursion(head, llama, ids, states, 3, per_step=True)
+    torch.testing.assert_close(outputs[0], recursion(head, llama, ids, states, 1)[0])
+    embeddings = llama.embed(torch.nn.functional.pad(ids, (0, 3)))
+    for step in (2, 3):
+        rotation = llama.rotations(torch.arange(20)[None] + step - 1)
+        alone = head(outputs[step - 2], embeddings[:, step : step + 20], rotation, None, None)
+        torch.testing.assert_close(outputs[step - 1], alone)
+
+
 def test_chain_mask_by_hand() -> None:
     """Step 3 over three tokens: the step-1 prefix, then each chain's own keys of steps 2 and 3."""
     expected = [
@@ -85,7 +98,7 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
     steps, text = 3, greedy_text(target, seed)
     prompt, head = text[:8], tuned_head(target)
     ids_D = None if draft_ids is None else torch.tensor(draft_ids)
-    replayed = replay(agreement(head, target, text, ids_D, steps), len(prompt))
+    replayed = replay(agreement(head, target, text, ids_D, steps).same_TK, len(prompt))
     accepted, settled = [], 1
     for one in islice(
         speculative(TorchBackend(target, head, draft_ids), prompt, steps, GREEDY, torch.Generator()), 1, None
@@ -122,10 +135,28 @@ def tuned_head(target: Target) -> MTPHead:
     return head.requires_grad_(False)
 
 
+@pytest.mark.parametrize("draft_ids", [None, list(range(0, 300, 2))])
+def test_expected_acceptance_by_hand(llama: Target, draft_ids: list[int] | None) -> None:
+    """sum min(p, q) at one place of a text, with the target's distribution over all tokens; then its products."""
+    head, text = tuned_head(llama), greedy_text(llama, 0)
+    ids_D = None if draft_ids is None else torch.tensor(draft_ids)
+    found = agreement(head, llama, text, ids_D, 2)
+    ids = torch.tensor([text])
+    states = text_states(llama, ids)
+    second = recursion(head, llama, ids, states, 2)[1][0, 10]
+    p = llama.logits(states[0, 12]).softmax(-1)
+    q = torch.zeros_like(p)
+    places = torch.arange(len(p)) if ids_D is None else ids_D
+    q[places] = llama.logits(second)[places].softmax(-1)
+    assert float(found.overlap_TK[10, 1]) == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-5)
+    inside = found.overlap_TK[7 : len(text) - 2]
+    assert found.expected(8) == pytest.approx([float(inside[:, 0].mean()), float(inside.prod(1).mean())])
+
+
 def test_tuned_head_is_accepted_now_and_then(target: Target) -> None:
     """The comparison above is of counts between none and all; otherwise it would say little."""
     text = greedy_text(target, 1)
-    assert 1.2 < replay(agreement(tuned_head(target), target, text, None, 3), 8).tau < 4
+    assert 1.2 < replay(agreement(tuned_head(target), target, text, None, 3).same_TK, 8).tau < 4
 
 
 def test_head_that_equals_the_target_is_always_accepted() -> None:

@@ -49,7 +49,7 @@ def losses(trainer: Trainer, steps: int | None = None) -> list[list[float]]:
     return [done.losses for done in islice(trainer.train(), steps)]
 
 
-@pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("objective", ["kl", "tv", "lk", "cross_entropy"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_path: Path, llama: Target) -> None:
     """Many passes over a little text: every step's loss falls, and drafts of that text get accepted."""
@@ -58,13 +58,15 @@ def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_pat
     trainer = Trainer(llama, data, None, TrainConfig(**{**vars(CONFIG), **changes}), tmp_path)
     before = acceptance(trainer, data)
     history = losses(trainer)
+    # Total variation starts near its limit of 1, where it is flat.
+    slow = objective in ("tv", "lk")
     for k in range(3):
-        assert history[-1][k] < 0.7 * history[0][k]
-    assert acceptance(trainer, data) > before + 0.1
+        assert history[-1][k] < (0.9 if slow else 0.7) * history[0][k]
+    assert acceptance(trainer, data) > before + (0.05 if slow else 0.1)
 
 
 def acceptance(trainer: Trainer, data: list[Exchange]) -> float:
-    parts = [agreement(trainer.head, trainer.target, row.ids, None, 3) for row in data]
+    parts = [agreement(trainer.head, trainer.target, row.ids, None, 3).same_TK for row in data]
     return sum(float(part.float().cumprod(1).sum(1).mean()) for part in parts) / len(parts)
 
 
@@ -130,7 +132,24 @@ def test_best_head_is_kept(tmp_path: Path, llama: Target) -> None:
     losses(trainer)
     measured = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     trainer.best_head()
-    assert trainer.measure().tau == max(row["tau"] for row in measured if "tau" in row)
+    assert trainer.measure().acceptance.tau == max(row["tau"] for row in measured if "tau" in row)
+
+
+def test_the_start_is_a_candidate(tmp_path: Path, llama: Target) -> None:
+    """Training that makes the head worse gives the head back that it began with."""
+    config = TrainConfig(**{**vars(CONFIG), "epochs": 2.0})
+    trainer = Trainer(llama, exchanges(llama), None, config, tmp_path)
+    begun = {name: value.clone() for name, value in trainer.head.state_dict().items()}
+    steps = trainer.train()
+    next(steps)
+    trainer.best_tau = 4.0  # as if nothing that follows came near
+    for _ in steps:
+        pass
+    assert all(torch.equal(value, begun[name]) for name, value in trainer.best_head().state_dict().items())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 0
+    assert rows[0]["tau"] == trainer.start_tau
+    assert {"tau", "acceptance", "expected_acceptance", "train_tau"} <= rows[-1].keys()
 
 
 def test_too_little_data(tmp_path: Path, llama: Target) -> None:

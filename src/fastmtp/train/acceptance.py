@@ -9,6 +9,8 @@ text's, and an accepted draft is the text's token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from fastmtp.models.target import Target
 from fastmtp.train.recursion import recursion
 
 # Positions whose logits are alive together.
-CHUNK = 512
+CHUNK = 256
 
 
 def text_states(target: Target, ids_BT: Tensor) -> Tensor:
@@ -30,19 +32,48 @@ def text_states(target: Target, ids_BT: Tensor) -> Tensor:
     return target.states(ids_BT, positions, causal_masks(target.config, 0, tokens, ids_BT.device), None)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Of draft k of the chain at t: whether it is the target's own choice after the text up to t + k, [T, K] of
+    bool; and sum min(p, q), with which probability rejection sampling at temperature 1 keeps a draft there, [T, K].
+    """
+
+    same_TK: Tensor
+    overlap_TK: Tensor
+
+    def expected(self, answer_start: int) -> list[float]:
+        """By step k, the probability that the first k drafts of a chain in the answer are kept when sampling."""
+        steps = self.overlap_TK.shape[1]
+        inside_NK = self.overlap_TK[answer_start - 1 : len(self.overlap_TK) - steps]
+        return cast("list[float]", inside_NK.cumprod(1).mean(0).tolist()) if len(inside_NK) else [0.0] * steps
+
+
 @torch.no_grad()
 def agreement(
     head: MTPHead, target: Target, ids: Sequence[int], draft_ids_D: Tensor | None, draft_steps: int
-) -> Tensor:
-    """Whether draft k of the chain at t is the target's own choice after the text up to t + k: [T, K] of bool."""
+) -> Agreement:
+    """How far the head agrees with the target along a text."""
     ids_1T = torch.tensor([list(ids)], device=target.device)
-    states_1TH = text_states(target, ids_1T)
-    choice_T = _choices(target, states_1TH[0], None)
-    agrees_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
-    for step, out in enumerate(recursion(head, target, ids_1T, states_1TH, draft_steps), 1):
-        drafted_T = _choices(target, out[0], draft_ids_D)
-        agrees_TK[: len(ids) - step, step - 1] = (drafted_T[:-step] == choice_T[step:]).cpu()
-    return agrees_TK
+    states_TH = text_states(target, ids_1T)[0]
+    outputs = recursion(head, target, ids_1T, states_TH[None], draft_steps)
+    rows = None if draft_ids_D is None else target.lm_head.weight[draft_ids_D]
+    same_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
+    overlap_TK = torch.zeros(len(ids), draft_steps)
+    for seen in torch.split(torch.arange(len(ids), device=target.device), CHUNK):
+        # Everything is lined up by the last token seen: t + k for draft k of the chain at t.
+        logits_NV = target.logits(states_TH[seen]).float()
+        choice_N, p_ND = logits_NV.argmax(-1), logits_NV.softmax(-1)
+        if draft_ids_D is not None:
+            p_ND = p_ND[:, draft_ids_D]
+        for k, out in enumerate(outputs, 1):
+            inside = seen >= k
+            starts = seen[inside] - k
+            logits_ND = target.logits(out[0, starts], rows).float()
+            drafted_N = logits_ND.argmax(-1)
+            drafted_N = drafted_N if draft_ids_D is None else draft_ids_D[drafted_N]
+            same_TK[starts, k - 1] = (drafted_N == choice_N[inside]).cpu()
+            overlap_TK[starts, k - 1] = torch.minimum(logits_ND.softmax(-1), p_ND[inside]).sum(-1).cpu()
+    return Agreement(same_TK, overlap_TK)
 
 
 def replay(agrees_TK: Tensor, prompt_length: int) -> Acceptance:
@@ -56,10 +87,3 @@ def replay(agrees_TK: Tensor, prompt_length: int) -> Acceptance:
         accepted.append(min(run_T[last - 1], total - 1 - last - 1))
         last += accepted[-1] + 1
     return Acceptance.of(accepted, draft_steps)
-
-
-def _choices(target: Target, states_TH: Tensor, ids_D: Tensor | None) -> Tensor:
-    """The likeliest token [T] after each state, among the given ids if there are any."""
-    rows = None if ids_D is None else target.lm_head.weight[ids_D]
-    best = torch.cat([target.logits(part, rows).argmax(-1) for part in torch.split(states_TH, CHUNK)])
-    return best if ids_D is None else ids_D[best]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,34 @@ from fastmtp.models.head_format import save_head
 from fastmtp.models.target import Target
 from fastmtp.progress import bar, console
 from fastmtp.provenance import provenance
-from fastmtp.train.trainer import Progress, Trainer
+from fastmtp.train.metrics import peak_memory_gb
+from fastmtp.train.processes import Processes
+from fastmtp.train.trainer import Measured, Trainer
 from fastmtp.vocabulary.lists import ALL, VocabularyLists, rank_tokens
 
 
-def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: Path) -> dict[str, Any]:
+def train_head(
+    target: Target,
+    data: Sequence[Path],
+    config: TrainConfig,
+    out: Path,
+    *,
+    processes: Processes,
+    states: Path | None = None,
+    shard_target: bool = False,
+) -> dict[str, Any]:
     """Train, and write the head with the best held-out acceptance length to `out`.
 
-    Checkpoints and metrics lie beside it, in `<out>.training`; a run that was stopped goes on from there.
+    Checkpoints and metrics lie beside it, in `<out>.training`; a run that was stopped goes on from there. Started
+    by `torchrun` in several processes, all of them share each batch, and the first one writes.
 
+    Args:
+        processes: those that share the work.
+        states: a directory that keeps the target's hidden states for this and other runs.
+        shard_target: spread the target's layers over the processes.
     Returns:
-        steps, tau and acceptance (cumulative by step) of the head that was written.
+        steps; tau, acceptance (cumulative by step) and the expectation of it when sampling, of the head that was
+        written; tau of the head that it began as; tokens a second, where the time went, and the peak of memory.
     """
     if out.exists() and not (out / "vocabulary.json").is_file():
         raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
@@ -30,14 +48,29 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
     record = provenance(config)
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256)
     vocabulary = _vocabulary(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
-    trainer = Trainer(target, exchanges, vocabulary.union() or None, config, out.with_name(out.name + ".training"))
-    with bar("train", trainer.steps, trainer.step) as progress:
+    directory = out.with_name(out.name + ".training")
+    trainer = Trainer(
+        target,
+        exchanges,
+        vocabulary.union() or None,
+        config,
+        directory,
+        states=states,
+        processes=processes,
+        shard_target=shard_target,
+    )
+    started, tokens = time.monotonic(), 0
+    with bar("train", trainer.steps, trainer.step, hidden=not processes.first) as progress:
         for done in trainer.train():
+            tokens += done.tokens
             progress.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
-            if done.held_out is not None:
-                console.print(_measured(done))
+            if done.held_out is not None and processes.first:
+                console.print(_measured(done.step, done.held_out))
+    seconds = time.monotonic() - started
+    processes.wait()
     head = trainer.best_head()
-    held_out = trainer.measure()
+    measured = trainer.measure()
+    held_out = measured.acceptance
     facts = {
         "target": target.source,
         "data": data_sha256(data),
@@ -46,15 +79,23 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
         "held_out_tau": held_out.tau,
         "held_out_acceptance": held_out.cumulative,
     }
-    save_head(
-        out,
-        head,
-        target,
-        draft_steps=config.draft_steps,
-        vocabulary=vocabulary,
-        provenance=record | facts,
-    )
-    return {"steps": trainer.steps, "tau": held_out.tau, "acceptance": held_out.cumulative}
+    if processes.first:
+        save_head(
+            out,
+            head,
+            target,
+            draft_steps=config.draft_steps,
+            vocabulary=vocabulary,
+            provenance=record | facts,
+        )
+    return {
+        "steps": trainer.steps,
+        **measured.figures(""),
+        "start_tau": trainer.start_tau,
+        "tokens_per_second": tokens / seconds,
+        "seconds": dict(trainer.clock.seconds),
+        "peak_memory_gb": peak_memory_gb(target.device),
+    }
 
 
 def _vocabulary(target: Target, texts: list[list[int]], size: int) -> VocabularyLists:
@@ -64,7 +105,8 @@ def _vocabulary(target: Target, texts: list[list[int]], size: int) -> Vocabulary
     return VocabularyLists({ALL: rank_tokens(texts, size, sorted(target.end_ids), target.vocabulary_size)})
 
 
-def _measured(done: Progress) -> str:
-    assert done.held_out is not None
-    shares = " / ".join(f"{100 * share:.1f}" for share in done.held_out.cumulative)
-    return f"step {done.step}: held-out tau {done.held_out.tau:.3f}, acceptance {shares} %"
+def _measured(step: int, held_out: Measured) -> str:
+    shares = " / ".join(f"{100 * share:.1f}" for share in held_out.acceptance.cumulative)
+    expected = " / ".join(f"{100 * share:.1f}" for share in held_out.expected)
+    tau = held_out.acceptance.tau
+    return f"step {step}: held-out tau {tau:.3f}, acceptance {shares} %, expected when sampling {expected} %"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.config import TrainConfig
 from fastmtp.decode.acceptance import Acceptance
@@ -21,12 +22,30 @@ from fastmtp.distill.dataset import Exchange
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import agreement, replay, text_states
-from fastmtp.train.batches import batch_order, make_batch
+from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmtp.train.losses import step_weights
+from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
+from fastmtp.train.processes import Processes
 from fastmtp.train.recursion import recursion
+from fastmtp.train.states import StateCache
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Acceptance on texts: of greedy decoding, and by step k the share that sampling is expected to keep."""
+
+    acceptance: Acceptance
+    expected: list[float]
+
+    def figures(self, prefix: str) -> dict[str, float | list[float]]:
+        return {
+            f"{prefix}tau": self.acceptance.tau,
+            f"{prefix}acceptance": self.acceptance.cumulative,
+            f"{prefix}expected_acceptance": self.expected,
+        }
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Progress:
     steps: int
     tokens: int
     losses: list[float]
-    held_out: Acceptance | None
+    held_out: Measured | None
 
 
 class Trainer:
@@ -50,11 +69,18 @@ class Trainer:
         draft_ids: list[int] | None,
         config: TrainConfig,
         directory: Path,
+        *,
+        states: Path | None = None,
+        processes: Processes | None = None,
+        shard_target: bool = False,
     ) -> None:
         """Start a run, or go on from the directory's checkpoint.
 
         Args:
             draft_ids: the tokens that the loss and the draft step score; None is all.
+            states: a directory that keeps the target's hidden states; None computes them for every batch.
+            processes: those that share the work; None is this one alone.
+            shard_target: spread the target's layers over the processes.
         Raises:
             ValueError: too little data, or the checkpoint is of a run with other settings or data.
         """
@@ -65,7 +91,12 @@ class Trainer:
             )
         self.target = target
         self.config = config
+        self._processes = processes or Processes()
         self.head = MTPHead(target).float()
+        if shard_target:
+            self._processes.shard(target)
+            self.head.to(target.device)
+        self.clock = Stopwatch(target.device)
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
         self._held_out = shuffled[: config.held_out]
         self._texts = [exchange.ids[: config.max_length] for exchange in shuffled[config.held_out :]]
@@ -77,10 +108,13 @@ class Trainer:
         )
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
+        self._metrics = Metrics(directory) if self._processes.first else None
+        self._states = StateCache(states, target, self._texts, self._processes) if states else None
+        self._trained_on = list(range(min(len(self._texts), config.held_out)))
         self._fingerprint = json.dumps(
             [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         )
-        self.best_tau = 0.0
+        self.best_tau = self.start_tau = 0.0
         self.step = 0
         self._resume()
 
@@ -90,29 +124,38 @@ class Trainer:
 
     def train(self) -> Iterator[Progress]:
         """Run to the end, a step at a time; checkpoints and the best head so far go to the directory."""
+        if self.step == 0:
+            # What the run began with is the first candidate for the best.
+            start = self.measure()
+            self.start_tau = start.acceptance.tau
+            self._evaluate([], start)
         while self.step < self.steps:
             losses, tokens = self._optimize()
             self.step += 1
             last = self.step == self.steps
-            held_out = None
-            if last or self.step % self.config.evaluate_every == 0:
-                held_out = self.measure()
-                self._keep_if_best(held_out)
+            measures = last or self.step % self.config.evaluate_every == 0
+            held_out = self.measure() if measures else None
+            self._evaluate(losses, held_out)
             if last or self.step % self.config.checkpoint_every == 0:
                 self._save()
-            progress = Progress(self.step, self.steps, tokens, losses, held_out)
-            self._log(progress)
-            yield progress
+            yield Progress(self.step, self.steps, tokens, losses, held_out)
 
-    def measure(self) -> Acceptance:
-        """Acceptance on the answers of the held-out exchanges."""
-        steps = self.config.draft_steps
-        parts = []
-        with self._autocast():
-            for exchange in self._held_out:
-                agrees_TK = agreement(self.head, self.target, exchange.ids, self._objective.draft_ids_D, steps)
-                parts.append(replay(agrees_TK, exchange.answer_mask.index(True)))
-        return Acceptance.total(parts)
+    def measure(self, *, trained: bool = False) -> Measured:
+        """Acceptance on the answers of the held-out exchanges, or of as many that are trained on."""
+        texts = [(exchange.ids, exchange.answer_mask) for exchange in self._held_out]
+        if trained:
+            texts = [(self._texts[index], self._masks[index]) for index in self._trained_on]
+        parts, expected = [], []
+        with self._autocast(), self.clock("measuring"):
+            for ids, mask in texts:
+                if True not in mask:
+                    continue
+                start = mask.index(True)
+                found = agreement(self.head, self.target, ids, self._objective.draft_ids_D, self.config.draft_steps)
+                parts.append(replay(found.same_TK, start))
+                expected.append(found.expected(start))
+        shares = [sum(share) / len(expected) for share in zip(*expected, strict=True)]
+        return Measured(Acceptance.total(parts), shares)
 
     def best_head(self) -> MTPHead:
         """The head with the highest held-out acceptance length so far."""
@@ -122,27 +165,53 @@ class Trainer:
 
     def _optimize(self) -> tuple[list[float], int]:
         """One optimiser step; returns the mean loss of each draft step, and the number of tokens."""
-        chosen, draft_steps = self._order[self.step], self.config.draft_steps
-        batch = make_batch(
-            [self._texts[index] for index in chosen], [self._masks[index] for index in chosen], self.target.device
-        )
-        with torch.no_grad():
-            states_BTH = text_states(self.target, batch.ids_BT)
-        with self._autocast():
-            outputs = recursion(self.head, self.target, batch.ids_BT, states_BTH, draft_steps)
-        losses, gradients = self._objective(outputs, batch, states_BTH)
+        batch, states_BTH = self._batch(self._order[self.step])
+        draft_steps = self.config.draft_steps
+        with self._autocast(), self.clock("head"):
+            outputs = recursion(
+                self.head,
+                self.target,
+                batch.ids_BT,
+                states_BTH,
+                draft_steps,
+                per_step=self.config.pattern == "per_step",
+            )
+        with self.clock("losses"):
+            losses_K, gradients = self._objective(outputs, batch, states_BTH, self._processes.sum)
         alphas = step_weights(draft_steps, self.config.beta)
-        torch.autograd.backward(
-            outputs, [alpha * gradient for alpha, gradient in zip(alphas, gradients, strict=True)]
-        )
+        with self.clock("head, backward"):
+            torch.autograd.backward(
+                outputs, [alpha * gradient for alpha, gradient in zip(alphas, gradients, strict=True)]
+            )
+        tokens = batch.inside_BT.sum()
+        with self.clock("between processes"):
+            gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
+            self._processes.sum([losses_K, *gradients])
+            self._processes.sum([tokens])
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         factor = rate_factor(self.step, self.steps, self.config.warmup)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * self.config.learning_rate
-            optimizer.step()
-            optimizer.zero_grad()
-        return losses, int(batch.inside_BT.sum())
+        with self.clock("optimizer"):
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * self.config.learning_rate
+                optimizer.step()
+                optimizer.zero_grad()
+        return losses_K.tolist(), int(tokens)
+
+    def _batch(self, chosen: Sequence[int]) -> tuple[Batch, Tensor]:
+        """This process's part of a batch, and the target's states over it [B, T, H]."""
+        own = self._processes.share(chosen)
+        # Every process goes through the same steps, so one without a text of its own takes one that does not count.
+        texts = [self._texts[index] for index in own or chosen[:1]]
+        batch = make_batch(texts, [self._masks[index] for index in own or chosen[:1]], self.target.device)
+        if not own:
+            batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
+        with torch.no_grad(), self.clock("target"):
+            if self._states is None:
+                return batch, text_states(self.target, batch.ids_BT)
+            return batch, pad_sequence([self._states[index] for index in own or chosen[:1]], batch_first=True).to(
+                self.target.device
+            )
 
     def _autocast(self) -> AbstractContextManager[None]:
         # A target in half precision says that half precision is fast here.
@@ -153,16 +222,26 @@ class Trainer:
     def _best_path(self) -> Path:
         return self._directory / "best.pt"
 
-    def _keep_if_best(self, held_out: Acceptance) -> None:
-        if held_out.tau > self.best_tau:
-            self.best_tau = held_out.tau
-            save_checkpoint(self._best_path, {"head": self.head.state_dict(), "step": self.step})
+    def _evaluate(self, losses: list[float], held_out: Measured | None) -> None:
+        """Log a step, and keep the head if it is the best so far."""
+        figures: dict[str, float | list[float]] = {"losses": losses} if losses else {}
+        if held_out is not None:
+            figures |= held_out.figures("") | self.measure(trained=True).figures("train_")
+            if held_out.acceptance.tau > self.best_tau:
+                self.best_tau = held_out.acceptance.tau
+                if self._processes.first:
+                    save_checkpoint(self._best_path, {"head": self.head.state_dict(), "step": self.step})
+        if self._metrics is not None:
+            self._metrics.write(self.step, figures)
 
     def _save(self) -> None:
+        if not self._processes.first:
+            return
         state = {
             "fingerprint": self._fingerprint,
             "step": self.step,
             "best_tau": self.best_tau,
+            "start_tau": self.start_tau,
             "head": self.head.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
@@ -181,11 +260,4 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.best_tau = state["step"], state["best_tau"]
-
-    def _log(self, progress: Progress) -> None:
-        row: dict[str, object] = {"time": time.time(), "step": progress.step, "losses": progress.losses}
-        if progress.held_out is not None:
-            row |= {"tau": progress.held_out.tau, "acceptance": progress.held_out.cumulative}
-        with (self._directory / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        self.step, self.best_tau, self.start_tau = state["step"], state["best_tau"], state["start_tau"]

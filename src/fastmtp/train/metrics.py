@@ -1,0 +1,71 @@
+"""What a training run reports of itself: one JSON object a line, the same to TensorBoard, and where time goes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Metrics:
+    """Rows of figures by step, in `metrics.jsonl`, and for TensorBoard where it is installed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "metrics.jsonl"
+        self._writer: Any = None
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(directory / "tensorboard")
+
+    def write(self, step: int, figures: dict[str, float | list[float]]) -> None:
+        """A list holds a figure for each draft step."""
+        with self._path.open("a") as stream:
+            stream.write(json.dumps({"time": time.time(), "step": step, **figures}) + "\n")
+        if self._writer is None:
+            return
+        for name, value in figures.items():
+            values = (
+                {f"{name}/{k}": part for k, part in enumerate(value, 1)}
+                if isinstance(value, list)
+                else {name: value}
+            )
+            for tag, figure in values.items():
+                self._writer.add_scalar(tag, figure, step)
+        self._writer.flush()
+
+
+class Stopwatch:
+    """Seconds by part of the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[part] += self._now() - started
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that was in use: the device's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

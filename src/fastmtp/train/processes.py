@@ -1,0 +1,64 @@
+"""The processes of one training run: alone, or several started by `torchrun`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmtp.models.target import Target
+
+Item = TypeVar("Item")
+
+
+class Processes:
+    """Which process this is, of how many, and the sums over all of them; each takes the GPU of its number."""
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.count > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self.rank = dist.get_rank() if self.count > 1 else 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part."""
+        return items[self.rank :: self.count]
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over all processes."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        start = 0
+        for tensor in tensors:
+            tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+            start += tensor.numel()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def shard(self, target: Target) -> None:
+        """Spread the layers of a target on the CPU over the processes (FSDP2); each is gathered while it computes.
+
+        Layer by layer, so no GPU ever holds more of them than its part and one.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in target.model.model.layers:
+            fully_shard(layer)
+        if torch.cuda.is_available():
+            target.model.cuda()

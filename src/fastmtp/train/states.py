@@ -1,0 +1,101 @@
+"""The target's hidden states on disk, so that the target runs once over the data and not in every pass and run.
+
+Shapes: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmtp.files import file_sha256, read_json, replacing, write_json
+from fastmtp.models.target import Target
+from fastmtp.progress import bar, console
+from fastmtp.train.acceptance import text_states
+from fastmtp.train.processes import Processes
+
+SHARD_TEXTS = 256
+
+
+class StateCache:
+    """States of a list of texts in a directory: shards of some texts, and an index with the hash of each shard."""
+
+    def __init__(
+        self, directory: Path, target: Target, texts: Sequence[Sequence[int]], processes: Processes
+    ) -> None:
+        """Use what the directory holds, and compute what it lacks, a shard at a time.
+
+        Raises:
+            ValueError: the directory is of another target or of other texts, a shard is damaged, or the disk is
+                too small; nothing was written then.
+        """
+        self._directory = directory
+        self._lengths = [len(text) for text in texts]
+        self._starts = [sum(self._lengths[index - index % SHARD_TEXTS : index]) for index in range(len(texts))]
+        shards = range(0, len(texts), SHARD_TEXTS)
+        fingerprint = hashlib.sha256(
+            json.dumps([asdict(target.identity), str(target.dtype), list(map(list, texts))]).encode()
+        ).hexdigest()
+        index = directory / "states.json"
+        if not index.is_file():
+            self._announce(target)
+            if processes.first:
+                write_json(index, {"fingerprint": fingerprint})
+        processes.wait()
+        if read_json(index)["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{directory}: holds the states of another target or other data; choose another directory"
+            )
+        missing = [start for start in shards if not self._is_whole(start)]
+        with bar("hidden states", len(shards), len(shards) - len(missing)) as progress:
+            for start in processes.share(missing):
+                self._write(start, target, texts[start : start + SHARD_TEXTS])
+                progress.advance(1, sum(self._lengths[start : start + SHARD_TEXTS]))
+        processes.wait()
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The states [T, H] of one text."""
+        path = self._path(index - index % SHARD_TEXTS)
+        with safe_open(path, "pt") as shard:
+            start = self._starts[index]
+            states: Tensor = shard.get_slice("states")[start : start + self._lengths[index]]
+        return states
+
+    def _announce(self, target: Target) -> None:
+        needed = sum(self._lengths) * int(target.config.hidden_size) * target.dtype.itemsize
+        self._directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._directory).free
+        if needed > free:
+            raise ValueError(
+                f"{self._directory}: the hidden states take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+            )
+        console.print(f"hidden states: {needed / 1e9:.2f} GB in {self._directory}")
+
+    def _path(self, start: int) -> Path:
+        return self._directory / f"states-{start // SHARD_TEXTS:05d}.safetensors"
+
+    def _is_whole(self, start: int) -> bool:
+        path = self._path(start)
+        if not path.is_file():
+            return False
+        if file_sha256(path) != read_json(path.with_suffix(".json"))["sha256"]:
+            raise ValueError(f"{path}: damaged; remove it, and it is made again")
+        return True
+
+    def _write(self, start: int, target: Target, texts: Sequence[Sequence[int]]) -> None:
+        path = self._path(start)
+        with torch.no_grad():
+            parts = [text_states(target, torch.tensor([list(text)], device=target.device))[0] for text in texts]
+        with replacing(path) as temporary:
+            save_file({"states": torch.cat(parts).cpu()}, temporary)
+            # The hash first: a shard without one would be an error, a hash without its shard is nothing.
+            write_json(path.with_suffix(".json"), {"sha256": file_sha256(temporary)})
