@@ -281,8 +281,8 @@ def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None
     """How fast the native engine is here, against the memory's bandwidth and llama.cpp (extra `llama-cpp`)."""
     options = EngineOptions("native", dtype, None, threads)
     loaded: Any = open_target(target, options)
-    from fastmtp.evaluate.engine import CONTEXT, measure
-    from fastmtp.evaluate.report import engine_tables
+    from fastmtp.evaluate.engine import measure
+    from fastmtp.evaluate.report import engine_report
     from fastmtp.models.head_format import load_native_head
     from fastmtp.models.shipped import shipped_head
     from fastmtp.progress import console
@@ -294,19 +294,8 @@ def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None
         ids = vocabulary.union()
     report = measure(loaded, native_head, ids, steps)
     if not as_json:
-        console.print(f"{report.model}, {report.engine}, {report.machine}")
-        console.print(
-            f"reads {report.bandwidth_gb_s:.1f} GB/s; a forward reads {report.forward_bytes / 1e6:.0f} MB at "
-            f"{CONTEXT} tokens of context, so takes {report.floor_ms:.2f} ms at least"
-        )
-        for table in engine_tables(report):
-            console.print(table)
-        if (rounds := report.rounds) is not None:
-            console.print(
-                f"K = {rounds.draft_steps}, {rounds.draft_vocabulary} draft tokens, {CONTEXT} tokens of context: "
-                f"{rounds.speedup:.2f}x at tau {rounds.tau:.2f}, {rounds.round_ms:.2f} ms a round, "
-                f"{100 * rounds.outside_matmul:.0f}% of it outside the matrix products"
-            )
+        for part in engine_report(report):
+            console.print(part)
     finish(
         as_json,
         report.as_json(),

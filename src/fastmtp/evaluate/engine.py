@@ -36,8 +36,8 @@ from fastmtp.sampling import greedy
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
-# The context of the single forwards and of the rounds; of prompts and answers for the speeds.
-CONTEXT, PREFILL, PROMPT, ANSWER = 500, 512, 128, 128
+# Tokens of context (longer for the rounds), of answers, and of the prompt that is prefilled.
+CONTEXT, ROUNDS_CONTEXT, ANSWER, PREFILL = 128, 500, 128, 512
 SEQUENCES = 16
 _READ_BYTES = 1 << 28
 _REPEATS = 7
@@ -86,6 +86,8 @@ class EngineReport:
         return {
             **{name: value for name, value in vars(self).items() if name != "rounds"},
             "context": CONTEXT,
+            "rounds_context": ROUNDS_CONTEXT,
+            "sequences": SEQUENCES,
             "floor_ms": self.floor_ms,
             "bandwidth_share": self.floor_ms / self.forward_ms[1],
             "rounds": None if self.rounds is None else vars(self.rounds),
@@ -186,7 +188,7 @@ def _draft_tasks(target: NativeTarget, head: NativeHead, ids: list[int], steps: 
 
 def _speed_tasks(target: NativeTarget) -> dict[str, Task]:
     backend = NativeBackend(target)
-    prompt, long_prompt = _some_ids(target, PROMPT), _some_ids(target, PREFILL)
+    prompt, long_prompt = _some_ids(target, CONTEXT), _some_ids(target, PREFILL)
 
     def decode() -> float:
         backend.reset()
@@ -227,16 +229,16 @@ def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Task]:
         path = llama_cpp.requantized(source, kind)
         return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
 
-    prompt, long_prompt = _some_ids(target, PROMPT), _some_ids(target, PREFILL)
+    prompt, long_prompt = _some_ids(target, CONTEXT), _some_ids(target, PREFILL)
     decoding = {f"llama.cpp {kind}": task(kind, prompt, ANSWER, 0) for kind in llama_cpp.TYPES}
     return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in llama_cpp.TYPES}
 
 
 def _rounds(target: NativeTarget, head: NativeHead, ids: list[int], draft_steps: int) -> Rounds:
-    """Plain and speculative decoding in turn, around CONTEXT tokens of context."""
+    """Plain and speculative decoding in turn, around ROUNDS_CONTEXT tokens of context."""
     backend = NativeBackend(target, head, ids or None)
     prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(text for _, text in BUILTIN)}])
-    prompt = prompt[: CONTEXT - ANSWER // 2]
+    prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
     for _ in range(_REPEATS):
         tokens = plain(backend, prompt, SamplingConfig(), torch.Generator())

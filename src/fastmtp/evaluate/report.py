@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -47,34 +47,44 @@ def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
     return table
 
 
-def engine_tables(report: EngineReport) -> list[Table]:
-    """The engine's figures: single forwards, draft steps, and speeds beside llama.cpp's."""
-    forwards = _figures("tokens together", report.forward_ms, "{:d}")
+def engine_report(report: EngineReport) -> list[Table | str]:
+    """The engine's figures: single forwards, draft steps, speeds beside llama.cpp's, and rounds."""
+    facts = report.as_json()
+    intro = (
+        f"{report.model}, {report.engine}, {report.machine}\n"
+        f"reads {report.bandwidth_gb_s:.1f} GB/s; a forward reads {report.forward_bytes / 1e6:.0f} MB at "
+        f"{facts['context']} tokens of context, so takes {report.floor_ms:.2f} ms at least"
+    )
+    forwards = _figures("tokens together", report.forward_ms)
     forwards.add_row("ms", *[f"{ms:.2f}" for ms in report.forward_ms.values()])
     forwards.add_row("times one", *[f"{ms / report.forward_ms[1]:.2f}" for ms in report.forward_ms.values()])
-    tables = [forwards]
+    parts: list[Table | str] = [intro, forwards]
     if report.draft_ms:
-        drafts = _figures("draft vocabulary", report.draft_ms, "{:d}")
+        drafts = _figures("draft vocabulary", report.draft_ms)
         drafts.add_row("ms a draft step", *[f"{ms:.2f}" for ms in report.draft_ms.values()])
-        tables.append(drafts)
-    speeds = _figures("tokens/s", {"fastmtp": 0, **report.llama_cpp}, "{}")
-    speeds.add_row(
-        "plain", f"{report.plain_tokens_per_second:.0f}", *[f"{speed:.0f}" for speed in report.llama_cpp.values()]
-    )
-    speeds.add_row(
-        "prefill",
-        f"{report.prefill_tokens_per_second:.0f}",
-        *[f"{speed:.0f}" for speed in report.llama_cpp_prefill.values()],
-    )
-    speeds.add_row("plain, 16 sequences", f"{report.batch_tokens_per_second:.0f}")
-    return [*tables, speeds]
+        parts.append(drafts)
+    speeds = _figures("tokens/s", ["fastmtp", *(f"llama.cpp {kind}" for kind in report.llama_cpp)])
+    for name, ours, theirs in (
+        ("plain", report.plain_tokens_per_second, report.llama_cpp),
+        (f"plain, {facts['sequences']} together", report.batch_tokens_per_second, {}),
+        ("prefill", report.prefill_tokens_per_second, report.llama_cpp_prefill),
+    ):
+        speeds.add_row(name, f"{ours:.0f}", *[f"{speed:.0f}" for speed in theirs.values()])
+    parts.append(speeds)
+    if (rounds := report.rounds) is not None:
+        parts.append(
+            f"K = {rounds.draft_steps}, {rounds.draft_vocabulary} draft tokens, {facts['rounds_context']} tokens "
+            f"of context: {rounds.speedup:.2f}x with tau {rounds.tau:.2f}, {rounds.round_ms:.2f} ms a round, "
+            f"{100 * rounds.outside_matmul:.0f}% of it outside the matrix products"
+        )
+    return parts
 
 
-def _figures(title: str, columns: Mapping[Any, object], form: str) -> Table:
+def _figures(title: str, columns: Iterable[object]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(title)
     for column in columns:
-        table.add_column(form.format(column), justify="right", no_wrap=True)
+        table.add_column(str(column), justify="right", no_wrap=True)
     return table
 
 
