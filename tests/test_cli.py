@@ -74,6 +74,16 @@ def test_chat_remembers(model: Path, head: Path) -> None:
     assert two.stdout.split(">")[2] != one.stdout.split(">")[1]
 
 
+def test_vanilla_is_trained_beside(model: Path, head: Path, tmp_path: Path) -> None:
+    """The same head for one step, on the same data; both measured on chains of K; a head directory each."""
+    data = head.parent / "data"
+    found: Any = run("train", model, "--data", data, "--out", tmp_path / "head", "--vanilla", "--json", *TRAIN)
+    assert len(found["acceptance"]) == len(found["vanilla"]["acceptance"]) == 2
+    assert found["vanilla"]["start_tau"] == found["start_tau"]
+    config = json.loads((tmp_path / "head-vanilla" / "config.json").read_text())
+    assert config["draft_steps"] == 1
+
+
 def test_bench_engine(model: Path) -> None:
     """Every figure is there and makes sense; without a head no draft steps, without a GGUF file no llama.cpp."""
     found: Any = run("bench-engine", model, "--json", "--threads", 1)

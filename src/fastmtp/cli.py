@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ def distill(
     "--states", type=click.Path(path_type=Path), help="keep the target's hidden states there, and use them"
 )
 @click.option("--shard-target", is_flag=True, help="under torchrun: spread the target over the processes (FSDP2)")
+@click.option(
+    "--vanilla", is_flag=True, help="train the same head for one step only as well (OUT-vanilla), and compare"
+)
 @click.option("--profile", is_flag=True, help="print where the time went")
 @config_option
 @json_option
@@ -109,6 +113,7 @@ def train(
     out: Path,
     states: Path | None,
     shard_target: bool,
+    vanilla: bool,
     profile: bool,
     config: Path | None,
     as_json: bool,
@@ -119,12 +124,28 @@ def train(
     from fastmtp.train.processes import Processes
     from fastmtp.train.run import train_head
 
+    if vanilla and shard_target:
+        raise ValueError("--vanilla does not go with --shard-target; train again with --draft-steps 1")
     # First, for it says which GPU is this process's.
     processes = Processes()
     loaded = open_torch_target(target, dtype, "cpu" if shard_target else device, for_throughput=True)
     summary = train_head(loaded, data, chosen, out, processes=processes, states=states, shard_target=shard_target)
+    if vanilla:
+        summary["vanilla"] = train_head(
+            loaded,
+            data,
+            replace(chosen, draft_steps=1),
+            out.with_name(out.name + "-vanilla"),
+            processes=processes,
+            states=states,
+            measure_steps=chosen.draft_steps,
+        )
     if not processes.first:
         return
+    if vanilla:
+        for name, found in (("one step only", summary["vanilla"]), (f"K = {chosen.draft_steps}", summary)):
+            shares = " / ".join(f"{100 * share:.1f}" for share in found["acceptance"])
+            click.echo(f"trained for {name}: held-out tau {found['tau']:.3f}, acceptance {shares} %", err=True)
     if profile:
         total = sum(summary["seconds"].values())
         for part, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):

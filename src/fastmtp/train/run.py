@@ -28,6 +28,7 @@ def train_head(
     processes: Processes,
     states: Path | None = None,
     shard_target: bool = False,
+    measure_steps: int | None = None,
 ) -> dict[str, Any]:
     """Train, and write the head with the best held-out acceptance length to `out`.
 
@@ -38,6 +39,7 @@ def train_head(
         processes: those that share the work.
         states: a directory that keeps the target's hidden states for this and other runs.
         shard_target: spread the target's layers over the processes.
+        measure_steps: length of the chains that acceptance is measured on; None is the length trained.
     Returns:
         steps; tau, acceptance (cumulative by step) and the expectation of it when sampling, of the head that was
         written; tau of the head that it began as; tokens a second, where the time went, and the peak of memory.
@@ -58,6 +60,7 @@ def train_head(
         states=states,
         processes=processes,
         shard_target=shard_target,
+        measure_steps=measure_steps,
     )
     started, tokens = time.monotonic(), 0
     with bar("train", trainer.steps, trainer.step, hidden=not processes.first) as progress:

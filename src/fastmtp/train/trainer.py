@@ -73,6 +73,7 @@ class Trainer:
         states: Path | None = None,
         processes: Processes | None = None,
         shard_target: bool = False,
+        measure_steps: int | None = None,
     ) -> None:
         """Start a run, or go on from the directory's checkpoint.
 
@@ -81,6 +82,7 @@ class Trainer:
             states: a directory that keeps the target's hidden states; None computes them for every batch.
             processes: those that share the work; None is this one alone.
             shard_target: spread the target's layers over the processes.
+            measure_steps: length of the chains that acceptance is measured on; None is the length trained.
         Raises:
             ValueError: too little data, or the checkpoint is of a run with other settings or data.
         """
@@ -91,6 +93,7 @@ class Trainer:
             )
         self.target = target
         self.config = config
+        self._measure_steps = measure_steps or config.draft_steps
         self._processes = processes or Processes()
         self.head = MTPHead(target).float()
         if shard_target:
@@ -151,7 +154,7 @@ class Trainer:
                 if True not in mask:
                     continue
                 start = mask.index(True)
-                found = agreement(self.head, self.target, ids, self._objective.draft_ids_D, self.config.draft_steps)
+                found = agreement(self.head, self.target, ids, self._objective.draft_ids_D, self._measure_steps)
                 parts.append(replay(found.same_TK, start))
                 expected.append(found.expected(start))
         shares = [sum(share) / len(expected) for share in zip(*expected, strict=True)]
