@@ -44,7 +44,10 @@ def requantized(source: Path, kind: str) -> Path:
                 writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
         for tensor in reader.tensors:
             values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            wanted = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+            # As llama.cpp's own tool does: vectors, and matrices that blocks do not divide, stay as they are.
+            block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            fits = values.ndim > 1 and values.shape[-1] % block == 0
+            wanted = gguf.GGMLQuantizationType[kind if fits else "F32"]
             writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
