@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastmtp.config import DistillConfig, load_config
+from fastmtp.config import CleanConfig, DistillConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
     EngineOptions,
@@ -87,3 +87,49 @@ def distill(
 @click.group()
 def data() -> None:
     """Clean and inspect data directories."""
+
+
+@data.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="data directory to write")
+@config_option
+@json_option
+@settings_options(CleanConfig)
+def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **settings: Any) -> None:
+    """Copy DIRECTORY without what should not be trained on: unfinished answers, loops, near-duplicates, ..."""
+    chosen = load_config(CleanConfig, config, settings)
+    from rich.console import Console
+
+    from fastmtp.distill.clean import clean as run
+    from fastmtp.distill.clean import told
+    from fastmtp.distill.report import clean_report
+
+    report = run(directory, out, chosen)
+    if not as_json:
+        Console().print(*clean_report(report))
+    finish(as_json, {**vars(report), "out": str(out)}, f"{report.kept} exchanges kept, {told(report)}, in {out}")
+
+
+@data.command()
+@click.argument("directories", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--target", help="whose tokenizer it is  [default: the target it was distilled from]")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="exchanges to print")
+@json_option
+def show(directories: tuple[Path, ...], target: str | None, samples: int, as_json: bool) -> None:
+    """What data directories hold: counts, domains, languages, lengths, frequent tokens, samples."""
+    from rich.console import Console
+
+    from fastmtp.distill.dataset import target_of
+    from fastmtp.distill.domains import shares
+    from fastmtp.distill.report import statistics_report
+    from fastmtp.distill.statistics import measure
+
+    found = measure(directories, describe_target(target or target_of(directories[0])), samples)
+    if not as_json:
+        for part in statistics_report(found):
+            Console().print(part)
+    finish(
+        as_json,
+        found.as_json(),
+        f"{found.exchanges} exchanges, {found.answer_tokens} answer tokens: {shares(found.domains)}",
+    )

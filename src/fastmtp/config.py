@@ -97,6 +97,27 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """Which exchanges are left out of a cleaned data set; unfinished ones always are."""
+
+    min_answer_tokens: int = setting(4, "shorter answers are left out; the end token counts")
+    max_answer_tokens: int = setting(4096, "longer answers are left out")
+    repeat_tokens: int = setting(8, "length of the token sequences whose repetition makes a loop")
+    max_repeated: float = setting(0.5, "answers with a larger share of repeated sequences are left out as loops")
+    max_similarity: float = setting(
+        0.8, "exchanges more alike than this (Jaccard, by MinHash) to an earlier one are left out; 1 keeps all"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("min_answer_tokens", "repeat_tokens"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        least = f"min_answer_tokens ({self.min_answer_tokens}) or more"
+        _check(self.max_answer_tokens >= self.min_answer_tokens, "max_answer_tokens", self.max_answer_tokens, least)
+        _check(0 <= self.max_repeated <= 1, "max_repeated", self.max_repeated, "from 0 to 1")
+        _check(0 < self.max_similarity <= 1, "max_similarity", self.max_similarity, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Training of the head (FastMTP, arXiv 2509.18362, section 3)."""
 
@@ -135,7 +156,7 @@ class TrainConfig:
             _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
 
 
-Config = TypeVar("Config", DistillConfig, TrainConfig, SamplingConfig)
+Config = TypeVar("Config", DistillConfig, CleanConfig, TrainConfig, SamplingConfig)
 
 
 def choices_of(kind: type[Any], name: str) -> tuple[str, ...]:

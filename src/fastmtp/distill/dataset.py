@@ -98,6 +98,16 @@ def tokenizer_of(directory: Path) -> str | None:
     return read_json(directory / "provenance.json").get("tokenizer_sha256")
 
 
+def target_of(directory: Path) -> str:
+    """The target that a data directory was distilled from, as it was called then."""
+    return str(read_json(directory / "provenance.json").get("target"))
+
+
+def exchange_count(directory: Path) -> int:
+    """How many exchanges there are on disk, from the shards' metadata alone."""
+    return sum(_read(path, []).num_rows for path in shards(directory))
+
+
 def iter_exchanges(directory: Path) -> Iterator[Exchange]:
     """Every exchange of a data directory, unfinished ones too, a shard in memory at a time.
 
@@ -139,6 +149,8 @@ def claim_directory(
         for key in ("tokenizer_sha256", "prompts_sha256"):
             if before.get(key) != facts[key]:
                 raise ValueError(f"{directory}: was made with another {key.split('_')[0]}; choose another --out")
+        if "cleaned_from" in before:
+            raise ValueError(f"{directory}: is a cleaned copy, which distill does not add to; choose another --out")
         settings = defaults | before["settings"]
         for name, value in facts["settings"].items():
             if name not in free and settings[name] != value:
