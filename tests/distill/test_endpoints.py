@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from fastmtp.cli import commands
 from fastmtp.config import DistillConfig
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, iter_exchanges
@@ -268,6 +272,45 @@ def test_own_prompts_come_from_endpoints_too(tmp_path: Path, serve: Any) -> None
     assert summary.exchanges == 6
     assert len(unended) == len(set(unended)) == 7
     assert all(exchange.prompt.endswith("go on") for exchange in stored(tmp_path / "data").values())
+
+
+def test_ctrl_c_keeps_what_is_answered(tmp_path: Path, serve: Any) -> None:
+    """It does not wait for the requests under way, and the next run makes the rest."""
+    release = threading.Event()
+    answered: list[str] = []
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        answered.append(asked_for(body))
+        if len(answered) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(answered) > 5:
+            release.wait(60)
+        return said("fine")
+
+    server = serve(reply)
+    with pytest.raises(KeyboardInterrupt):
+        distill(endpoints(server.url), CONFIG, tmp_path / "data", written(tmp_path, 12))
+    release.set()
+    # Those on their way when the key is pressed may be lost.
+    kept = len(stored(tmp_path / "data"))
+    assert 5 - CONFIG.concurrency < kept <= 5
+    assert distill(endpoints(server.url), CONFIG, tmp_path / "data", written(tmp_path, 12)).exchanges == 12 - kept
+
+
+def test_the_command(tmp_path: Path, serve: Any) -> None:
+    """With endpoints no weights are needed: only the tokenizer and the configuration are there."""
+    TARGET.model.config.save_pretrained(tmp_path / "model")
+    TARGET.tokenizer.save_pretrained(tmp_path / "model")
+    server = serve(lambda _: said("def f(): pass"))
+    arguments = ["distill", "--target", str(tmp_path / "model"), "--out", str(tmp_path / "data"), "--endpoint"]
+    (tmp_path / "distill.toml").write_text('count = 5\nmix = "code=1,french=1"\n')
+    config = ["--config", str(tmp_path / "distill.toml")]
+    result = CliRunner().invoke(commands, [*arguments, server.url, *config, "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["exchanges"], summary["refused"], summary["retokenised"]) == (5, 0, 10)
+    assert set(summary["kinds"]) <= {"code", "french"}
+    assert sum(summary["domains"].values()) == sum(summary["languages"].values()) == 5
 
 
 def test_an_address_must_be_one() -> None:

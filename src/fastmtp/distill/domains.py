@@ -44,7 +44,7 @@ _MATHEMATICS = re.compile(
 )
 _QUESTION = re.compile(
     r"^(who|whose|when|where|what|which|how|why|is|are|was|were|does|do|did|can)\b|^[¿]|"
-    r"^(什么|谁|为什么|怎么|哪|qu['’]|quel|was |wie |wer |что |как |почему )|[?？؟]$",
+    r"^(什么|谁|为什么|怎么|哪|qu['’]|quel|comment |was |wie |wer |что |как |почему )|[?？؟]$",
     re.I,
 )
 
