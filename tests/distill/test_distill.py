@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -128,6 +129,25 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     summary = distill(TorchBatch(target), CONFIG, tmp_path / "parts", None)
     assert summary.exchanges == 7
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
+    """A chat log is answered in its context; an answer that is there is kept; an empty one is none."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "c"}]
+    reply = {"role": "assistant", "content": "said by somebody"}
+    lines = [
+        {"messages": [*talk, reply]},
+        {"prompt": "b", "answer_ids": [1, 2, 257]},
+        {"prompt": "a", "answer_ids": []},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"messages": [*talk, reply]}, *given])))
+    distill(TorchBatch(llama), CONFIG, tmp_path / "data", str(path))
+    found = rows(tmp_path / "data")
+    context = llama.encode_chat(talk)
+    assert found[0].ids[: len(context)] == context and not any(found[0].answer_mask[: len(context)])
+    assert found[1].ids[-3:] == [1, 2, 257] and sum(found[1].answer_mask) == 3
+    assert any(found[2].answer_mask)
 
 
 def test_other_settings_do_not_mix(tmp_path: Path) -> None:

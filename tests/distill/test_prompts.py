@@ -77,6 +77,7 @@ def test_rows_and_chat_logs(tmp_path: Path, form: str) -> None:
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: needs a text `prompt`"),
         ('{"messages": [{"role": "user", "content": ["x"]}]}', "line 1: needs a text `prompt`"),
         ('{"conversations": ["x"]}', "line 1: needs a text `prompt`"),
+        ('{"prompt": "a", "answer_ids": "bc"}', "line 1: `answer_ids` must be a list of token ids"),
         ("", "holds no prompt"),
     ],
 )

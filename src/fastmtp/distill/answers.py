@@ -107,7 +107,7 @@ def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts
         summary.refused, summary.retokenised = engine.refused, engine.retokenised
         summary.mismatched = engine.mismatched
         if engine.refused and not summary.exchanges:
-            raise ValueError(f"every request was refused, the first one by {engine.refusal}")
+            raise ValueError(f"every request was refused: {engine.refusal}")
     return summary
 
 
@@ -136,7 +136,7 @@ def _exchanges(
     refill()
     yield from answered
     answered.clear()
-    for completion in decode(queue, width):
+    for completion in decode(queue, len(queue)):
         task = completion.request.key
         if not completion.tokens:
             pass  # Refused; it is not on disk, so the next run asks again.

@@ -120,6 +120,8 @@ class Endpoints:
             except _RefusedError as error:
                 self.refused += 1
                 self.refusal = self.refusal or str(error)
+                if self.refused == 1:
+                    console.print(f"fastmtp: a request is left out: {error}", markup=False)
                 return Completion(request, [], False)
             finally:
                 endpoint.running -= 1

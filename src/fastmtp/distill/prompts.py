@@ -129,7 +129,12 @@ def _prompt(index: int, row: Any, where: str) -> Prompt:
             f"{where}: needs a text `prompt` or `user`, or a conversation with a user's turn: `messages` of `role` "
             "and `content`, or `conversations` of `from` and `value`"
         )
-    return Prompt(index, row.get("kind", "file"), messages, row.get("answer_ids"), row.get("finished", True))
+    answer_ids = row.get("answer_ids") or None
+    if answer_ids is not None and not (
+        isinstance(answer_ids, list) and all(type(token) is int for token in answer_ids)
+    ):
+        raise ValueError(f"{where}: `answer_ids` must be a list of token ids")
+    return Prompt(index, str(row.get("kind", "file")), messages, answer_ids, bool(row.get("finished", True)))
 
 
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:

@@ -49,7 +49,7 @@ def clean_report(report: CleanReport) -> Iterator[RenderableType]:
 def _counts(title: str, counts: Counter[str]) -> Table:
     table = _table(title, "exchanges", "share")
     for name, count in counts.most_common():
-        table.add_row(name, str(count), f"{100 * count / counts.total():.1f}%")
+        table.add_row(Text(name), str(count), f"{100 * count / counts.total():.1f}%")
     return table
 
 
