@@ -135,13 +135,10 @@ def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
     """A chat log is answered in its context; an answer that is there is kept; an empty one is none."""
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "c"}]
     reply = {"role": "assistant", "content": "said by somebody"}
-    lines = [
-        {"messages": [*talk, reply]},
-        {"prompt": "b", "answer_ids": [1, 2, 257]},
-        {"prompt": "a", "answer_ids": []},
-    ]
+    given = [{"prompt": "b", "answer_ids": [1, 2, 257]}, {"prompt": "a", "answer_ids": []}]
+    lines = [{"messages": [*talk, reply]}, *given]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(map(json.dumps, [{"messages": [*talk, reply]}, *given])))
+    path.write_text("\n".join(map(json.dumps, lines)))
     distill(TorchBatch(llama), CONFIG, tmp_path / "data", str(path))
     found = rows(tmp_path / "data")
     context = llama.encode_chat(talk)

@@ -206,6 +206,27 @@ def test_a_dead_endpoint_costs_nothing(
     assert capsys.readouterr().err.count("is given up") == 1
 
 
+def test_a_dying_endpoint_hands_over_what_it_had_begun(tmp_path: Path, serve: Any) -> None:
+    """A long answer that it dies over is asked of another endpoint, although it answered others meanwhile."""
+    answered: list[str] = []
+    others = threading.Event()
+
+    def dying(body: dict[str, Any]) -> tuple[int, Any]:
+        if not answered:
+            answered.append("the first one is long")
+            others.wait(20)
+        elif len(answered) < 4:
+            answered.append(asked_for(body))
+            return said("fine")
+        others.set()
+        return 500, "dying"
+
+    engine = endpoints(serve(dying).url, serve(lambda _: said("fine")).url)
+    summary = distill(engine, CONFIG, tmp_path / "data", written(tmp_path, 40))
+    assert (summary.exchanges, summary.refused) == (40, 0)
+    assert len(answered) == 4
+
+
 def test_all_dead_keeps_what_is_answered(tmp_path: Path, serve: Any) -> None:
     """The servers go away in the middle: one clear error, and the same command goes on when they are back."""
     answered: list[str] = []

@@ -7,6 +7,7 @@ is exactly the one that is stored, and a server can write the model's own prompt
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from collections import deque
@@ -35,6 +36,14 @@ class _Endpoint:
     running: int = 0
     answered_at: float = 0.0
     dead: str = ""
+
+
+class _FailedError(Exception):
+    """The endpoint does not work, for now or for good."""
+
+    def __init__(self, reason: str, *, worth_another_try: bool) -> None:
+        super().__init__(reason)
+        self.worth_another_try = worth_another_try
 
 
 class _RefusedError(Exception):
@@ -131,9 +140,9 @@ class Endpoints:
     async def _ask(
         self, client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The reply's one choice; None if the endpoint is given up."""
+        """The reply's one choice, after as many tries as it takes; None if the endpoint is given up."""
         clock = asyncio.get_running_loop().time
-        began, reason = clock(), ""
+        failed_at, reason = math.inf, ""
         for attempt in range(self._retries + 1):
             if attempt:
                 # With jitter, so that requests that failed together do not come back together.
@@ -141,25 +150,16 @@ class Endpoints:
             if endpoint.dead:
                 return None
             try:
-                response = await client.post(endpoint.url, json=body)
-            except httpx2.TransportError as error:
-                reason = f"{type(error).__name__} {error}".strip()
-                continue
-            status = response.status_code
-            if status == 200:
-                choice = _choice(response)
-                if choice is not None:
-                    endpoint.answered_at = clock()
-                    return choice
-                reason = "its reply is not that of an OpenAI-compatible completions server"
-                break
-            reason = f"HTTP {status}: {response.text.strip()[:200]}"
-            if status in _HOPELESS:
-                break
-            if 400 <= status < 500 and status not in _AGAIN:
-                raise _RefusedError(f"{endpoint.url}: {reason}")
-        # It answers others: then it is this request that it cannot do.
-        if endpoint.answered_at > began:
+                choice = await _post(client, endpoint.url, body)
+            except _FailedError as error:
+                failed_at, reason = min(failed_at, clock()), str(error)
+                if not error.worth_another_try:
+                    break
+            else:
+                endpoint.answered_at = clock()
+                return choice
+        # It went on answering others: then it is this request that it cannot do.
+        if endpoint.answered_at > failed_at:
             raise _RefusedError(f"{endpoint.url}: {reason}")
         if not endpoint.dead:
             endpoint.dead = reason
@@ -210,8 +210,27 @@ class Endpoints:
         return ids
 
 
+async def _post(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The reply's one choice: `text`, `finish_reason`, and `token_ids` (None where only text came)."""
+    try:
+        response = await client.post(url, json=body)
+    except httpx2.TransportError as error:
+        raise _FailedError(f"{type(error).__name__} {error}".strip(), worth_another_try=True) from error
+    status = response.status_code
+    if status == 200:
+        choice = _choice(response)
+        if choice is None:
+            reason = "its reply is not that of an OpenAI-compatible completions server"
+            raise _FailedError(reason, worth_another_try=False)
+        return choice
+    reason = f"HTTP {status}: {response.text.strip()[:200]}"
+    if 400 <= status < 500 and status not in (*_HOPELESS, *_AGAIN):
+        raise _RefusedError(f"{url}: {reason}")
+    raise _FailedError(reason, worth_another_try=status not in _HOPELESS)
+
+
 def _choice(response: httpx2.Response) -> dict[str, Any] | None:
-    """`text`, `finish_reason` and `token_ids` (None where only text came); None if that is not what it holds."""
+    """None if the reply holds no completion."""
     try:
         reply = response.json()
         choice = reply["choices"][0]
