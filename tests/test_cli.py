@@ -119,6 +119,23 @@ def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
     assert "identical answers: 3/3" in table.output
 
 
+def test_data_clean_and_show(head: Path, tmp_path: Path) -> None:
+    """Both print one JSON document with --json; the copy holds what the report says was kept."""
+    source = head.parent / "data"
+    arguments = ["data", "clean", str(source), "--out", str(tmp_path / "clean"), "--min-answer-tokens", "1"]
+    result = CliRunner().invoke(commands, [*arguments, "--max-similarity", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["kept"] == 12
+    shown = CliRunner().invoke(commands, ["data", "show", str(source), str(tmp_path / "clean"), "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert (found["exchanges"], found["finished"], len(found["samples"])) == (24, 24, 3)
+    assert found["samples"][0][-1]["is_answer"] is True
+    printed = CliRunner().invoke(commands, ["data", "show", str(source)])
+    assert printed.stdout.splitlines()[-1].startswith("12 exchanges, 48 answer tokens: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +158,12 @@ def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
         ),
         (["train", "--target", "{model}", "--data", "{model}", "--out", "{model}"], "choose another --out"),
         (["distill", "--target", "{model}", "--out", "{model}"], "not a data directory"),
+        (["distill", "--out", "x", "--endpoint-model", "m"], "--endpoint-model is the name at an --endpoint"),
+        (["distill", "--out", "x", "--endpoint", "http://x", "--engine", "torch"], "leave out --engine"),
+        (["distill", "--target", "{model}", "--out", "x", "--endpoint", "x"], "--endpoint x: must be an address"),
+        (["distill", "--target", "{model}", "--out", "x", "--mix", "poetry=1"], "there is no kind 'poetry'"),
+        (["data", "show", "nowhere"], "nowhere/provenance.json: no such file"),
+        (["data", "clean", "nowhere", "--out", "x"], "nowhere/provenance.json: no such file"),
         (["train", "--config", "none.toml", "--data", "x", "--out", "x"], "no such configuration file"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
+from fastmtp.config import CleanConfig, DistillConfig, SamplingConfig, TrainConfig, load_config
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -50,6 +50,13 @@ def test_missing_file(tmp_path: Path) -> None:
         (SamplingConfig, {"top_k": -1}),
         (DistillConfig, {"slots": 0}),
         (DistillConfig, {"top_p": 1.5}),
+        (DistillConfig, {"mix": "code"}),
+        (DistillConfig, {"greedy_share": 1.5}),
+        (DistillConfig, {"timeout": 0.0}),
+        (DistillConfig, {"retries": -1}),
+        (CleanConfig, {"max_answer_tokens": 2}),
+        (CleanConfig, {"max_similarity": 0.0}),
+        (CleanConfig, {"max_repeated": 2.0}),
         (TrainConfig, {"learning_rate": 0.0}),
         (TrainConfig, {"max_length": 3}),
     ],
@@ -60,6 +67,6 @@ def test_values_out_of_range_name_their_setting(kind: type[Any], change: dict[st
         kind(**change)
 
 
-@pytest.mark.parametrize("kind", [SamplingConfig, DistillConfig, TrainConfig])
+@pytest.mark.parametrize("kind", [SamplingConfig, DistillConfig, CleanConfig, TrainConfig])
 def test_every_setting_has_a_meaning(kind: type[Any]) -> None:
     assert all(item.metadata["meaning"] for item in dataclasses.fields(kind))

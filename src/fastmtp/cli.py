@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
+from fastmtp.cli_data import data, distill
+from fastmtp.config import SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
     NATIVE_DTYPES,
@@ -21,7 +22,6 @@ from fastmtp.session import (
     finish,
     json_option,
     open_backend,
-    open_batch,
     open_target,
     open_torch_target,
     target_option,
@@ -50,38 +50,8 @@ def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
 
 
-@commands.command()
-@engine_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="data directory to fill")
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="JSONL or text file  [default: the model writes its own prompts]",
-)
-@config_option
-@json_option
-@settings_options(DistillConfig)
-def distill(
-    target: str,
-    options: EngineOptions,
-    out: Path,
-    prompts: Path | None,
-    config: Path | None,
-    as_json: bool,
-    **settings: Any,
-) -> None:
-    """Let the target answer prompts; its own answers are the training data. Goes on where it stopped."""
-    chosen = load_config(DistillConfig, config, settings)
-    from fastmtp.distill.answers import distill as run
-
-    summary = run(open_batch(target, options), chosen, out, prompts)
-    rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
-    finish(
-        as_json,
-        {**vars(summary), "answer_tokens_per_second": rate, "out": str(out)},
-        f"{summary.exchanges} exchanges, {summary.answer_tokens} answer tokens, {rate:.0f} tokens/s, "
-        f"{summary.truncated} truncated, in {out}",
-    )
+commands.add_command(distill)
+commands.add_command(data)
 
 
 @commands.command()

@@ -6,6 +6,8 @@ A value comes from the default here, then from a TOML file, then from a command-
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -41,8 +43,10 @@ class DistillConfig:
     """Self-distillation: which answers the target gives, and how they are stored."""
 
     count: int = setting(1000, "exchanges to make when the model writes its own prompts")
+    mix: str = setting("", "kinds of the model's own prompts and weights: code=3,chinese=1; empty is a default mix")
     max_new_tokens: int = setting(512, "an answer that is longer is marked as truncated")
     max_prompt_tokens: int = setting(320, "longest prompt that the model may write for itself")
+    greedy_share: float = setting(0.0, "share of the answers that are greedy; the others are sampled")
     temperature: float = setting(0.6, "temperature of the answers; 0 is greedy")
     top_k: int = setting(20, "top-k of the answers; 0 keeps all tokens")
     top_p: float = setting(0.95, "top-p of the answers")
@@ -52,14 +56,35 @@ class DistillConfig:
     seed: int = setting(0, "seed; exchange number i draws from (seed, i)")
     slots: int = setting(96, "sequences decoded together")
     shard_rows: int = setting(256, "exchanges in one shard; at most this many are lost by a kill")
+    concurrency: int = setting(64, "requests under way at once, over all endpoints")
+    timeout: float = setting(600.0, "seconds to wait for an endpoint's reply")
+    retries: int = setting(5, "tries after a failed one, each after twice the wait, before an endpoint is given up")
 
     def __post_init__(self) -> None:
-        for name in ("count", "max_new_tokens", "max_prompt_tokens", "slots", "shard_rows"):
+        for name in ("count", "max_new_tokens", "max_prompt_tokens", "slots", "shard_rows", "concurrency"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        self.answer_sampling()
+        _check(0 <= self.greedy_share <= 1, "greedy_share", self.greedy_share, "from 0 to 1")
+        _check(self.timeout > 0, "timeout", self.timeout, "above 0")
+        _check(self.retries >= 0, "retries", self.retries, "0 or more")
+        self.mix_weights()
+        self.answer_sampling(0)
         self.prompt_sampling()
 
-    def answer_sampling(self) -> SamplingConfig:
+    def mix_weights(self) -> dict[str, float]:
+        """The mix as a table; empty for the default mix."""
+        pairs = [part.partition("=") for part in self.mix.split(",") if part.strip()]
+        try:
+            weights = {kind.strip(): float(weight) for kind, _, weight in pairs}
+        except ValueError:
+            weights = {"": -1.0}
+        right = "like code=3,mathematics=2, with weights above 0"
+        _check(all(0 < weight < math.inf for weight in weights.values()), "mix", self.mix, right)
+        return weights
+
+    def answer_sampling(self, index: int) -> SamplingConfig:
+        """How exchange number `index` is answered: greedily for a share of them, drawn from (seed, index)."""
+        if random.Random(f"{self.seed}/{index}/greedy").random() < self.greedy_share:
+            return SamplingConfig(seed=self.seed)
         return SamplingConfig(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
     def prompt_sampling(self) -> SamplingConfig:
@@ -69,6 +94,27 @@ class DistillConfig:
             top_p=self.prompt_top_p,
             seed=self.seed,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """Which exchanges are left out of a cleaned data set; unfinished ones always are."""
+
+    min_answer_tokens: int = setting(4, "shorter answers are left out; the end token counts")
+    max_answer_tokens: int = setting(4096, "longer answers are left out")
+    repeat_tokens: int = setting(8, "length of the token sequences whose repetition makes a loop")
+    max_repeated: float = setting(0.5, "answers with a larger share of repeated sequences are left out as loops")
+    max_similarity: float = setting(
+        0.8, "exchanges more alike than this (Jaccard, by MinHash) to an earlier one are left out; 1 keeps all"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("min_answer_tokens", "repeat_tokens"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        least = f"min_answer_tokens ({self.min_answer_tokens}) or more"
+        _check(self.max_answer_tokens >= self.min_answer_tokens, "max_answer_tokens", self.max_answer_tokens, least)
+        _check(0 <= self.max_repeated <= 1, "max_repeated", self.max_repeated, "from 0 to 1")
+        _check(0 < self.max_similarity <= 1, "max_similarity", self.max_similarity, "above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +161,7 @@ class TrainConfig:
             _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
 
 
-Config = TypeVar("Config", DistillConfig, TrainConfig, SamplingConfig)
+Config = TypeVar("Config", DistillConfig, CleanConfig, TrainConfig, SamplingConfig)
 
 
 def choices_of(kind: type[Any], name: str) -> tuple[str, ...]:

@@ -124,6 +124,14 @@ def open_target(name: str, options: EngineOptions) -> TargetInfo:
         return load_native_target(name, weight_type=weight_type, threads=options.threads)
 
 
+def describe_target(name: str) -> TargetInfo:
+    """A target without its weights: its tokenizer, chat template and ends."""
+    from fastmtp.models.source import describe
+
+    with _quietly(name):
+        return describe(name)
+
+
 def open_torch_target(name: str, dtype: str | None, device: str | None, *, for_throughput: bool = False) -> Target:
     """Load a target into PyTorch with the user's or the fitting arithmetic."""
     import torch

@@ -23,7 +23,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
-from fastmtp.distill.prompts import OPENINGS, opening, read_prompts
+from fastmtp.distill.own_prompts import KINDS, opening
 from fastmtp.models.info import tokenizer_sha256
 from fastmtp.models.target import Target
 from tests.conftest import random_ids, tiny_target
@@ -106,13 +106,13 @@ def test_own_prompts(tmp_path: Path) -> None:
     summary = distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
     found = rows(tmp_path / "data")
     assert summary.exchanges == len(found) == 12
-    assert {row.kind for row in found.values()} <= set(OPENINGS)
+    assert {row.kind for row in found.values()} <= set(KINDS)
     for row in found.values():
         prompt = target.encode_chat([{"role": "user", "content": row.prompt}])
         assert row.ids[: len(prompt)] == prompt
         assert row.answer_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
         assert row.finished == (row.ids[-1] == 257)
-        assert row.prompt.startswith(opening(CONFIG.seed, row.index).words.strip())
+        assert row.prompt.startswith(opening(CONFIG.seed, row.index, {}).words.strip())
     kept = read_exchanges([tmp_path / "data"], tokenizer_sha256(target.tokenizer))
     assert len(kept) == 12 - summary.truncated
     assert 0 < len(kept) < 12
@@ -131,41 +131,20 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
-def test_prompts_from_files(tmp_path: Path, llama: Target) -> None:
-    """Text lines, JSONL in its three forms, and answers that are there already."""
-    (tmp_path / "plain.txt").write_text("first\n\nsecond\n")
-    assert [row.messages[-1]["content"] for row in read_prompts(tmp_path / "plain.txt")] == ["first", "second"]
+def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
+    """A chat log is answered in its context; an answer that is there is kept; an empty one is none."""
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "c"}]
-    lines = [{"prompt": "a"}, {"user": "b", "answer_ids": [1, 2, 257], "kind": "x"}, {"messages": talk}]
-    path = tmp_path / "mixed.jsonl"
+    reply = {"role": "assistant", "content": "said by somebody"}
+    given = [{"prompt": "b", "answer_ids": [1, 2, 257]}, {"prompt": "a", "answer_ids": []}]
+    lines = [{"messages": [*talk, reply]}, *given]
+    path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    distill(TorchBatch(llama), CONFIG, tmp_path / "data", path)
+    distill(TorchBatch(llama), CONFIG, tmp_path / "data", str(path))
     found = rows(tmp_path / "data")
-    assert found[1].ids[-3:] == [1, 2, 257]
-    assert found[1].kind == "x"
-    assert found[2].ids[: len(llama.encode_chat(talk))] == llama.encode_chat(talk)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "line 1: not valid JSON"),
-        ("[]", "line 1: must be a JSON object"),
-        ('{"prompt": "a"}\n{"text": "b"}', "line 2: needs a text `prompt`"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: needs a text `prompt`"),
-        ("", "holds no prompt"),
-    ],
-)
-def test_bad_prompt_files(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(path)
-
-
-def test_missing_prompt_file() -> None:
-    with pytest.raises(FileNotFoundError, match="no such prompt file"):
-        read_prompts(Path("nowhere.jsonl"))
+    context = llama.encode_chat(talk)
+    assert found[0].ids[: len(context)] == context and not any(found[0].answer_mask[: len(context)])
+    assert found[1].ids[-3:] == [1, 2, 257] and sum(found[1].answer_mask) == 3
+    assert any(found[2].answer_mask)
 
 
 def test_other_settings_do_not_mix(tmp_path: Path) -> None:

@@ -3,85 +3,128 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastmtp.config import DistillConfig
 from fastmtp.decode.backend import Batch
-from fastmtp.decode.batch import Request, decode_batch
+from fastmtp.decode.batch import Completion, Request, decode_batch
 from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
-from fastmtp.distill.prompts import Opening, Prompt, UserTurn, opening, read_prompts, user
-from fastmtp.files import file_sha256
+from fastmtp.distill.domains import count_mix
+from fastmtp.distill.endpoints import Endpoints
+from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
+from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
 from fastmtp.models.info import TargetInfo, tokenizer_sha256
 from fastmtp.progress import bar
 from fastmtp.provenance import provenance
 
 # These may change between a run and its continuation without changing any exchange.
-FREE_SETTINGS = ("count", "slots", "shard_rows")
+FREE_SETTINGS = ("count", "slots", "shard_rows", "concurrency", "timeout", "retries")
+
+Decode = Callable[[deque[Request], int], Iterator[Completion]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DistillSummary:
-    """What one run added to a data directory."""
+    """What one run added to a data directory; `domains` and `languages` are what the mix came out as.
 
-    exchanges: int
-    truncated: int
-    answer_tokens: int
-    seconds: float
+    Of endpoints: `refused` requests (a later run tries them again), and how many completions came as text only and
+    were tokenised here, and of these how many do not decode to the same text (`mismatched`).
+    """
+
+    exchanges: int = 0
+    truncated: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    domains: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    retokenised: int = 0
+    mismatched: int = 0
+
+    def add(self, exchange: Exchange) -> None:
+        self.exchanges += 1
+        self.truncated += not exchange.finished
+        self.answer_tokens += sum(exchange.answer_mask)
+        self.kinds[exchange.kind] += 1
+        domains, languages = count_mix([(exchange.prompt, exchange.answer)])
+        self.domains += domains
+        self.languages += languages
 
 
-def distill(engine: Batch, config: DistillConfig, out: Path, prompts: Path | None) -> DistillSummary:
+def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts: str | None) -> DistillSummary:
     """Fill the data directory `out`; goes on where an earlier run stopped.
 
     Args:
-        prompts: a prompt file; None lets the target write `config.count` prompts itself.
+        engine: what decodes, in this process or behind endpoints.
+        prompts: a prompt file or a data set on the hub; None lets the target write `config.count` prompts itself.
     Raises:
         FileNotFoundError, ValueError: the prompts, the target or the directory do not fit; the message says how.
+        ConnectionError: no endpoint is left; what was answered is on disk.
     """
     target = engine.target
+    mix = config.mix_weights()
+    check_mix(mix)
+    if mix and prompts is not None:
+        raise ValueError("mix: is of the model's own prompts; leave out --mix or --prompts")
     listed = None if prompts is None else read_prompts(prompts)
     turn = UserTurn(target) if listed is None else None
     facts = provenance(
         config,
         target=target.source,
         tokenizer_sha256=tokenizer_sha256(target.tokenizer),
-        prompts_sha256=None if prompts is None else file_sha256(prompts),
+        prompts_sha256=None if prompts is None or listed is None else prompts_sha256(prompts, listed),
+        endpoints=engine.urls if isinstance(engine, Endpoints) else [],
     )
-    claim_directory(out, facts, FREE_SETTINGS)
+    claim_directory(out, facts, FREE_SETTINGS, vars(DistillConfig()))
     done = finished_indices(out)
     total = config.count if listed is None else len(listed)
     remaining = [index for index in range(total) if index not in done]
-    work = (opening(config.seed, i) if listed is None else listed[i] for i in remaining)
+    work = (opening(config.seed, i, mix) if listed is None else listed[i] for i in remaining)
     writer = ShardWriter(out, config.shard_rows)
-    exchanges = truncated = answer_tokens = 0
+    if isinstance(engine, Endpoints):
+        decode, width = engine.decode, config.concurrency
+    else:
+        decode, width = partial(decode_batch, engine), config.slots
+    summary = DistillSummary()
     started = time.monotonic()
     with bar("distill", total, total - len(remaining)) as progress:
         try:
-            for exchange in _exchanges(engine, config, work, turn):
+            for exchange in _exchanges(target, decode, width, config, work, turn):
                 writer.add(exchange)
-                exchanges += 1
-                truncated += not exchange.finished
-                answer_tokens += sum(exchange.answer_mask)
-                progress.advance(1, sum(exchange.answer_mask), f"{truncated} truncated")
+                summary.add(exchange)
+                progress.advance(1, sum(exchange.answer_mask), f"{summary.truncated} truncated")
         finally:
             writer.flush()
-    return DistillSummary(exchanges, truncated, answer_tokens, time.monotonic() - started)
+    summary.seconds = time.monotonic() - started
+    if isinstance(engine, Endpoints):
+        summary.refused, summary.retokenised = engine.refused, engine.retokenised
+        summary.mismatched = engine.mismatched
+        if engine.refused and not summary.exchanges:
+            raise ValueError(f"every request was refused: {engine.refusal}")
+    return summary
 
 
 def _exchanges(
-    engine: Batch, config: DistillConfig, work: Iterator[Opening | Prompt], turn: UserTurn | None
+    target: TargetInfo,
+    decode: Decode,
+    width: int,
+    config: DistillConfig,
+    work: Iterator[Opening | Prompt],
+    turn: UserTurn | None,
 ) -> Iterator[Exchange]:
     """Exchanges in order of completion. The queue feeds itself: a prompt that is written asks for its answer."""
-    target = engine.target
     queue: deque[Request] = deque()
     answered: deque[Exchange] = deque()
 
     def refill() -> None:
-        while len(queue) < config.slots and (item := next(work, None)) is not None:
+        while len(queue) < width and (item := next(work, None)) is not None:
             if isinstance(item, Opening):
                 assert turn is not None
                 queue.append(_prompt_request(config, turn, item))
@@ -93,9 +136,11 @@ def _exchanges(
     refill()
     yield from answered
     answered.clear()
-    for completion in decode_batch(engine, queue, slots=len(queue)):
+    for completion in decode(queue, len(queue)):
         task = completion.request.key
-        if isinstance(task, Prompt):
+        if not completion.tokens:
+            pass  # Refused; it is not on disk, so the next run asks again.
+        elif isinstance(task, Prompt):
             yield _exchange(target, task, completion.tokens, completion.finished)
         else:
             text = (task.words + target.decode(completion.tokens)).strip()
@@ -113,7 +158,7 @@ def _exchanges(
 def _prompt_request(config: DistillConfig, turn: UserTurn, task: Opening) -> Request:
     return Request(
         key=task,
-        prompt=turn.open(task.words),
+        prompt=turn.open(task),
         max_new_tokens=config.max_prompt_tokens,
         sampling=config.prompt_sampling(),
         end_ids=turn.end_ids,
@@ -126,7 +171,7 @@ def _answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -
         key=prompt,
         prompt=target.encode_chat(prompt.messages),
         max_new_tokens=config.max_new_tokens,
-        sampling=config.answer_sampling(),
+        sampling=config.answer_sampling(prompt.index),
         end_ids=target.end_ids,
         generator=_generator(config.seed, 2 * prompt.index + 1),
     )

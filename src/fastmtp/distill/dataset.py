@@ -6,7 +6,7 @@ included) and answer_mask (true where a token is the target's own answer).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,43 @@ def read_exchanges(directories: Iterable[Path], tokenizer_sha256: str) -> list[E
     """
     exchanges: list[Exchange] = []
     for directory in directories:
-        found = read_json(directory / "provenance.json").get("tokenizer_sha256")
-        if found != tokenizer_sha256:
+        if tokenizer_of(directory) != tokenizer_sha256:
             raise ValueError(f"{directory}: its token ids are of another tokenizer; distill from this target")
-        if not shards(directory):
-            raise FileNotFoundError(f"{directory}: holds no shard-*.parquet; run `fastmtp distill` first")
-        for path in shards(directory):
-            rows = _read(path, SCHEMA.names).to_pylist()
-            exchanges += [Exchange(**row) for row in rows if row["finished"]]
+        exchanges += [exchange for exchange in iter_exchanges(directory) if exchange.finished]
     if not exchanges:
         raise ValueError("the data holds no finished answer; distill more, or raise max_new_tokens")
     return exchanges
+
+
+def tokenizer_of(directory: Path) -> str | None:
+    """Hash of the tokenizer that a data directory's ids are of."""
+    return read_json(directory / "provenance.json").get("tokenizer_sha256")
+
+
+def target_of(directory: Path) -> str:
+    """The target that a data directory was distilled from, as it was called then."""
+    return str(read_json(directory / "provenance.json").get("target"))
+
+
+def exchange_count(directory: Path) -> int:
+    """How many exchanges there are on disk, from the shards' metadata alone."""
+    return sum(_read(path, []).num_rows for path in shards(directory))
+
+
+def iter_exchanges(directory: Path) -> Iterator[Exchange]:
+    """Every exchange of a data directory, unfinished ones too, a shard in memory at a time.
+
+    Raises:
+        FileNotFoundError: it holds no shard.
+        ValueError: a shard is damaged, or an answer mask cannot be right.
+    """
+    if not shards(directory):
+        raise FileNotFoundError(f"{directory}: holds no shard-*.parquet; run `fastmtp distill` first")
+    for path in shards(directory):
+        for row in _read(path, SCHEMA.names).to_pylist():
+            exchange = Exchange(**row)
+            _check_mask(exchange, path)
+            yield exchange
 
 
 def data_sha256(directories: Iterable[Path]) -> dict[str, str]:
@@ -107,9 +133,13 @@ def data_sha256(directories: Iterable[Path]) -> dict[str, str]:
     }
 
 
-def claim_directory(directory: Path, facts: dict[str, Any], free: tuple[str, ...]) -> None:
+def claim_directory(
+    directory: Path, facts: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]
+) -> None:
     """Start a data directory, or go on with one made with the same settings but for the `free` ones.
 
+    Args:
+        defaults: what a setting was before there was such a setting.
     Raises:
         ValueError: the directory was made with other settings, or is not a data directory.
     """
@@ -119,10 +149,13 @@ def claim_directory(directory: Path, facts: dict[str, Any], free: tuple[str, ...
         for key in ("tokenizer_sha256", "prompts_sha256"):
             if before.get(key) != facts[key]:
                 raise ValueError(f"{directory}: was made with another {key.split('_')[0]}; choose another --out")
+        if "cleaned_from" in before:
+            raise ValueError(f"{directory}: is a cleaned copy, which distill does not add to; choose another --out")
+        settings = defaults | before["settings"]
         for name, value in facts["settings"].items():
-            if name not in free and before["settings"].get(name) != value:
+            if name not in free and settings[name] != value:
                 raise ValueError(
-                    f"{directory}: was made with {name} = {before['settings'].get(name)!r}, not {value!r}; "
+                    f"{directory}: was made with {name} = {settings[name]!r}, not {value!r}; "
                     "choose another --out, or the same settings to go on"
                 )
     elif directory.exists() and any(directory.iterdir()):
@@ -135,3 +168,20 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read, it may be damaged ({error}); remove it and go on") from error
+
+
+def _check_mask(exchange: Exchange, path: Path) -> None:
+    """A mask that is all ones would train on the prompt, one that is all zeros on nothing."""
+    mask = exchange.answer_mask
+    if len(mask) != len(exchange.ids):
+        wrong = f"has {len(mask)} flags for {len(exchange.ids)} tokens"
+    elif all(mask):
+        wrong = "is all ones: no token is the prompt's"
+    elif not any(mask):
+        wrong = "is all zeros: no token is the answer's"
+    else:
+        return
+    raise ValueError(
+        f"{path}: the answer mask of exchange {exchange.index} {wrong}; "
+        "check the target's chat template, and distill again"
+    )

@@ -1,66 +1,24 @@
-"""Where prompts come from: a file, or the target itself."""
+"""Prompts that a user has: text and JSONL files, Parquet files, chat logs, data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
-import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtp.models.info import TargetInfo
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-# How a user turn opens, by kind of task. The model writes the rest (the idea is Magpie's, arXiv 2406.08464);
-# the opening only steers the mix. The first number is the weight of the kind.
-OPENINGS: dict[str, tuple[int, list[str]]] = {
-    "general": (20, [""]),
-    "code": (
-        14,
-        [
-            "Write a Python function",
-            "Write a program that",
-            "You are given an array",
-            "You are given a string",
-            "Given a list of",
-            "There are N",
-            "Implement",
-            "Fix the bug in this code:\n\n```python\n",
-        ],
-    ),
-    "mathematics": (
-        14,
-        [
-            "Find the value of",
-            "Let $",
-            "If $",
-            "How many",
-            "Compute",
-            "Solve",
-            "A train",
-            "What is the probability",
-        ],
-    ),
-    "question": (12, ["Who", "When", "Where", "What is", "Which", "How", "Why", "How long"]),
-    "passage": (
-        12,
-        [
-            "Answer the question using the passage.\n\nPassage:",
-            "Read the text and answer the question at the end.\n\n",
-            "Context:",
-        ],
-    ),
-    "summary": (
-        12,
-        ["Summarize:", "Summarize the following article:\n\n", "Give a short summary of this text:\n\n"],
-    ),
-    "writing": (6, ["Write a short story", "Write an email", "Compose", "Describe", "Write a blog post"]),
-    "explanation": (6, ["Explain", "Why does", "What is the difference between", "Compare"]),
-    "advice": (5, ["I need help with", "How can I", "What should I", "Give me tips"]),
-    "editing": (3, ["Rewrite the following text", "Correct the grammar:", "Make this sentence"]),
-    "translation": (2, ["Translate the following sentence", "Translate to English:"]),
-    "chinese": (3, ["请", "什么是", "以下是", "用中文"]),
-}
+from fastmtp.files import file_sha256
+
+HUB = "hf:"
+COLUMNS = ("prompt", "user", "messages", "conversations", "kind", "answer_ids", "finished")
+# ShareGPT's names of the speakers.
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -74,67 +32,36 @@ class Prompt:
     finished: bool = True
 
 
-@dataclass(frozen=True)
-class Opening:
-    """How a prompt begins that the target is to write itself."""
+def read_prompts(source: str) -> list[Prompt]:
+    """Prompts from a file, by its name: Parquet, JSONL (`.gz` is unpacked), else text with one prompt a line; or
+    from the hub, as `hf:owner/name` or `hf:owner/name:split`.
 
-    index: int
-    kind: str
-    words: str
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: JSONL if its name says so, else one prompt a line; `.gz` is unpacked.
-
-    A JSONL line has `prompt` (or `user`), or `messages` ending with the user's turn; optionally `kind`, and
-    `answer_ids` with `finished` where the target has answered already.
+    A row has a text `prompt` (or `user`), or a conversation: `messages` of `role` and `content`, or ShareGPT's
+    `conversations` of `from` and `value`. Of a conversation, what follows the user's last turn is left out.
+    Optional are `kind`, and `answer_ids` with `finished` where the target has answered already.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line does not fit (it is named), or there is no prompt at all.
+        FileNotFoundError: no such file, or the data set cannot be had.
+        ValueError: a row does not fit (it is named), or there is no prompt at all, or `datasets` is missing.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file")
-    is_packed = path.suffix == ".gz"
-    is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
-    with gzip.open(path, "rt") if is_packed else path.open() as stream:
-        lines = [(number, line.strip()) for number, line in enumerate(stream, 1) if line.strip()]
-    prompts = [
-        _parse(index, line, f"{path}, line {number}") if is_jsonl else Prompt(index, "file", user(line))
-        for index, (number, line) in enumerate(lines)
-    ]
+    if source.startswith(HUB):
+        rows = _hub_rows(source)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such prompt file")
+        rows = _file_rows(path)
+    prompts = [_prompt(index, row, where) for index, (where, row) in enumerate(rows)]
     if not prompts:
-        raise ValueError(f"{path}: holds no prompt")
+        raise ValueError(f"{source}: holds no prompt")
     return prompts
 
 
-def opening(seed: int, index: int) -> Opening:
-    """The opening words of the index-th own prompt, in the proportions of `OPENINGS`."""
-    chooser = random.Random(f"{seed}/{index}")
-    kind = chooser.choices(list(OPENINGS), [weight for weight, _ in OPENINGS.values()])[0]
-    return Opening(index, kind, chooser.choice(OPENINGS[kind][1]))
-
-
-class UserTurn:
-    """The chat template around a user's turn, so that the model can be asked to write one."""
-
-    def __init__(self, target: TargetInfo) -> None:
-        """Raises ValueError if the target has no chat template to write a user's turn in."""
-        marker = "user-turn-goes-here"
-        if not target.tokenizer.chat_template:
-            raise ValueError(
-                f"{target.source}: has no chat template, so it cannot write its own prompts; give --prompts FILE"
-            )
-        text = target.tokenizer.apply_chat_template(user(marker), tokenize=False, add_generation_prompt=True)
-        self._before, _, after = text.partition(marker)
-        self._target = target
-        ends = target.tokenizer.encode(after, add_special_tokens=False)[:1]
-        self.end_ids = target.end_ids | frozenset(ends)
-
-    def open(self, opening: str) -> list[int]:
-        """Token ids up to and including the opening words of the user's turn."""
-        ids: list[int] = self._target.tokenizer.encode(self._before + opening, add_special_tokens=False)
-        return ids
+def prompts_sha256(source: str, prompts: list[Prompt]) -> str:
+    """Tells one list of prompts from another; a file is known by its bytes, what the hub gave by its content."""
+    if not source.startswith(HUB):
+        return file_sha256(Path(source))
+    return hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
 
 
 def user(content: str) -> list[dict[str, str]]:
@@ -142,28 +69,85 @@ def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def _parse(index: int, line: str, where: str) -> Prompt:
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if text := line.strip():
+                where = f"{path}, line {number}"
+                yield where, _parse(text, where) if is_jsonl else {"prompt": text}
+
+
+def _parse(line: str, where: str) -> Any:
     try:
-        row: Any = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            known = [name for name in file.schema_arrow.names if name in COLUMNS]
+            rows = (row for batch in file.iter_batches(columns=known) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", row
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    name, _, split = source.removeprefix(HUB).partition(":")
+    if name.count("/") != 1:
+        raise ValueError(f"{source}: must be {HUB}owner/name or {HUB}owner/name:split")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"{source}: needs the `datasets` extra: pip install 'fastmtp[datasets]'") from error
+    try:
+        rows = load_dataset(name, split=split or "train")
+    # The library passes on the errors of whatever it uses: the network, the hub, a parser.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FileNotFoundError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row
+
+
+def _prompt(index: int, row: Any, where: str) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be a JSON object")
+    # Parquet fills the columns that a row lacks with None.
+    row = {key: value for key, value in row.items() if value is not None}
     text = row.get("prompt", row.get("user"))
-    messages: Any = row.get("messages") if text is None else user(text)
-    if not _is_conversation(messages):
+    messages = user(text) if isinstance(text, str) else _to_last_user_turn(_conversation(row))
+    if not messages or not messages[-1]["content"].strip():
         raise ValueError(
-            f"{where}: needs a text `prompt`, or `messages` of `role` and `content` that end with the user's"
+            f"{where}: needs a text `prompt` or `user`, or a conversation with a user's turn: `messages` of `role` "
+            "and `content`, or `conversations` of `from` and `value`"
         )
-    return Prompt(index, row.get("kind", "file"), messages, row.get("answer_ids"), row.get("finished", True))
+    answer_ids = row.get("answer_ids") or None
+    if answer_ids is not None and not (
+        isinstance(answer_ids, list) and all(type(token) is int for token in answer_ids)
+    ):
+        raise ValueError(f"{where}: `answer_ids` must be a list of token ids")
+    return Prompt(index, str(row.get("kind", "file")), messages, answer_ids, bool(row.get("finished", True)))
 
 
-def _is_conversation(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(message, dict) for message in messages)
-        and all(isinstance(message.get(key), str) for message in messages for key in ("role", "content"))
-        and messages[-1]["role"] == "user"
-        and bool(messages[-1]["content"].strip())
-    )
+def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The turns of a chat log with the field names of a chat template; empty if there are none in it."""
+    turns = row.get("messages", row.get("conversations"))
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return []
+    named = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
+    if not all(isinstance(part, str) for pair in named for part in pair):
+        return []
+    return [{"role": _ROLES.get(role, role), "content": content} for role, content in named]
+
+
+def _to_last_user_turn(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    end = max((place for place, message in enumerate(messages, 1) if message["role"] == "user"), default=0)
+    return messages[:end]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from fastmtp.models import embedded
-from fastmtp.models.info import check_supported
+from fastmtp.models.info import TargetInfo, check_supported
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,19 @@ def locate(name: str) -> Source:
             "or a hub id such as Qwen/Qwen3-0.6B"
         )
     return Source(name, name)
+
+
+def describe(name: str) -> TargetInfo:
+    """What there is to know of a target without its weights, for data about it and for servers of it.
+
+    Raises:
+        FileNotFoundError, ValueError: as for loading the target.
+    """
+    source = locate(name)
+    with reading(source):
+        config = source.read_config()
+        architecture = (config.architectures or [config.model_type])[0]
+        return TargetInfo(config, source.read_generation_config(), source.read_tokenizer(), architecture, name)
 
 
 @contextmanager

@@ -1,0 +1,116 @@
+"""Cleaning: what should not be trained on is left out of a copy, and counted by the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from rensa import RMinHashDeduplicator
+
+from fastmtp.config import CleanConfig
+from fastmtp.distill.dataset import Exchange, ShardWriter, data_sha256, exchange_count, iter_exchanges
+from fastmtp.files import read_json, replacing, write_json
+from fastmtp.progress import bar
+from fastmtp.provenance import provenance
+
+REASONS = ("unfinished", "too short", "too long", "loop", "near-duplicate")
+# Characters in one shingle: long enough that two texts on one subject share few, and fit for any script.
+SHINGLE = 8
+# Enough that the estimate of the similarity is off by 0.04 (standard deviation at 0.8).
+_PERMUTATIONS = 128
+_SHARD_ROWS = 256
+_EXCERPT = 160
+
+
+@dataclass
+class CleanReport:
+    """Exchanges kept, and by reason: how many were left out, and the first of them."""
+
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    examples: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def drop(self, reason: str, exchange: Exchange) -> None:
+        self.dropped[reason] += 1
+        answer = exchange.answer
+        # The end of an answer shows a loop or a cut, the beginning what it is about.
+        excerpt = answer if len(answer) <= 2 * _EXCERPT else f"{answer[:_EXCERPT]} … {answer[-_EXCERPT:]}"
+        example = {"index": exchange.index, "prompt": exchange.prompt[:_EXCERPT], "answer": excerpt}
+        self.examples.setdefault(reason, example)
+
+
+def clean(directory: Path, out: Path, config: CleanConfig) -> CleanReport:
+    """Write the exchanges of `directory` that are fit to train on to the data directory `out`, in their order.
+
+    Raises:
+        FileNotFoundError: `directory` is no data directory.
+        ValueError: `out` exists, a shard is damaged, an answer mask cannot be right, or nothing is left.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another --out")
+    before = read_json(directory / "provenance.json")
+    report = CleanReport()
+    seen = Seen(config.max_similarity)
+    with replacing(out) as temporary, bar("clean", exchange_count(directory)) as progress:
+        temporary.mkdir(parents=True)
+        writer = ShardWriter(temporary, _SHARD_ROWS)
+        for exchange in iter_exchanges(directory):
+            reason = unfit(exchange, config)
+            if reason is None and config.max_similarity < 1 and seen.before(exchange):
+                reason = "near-duplicate"
+            if reason is None:
+                writer.add(exchange)
+                report.kept += 1
+            else:
+                report.drop(reason, exchange)
+            progress.advance(1, len(exchange.ids))
+        writer.flush()
+        if not report.kept:
+            raise ValueError(f"{directory}: nothing is left of it ({told(report)}); allow more, or distill more")
+        facts = {key: before.get(key) for key in ("target", "tokenizer_sha256", "prompts_sha256", "endpoints")}
+        sources = data_sha256([directory])
+        record = provenance(config, **facts, cleaned_from=sources, distilled_with=before.get("settings"))
+        write_json(temporary / "provenance.json", record | {"report": vars(report)})
+    return report
+
+
+def unfit(exchange: Exchange, config: CleanConfig) -> str | None:
+    """Why an exchange should not be trained on, looking at it alone; None if it is fit."""
+    answer = list(compress(exchange.ids, exchange.answer_mask))
+    if not exchange.finished:
+        return "unfinished"
+    if len(answer) < config.min_answer_tokens:
+        return "too short"
+    if len(answer) > config.max_answer_tokens:
+        return "too long"
+    return "loop" if repeated_share(answer, config.repeat_tokens) > config.max_repeated else None
+
+
+def repeated_share(tokens: Sequence[int], length: int) -> float:
+    """Share of the sequences of `length` tokens that have come before in the same text."""
+    sequences = [tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
+    return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
+
+
+class Seen:
+    """Remembers exchanges by their MinHash, to tell whether one much like them has been before."""
+
+    def __init__(self, similarity: float) -> None:
+        self._index = RMinHashDeduplicator(threshold=similarity, num_perm=_PERMUTATIONS, use_lsh=True)
+        self._count = 0
+
+    def before(self, exchange: Exchange) -> bool:
+        """Whether prompt and answer together are much like an earlier exchange; if not, it is remembered."""
+        text = re.sub(r"\s+", " ", f"{exchange.prompt} {exchange.answer}").strip().lower()
+        shingles = {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+        self._count += 1
+        (new,) = self._index.add_pairs([(str(self._count), sorted(shingles))])
+        return not new
+
+
+def told(report: CleanReport) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in report.dropped.items() if count) or "none left out"

@@ -1,0 +1,107 @@
+"""What a data set holds: counts, languages, domains, lengths, frequent tokens, samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import compress, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmtp.distill.dataset import Exchange, exchange_count, iter_exchanges, tokenizer_of
+from fastmtp.distill.domains import count_mix
+from fastmtp.models.info import TargetInfo, tokenizer_sha256
+from fastmtp.progress import bar
+
+QUANTILES = (0, 10, 25, 50, 75, 90, 99, 100)
+FREQUENT = 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a sample, special tokens visible: the target's own answer, or not."""
+
+    is_answer: bool
+    text: str
+
+
+@dataclass
+class Statistics:
+    """Lengths are in tokens; frequent tokens are of the answers, with their share of these."""
+
+    exchanges: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    domains: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    prompt_lengths: dict[str, int] = field(default_factory=dict)
+    answer_lengths: dict[str, int] = field(default_factory=dict)
+    distinct_tokens: int = 0
+    frequent_tokens: list[tuple[str, float]] = field(default_factory=list)
+    samples: list[list[Span]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"samples": [[vars(span) for span in sample] for sample in self.samples]}
+
+
+def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> Statistics:
+    """Read data directories once, a shard in memory at a time.
+
+    Args:
+        target: whose tokenizer the ids are of.
+        samples: how many to keep, each of another kind as far as there are kinds.
+    Raises:
+        FileNotFoundError: a directory is no data directory.
+        ValueError: a shard is damaged, a mask cannot be right, or the ids are of another tokenizer.
+    """
+    for directory in directories:
+        if tokenizer_of(directory) != tokenizer_sha256(target.tokenizer):
+            raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")
+    found = Statistics()
+    prompt_lengths: list[int] = []
+    answer_lengths: list[int] = []
+    tokens: Counter[int] = Counter()
+    kept: dict[tuple[int, str], Exchange] = {}
+    with bar("read", sum(map(exchange_count, directories))) as progress:
+        for directory in directories:
+            for exchange in iter_exchanges(directory):
+                answer = list(compress(exchange.ids, exchange.answer_mask))
+                answer_lengths.append(len(answer))
+                prompt_lengths.append(len(exchange.ids) - len(answer))
+                tokens.update(answer)
+                found.finished += exchange.finished
+                # The first of every kind, then the second of every kind, ...
+                place = (found.kinds[exchange.kind], exchange.kind)
+                if place[0] < samples:
+                    kept[place] = exchange
+                found.kinds[exchange.kind] += 1
+                domains, languages = count_mix([(exchange.prompt, exchange.answer)])
+                found.domains += domains
+                found.languages += languages
+                progress.advance(1, len(exchange.ids))
+    found.exchanges = len(answer_lengths)
+    found.prompt_tokens, found.answer_tokens = sum(prompt_lengths), sum(answer_lengths)
+    found.prompt_lengths, found.answer_lengths = _quantiles(prompt_lengths), _quantiles(answer_lengths)
+    found.distinct_tokens = len(tokens)
+    found.frequent_tokens = [
+        (str(target.tokenizer.decode([token])), count / found.answer_tokens)
+        for token, count in tokens.most_common(FREQUENT)
+    ]
+    found.samples = [spans(kept[place], target) for place in sorted(kept)[:samples]]
+    return found
+
+
+def spans(exchange: Exchange, target: TargetInfo) -> list[Span]:
+    """The exchange as the answer mask divides it."""
+    marked = groupby(zip(exchange.answer_mask, exchange.ids, strict=True), key=lambda pair: pair[0])
+    return [Span(mask, str(target.tokenizer.decode([token for _, token in run]))) for mask, run in marked]
+
+
+def _quantiles(lengths: list[int]) -> dict[str, int]:
+    values = np.percentile(lengths, QUANTILES, method="nearest")
+    return {f"{quantile}%": int(value) for quantile, value in zip(QUANTILES, values, strict=True)}

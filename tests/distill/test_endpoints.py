@@ -1,0 +1,339 @@
+"""Answers from OpenAI-compatible servers: small fake ones, good, failing and dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fastmtp.cli import commands
+from fastmtp.config import DistillConfig
+from fastmtp.distill.answers import distill
+from fastmtp.distill.dataset import Exchange, iter_exchanges
+from fastmtp.distill.endpoints import Endpoints
+from tests.conftest import tiny_target
+
+Reply = Callable[[dict[str, Any]], tuple[int, Any]]
+TARGET = tiny_target("llama")
+END = 257
+CONFIG = DistillConfig(count=6, max_new_tokens=20, concurrency=4, shard_rows=2)
+START = TARGET.encode("Hi you")
+
+
+class Server(ThreadingHTTPServer):
+    """Answers completions with `reply(body)`, and keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self, reply: Reply) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/completions"
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append(body)
+                server.keys.add(self.headers["Authorization"])
+                status, content = reply(body)
+                text = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        server = self
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that no longer waits is part of the tests."""
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Reply], Server]]:
+    started: list[tuple[Server, threading.Thread]] = []
+
+    def start(reply: Reply) -> Server:
+        server = Server(reply)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        started.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def said(text: str, reason: str = "stop", **more: Any) -> tuple[int, dict[str, Any]]:
+    return 200, {"choices": [{"text": text, "finish_reason": reason, **more}]}
+
+
+def asked_for(body: dict[str, Any]) -> str:
+    """The words of the user's turn in the prompt that a server got."""
+    return TARGET.tokenizer.decode(body["prompt"]).split("<|user|>")[1].split("<|end|>")[0]
+
+
+def written(tmp_path: Path, count: int = 6) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"say {n}"}) for n in range(count)))
+    return str(path)
+
+
+def endpoints(*urls: str, retries: int = 2, timeout: float = 10.0) -> Endpoints:
+    return Endpoints(TARGET, urls, retries=retries, timeout=timeout, wait=0.01)
+
+
+def stored(directory: Path) -> dict[int, Exchange]:
+    found = list(iter_exchanges(directory))
+    assert len({exchange.index for exchange in found}) == len(found)
+    return {exchange.index: exchange for exchange in found}
+
+
+@pytest.mark.parametrize("place", ["vllm", "llama-server"])
+@pytest.mark.parametrize("with_end", [True, False])
+def test_token_ids_are_kept_as_produced(tmp_path: Path, serve: Any, place: str, with_end: bool) -> None:
+    """Wherever the server puts them, with its end token or without; the text is not tokenised again."""
+    ids = [72, 73, 300 - 1] + [END] * with_end
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if place == "vllm":
+            return said("?", token_ids=ids)
+        status, content = said("?")
+        return status, content | {"__verbose": {"tokens": ids}}
+
+    engine = endpoints(serve(reply).url)
+    summary = distill(engine, CONFIG, tmp_path / "data", written(tmp_path))
+    for index, exchange in stored(tmp_path / "data").items():
+        prompt = TARGET.encode_chat([{"role": "user", "content": f"say {index}"}])
+        assert exchange.ids == [*prompt, 72, 73, 299, END]
+        assert exchange.answer_mask == [False] * len(prompt) + [True] * 4
+        assert exchange.finished
+    assert (summary.exchanges, summary.retokenised, engine.mismatched) == (6, 0, 0)
+
+
+def test_what_is_asked(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored prompt's own ids, the paper's sampling or greedy in the share asked for, the key and the model."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server = serve(lambda _: said("a"))
+    config = DistillConfig(greedy_share=0.5, max_new_tokens=33, concurrency=8)
+    engine = Endpoints(TARGET, [server.url + "/v1/"], "name", wait=0.01)
+    distill(engine, config, tmp_path / "data", written(tmp_path, 60))
+    body = server.asked[0]
+    assert body["prompt"] in [TARGET.encode_chat([{"role": "user", "content": f"say {n}"}]) for n in range(60)]
+    assert (body["model"], body["max_tokens"], body["stop_token_ids"]) == ("name", 33, [END])
+    assert server.keys == {"Bearer secret"}
+    kinds = [(body["temperature"], body["top_k"], body["top_p"]) for body in server.asked]
+    assert set(kinds) == {(0.0, -1, 1.0), (0.6, 20, 0.95)}
+    assert 15 < kinds.count((0.0, -1, 1.0)) < 45
+    assert len({body["seed"] for body in server.asked}) == 60
+
+
+def test_only_text_is_tokenised_here(tmp_path: Path, serve: Any) -> None:
+    """Finished answers get the template's end token, cut ones none; all are counted, none differs here."""
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        return said("Hi you", "length" if asked_for(body) == "say 0" else "stop")
+
+    summary = distill(endpoints(serve(reply).url), CONFIG, tmp_path / "data", written(tmp_path))
+    found = stored(tmp_path / "data")
+    for exchange in found.values():
+        answer = exchange.ids[-sum(exchange.answer_mask) :]
+        assert answer == START + [END] * exchange.finished
+    assert [index for index, exchange in found.items() if not exchange.finished] == [0]
+    assert (summary.retokenised, summary.mismatched) == (6, 0)
+
+
+def test_text_that_differs_once_tokenised_is_counted(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TARGET, "decode", lambda ids: "something else")
+    summary = distill(endpoints(serve(lambda _: said("Hi")).url), CONFIG, tmp_path / "data", written(tmp_path))
+    assert (summary.retokenised, summary.mismatched) == (6, 6)
+
+
+def test_failures_are_tried_again(tmp_path: Path, serve: Any) -> None:
+    """Every request fails once in its own way; nothing is lost, nothing is stored twice."""
+    failed: set[str] = set()
+    ways = [(500, "oops"), (503, "busy"), (429, "slow down")]
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        words = asked_for(body)
+        if words in failed:
+            return said("fine")
+        failed.add(words)
+        return ways[len(failed) % 3]
+
+    summary = distill(endpoints(serve(reply).url), CONFIG, tmp_path / "data", written(tmp_path))
+    assert (summary.exchanges, summary.refused) == (6, 0)
+    assert set(stored(tmp_path / "data")) == set(range(6))
+
+
+@pytest.mark.parametrize("way", ["refuses connections", "500", "hangs", "wrong key", "no such server"])
+def test_a_dead_endpoint_costs_nothing(
+    tmp_path: Path, serve: Any, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The good one beside it answers everything; what the dead one died of is said once."""
+    release = threading.Event()
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if way == "hangs":
+            release.wait(20)
+        return {"wrong key": (401, "no"), "no such server": (200, "<html>")}.get(way, (500, "oops"))
+
+    good, bad = serve(lambda _: said("fine")), serve(reply)
+    url = "http://127.0.0.1:1" if way == "refuses connections" else bad.url
+    hangs = way == "hangs"
+    engine = endpoints(url, good.url, timeout=2 if hangs else 10, retries=0 if hangs else 1)
+    summary = distill(engine, CONFIG, tmp_path / "data", written(tmp_path, 20))
+    release.set()
+    assert summary.exchanges == 20
+    assert set(stored(tmp_path / "data")) == set(range(20))
+    assert capsys.readouterr().err.count("is given up") == 1
+
+
+def test_a_dying_endpoint_hands_over_what_it_had_begun(tmp_path: Path, serve: Any) -> None:
+    """A long answer that it dies over is asked of another endpoint, although it answered others meanwhile."""
+    answered: list[str] = []
+    others = threading.Event()
+
+    def dying(body: dict[str, Any]) -> tuple[int, Any]:
+        if not answered:
+            answered.append("the first one is long")
+            others.wait(20)
+        elif len(answered) < 4:
+            answered.append(asked_for(body))
+            return said("fine")
+        others.set()
+        return 500, "dying"
+
+    engine = endpoints(serve(dying).url, serve(lambda _: said("fine")).url)
+    summary = distill(engine, CONFIG, tmp_path / "data", written(tmp_path, 40))
+    assert (summary.exchanges, summary.refused) == (40, 0)
+    assert len(answered) == 4
+
+
+def test_all_dead_keeps_what_is_answered(tmp_path: Path, serve: Any) -> None:
+    """The servers go away in the middle: one clear error, and the same command goes on when they are back."""
+    answered: list[str] = []
+    healthy = [False]
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(answered) >= 5 and not healthy[0]:
+            return 500, "gone"
+        answered.append(asked_for(body))
+        return said("fine")
+
+    first, second = serve(reply), serve(reply)
+    config = DistillConfig(concurrency=1, shard_rows=100)
+    with pytest.raises(ConnectionError, match=r"no endpoint is left .*HTTP 500: gone.*the same command goes on"):
+        distill(endpoints(first.url, second.url), config, tmp_path / "data", written(tmp_path, 12))
+    assert len(stored(tmp_path / "data")) == 5
+    healthy[0] = True
+    summary = distill(endpoints(first.url), config, tmp_path / "data", written(tmp_path, 12))
+    assert summary.exchanges == 7
+    assert set(stored(tmp_path / "data")) == set(range(12))
+    assert len(answered) == len(set(answered)) == 12
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_one_bad_request_does_not_stop_the_others(tmp_path: Path, serve: Any, status: int) -> None:
+    """A prompt that the server cannot do, by its own word or because only this one fails, is left for later."""
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        return (status, "too long") if asked_for(body) == "say 3" else said("fine")
+
+    # The others are still being answered while the bad one is tried again.
+    engine = Endpoints(TARGET, [serve(reply).url], retries=1, wait=0.05)
+    config = DistillConfig(concurrency=2)
+    summary = distill(engine, config, tmp_path / "data", written(tmp_path, 60))
+    assert (summary.exchanges, summary.refused) == (59, 1)
+    assert set(stored(tmp_path / "data")) == set(range(60)) - {3}
+
+
+def test_all_refused_is_an_error(tmp_path: Path, serve: Any) -> None:
+    with pytest.raises(ValueError, match=r"every request was refused.*HTTP 400: bad sampling"):
+        distill(endpoints(serve(lambda _: (400, "bad sampling")).url), CONFIG, tmp_path / "d", written(tmp_path))
+
+
+def test_another_models_ids_are_an_error(tmp_path: Path, serve: Any) -> None:
+    with pytest.raises(ValueError, match="beyond the vocabulary of tiny-llama"):
+        distill(
+            endpoints(serve(lambda _: said("a", token_ids=[5, 999])).url), CONFIG, tmp_path / "d", written(tmp_path)
+        )
+
+
+def test_own_prompts_come_from_endpoints_too(tmp_path: Path, serve: Any) -> None:
+    """The server continues the user's turn, then answers it; a turn without an end is asked for anew."""
+    unended: list[int] = []
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        text = TARGET.tokenizer.decode(body["prompt"])
+        if text.endswith("<|assistant|>"):
+            return said("answer")
+        unended.append(body["seed"])
+        return said(" go on", "length" if len(unended) == 1 else "stop")
+
+    server = serve(reply)
+    summary = distill(endpoints(server.url), CONFIG, tmp_path / "data", None)
+    assert summary.exchanges == 6
+    assert len(unended) == len(set(unended)) == 7
+    assert all(exchange.prompt.endswith("go on") for exchange in stored(tmp_path / "data").values())
+
+
+def test_ctrl_c_keeps_what_is_answered(tmp_path: Path, serve: Any) -> None:
+    """It does not wait for the requests under way, and the next run makes the rest."""
+    release = threading.Event()
+    answered: list[str] = []
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        answered.append(asked_for(body))
+        if len(answered) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(answered) > 5:
+            release.wait(60)
+        return said("fine")
+
+    server = serve(reply)
+    with pytest.raises(KeyboardInterrupt):
+        distill(endpoints(server.url), CONFIG, tmp_path / "data", written(tmp_path, 12))
+    release.set()
+    # Those on their way when the key is pressed may be lost.
+    kept = len(stored(tmp_path / "data"))
+    assert 5 - CONFIG.concurrency < kept <= 5
+    assert distill(endpoints(server.url), CONFIG, tmp_path / "data", written(tmp_path, 12)).exchanges == 12 - kept
+
+
+def test_the_command(tmp_path: Path, serve: Any) -> None:
+    """With endpoints no weights are needed: only the tokenizer and the configuration are there."""
+    TARGET.model.config.save_pretrained(tmp_path / "model")
+    TARGET.tokenizer.save_pretrained(tmp_path / "model")
+    server = serve(lambda _: said("def f(): pass"))
+    arguments = ["distill", "--target", str(tmp_path / "model"), "--out", str(tmp_path / "data"), "--endpoint"]
+    (tmp_path / "distill.toml").write_text('count = 5\nmix = "code=1,french=1"\n')
+    config = ["--config", str(tmp_path / "distill.toml")]
+    result = CliRunner().invoke(commands, [*arguments, server.url, *config, "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["exchanges"], summary["refused"], summary["retokenised"]) == (5, 0, 10)
+    assert set(summary["kinds"]) <= {"code", "french"}
+    assert sum(summary["domains"].values()) == sum(summary["languages"].values()) == 5
+
+
+def test_an_address_must_be_one() -> None:
+    with pytest.raises(ValueError, match="--endpoint localhost:8000: must be an address such as http"):
+        endpoints("localhost:8000")
