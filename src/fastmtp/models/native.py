@@ -51,7 +51,7 @@ class NativeTarget(TargetInfo):
             weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
                 layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
         Raises:
-            ValueError: the architecture is not supported, or tensors are missing or of another shape.
+            ValueError: tensors are missing or of another shape.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
         self._model = skeleton(config)

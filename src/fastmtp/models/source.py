@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import gguf
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from fastmtp.models import embedded
-from fastmtp.models.info import check_supported
+from fastmtp.models.info import ALIASES, check_supported
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,23 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What transformers wants to know besides the place."""
-        return {} if self.gguf is None else {"gguf_file": self.gguf.name}
+        """What transformers wants to know besides the place; unless told no, it asks whether to run remote code."""
+        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf.name})
 
     def read_config(self) -> Any:
-        config = AutoConfig.from_pretrained(self.place, **self.arguments)
+        """The configuration of a model that the engines run."""
+        config = self.read_any_config()
         check_supported(config, self.name)
         return config
+
+    def read_any_config(self) -> Any:
+        """The configuration of a language model of any kind that transformers has; of an alias, its equal's."""
+        if self.gguf is None:
+            values, _ = PreTrainedConfig.get_config_dict(self.place)
+            if (kind := ALIASES.get(values.get("model_type"))) is not None:
+                named = {"model_type", "architectures", "auto_map"}
+                return CONFIG_MAPPING[kind].from_dict({k: v for k, v in values.items() if k not in named})
+        return AutoConfig.from_pretrained(self.place, **self.arguments)
 
     def read_tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.place, **self.arguments)
