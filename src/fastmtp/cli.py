@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from fastmtp.cli_head import head as head_commands
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
@@ -47,6 +48,9 @@ def main() -> None:
 @click.version_option(package_name="fastmtp")
 def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
+
+
+commands.add_command(head_commands)
 
 
 @commands.command()
@@ -92,6 +96,9 @@ def distill(
     multiple=True,
     help="data directory; may be repeated",
 )
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="head to go on from  [default: the target's last layer]"
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
 @config_option
 @json_option
@@ -101,6 +108,7 @@ def train(
     dtype: str | None,
     device: str | None,
     data: tuple[Path, ...],
+    init: Path | None,
     out: Path,
     config: Path | None,
     as_json: bool,
@@ -110,7 +118,7 @@ def train(
     chosen = load_config(TrainConfig, config, settings)
     from fastmtp.train.run import train_head
 
-    summary = train_head(open_torch_target(target, dtype, device, for_throughput=True), data, chosen, out)
+    summary = train_head(open_torch_target(target, dtype, device, for_throughput=True), data, chosen, out, init)
     finish(
         as_json,
         {**summary, "out": str(out)},

@@ -16,9 +16,12 @@ from fastmtp.train.trainer import Progress, Trainer
 from fastmtp.vocabulary.lists import ALL, VocabularyLists, rank_tokens
 
 
-def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: Path) -> dict[str, Any]:
+def train_head(
+    target: Target, data: Sequence[Path], config: TrainConfig, out: Path, init: Path | None = None
+) -> dict[str, Any]:
     """Train, and write the head with the best held-out acceptance length to `out`.
 
+    The first weights are those of the head in `init`, or without one of the target's last layer.
     Checkpoints and metrics lie beside it, in `<out>.training`; a run that was stopped goes on from there.
 
     Returns:
@@ -30,7 +33,8 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
     record = provenance(config)
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256)
     vocabulary = _vocabulary(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
-    trainer = Trainer(target, exchanges, vocabulary.union() or None, config, out.with_name(out.name + ".training"))
+    directory = out.with_name(out.name + ".training")
+    trainer = Trainer(target, exchanges, vocabulary.union() or None, config, directory, init)
     with bar("train", trainer.steps, trainer.step) as progress:
         for done in trainer.train():
             progress.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
@@ -40,6 +44,7 @@ def train_head(target: Target, data: Sequence[Path], config: TrainConfig, out: P
     held_out = trainer.measure()
     facts = {
         "target": target.source,
+        "init": None if init is None else str(init),
         "data": data_sha256(data),
         "exchanges": len(exchanges),
         "tokens": sum(len(exchange.ids) for exchange in exchanges),

@@ -18,7 +18,9 @@ import torch
 from fastmtp.config import TrainConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.distill.dataset import Exchange
+from fastmtp.files import file_sha256
 from fastmtp.models.head import MTPHead
+from fastmtp.models.head_format import load_head
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import agreement, replay, text_states
 from fastmtp.train.batches import batch_order, make_batch
@@ -50,13 +52,16 @@ class Trainer:
         draft_ids: list[int] | None,
         config: TrainConfig,
         directory: Path,
+        init: Path | None = None,
     ) -> None:
         """Start a run, or go on from the directory's checkpoint.
 
         Args:
             draft_ids: the tokens that the loss and the draft step score; None is all.
+            init: a head directory to start from; None is the target's last layer.
         Raises:
-            ValueError: too little data, or the checkpoint is of a run with other settings or data.
+            FileNotFoundError: there is no head in `init`.
+            ValueError: too little data, a head that does not fit, or the checkpoint of another run is there.
         """
         if len(exchanges) <= config.held_out:
             raise ValueError(
@@ -65,7 +70,8 @@ class Trainer:
             )
         self.target = target
         self.config = config
-        self.head = MTPHead(target).float()
+        start = MTPHead(target) if init is None else load_head(init, target)[0].requires_grad_(True)
+        self.head = start.float()
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
         self._held_out = shuffled[: config.held_out]
         self._texts = [exchange.ids[: config.max_length] for exchange in shuffled[config.held_out :]]
@@ -77,9 +83,10 @@ class Trainer:
         )
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._fingerprint = json.dumps(
-            [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
-        )
+        facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
+        if init is not None:
+            facts.append(file_sha256(init / "model.safetensors"))
+        self._fingerprint = json.dumps(facts)
         self.best_tau = 0.0
         self.step = 0
         self._resume()
@@ -175,8 +182,8 @@ class Trainer:
         state = load_checkpoint(path, self.target.device)
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"{path}: is of a run with other settings or data; choose another --out, or remove "
-                f"{self._directory} to start again"
+                f"{path}: is of a run with other settings or data, or from another first head; choose another "
+                f"--out, or remove {self._directory} to start again"
             )
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
