@@ -38,12 +38,16 @@ class Source:
         return config
 
     def read_any_config(self) -> Any:
-        """The configuration of a language model of any kind that transformers has; of an alias, its equal's."""
+        """The configuration of a model of any kind; an alias has that of what it runs as."""
         if self.gguf is None:
             values, _ = PreTrainedConfig.get_config_dict(self.place)
-            if (kind := ALIASES.get(values.get("model_type"))) is not None:
+            kind = values.get("model_type")
+            if kind in ALIASES:
                 named = {"model_type", "architectures", "auto_map"}
-                return CONFIG_MAPPING[kind].from_dict({k: v for k, v in values.items() if k not in named})
+                own = {key: value for key, value in values.items() if key not in named}
+                return CONFIG_MAPPING[ALIASES[kind]].from_dict(own)
+            if kind not in CONFIG_MAPPING:
+                return PreTrainedConfig.from_dict(values)
         return AutoConfig.from_pretrained(self.place, **self.arguments)
 
     def read_tokenizer(self) -> Any:
