@@ -160,13 +160,13 @@ def test_decoding_with_an_unsupported_target(name: str) -> None:
         load_target(str(checkpoint(name).directory))
 
 
-def damage(directory: Path, **changes: Tensor | None) -> None:
-    tensors = load_file(directory / "model.safetensors")
+def damage(directory: Path, file: str = "model.safetensors", **changes: Tensor | None) -> None:
+    tensors = load_file(directory / file)
     for key, value in changes.items():
         tensors.pop(key, None)
         if value is not None:
             tensors[key] = value
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -233,3 +233,21 @@ def test_missing_and_damaged_weights(own: Made) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match="has neither"):
         find_head(str(own.directory))
+
+
+def test_index_that_does_not_hold(tmp_path: Path) -> None:
+    """Of an overlay: no map, a file that is gone, a tensor that is not where the map says."""
+    made, overlay = checkpoint("mimo"), tmp_path / "overlay"
+    import_head(str(made.directory), tmp_path / "head")
+    write_back(str(made.directory), tmp_path / "head", overlay)
+    index = overlay / "model.safetensors.index.json"
+    written = json.loads(index.read_text())
+    damage(overlay, "mtp.safetensors", **{"model.mtp_layers.0.input_proj.weight": None})
+    with pytest.raises(ValueError, match=r"mtp\.safetensors: damaged or missing: .*input_proj"):
+        find_head(str(overlay)).tensors()
+    (overlay / "mtp.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"mtp\.safetensors: damaged or missing"):
+        find_head(str(overlay)).tensors()
+    index.write_text(json.dumps({"metadata": written["metadata"]}))
+    with pytest.raises(ValueError, match="carries no MTP layer"):
+        find_head(str(overlay))

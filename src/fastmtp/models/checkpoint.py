@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: the directory, or its safetensors, are missing.
-            ValueError: the index or the file is damaged.
+            ValueError: the index, or the file, is damaged.
         """
         self.directory = directory
         if (directory / _INDEX).is_file():
-            self.files: dict[str, str] = read_json(directory / _INDEX)["weight_map"]
+            self.files: dict[str, str] = read_json(directory / _INDEX).get("weight_map", {})
         elif (directory / _SINGLE).is_file():
             with _opened(directory / _SINGLE) as file:
                 self.files = dict.fromkeys(file.keys(), _SINGLE)
@@ -38,7 +39,11 @@ class Checkpoint:
             raise FileNotFoundError(f"{directory}: has neither {_INDEX} nor {_SINGLE}")
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors as stored."""
+        """Tensors as stored.
+
+        Raises:
+            ValueError: a file is missing or damaged, or lacks what the index says is in it.
+        """
         by_file: dict[str, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.files[key], []).append(key)
@@ -49,9 +54,11 @@ class Checkpoint:
         return tensors
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path}: damaged or missing: {error}") from error
 

@@ -70,6 +70,7 @@ def _last_layer(target: Target) -> nn.Module:
         config.layer_types = [FULL] * int(config.num_hidden_layers)
     last = target.model.model.layers[-1]
     # At its own place: what a layer is made of can depend on that (dense layers come first, experts last).
-    layer = type(last)(config, int(config.num_hidden_layers) - 1).to(device=target.device, dtype=target.dtype)
+    with target.device:
+        layer = type(last)(config, int(config.num_hidden_layers) - 1).to(target.dtype)
     layer.load_state_dict(last.state_dict())
     return cast(nn.Module, layer)
