@@ -75,7 +75,7 @@ def find_head(name: str) -> CheckpointHead:
     source = locate(name)
     directory = Path(source.place)
     if source.gguf is not None or not directory.is_dir():
-        raise ValueError(f"{name}: give a Hugging Face model directory")
+        raise ValueError(f"{name}: give a Hugging Face model directory; `hf download` makes one of a hub id")
     with reading(source):
         config = source.read_any_config().get_text_config()
         layout = layout_of(config, name)
