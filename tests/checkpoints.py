@@ -141,7 +141,9 @@ def make_checkpoint(name: str, directory: Path) -> Made:
     for module in (model, layer):
         for tensor in module.state_dict().values():
             if tensor.is_floating_point():
-                tensor.normal_(0, 0.3).copy_(tensor.bfloat16())
+                tensor.normal_(0, 0.3)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False).copy_(parameter.bfloat16())
     hidden = config.hidden_size
     tensors = {
         f"{norm}.weight": torch.randn(hidden) for norm in (kind.token_norm, kind.hidden_norm, kind.final_norm)
@@ -155,7 +157,7 @@ def make_checkpoint(name: str, directory: Path) -> Made:
     if name == "mimo":
         _as_mimo(directory / "config.json")
     path = directory / "model.safetensors"
-    own = {key: tensor.bfloat16() for key, tensor in load_file(path).items()}
+    own = {key: _stored(key, tensor) for key, tensor in load_file(path).items()}
     copies = {}
     if kind.appended:
         copies[f"{kind.layer}.embed_tokens.weight"] = own["model.embed_tokens.weight"].clone()
@@ -164,13 +166,17 @@ def make_checkpoint(name: str, directory: Path) -> Made:
     return Made(kind, directory, model, layer, tensors)
 
 
+def _stored(key: str, tensor: Tensor) -> Tensor:
+    return tensor if "correction_bias" in key else tensor.bfloat16()
+
+
 def _layer_tensors(kind: Kind, layer: nn.Module) -> dict[str, Tensor]:
     """The layer by published keys: each matrix of each expert by itself, unless they are published fused."""
     tensors = {}
     for name, value in layer.state_dict().items():
         key = f"{kind.layer}.{name}"
         prefix, _, matrix = key.rpartition(".")
-        stored = value if "correction_bias" in name else value.bfloat16()
+        stored = _stored(key, value)
         if ".experts." not in name or kind.fused_experts:
             tensors[key] = stored
             continue

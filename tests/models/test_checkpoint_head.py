@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmtp.models.checkpoint import Checkpoint
 from fastmtp.models.checkpoint_head import find_head, import_head, write_back
 from fastmtp.models.head import MTPHead
+from fastmtp.models.head_format import load_head, save_head
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import FULL, rotations
 from fastmtp.models.target import load_target
@@ -154,7 +155,35 @@ def test_mimo_is_a_qwen2() -> None:
     assert target.identity == find_head(str(made.directory)).target.identity
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "mimo"])
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_targets_with_experts(name: str) -> None:
+    """The states are transformers' own, in one forward and in pieces, and after a rollback."""
+    made, ids, cache = checkpoint(name), torch.tensor([random_ids(60)]), KVCache(4)
+    target = load_target(str(made.directory), device="cpu")
+    with torch.no_grad():
+        expected = made.model.model(ids).last_hidden_state
+    pieces = [target.forward(part, cache) for part in ids.split([1, 30, 1, 28], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-4, rtol=1e-4)
+    cache.truncate(20)
+    torch.testing.assert_close(target.forward(ids[:, 20:], cache), expected[:, 20:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_correction_biases_keep_their_precision(name: str, tmp_path: Path) -> None:
+    """A target in bfloat16 has a head whose routers choose by float32 biases, as its own do; on disk too."""
+    made = checkpoint(name)
+    import_head(str(made.directory), tmp_path / "head")
+    target = load_target(str(made.directory), device="cpu", dtype=torch.bfloat16)
+    head, lists, steps = load_head(tmp_path / "head", target)
+    save_head(tmp_path / "again", head, target, draft_steps=steps, vocabulary=lists, provenance={})
+    bias = find_head(str(made.directory)).tensors()["layer.mlp.gate.e_score_correction_bias"]
+    assert not bias.equal(bias.bfloat16().float())
+    assert head.layer.mlp.gate.e_score_correction_bias.equal(bias)
+    first, second = (tmp_path / part / "model.safetensors" for part in ("head", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("qwen")])
 def test_decoding_with_an_unsupported_target(name: str) -> None:
     with pytest.raises(ValueError, match=rf"architecture '{name}' is not supported; supported: llama.* mimo"):
         load_target(str(checkpoint(name).directory))

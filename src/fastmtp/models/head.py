@@ -70,7 +70,7 @@ def _last_layer(target: Target) -> nn.Module:
         config.layer_types = [FULL] * int(config.num_hidden_layers)
     last = target.model.model.layers[-1]
     # At its own place: what a layer is made of can depend on that (dense layers come first, experts last).
-    with target.device:
-        layer = type(last)(config, int(config.num_hidden_layers) - 1).to(target.dtype)
-    layer.load_state_dict(last.state_dict())
+    with torch.device("meta"):
+        layer = type(last)(config, int(config.num_hidden_layers) - 1)
+    layer.load_state_dict({name: value.clone() for name, value in last.state_dict().items()}, assign=True)
     return cast(nn.Module, layer)
