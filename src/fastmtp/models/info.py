@@ -10,7 +10,7 @@ from typing import Any, cast
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Experts and latent attention, which the native engine does not have.
 ONLY_TORCH = ("glm4_moe", "deepseek_v3")
-# What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (XiaomiMiMo/MiMo, modeling_mimo.py).
+# What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (vLLM's mimo.py, 055e47c).
 ALIASES = {"mimo": "qwen2"}
 
 

@@ -1,6 +1,6 @@
 """Literal key maps between our head and the MTP layers that checkpoints carry.
 
-- `MIMO`: MiMo; vLLM's mimo_mtp.py (0bb55d6) and MiMo's own modeling_mimo.py.
+- `MIMO`: MiMo; vLLM's mimo_mtp.py (0bb55d6).
 - `QWEN`: Qwen3-Next, Qwen3.5 dense and MoE; vLLM's qwen3_next_mtp.py (055e47c) and qwen3_5_mtp.py (01d9980).
 - `appended`: DeepSeek-V3, GLM-4.5 to 4.7 (MoE); vLLM's deepseek_mtp.py (03356f8), glm4_moe_mtp.py (028aedf) and
   transformers 5.23's `MtpLayer`. The state after the final norm is fed back, as in SGLang's *_nextn.py and
