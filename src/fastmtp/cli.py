@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from fastmtp.cli_data import data, distill
+from fastmtp.cli_head import head as head_commands
 from fastmtp.config import SamplingConfig, TrainConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
@@ -52,6 +53,7 @@ def commands() -> None:
 
 commands.add_command(distill)
 commands.add_command(data)
+commands.add_command(head_commands)
 
 
 @commands.command()
@@ -62,6 +64,9 @@ commands.add_command(data)
     required=True,
     multiple=True,
     help="data directory; may be repeated",
+)
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="head to go on from  [default: the target's last layer]"
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
 @click.option(
@@ -80,6 +85,7 @@ def train(
     dtype: str | None,
     device: str | None,
     data: tuple[Path, ...],
+    init: Path | None,
     out: Path,
     states: Path | None,
     shard_target: bool,
@@ -99,13 +105,16 @@ def train(
     # First, for it says which GPU is this process's.
     processes = Processes()
     loaded = open_torch_target(target, dtype, "cpu" if shard_target else device, for_throughput=True)
-    summary = train_head(loaded, data, chosen, out, processes=processes, states=states, shard_target=shard_target)
+    summary = train_head(
+        loaded, data, chosen, out, init=init, processes=processes, states=states, shard_target=shard_target
+    )
     if vanilla:
         summary["vanilla"] = train_head(
             loaded,
             data,
             replace(chosen, draft_steps=1),
             out.with_name(out.name + "-vanilla"),
+            init=init,
             processes=processes,
             states=states,
             measure_steps=chosen.draft_steps,

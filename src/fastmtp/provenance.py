@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance(config: Any, **facts: Any) -> dict[str, Any]:
+def provenance(config: Any = None, **facts: Any) -> dict[str, Any]:
     """A JSON object: command, settings (a dataclass), versions, commit, machine, and the facts given."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": dataclasses.asdict(config),
+        "settings": {} if config is None else dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in ("fastmtp", "torch", "transformers")}
         | {"python": platform.python_version()},
         "commit": _commit(),

@@ -61,10 +61,13 @@ def test_directory_without_config(tmp_path: Path) -> None:
 
 
 def test_unsupported_architecture_is_named(directory: Path) -> None:
+    """With or without classes in transformers; remote code is neither run nor asked about."""
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match=r"'gpt2' is not supported; supported: llama"):
-        load_target(str(directory))
+    for kind in ("gpt2", "no-such-thing"):
+        code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
+        (directory / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": code}))
+        with pytest.raises(ValueError, match=rf"'{kind}' is not supported; supported: llama"):
+            load_target(str(directory))
 
 
 def test_truncated_weights(directory: Path) -> None:

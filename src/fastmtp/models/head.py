@@ -64,12 +64,13 @@ def _unit_norm(norm: nn.Module) -> nn.Module:
 
 
 def _last_layer(target: Target) -> nn.Module:
-    """A copy of the target's last layer, as the only layer of a model that attends to everything."""
+    """A copy of the target's last layer that attends to everything."""
     config = copy.deepcopy(target.config)
-    config.num_hidden_layers = 1
     if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [FULL]
+        config.layer_types = [FULL] * int(config.num_hidden_layers)
     last = target.model.model.layers[-1]
-    layer = type(last)(config, 0).to(device=target.device, dtype=target.dtype)
-    layer.load_state_dict(last.state_dict())
+    # At its own place: what a layer is made of can depend on that (dense layers come first, experts last).
+    with torch.device("meta"):
+        layer = type(last)(config, int(config.num_hidden_layers) - 1)
+    layer.load_state_dict({name: value.clone() for name, value in last.state_dict().items()}, assign=True)
     return cast(nn.Module, layer)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fastmtp.files import read_json, replacing, write_json
 from fastmtp.models.head import MTPHead
@@ -35,7 +36,25 @@ def save_head(
     vocabulary: VocabularyLists,
     provenance: dict[str, Any],
 ) -> None:
-    """Write a head directory whole; one that exists is replaced."""
+    """Write a head directory whole; one that exists is replaced. Weights become bfloat16, buffers stay."""
+    weights = {name for name, _ in head.named_parameters()}
+    tensors = {
+        name: tensor.detach().cpu().to(torch.bfloat16 if name in weights else tensor.dtype)
+        for name, tensor in head.state_dict().items()
+    }
+    write_head(directory, tensors, target, draft_steps=draft_steps, vocabulary=vocabulary, provenance=provenance)
+
+
+def write_head(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    target: TargetInfo,
+    *,
+    draft_steps: int,
+    vocabulary: VocabularyLists,
+    provenance: dict[str, Any],
+) -> None:
+    """`save_head` for tensors that are written as they are."""
     config = {
         "format_version": FORMAT_VERSION,
         "target": asdict(target.identity),
@@ -44,12 +63,9 @@ def save_head(
         "norm_eps": float(target.config.rms_norm_eps),
         "rope": target.config.rope_parameters,
     }
-    tensors = {
-        name: tensor.detach().cpu().to(torch.bfloat16).contiguous() for name, tensor in head.state_dict().items()
-    }
     with replacing(directory) as temporary:
         temporary.mkdir()
-        save_file(tensors, temporary / "model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
         vocabulary.save(temporary / "vocabulary.json", target.identity.tokenizer_sha256)
         write_json(temporary / "config.json", config)
         write_json(temporary / "provenance.json", provenance)
@@ -67,6 +83,13 @@ def load_head(directory: Path, target: Target) -> tuple[MTPHead, VocabularyLists
     weights = _read_tensors(directory, {name: tuple(value.shape) for name, value in head.state_dict().items()})
     head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
     return head.eval().requires_grad_(False), vocabulary, steps
+
+
+def read_head_tensors(directory: Path, target: Target) -> dict[str, Tensor]:
+    """A head's tensors as they are on disk, checked as by `load_head`; the target's weights are not touched."""
+    _read_description(directory, target)
+    _read_tensors(directory, {name: tuple(value.shape) for name, value in MTPHead(target).state_dict().items()})
+    return cast("dict[str, Tensor]", load_file(directory / "model.safetensors"))
 
 
 def load_native_head(directory: Path, target: NativeTarget) -> tuple[NativeHead, VocabularyLists, int]:

@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+# Experts and latent attention, which the native engine does not have.
+ONLY_TORCH = ("glm4_moe", "deepseek_v3")
+# What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (vLLM's mimo.py, 055e47c).
+ALIASES = {"mimo": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,8 @@ class TargetInfo:
         """Describe a target.
 
         Raises:
-            ValueError: the architecture is not supported, or the tokenizer does not fit.
+            ValueError: the tokenizer does not fit.
         """
-        check_supported(config, source)
         self.config = config
         self.tokenizer = tokenizer
         self.architecture = architecture
@@ -90,9 +93,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def check_supported(config: Any, source: str) -> None:
     """Raises ValueError if no engine here runs models of this kind."""
-    if config.model_type not in SUPPORTED:
-        raise ValueError(
-            f"{source}: architecture {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}"
-        )
+    if config.model_type not in (*SUPPORTED, *ONLY_TORCH):
+        supported = ", ".join((*SUPPORTED, *ALIASES, *ONLY_TORCH))
+        raise ValueError(f"{source}: architecture {config.model_type!r} is not supported; supported: {supported}")
     if getattr(config, "final_logit_softcapping", None) is not None:
         raise ValueError(f"{source}: a model with final_logit_softcapping is not supported")

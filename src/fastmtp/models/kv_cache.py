@@ -1,6 +1,7 @@
 """Preallocated key/value caches that transformers' attention classes write to, and that own their rollback.
 
-Shapes: B batch, N key/value heads, T new tokens, L tokens held, D head size.
+Shapes: B batch, N key/value heads, T new tokens, L tokens held, D size of a key or of a value; latent attention
+keeps its two parts, of different sizes, as if they were the key and the value of one head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class KVCache:
     def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; returns all of that layer's, [B, N, L + T, D] each."""
         end = self.length + key_BNTD.shape[2]
-        keys, values = self._storage(layer, key_BNTD, end)
+        keys, values = self._storage(layer, (key_BNTD, value_BNTD), end)
         keys[:, :, self.length : end] = key_BNTD
         values[:, :, self.length : end] = value_BNTD
         return keys[:, :, :end], values[:, :, :end]
@@ -45,12 +46,12 @@ class KVCache:
             for layer, (keys, values) in self._layers.items()
         }
 
-    def _storage(self, layer: int, like_BNTD: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    def _storage(self, layer: int, like: tuple[Tensor, Tensor], end: int) -> tuple[Tensor, Tensor]:
         while self._capacity < end:
             self._capacity *= 2
         held = self._layers.get(layer)
         if held is None or held[0].shape[2] < end:
-            self._layers[layer] = _grown(held, like_BNTD, self._capacity, self.length)
+            self._layers[layer] = _grown(held, like, self._capacity, self.length)
         return self._layers[layer]
 
 
@@ -69,8 +70,8 @@ class SlotCache:
         self._grow(length)
         for layer, (keys, values) in cache.layers().items():
             if layer not in self._layers:
-                like = keys[:1].expand(self._slots, -1, -1, -1)
-                self._layers[layer] = _grown(None, like, self._capacity, 0)
+                one_key, one_value = (part[:1].expand(self._slots, -1, -1, -1) for part in (keys, values))
+                self._layers[layer] = _grown(None, (one_key, one_value), self._capacity, 0)
             held_keys, held_values = self._layers[layer]
             held_keys[slot, :, :length] = keys[row, :, :length]
             held_values[slot, :, :length] = values[row, :, :length]
@@ -103,15 +104,14 @@ class SlotCache:
         while self._capacity < length:
             self._capacity *= 2
         for layer, held in self._layers.items():
-            self._layers[layer] = _grown(held, held[0], self._capacity, filled)
+            self._layers[layer] = _grown(held, held, self._capacity, filled)
 
 
 def _grown(
-    held: tuple[Tensor, Tensor] | None, like_BNTD: Tensor, capacity: int, filled: int
+    held: tuple[Tensor, Tensor] | None, like: tuple[Tensor, Tensor], capacity: int, filled: int
 ) -> tuple[Tensor, Tensor]:
     """Room for `capacity` tokens, with the first `filled` ones copied over."""
-    batch, heads, _, size = like_BNTD.shape
-    keys, values = (like_BNTD.new_zeros(batch, heads, capacity, size) for _ in range(2))
+    keys, values = (part.new_zeros(*part.shape[:2], capacity, part.shape[3]) for part in like)
     if held is not None:
         keys[:, :, :filled] = held[0][:, :, :filled]
         values[:, :, :filled] = held[1][:, :, :filled]

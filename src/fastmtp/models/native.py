@@ -16,7 +16,7 @@ import psutil
 from torch import nn
 
 from fastmtp import _native
-from fastmtp.models.info import TargetInfo
+from fastmtp.models.info import ONLY_TORCH, TargetInfo
 from fastmtp.models.layers import FULL, layer_types, norm_offset, skeleton, windows
 from fastmtp.models.source import locate, reading
 from fastmtp.models.weights import Floats, Weights, open_weights, whole
@@ -51,7 +51,7 @@ class NativeTarget(TargetInfo):
             weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
                 layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
         Raises:
-            ValueError: the architecture is not supported, or tensors are missing or of another shape.
+            ValueError: tensors are missing or of another shape.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
         self._model = skeleton(config)
@@ -253,6 +253,10 @@ def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: 
     source = locate(name)
     with reading(source):
         config = source.read_config()
+        if config.model_type in ONLY_TORCH:
+            raise ValueError(
+                f"{name}: architecture {config.model_type!r} runs in PyTorch only; give --engine torch"
+            )
         return NativeTarget(
             config,
             source.read_generation_config(),

@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import gguf
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from fastmtp.models import embedded
-from fastmtp.models.info import TargetInfo, check_supported
+from fastmtp.models.info import ALIASES, TargetInfo, check_supported
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,27 @@ class Source:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What transformers wants to know besides the place."""
-        return {} if self.gguf is None else {"gguf_file": self.gguf.name}
+        """What transformers wants to know besides the place; unless told no, it asks whether to run remote code."""
+        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf.name})
 
     def read_config(self) -> Any:
-        config = AutoConfig.from_pretrained(self.place, **self.arguments)
+        """The configuration of a model that the engines run."""
+        config = self.read_any_config()
         check_supported(config, self.name)
         return config
+
+    def read_any_config(self) -> Any:
+        """The configuration of a model of any kind; an alias has that of what it runs as."""
+        if self.gguf is None:
+            values, _ = PreTrainedConfig.get_config_dict(self.place)
+            kind = values.get("model_type")
+            if kind in ALIASES:
+                named = {"model_type", "architectures", "auto_map"}
+                own = {key: value for key, value in values.items() if key not in named}
+                return CONFIG_MAPPING[ALIASES[kind]].from_dict(own)
+            if kind not in CONFIG_MAPPING:
+                return PreTrainedConfig.from_dict(values)
+        return AutoConfig.from_pretrained(self.place, **self.arguments)
 
     def read_tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.place, **self.arguments)

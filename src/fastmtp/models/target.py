@@ -36,7 +36,7 @@ class Target(TargetInfo):
         """Wrap a loaded transformers model.
 
         Raises:
-            ValueError: the architecture is not supported, or the tokenizer does not fit.
+            ValueError: the tokenizer does not fit.
         """
         super().__init__(model.config, model.generation_config, tokenizer, type(model).__name__, source)
         self.model = model.eval().requires_grad_(False)

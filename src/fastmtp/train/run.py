@@ -25,6 +25,7 @@ def train_head(
     config: TrainConfig,
     out: Path,
     *,
+    init: Path | None = None,
     processes: Processes,
     states: Path | None = None,
     shard_target: bool = False,
@@ -32,6 +33,7 @@ def train_head(
 ) -> dict[str, Any]:
     """Train, and write the head with the best held-out acceptance length to `out`.
 
+    The first weights are those of the head in `init`, or without one of the target's last layer.
     Checkpoints and metrics lie beside it, in `<out>.training`; a run that was stopped goes on from there. Started
     by `torchrun` in several processes, all of them share each batch, and the first one writes.
 
@@ -57,6 +59,7 @@ def train_head(
         vocabulary.union() or None,
         config,
         directory,
+        init=init,
         states=states,
         processes=processes,
         shard_target=shard_target,
@@ -76,6 +79,7 @@ def train_head(
     held_out = measured.acceptance
     facts = {
         "target": target.source,
+        "init": None if init is None else str(init),
         "data": data_sha256(data),
         "exchanges": len(exchanges),
         "tokens": sum(len(exchange.ids) for exchange in exchanges),

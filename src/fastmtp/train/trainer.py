@@ -19,7 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fastmtp.config import TrainConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.distill.dataset import Exchange
+from fastmtp.files import file_sha256
 from fastmtp.models.head import MTPHead
+from fastmtp.models.head_format import load_head
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import agreement, replay, text_states
 from fastmtp.train.batches import Batch, batch_order, make_batch
@@ -70,6 +72,7 @@ class Trainer:
         config: TrainConfig,
         directory: Path,
         *,
+        init: Path | None = None,
         states: Path | None = None,
         processes: Processes | None = None,
         shard_target: bool = False,
@@ -79,12 +82,14 @@ class Trainer:
 
         Args:
             draft_ids: the tokens that the loss and the draft step score; None is all.
+            init: a head directory to start from; None is the target's last layer.
             states: a directory that keeps the target's hidden states; None computes them for every batch.
             processes: those that share the work; None is this one alone.
             shard_target: spread the target's layers over the processes.
             measure_steps: length of the chains that acceptance is measured on; None is the length trained.
         Raises:
-            ValueError: too little data, or the checkpoint is of a run with other settings or data.
+            FileNotFoundError: there is no head in `init`.
+            ValueError: too little data, a head that does not fit, or the checkpoint of another run is there.
         """
         if len(exchanges) <= config.held_out:
             raise ValueError(
@@ -95,7 +100,8 @@ class Trainer:
         self.config = config
         self._measure_steps = measure_steps or config.draft_steps
         self._processes = processes or Processes()
-        self.head = MTPHead(target).float()
+        start = MTPHead(target) if init is None else load_head(init, target)[0].requires_grad_(True)
+        self.head = start.float()
         if shard_target:
             self._processes.shard(target)
             self.head.to(target.device)
@@ -114,9 +120,10 @@ class Trainer:
         self._metrics = Metrics(directory) if self._processes.first else None
         self._states = StateCache(states, target, self._texts, self._processes) if states else None
         self._trained_on = list(range(min(len(self._texts), config.held_out)))
-        self._fingerprint = json.dumps(
-            [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
-        )
+        facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
+        if init is not None:
+            facts.append(file_sha256(init / "model.safetensors"))
+        self._fingerprint = json.dumps(facts)
         self.best_tau = self.start_tau = 0.0
         self.step = 0
         self._resume()
@@ -257,8 +264,8 @@ class Trainer:
         state = load_checkpoint(path, self.target.device)
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                f"{path}: is of a run with other settings or data; choose another --out, or remove "
-                f"{self._directory} to start again"
+                f"{path}: is of a run with other settings or data, or from another first head; choose another "
+                f"--out, or remove {self._directory} to start again"
             )
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):

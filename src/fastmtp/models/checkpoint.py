@@ -1,0 +1,104 @@
+"""A Hugging Face directory's safetensors as they are: which file holds which tensor, and an overlay over them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmtp.files import read_json, replacing, write_json
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """The tensors of a directory by key; `files` has each key's file name."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the index, or the one file's header.
+
+        Raises:
+            FileNotFoundError: the directory, or its safetensors, are missing.
+            ValueError: the index, or the file, is damaged.
+        """
+        self.directory = directory
+        if (directory / _INDEX).is_file():
+            self.files: dict[str, str] = read_json(directory / _INDEX).get("weight_map", {})
+        elif (directory / _SINGLE).is_file():
+            with _opened(directory / _SINGLE) as file:
+                self.files = dict.fromkeys(file.keys(), _SINGLE)
+        else:
+            raise FileNotFoundError(f"{directory}: has neither {_INDEX} nor {_SINGLE}")
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors as stored.
+
+        Raises:
+            ValueError: a file is missing or damaged, or lacks what the index says is in it.
+        """
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.files[key], []).append(key)
+        tensors: dict[str, Tensor] = {}
+        for name, inside in by_file.items():
+            with _opened(self.directory / name) as file:
+                tensors |= {key: file.get_tensor(key) for key in inside}
+        return tensors
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: damaged or missing: {error}") from error
+
+
+def write_overlay(
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], out: Path, provenance: dict[str, Any]
+) -> str:
+    """Write a directory that is the checkpoint with some tensors replaced: a new file, and links to the rest.
+
+    JSON files are copied, and `provenance` written as provenance.json.
+
+    Returns:
+        The new file's name.
+    Raises:
+        ValueError: `out` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists; choose another --out")
+    kept = {key: name for key, name in checkpoint.files.items() if key not in tensors}
+    # Engines read the files in the order of their names, all tensors in each, and keep the last of a key.
+    new = "mtp.safetensors"
+    while any(name >= new for name in kept.values()):
+        new = "z" + new
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        for path in sorted(checkpoint.directory.iterdir()):
+            if path.suffix == ".json" and path.name != _INDEX:
+                shutil.copyfile(path, temporary / path.name)
+            elif path.is_file() and path.suffix not in (".json", ".safetensors"):
+                (temporary / path.name).symlink_to(path.resolve())
+        for name in set(kept.values()):
+            (temporary / _shard(name)).symlink_to((checkpoint.directory / name).resolve())
+        save_file(dict(tensors), temporary / new, metadata={"format": "pt"})
+        weight_map = {key: _shard(name) for key, name in kept.items()} | dict.fromkeys(tensors, new)
+        size = sum(os.path.getsize(temporary / name) for name in set(weight_map.values()))
+        write_json(temporary / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(temporary / "provenance.json", provenance)
+    return new
+
+
+def _shard(name: str) -> str:
+    # A file of the plain name would be read in place of the index.
+    return "model-00001-of-00001.safetensors" if name == _SINGLE else name

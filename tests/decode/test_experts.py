@@ -1,0 +1,52 @@
+"""Targets with experts and latent attention, in the one engine that runs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.batch import Request, decode_batch
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import speculative
+from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.decode.torch_batch import TorchBatch
+from fastmtp.models.head import MTPHead
+from fastmtp.models.target import Target, load_target
+from tests.checkpoints import make_checkpoint
+from tests.conftest import random_ids
+
+LENGTH = 40
+
+
+@pytest.fixture(params=["glm4_moe", "deepseek_v3"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
+    return load_target(str(make_checkpoint(request.param, tmp_path / "model").directory), device="cpu")
+
+
+def expected(target: Target, prompt: list[int]) -> list[int]:
+    return list(islice(plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator()), LENGTH))
+
+
+def test_speculative_is_plain(target: Target) -> None:
+    prompt = random_ids(9)
+    backend = TorchBackend(target, MTPHead(target))
+    rounds = speculative(backend, prompt, 3, SamplingConfig(), torch.Generator())
+    tokens = [token for step in islice(rounds, LENGTH) for token in step.tokens]
+    assert tokens[:LENGTH] == expected(target, prompt)
+
+
+def test_batched_is_plain(target: Target) -> None:
+    """Each of several sequences decoded together, in slots that are used again, as when decoded alone."""
+    prompts = [random_ids(length, seed=length) for length in (1, 30, 7, 280, 2)]
+    settings = {"max_new_tokens": LENGTH, "sampling": SamplingConfig(), "end_ids": frozenset()}
+    queue = deque(
+        Request(key=index, prompt=prompt, generator=torch.Generator(), **settings)
+        for index, prompt in enumerate(prompts)
+    )
+    for done in decode_batch(TorchBatch(target), queue, slots=2):
+        assert done.tokens == expected(target, prompts[done.request.key])
