@@ -37,7 +37,7 @@ def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     steps = [f"step\n{k}" for k in range(1, draft_steps + 1)]
-    names = ("tokens", "plain\ntok/s", "fastmtp\ntok/s", "speedup", "tau", *steps, "identical")
+    names = ("tokens", "plain\ntok/s", "fastmtp\ntok/s", "speedup", "tau", *steps, "same")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for kind, comparison in by_kind(pairs).items():
