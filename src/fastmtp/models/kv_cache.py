@@ -23,7 +23,7 @@ class KVCache:
         self._capacity = capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; returns all of that layer's, [B, N, L + T, D] each."""
         end = self.length + key_BNTD.shape[2]
         keys, values = self._storage(layer, (key_BNTD, value_BNTD), end)
@@ -90,7 +90,7 @@ class SlotCache:
             mask &= keys > newest - window
         return mask[:, None, None, :]
 
-    def update(self, key_BN1D: Tensor, value_BN1D: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_BN1D: Tensor, value_BN1D: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._layers[layer]
         slots = torch.arange(self._slots)
         keys[slots, :, self.lengths] = key_BN1D[:, :, 0]

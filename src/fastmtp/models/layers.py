@@ -6,11 +6,16 @@ Shapes: B batch, T new tokens, L keys (held + new), H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+# transformers 5.24 gave the argument another name.
+_CACHE_ARGUMENT = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -21,7 +26,7 @@ Rotations = Mapping[str, tuple[Tensor, Tensor]]
 class Cache(Protocol):
     """What an attention layer needs of a cache."""
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]: ...
+    def update(self, key: Tensor, value: Tensor, layer: int, /, *_: Any, **__: Any) -> tuple[Tensor, Tensor]: ...
 
 
 def skeleton(config: Any) -> Any:
@@ -95,6 +100,6 @@ def run_layers(
             hidden_BTH,
             position_embeddings=rotation[kind],
             attention_mask=masks[kind],
-            past_key_values=cache,
+            **{_CACHE_ARGUMENT: cache},
         )
     return hidden_BTH

@@ -26,7 +26,7 @@ class ChainCache:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self._keys.append(key_BNTD)
         self._values.append(value_BNTD)
         return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
