@@ -27,7 +27,7 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("draft_steps = 2.5", "draft_steps must be of type int"),
         ("beta =", "not valid TOML"),
         ("beta = 2.0", r"beta is 2.0; it must be above 0 and at most 1"),
-        ("objective = 'mse'", "objective is 'mse'; it must be kl or cross_entropy"),
+        ("objective = 'mse'", "objective is 'mse'; it must be kl or tv or lk or cross_entropy"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
