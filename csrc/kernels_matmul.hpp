@@ -1,0 +1,224 @@
+// Matrix products: each weight is loaded once for all rows of a tile; and the rounding of rows for them.
+// Part of kernels.cpp, which says what holds for all of it.
+#pragma once
+
+namespace {
+
+// How far ahead of a kilobyte of weights to fetch. One block is one stream with its successors, and many rows keep
+// the processor from looking ahead itself: 16 kB. Several blocks together: what follows in each of them, and at their
+// ends the beginnings of the next ones.
+template <int Blocks>
+inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
+  constexpr size_t kPart = kGroup * kLanes;
+  if (Blocks == 1) return 16 * kPart;
+  return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
+}
+
+template <int Rows, int Blocks>
+void int8_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const uint8_t* scales = weights + size_t(w.groups) * kGroup * kLanes;
+  const int8_t* values = x.int8_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  Floats total[Blocks][Rows];
+  for (int b = 0; b < Blocks; b++)
+    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  for (int g = 0; g < w.groups; g++) {
+    const size_t ahead = prefetch_distance<Blocks>(w, g, w.groups);
+    Ints sums[Blocks][Rows];
+    for (int b = 0; b < Blocks; b++)
+      for (int m = 0; m < Rows; m++) sums[b][m] = dot_start(x.sums[(row + m) * x.groups + g]);
+#pragma GCC unroll 16
+    for (int k = 0; k < kGroup; k += 4) {
+      for (int b = 0; b < Blocks; b++) {
+        const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
+        prefetch(place + ahead);
+        const Bytes four = load_bytes(place);
+        for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
+      }
+    }
+    for (int b = 0; b < Blocks; b++) {
+      const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales + b * w.block_bytes));
+      for (int m = 0; m < Rows; m++) {
+        const Floats both = mul(scale, splat(x.scales[(row + m) * x.groups + g]));
+        total[b][m] = fma(to_floats(sums[b][m]), both, total[b][m]);
+      }
+    }
+    weights += kGroup * kLanes;
+    scales += 2 * kLanes;
+    values += kGroup;
+  }
+  for (int b = 0; b < Blocks; b++) {
+    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
+    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+  }
+}
+
+template <int Rows>
+void int4_block(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  constexpr size_t kAhead = 16 * 1024;
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const int8_t* values = x.int8_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  const int groups = 2 * w.groups;
+  Floats total[Rows];
+  for (int m = 0; m < Rows; m++) total[m] = splat(0.0f);
+  for (int g = 0; g < groups; g++) {
+    Ints sums[Rows];
+    for (int m = 0; m < Rows; m++) sums[m] = dot_start(0);
+#pragma GCC unroll 4
+    for (int k = 0; k < kHalf; k += 8) {
+      prefetch(weights + kAhead);
+      const Bytes eight = load_bytes(weights), low = low_nibbles(eight), high = high_nibbles(eight);
+      for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], low, values + m * width + k);
+      for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], high, values + m * width + k + 4);
+      weights += 4 * kLanes;
+    }
+    prefetch(weights + kAhead);
+    const auto* scales = reinterpret_cast<const uint16_t*>(weights);
+    const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
+    for (int m = 0; m < Rows; m++) {
+      const int place = (row + m) * groups + g;
+      const Floats all = splat(static_cast<float>(x.sums[place]));
+      const Floats product = fma(to_floats(sums[m]), step, mul(all, least));
+      total[m] = fma(product, splat(x.scales[place]), total[m]);
+    }
+    weights += 4 * kLanes;
+    values += kHalf;
+  }
+  const Floats bias = w.bias ? load(w.bias + block * kLanes) : splat(0.0f);
+  for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride, add(total[m], bias));
+}
+
+template <int Rows, int Blocks>
+void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const uint16_t* values = x.bf16_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  Floats total[Blocks][Rows];
+  for (int b = 0; b < Blocks; b++)
+    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  for (int g = 0; g < 2 * w.groups; g++) {
+    const size_t ahead = prefetch_distance<Blocks>(w, g, 2 * w.groups);
+#pragma GCC unroll 16
+    for (int k = 0; k < kGroup / 2; k += 2) {
+      for (int b = 0; b < Blocks; b++) {
+        const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
+        prefetch(place + ahead);
+        const Bytes two = load_bytes(place);
+        for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
+      }
+    }
+    weights += kGroup * kLanes;
+    values += kGroup / 2;
+  }
+  for (int b = 0; b < Blocks; b++) {
+    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
+    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+  }
+}
+
+template <int Rows, int Blocks>
+void blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  if (w.type == Type::int8)
+    int8_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else if (w.type == Type::bf16)
+    bf16_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else
+    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, out + b * kLanes, stride);
+}
+
+// Some blocks for `rows` rows, Rows or fewer.
+template <int Rows, int Blocks>
+void tile(const PackedView& w, const Operand& x, int row, int rows, int block, float* out, int stride) {
+  if (rows == Rows)
+    blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else if constexpr (Rows > 1)
+    tile<Rows - 1, Blocks>(w, x, row, rows, block, out, stride);
+}
+
+void matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
+            int stride) {
+  // With few rows several blocks go together: more streams from memory at once, and registers are free.
+  constexpr int kTogether = 4, kFew = kTileRows / 4;
+  int block = first_block;
+  if (rows <= kFew)
+    for (; block + kTogether <= last_block; block += kTogether)
+      tile<kFew, kTogether>(w, x, 0, rows, block, out + block * kLanes, stride);
+  for (; block < last_block; block++)
+    for (int row = 0; row < rows; row += kTileRows) {
+      const int count = rows - row < kTileRows ? rows - row : kTileRows;
+      tile<kTileRows, 1>(w, x, row, count, block, out + size_t(row) * stride + block * kLanes, stride);
+    }
+}
+
+// The orthonormal Walsh-Hadamard transform of a group, which makes its outliers small (see matrix.hpp).
+inline void spread(Floats x[kGroup / kLanes]) {
+  static_assert(kGroup / kLanes == 4);
+  alignas(64) static constexpr float kSigns[4][kLanes] = {
+      {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+      {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+      {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+      {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
+  };
+  for (int i = 0; i < 4; i++) {
+    x[i] = fma(x[i], load(kSigns[0]), swap<1>(x[i]));
+    x[i] = fma(x[i], load(kSigns[1]), swap<2>(x[i]));
+    x[i] = fma(x[i], load(kSigns[2]), swap<4>(x[i]));
+    x[i] = fma(x[i], load(kSigns[3]), swap<8>(x[i]));
+  }
+  const Floats a = add(x[0], x[1]), b = sub(x[0], x[1]), c = add(x[2], x[3]), d = sub(x[2], x[3]);
+  const Floats eighth = splat(0.125f);
+  x[0] = mul(add(a, c), eighth);
+  x[1] = mul(add(b, d), eighth);
+  x[2] = mul(sub(a, c), eighth);
+  x[3] = mul(sub(b, d), eighth);
+}
+
+// Rounds a group to steps of a 127th of its largest number.
+template <int Count>
+void quantize(Floats* lanes, int8_t* values, float& scale, int32_t& sum_of_values) {
+  Floats most = abs(lanes[0]), total = splat(0.0f);
+  for (int i = 1; i < Count; i++) most = max(most, abs(lanes[i]));
+  const float top = largest(most), inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+  for (int i = 0; i < Count; i++) {
+    const Floats rounded = nearest(mul(lanes[i], splat(inverse)));
+    store_int8(values + i * kLanes, rounded);
+    total = add(total, rounded);  // exactly: whole numbers this small
+  }
+  scale = top / 127.0f;
+  sum_of_values = static_cast<int32_t>(sum(total));
+}
+
+void convert(Type type, const float* x, int size, const Operand& operand, int row) {
+  for (int g = 0; g < operand.groups; g++) {
+    Floats lanes[kGroup / kLanes];
+    for (int i = 0; i < kGroup / kLanes; i++) {
+      const int start = g * kGroup + i * kLanes, left = size - start;
+      if (left >= kLanes) {
+        lanes[i] = load(x + start);
+      } else {
+        float padded[kLanes] = {};
+        for (int j = 0; j < left; j++) padded[j] = x[start + j];
+        lanes[i] = load(padded);
+      }
+    }
+    if (type == Type::bf16) {
+      for (int i = 0; i < kGroup / kLanes; i++)
+        store_bf16(operand.bf16_row(row) + g * kGroup + i * kLanes, lanes[i]);
+      continue;
+    }
+    int8_t* values = operand.int8_row(row) + g * kGroup;
+    const size_t place = size_t(row) * operand.groups + g;
+    if (type == Type::int8) {
+      spread(lanes);
+      quantize<kGroup / kLanes>(lanes, values, operand.scales[place], operand.sums[place]);
+      continue;
+    }
+    for (int half = 0; half < 2; half++)
+      quantize<kHalf / kLanes>(lanes + half * kHalf / kLanes, values + half * kHalf, operand.scales[2 * place + half],
+                               operand.sums[2 * place + half]);
+  }
+}
+
+}  // namespace
