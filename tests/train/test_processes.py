@@ -17,15 +17,23 @@ from tests.train.test_trainer import CONFIG, exchanges, losses
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from fastmtp.train import states
 from fastmtp.train.processes import Processes
 from tests.conftest import tiny_target
 from tests.train.test_trainer import CONFIG, Trainer, exchanges, losses
 target = tiny_target("llama")
 data = exchanges(target)
 processes = Processes()
-sharded = sys.argv[2] == "sharded"
-trainer = Trainer(target, data, None, CONFIG, Path(sys.argv[1]), processes=processes, shard_target=sharded)
+how, run = sys.argv[2], Path(sys.argv[1])
+states.SHARD_TEXTS = 8
+trainer = Trainer(
+    target, data, None, CONFIG, run,
+    processes=processes, shard_target="sharded" in how, states=run / "states" if "cached" in how else None,
+)
 found = losses(trainer, 5)
+weight = target.model.model.layers[0].mlp.up_proj.weight
+held = weight.to_local() if "sharded" in how else weight
+assert held.numel() * (2 if "sharded" in how else 1) == 32 * 48
 if processes.first:
     print(json.dumps([found, trainer.measure().acceptance.tau]))
 else:
@@ -49,10 +57,10 @@ def in_two_processes(tmp_path: Path, how: str) -> tuple[list[list[float]], float
     return found, tau
 
 
-@pytest.mark.parametrize("how", ["whole", "sharded"])
+@pytest.mark.parametrize("how", ["whole", "sharded", "sharded, cached"])
 def test_two_processes_are_one(tmp_path: Path, llama: Target, how: str) -> None:
-    """The same losses at the same batches, whether each holds the whole target or half of it; and one process
-    goes on from their checkpoint with the losses that it would have had."""
+    """The same losses at the same batches, whether each holds the whole target or half of it, and when they share
+    states on disk; and one process goes on from their checkpoint with the losses that it would have had."""
     alone = Trainer(llama, exchanges(llama), None, CONFIG, tmp_path / "alone")
     expected = losses(alone, 8)
     found, tau = in_two_processes(tmp_path, how)

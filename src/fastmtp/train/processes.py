@@ -25,6 +25,7 @@ class Processes:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         self.rank = dist.get_rank() if self.count > 1 else 0
+        self._target_is_sharded = False
 
     @property
     def first(self) -> bool:
@@ -34,6 +35,10 @@ class Processes:
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part."""
         return items[self.rank :: self.count]
+
+    def share_of_forwards(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of what takes forwards of the target: all, if each of them takes all processes."""
+        return items if self._target_is_sharded else self.share(items)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over all processes."""
@@ -58,7 +63,9 @@ class Processes:
         """
         from torch.distributed.fsdp import fully_shard
 
+        self._target_is_sharded = True
         for layer in target.model.model.layers:
-            fully_shard(layer)
+            # Said, because a module that is sharded by itself stays whole after its first forward otherwise.
+            fully_shard(layer, reshard_after_forward=True)
         if torch.cuda.is_available():
             target.model.cuda()

@@ -56,10 +56,14 @@ class StateCache:
                 f"{directory}: holds the states of another target or other data; choose another directory"
             )
         missing = [start for start in shards if not self._is_whole(start)]
-        with bar("hidden states", len(shards), len(shards) - len(missing)) as progress:
-            for start in processes.share(missing):
-                self._write(start, target, texts[start : start + SHARD_TEXTS])
-                progress.advance(1, sum(self._lengths[start : start + SHARD_TEXTS]))
+        # Only now may a shard appear: what is missing is the same list in all processes.
+        processes.wait()
+        with bar("hidden states", len(shards), len(shards) - len(missing), hidden=not processes.first) as progress:
+            for start in processes.share_of_forwards(missing):
+                states_TH = _states(target, texts[start : start + SHARD_TEXTS])
+                if start in processes.share(missing):
+                    self._write(start, states_TH)
+                progress.advance(1, len(states_TH))
         processes.wait()
 
     def __getitem__(self, index: int) -> Tensor:
@@ -91,11 +95,17 @@ class StateCache:
             raise ValueError(f"{path}: damaged; remove it, and it is made again")
         return True
 
-    def _write(self, start: int, target: Target, texts: Sequence[Sequence[int]]) -> None:
+    def _write(self, start: int, states_TH: Tensor) -> None:
         path = self._path(start)
-        with torch.no_grad():
-            parts = [text_states(target, torch.tensor([list(text)], device=target.device))[0] for text in texts]
         with replacing(path) as temporary:
-            save_file({"states": torch.cat(parts).cpu()}, temporary)
+            save_file({"states": states_TH}, temporary)
             # The hash first: a shard without one would be an error, a hash without its shard is nothing.
             write_json(path.with_suffix(".json"), {"sha256": file_sha256(temporary)})
+
+
+@torch.no_grad()
+def _states(target: Target, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Of several texts, one after the other."""
+    return torch.cat(
+        [text_states(target, torch.tensor([list(text)], device=target.device))[0] for text in texts]
+    ).cpu()
