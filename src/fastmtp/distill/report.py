@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fastmtp.distill.clean import CleanReport
 from fastmtp.distill.statistics import Span, Statistics
+from fastmtp.tables import figures_table
 
 _SPAN_CHARACTERS = 900
 
@@ -25,7 +26,7 @@ def statistics_report(found: Statistics) -> Iterator[RenderableType]:
     )
     for title, counts in (("kind", found.kinds), ("domain", found.domains), ("language", found.languages)):
         yield _counts(title, counts)
-    lengths = _table("tokens", *found.answer_lengths)
+    lengths = figures_table("tokens", found.answer_lengths)
     for name, quantiles in (("prompt", found.prompt_lengths), ("answer", found.answer_lengths)):
         lengths.add_row(name, *map(str, quantiles.values()))
     yield lengths
@@ -47,17 +48,9 @@ def clean_report(report: CleanReport) -> Iterator[RenderableType]:
 
 
 def _counts(title: str, counts: Counter[str]) -> Table:
-    table = _table(title, "exchanges", "share")
+    table = figures_table(title, ("exchanges", "share"))
     for name, count in counts.most_common():
         table.add_row(Text(name), str(count), f"{100 * count / counts.total():.1f}%")
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

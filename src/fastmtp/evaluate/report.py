@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastmtp.evaluate.compare import Comparison, Pair
+from fastmtp.tables import figures_table
 
 if TYPE_CHECKING:
     from fastmtp.evaluate.engine import EngineReport
@@ -34,12 +34,9 @@ def bench_json(pairs: Sequence[Pair], *, engine: str, draft_steps: int) -> dict[
 
 def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
     """One row a kind, narrow enough for a terminal of 80 columns at K = 3."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
     steps = [f"step\n{k}" for k in range(1, draft_steps + 1)]
     names = ("tokens", "plain\ntok/s", "fastmtp\ntok/s", "speedup", "tau", *steps, "same")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table("", names)
     for kind, comparison in by_kind(pairs).items():
         table.add_row(kind, *_cells(comparison))
     table.add_section()
@@ -55,15 +52,15 @@ def engine_report(report: EngineReport) -> list[Table | str]:
         f"reads {report.bandwidth_gb_s:.1f} GB/s; a forward reads {report.forward_bytes / 1e6:.0f} MB at "
         f"{facts['context']} tokens of context, so takes {report.floor_ms:.2f} ms at least"
     )
-    forwards = _figures("tokens together", report.forward_ms)
+    forwards = figures_table("tokens together", report.forward_ms)
     forwards.add_row("ms", *[f"{ms:.2f}" for ms in report.forward_ms.values()])
     forwards.add_row("times one", *[f"{ms / report.forward_ms[1]:.2f}" for ms in report.forward_ms.values()])
     parts: list[Table | str] = [intro, forwards]
     if report.draft_ms:
-        drafts = _figures("draft vocabulary", report.draft_ms)
+        drafts = figures_table("draft vocabulary", report.draft_ms)
         drafts.add_row("ms a draft step", *[f"{ms:.2f}" for ms in report.draft_ms.values()])
         parts.append(drafts)
-    speeds = _figures("tokens/s", ["fastmtp", *(f"llama.cpp {kind}" for kind in report.llama_cpp)])
+    speeds = figures_table("tokens/s", ["fastmtp", *(f"llama.cpp {kind}" for kind in report.llama_cpp)])
     for name, ours, theirs in (
         ("plain", report.plain_tokens_per_second, report.llama_cpp),
         (f"plain, {facts['sequences']} together", report.batch_tokens_per_second, {}),
@@ -78,14 +75,6 @@ def engine_report(report: EngineReport) -> list[Table | str]:
             f"{100 * rounds.outside_matmul:.0f}% of it outside the matrix products"
         )
     return parts
-
-
-def _figures(title: str, columns: Iterable[object]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(title)
-    for column in columns:
-        table.add_column(str(column), justify="right", no_wrap=True)
-    return table
 
 
 def _cells(comparison: Comparison) -> list[str]:

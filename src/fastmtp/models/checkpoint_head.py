@@ -12,7 +12,8 @@ from torch import Tensor
 from fastmtp.files import file_sha256
 from fastmtp.models.checkpoint import Checkpoint, write_overlay
 from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import read_head_tensors, write_head
+from fastmtp.models.head_format import check_free, read_head_tensors, write_head
+from fastmtp.models.info import raise_problems
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import locate, reading
 from fastmtp.models.state_dict import Layout, Places, from_head, keys_of, layout_of, places, to_head
@@ -101,8 +102,7 @@ def import_head(name: str, out: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `find_head`; or `out` is something other than a head directory.
     """
-    if out.exists() and not (out / "vocabulary.json").is_file():
-        raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
+    check_free(out)
     head = find_head(name)
     tensors = head.tensors()
     write_head(
@@ -136,7 +136,4 @@ def _shapes(target: Target) -> dict[str, tuple[int, ...]]:
 
 
 def _raise_if(name: str, problems: list[str]) -> None:
-    if problems:
-        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        headline = f"{name}: its MTP weights are not one unquantised layer like the target's:"
-        raise ValueError("\n  ".join([headline, *problems[:8], *more]))
+    raise_problems(f"{name}: its MTP weights are not one unquantised layer like the target's:", problems)

@@ -27,6 +27,12 @@ FORMAT_VERSION = 1
 CONVENTION = {"hidden_state": "post_norm", "concat": ["hidden", "embedding"]}
 
 
+def check_free(out: Path) -> None:
+    """Raises ValueError if a head must not be written there, before any work is done for it."""
+    if out.exists() and not (out / "vocabulary.json").is_file():
+        raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
+
+
 def save_head(
     directory: Path,
     head: MTPHead,

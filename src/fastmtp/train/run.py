@@ -9,7 +9,7 @@ from typing import Any
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import data_sha256, read_exchanges
-from fastmtp.models.head_format import save_head
+from fastmtp.models.head_format import check_free, save_head
 from fastmtp.models.target import Target
 from fastmtp.progress import bar, console
 from fastmtp.provenance import provenance
@@ -46,8 +46,7 @@ def train_head(
         steps; tau, acceptance (cumulative by step) and the expectation of it when sampling, of the head that was
         written; tau of the head that it began as; tokens a second, where the time went, and the peak of memory.
     """
-    if out.exists() and not (out / "vocabulary.json").is_file():
-        raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
+    check_free(out)
     # Now, not at the end: the code may have changed by then.
     record = provenance(config)
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256)
@@ -112,8 +111,12 @@ def _vocabulary(target: Target, texts: list[list[int]], size: int) -> Vocabulary
     return VocabularyLists({ALL: rank_tokens(texts, size, sorted(target.end_ids), target.vocabulary_size)})
 
 
+def percentages(shares: Sequence[float]) -> str:
+    """Shares by draft step, for a line of text."""
+    return " / ".join(f"{100 * share:.1f}" for share in shares) + " %"
+
+
 def _measured(step: int, held_out: Measured) -> str:
-    shares = " / ".join(f"{100 * share:.1f}" for share in held_out.acceptance.cumulative)
-    expected = " / ".join(f"{100 * share:.1f}" for share in held_out.expected)
+    accepted, expected = percentages(held_out.acceptance.cumulative), percentages(held_out.expected)
     tau = held_out.acceptance.tau
-    return f"step {step}: held-out tau {tau:.3f}, acceptance {shares} %, expected when sampling {expected} %"
+    return f"step {step}: held-out tau {tau:.3f}, acceptance {accepted}, expected when sampling {expected}"
