@@ -4,13 +4,15 @@
 
 namespace {
 
+constexpr size_t kAhead = 16 * 1024;
+
 // How far ahead of a kilobyte of weights to fetch. One block is one stream with its successors, and many rows keep
-// the processor from looking ahead itself: 16 kB. Several blocks together: what follows in each of them, and at their
+// the processor from looking ahead itself: kAhead. Several blocks together: what follows in each of them, and at their
 // ends the beginnings of the next ones.
 template <int Blocks>
 inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
   constexpr size_t kPart = kGroup * kLanes;
-  if (Blocks == 1) return 16 * kPart;
+  if (Blocks == 1) return kAhead;
   return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
 }
 
@@ -56,7 +58,6 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, floa
 
 template <int Rows>
 void int4_block(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
-  constexpr size_t kAhead = 16 * 1024;
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastmtp.config import DistillConfig
-from fastmtp.distill.domains import count_mix, domain, language
+from fastmtp.distill.domains import Mix, domain, language
 from fastmtp.distill.own_prompts import KINDS, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import prompts_sha256, read_prompts
 from tests.conftest import tiny_target
@@ -194,6 +194,8 @@ def test_languages() -> None:
 
 
 def test_what_came_out_is_counted() -> None:
-    domains, languages = count_mix([("Who are you?", "A model."), ("Was ist das für ein Haus?", "Mein Haus.")])
-    assert domains.total() == 2
-    assert languages == {"en": 1, "de": 1}
+    mix = Mix()
+    for prompt, answer in (("Who are you?", "A model."), ("Was ist das für ein Haus?", "Mein Haus.")):
+        mix.count("question", prompt, answer)
+    assert mix.domains.total() == 2
+    assert mix.languages == {"en": 1, "de": 1}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fastmtp.config import DistillConfig
 from fastmtp.decode.backend import Batch
 from fastmtp.decode.batch import Completion, Request, decode_batch
 from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
-from fastmtp.distill.domains import count_mix
+from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
@@ -30,8 +30,8 @@ Decode = Callable[[deque[Request], int], Iterator[Completion]]
 
 
 @dataclass
-class DistillSummary:
-    """What one run added to a data directory; `domains` and `languages` are what the mix came out as.
+class DistillSummary(Mix):
+    """What one run added to a data directory, and what the mix came out as.
 
     Of endpoints: `refused` requests (a later run tries them again), and how many completions came as text only and
     were tokenised here, and of these how many do not decode to the same text (`mismatched`).
@@ -41,9 +41,6 @@ class DistillSummary:
     truncated: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
-    kinds: Counter[str] = field(default_factory=Counter)
-    domains: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     retokenised: int = 0
     mismatched: int = 0
@@ -52,10 +49,7 @@ class DistillSummary:
         self.exchanges += 1
         self.truncated += not exchange.finished
         self.answer_tokens += sum(exchange.answer_mask)
-        self.kinds[exchange.kind] += 1
-        domains, languages = count_mix([(exchange.prompt, exchange.answer)])
-        self.domains += domains
-        self.languages += languages
+        self.count(exchange.kind, exchange.prompt, exchange.answer)
 
 
 def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts: str | None) -> DistillSummary:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -77,14 +77,18 @@ def language(text: str) -> str:
     return str(_identifier().classify(prose)[0])
 
 
-def count_mix(exchanges: Iterable[tuple[str, str]]) -> tuple[Counter[str], Counter[str]]:
-    """How many (prompt, answer) pairs are of each domain, and of each language."""
-    domains: Counter[str] = Counter()
-    languages: Counter[str] = Counter()
-    for prompt, answer in exchanges:
-        domains[domain(prompt, answer)] += 1
-        languages[language(f"{prompt}\n{answer}")] += 1
-    return domains, languages
+@dataclass
+class Mix:
+    """How many exchanges were asked for of each kind, and how many are of each domain and language as judged."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    domains: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+
+    def count(self, kind: str, prompt: str, answer: str) -> None:
+        self.kinds[kind] += 1
+        self.domains[domain(prompt, answer)] += 1
+        self.languages[language(f"{prompt}\n{answer}")] += 1
 
 
 def shares(counts: Counter[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastmtp.distill.dataset import Exchange, exchange_count, iter_exchanges, tokenizer_of
-from fastmtp.distill.domains import count_mix
+from fastmtp.distill.domains import Mix
 from fastmtp.models.info import TargetInfo, tokenizer_sha256
 from fastmtp.progress import bar
 
@@ -29,16 +29,13 @@ class Span:
 
 
 @dataclass
-class Statistics:
+class Statistics(Mix):
     """Lengths are in tokens; frequent tokens are of the answers, with their share of these."""
 
     exchanges: int = 0
     finished: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    domains: Counter[str] = field(default_factory=Counter)
-    languages: Counter[str] = field(default_factory=Counter)
     prompt_lengths: dict[str, int] = field(default_factory=dict)
     answer_lengths: dict[str, int] = field(default_factory=dict)
     distinct_tokens: int = 0
@@ -79,10 +76,7 @@ def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> St
                 place = (found.kinds[exchange.kind], exchange.kind)
                 if place[0] < samples:
                     kept[place] = exchange
-                found.kinds[exchange.kind] += 1
-                domains, languages = count_mix([(exchange.prompt, exchange.answer)])
-                found.domains += domains
-                found.languages += languages
+                found.count(exchange.kind, exchange.prompt, exchange.answer)
                 progress.advance(1, len(exchange.ids))
     found.exchanges = len(answer_lengths)
     found.prompt_tokens, found.answer_tokens = sum(prompt_lengths), sum(answer_lengths)

@@ -91,6 +91,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
+def raise_problems(headline: str, problems: list[str]) -> None:
+    """Raises ValueError with a headline and the first of the problems, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise ValueError("\n  ".join([headline, *problems[:8], *more]))
+
+
 def check_supported(config: Any, source: str) -> None:
     """Raises ValueError if no engine here runs models of this kind."""
     if config.model_type not in (*SUPPORTED, *ONLY_TORCH):

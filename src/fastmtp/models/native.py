@@ -16,7 +16,7 @@ import psutil
 from torch import nn
 
 from fastmtp import _native
-from fastmtp.models.info import ONLY_TORCH, TargetInfo
+from fastmtp.models.info import ONLY_TORCH, TargetInfo, raise_problems
 from fastmtp.models.layers import FULL, layer_types, norm_offset, skeleton, windows
 from fastmtp.models.source import locate, reading
 from fastmtp.models.weights import Floats, Weights, open_weights, whole
@@ -181,9 +181,7 @@ class NativeTarget(TargetInfo):
             for name, shape in expected.items()
             if shapes.get(name) != shape
         ]
-        if wrong:
-            listed = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-            raise ValueError(f"{self.source}: tensors do not fit the configuration:\n  {listed}")
+        raise_problems(f"{self.source}: tensors do not fit the configuration:", wrong)
         needed = sum(
             math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
             for name, shape in expected.items()

@@ -119,7 +119,6 @@ class Trainer:
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = Metrics(directory) if self._processes.first else None
         self._states = StateCache(states, target, self._texts, self._processes) if states else None
-        self._trained_on = list(range(min(len(self._texts), config.held_out)))
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
             facts.append(file_sha256(init / "model.safetensors"))
@@ -154,7 +153,7 @@ class Trainer:
         """Acceptance on the answers of the held-out exchanges, or of as many that are trained on."""
         texts = [(exchange.ids, exchange.answer_mask) for exchange in self._held_out]
         if trained:
-            texts = [(self._texts[index], self._masks[index]) for index in self._trained_on]
+            texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
         parts, expected = [], []
         with self._autocast(), self.clock("measuring"):
             for ids, mask in texts:
@@ -210,18 +209,19 @@ class Trainer:
 
     def _batch(self, chosen: Sequence[int]) -> tuple[Batch, Tensor]:
         """This process's part of a batch, and the target's states over it [B, T, H]."""
-        own = self._processes.share(chosen)
+        device = self.target.device
         # Every process goes through the same steps, so one without a text of its own takes one that does not count.
-        texts = [self._texts[index] for index in own or chosen[:1]]
-        batch = make_batch(texts, [self._masks[index] for index in own or chosen[:1]], self.target.device)
+        own = self._processes.share(chosen)
+        indices = own or chosen[:1]
+        batch = make_batch(
+            [self._texts[index] for index in indices], [self._masks[index] for index in indices], device
+        )
         if not own:
             batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
         with torch.no_grad(), self.clock("target"):
             if self._states is None:
                 return batch, text_states(self.target, batch.ids_BT)
-            return batch, pad_sequence([self._states[index] for index in own or chosen[:1]], batch_first=True).to(
-                self.target.device
-            )
+            return batch, pad_sequence([self._states[index] for index in indices], batch_first=True).to(device)
 
     def _autocast(self) -> AbstractContextManager[None]:
         # A target in half precision says that half precision is fast here.
