@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from fastmtp.models.target import Target
+from fastmtp.train.acceptance import Reference
+from fastmtp.train.forward import TorchForward
 from tests.engines import ENGINES, Engine
 
 # Matrices this small are faster on one core, and tests beside other work stay quick.
@@ -128,3 +130,8 @@ def llama() -> Target:
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def reference(target: Target, text: list[int]) -> Reference:
+    """What the target makes of a text."""
+    return Reference.of(target, text, TorchForward(target)([text])[0])

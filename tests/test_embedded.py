@@ -25,6 +25,7 @@ from fastmtp.models.native import NativeTarget, WeightType, load_native_target
 from fastmtp.models.shipped import shipped_head
 from fastmtp.models.target import load_target
 from fastmtp.train.acceptance import agreement, replay
+from tests.conftest import reference
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,9 @@ def test_replayed_acceptance_is_the_decoders() -> None:
             sampling=SamplingConfig(),
             max_new_tokens=80,
         ).run()
-        replayed = replay(agreement(head, target, prompt + result.tokens, ids_D, steps).same_TK, len(prompt))
+        text = prompt + result.tokens
+        found = agreement(head, target, reference(target, text), ids_D, steps)
+        replayed = replay(found.same_TK, len(prompt))
         assert abs(replayed.rounds - result.acceptance.rounds) <= 1
         for one, other in zip(replayed.kept, result.acceptance.kept, strict=True):
             assert abs(one - other) <= 1

@@ -10,7 +10,15 @@ import click
 
 from fastmtp.config import TrainConfig, load_config
 from fastmtp.options import settings_options
-from fastmtp.session import config_option, finish, json_option, open_torch_target, training_options
+from fastmtp.session import (
+    EngineName,
+    config_option,
+    finish,
+    json_option,
+    open_forward,
+    open_torch_target,
+    training_options,
+)
 
 
 @click.command()
@@ -39,6 +47,7 @@ from fastmtp.session import config_option, finish, json_option, open_torch_targe
 @settings_options(TrainConfig)
 def train(
     target: str,
+    engine: EngineName | None,
     dtype: str | None,
     device: str | None,
     data: tuple[Path, ...],
@@ -62,8 +71,17 @@ def train(
     # First, for it says which GPU is this process's.
     processes = Processes()
     loaded = open_torch_target(target, dtype, "cpu" if shard_target else device, for_throughput=True)
+    forward = None if shard_target else open_forward(loaded, target, engine, device)
     summary = train_head(
-        loaded, data, chosen, out, init=init, processes=processes, states=states, shard_target=shard_target
+        loaded,
+        data,
+        chosen,
+        out,
+        init=init,
+        processes=processes,
+        forward=forward,
+        states=states,
+        shard_target=shard_target,
     )
     if vanilla:
         summary["vanilla"] = train_head(
@@ -73,6 +91,7 @@ def train(
             out.with_name(out.name + "-vanilla"),
             init=init,
             processes=processes,
+            forward=forward,
             states=states,
             measure_steps=chosen.draft_steps,
         )

@@ -145,6 +145,7 @@ class TrainConfig:
     held_out: int = setting(64, "exchanges kept aside to measure acceptance on")
     evaluate_every: int = setting(100, "steps between two measurements on the held-out exchanges")
     checkpoint_every: int = setting(100, "steps between two checkpoints")
+    compile: bool = setting(False, "compile the head with torch.compile; worth its minute in long runs")
     seed: int = setting(0, "seed of the order of the data")
 
     def __post_init__(self) -> None:

@@ -17,12 +17,14 @@ def settings_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callabl
         hints = typing.get_type_hints(kind)
         for item in reversed(dataclasses.fields(kind)):
             choices = item.metadata["choices"]
+            is_flag = hints[item.name] is bool
             command = click.option(
                 "--" + item.name.replace("_", "-"),
                 item.name,
                 type=click.Choice(choices) if choices else hints[item.name],
+                is_flag=is_flag,
                 default=None,
-                help=f"{item.metadata['meaning']}  [default: {item.default}]",
+                help=item.metadata["meaning"] + ("" if is_flag else f"  [default: {item.default}]"),
             )(command)
         return command
 

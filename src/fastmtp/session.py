@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastmtp.decode.generation import Result
     from fastmtp.models.info import TargetInfo
     from fastmtp.models.target import Target
+    from fastmtp.train.forward import Forward
 
 Command = Callable[..., None]
 EngineName = Literal["native", "torch"]
@@ -45,6 +46,11 @@ def training_options(command: Command) -> Command:
     """Options of the command that needs gradients, so PyTorch."""
     command = click.option(
         "--dtype", type=click.Choice(TORCH_DTYPES), help="arithmetic  [default: what suits the device]"
+    )(command)
+    command = click.option(
+        "--engine",
+        type=click.Choice(("native", "torch")),
+        help="what computes the target's states  [default: native on a CPU, torch on a GPU]",
     )(command)
     return target_option(device_option(command))
 
@@ -141,6 +147,20 @@ def open_torch_target(name: str, dtype: str | None, device: str | None, *, for_t
     chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
     with _quietly(name):
         return load_target(name, dtype=chosen, device=device)
+
+
+def open_forward(target: Target, name: str, engine: EngineName | None, device: str | None) -> Forward:
+    """What computes the states of a target that is loaded in PyTorch."""
+    from fastmtp.models.info import ONLY_TORCH
+    from fastmtp.train.forward import TorchForward
+
+    options = EngineOptions(engine, device=device)
+    if choose_engine(options) == "torch" or (engine is None and target.config.model_type in ONLY_TORCH):
+        return TorchForward(target)
+    from fastmtp.train.native_forward import NativeForward
+
+    native: Any = open_target(name, options)
+    return NativeForward(native)
 
 
 def open_batch(name: str, options: EngineOptions) -> Batch:

@@ -113,7 +113,9 @@ def test_own_prompts(tmp_path: Path) -> None:
         assert row.answer_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
         assert row.finished == (row.ids[-1] == 257)
         assert row.prompt.startswith(opening(CONFIG.seed, row.index, {}).words.strip())
-    kept = read_exchanges([tmp_path / "data"], tokenizer_sha256(target.tokenizer))
+    sha256 = tokenizer_sha256(target.tokenizer)
+    assert len(read_exchanges([tmp_path / "data"], sha256)) == 12
+    kept = read_exchanges([tmp_path / "data"], sha256, finished_only=True)
     assert len(kept) == 12 - summary.truncated
     assert 0 < len(kept) < 12
     assert all(row.finished for row in kept)

@@ -17,9 +17,10 @@ from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.target import Target
-from fastmtp.train.acceptance import agreement, replay, text_states
+from fastmtp.train.acceptance import agreement, replay
+from fastmtp.train.forward import text_states
 from fastmtp.train.recursion import chain_mask, recursion
-from tests.conftest import random_ids, tiny_target
+from tests.conftest import random_ids, reference, tiny_target
 
 GREEDY = SamplingConfig()
 
@@ -98,7 +99,7 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
     steps, text = 3, greedy_text(target, seed)
     prompt, head = text[:8], tuned_head(target)
     ids_D = None if draft_ids is None else torch.tensor(draft_ids)
-    replayed = replay(agreement(head, target, text, ids_D, steps).same_TK, len(prompt))
+    replayed = replay(agreement(head, target, reference(target, text), ids_D, steps).same_TK, len(prompt))
     accepted, settled = [], 1
     for one in islice(
         speculative(TorchBackend(target, head, draft_ids), prompt, steps, GREEDY, torch.Generator()), 1, None
@@ -140,7 +141,7 @@ def test_expected_acceptance_by_hand(llama: Target, draft_ids: list[int] | None)
     """sum min(p, q) at one place of a text, with the target's distribution over all tokens; then its products."""
     head, text = tuned_head(llama), greedy_text(llama, 0)
     ids_D = None if draft_ids is None else torch.tensor(draft_ids)
-    found = agreement(head, llama, text, ids_D, 2)
+    found = agreement(head, llama, reference(llama, text), ids_D, 2)
     ids = torch.tensor([text])
     states = text_states(llama, ids)
     second = recursion(head, llama, ids, states, 2)[1][0, 10]
@@ -156,7 +157,8 @@ def test_expected_acceptance_by_hand(llama: Target, draft_ids: list[int] | None)
 def test_tuned_head_is_accepted_now_and_then(target: Target) -> None:
     """The comparison above is of counts between none and all; otherwise it would say little."""
     text = greedy_text(target, 1)
-    assert 1.2 < replay(agreement(tuned_head(target), target, text, None, 3).same_TK, 8).tau < 4
+    found = agreement(tuned_head(target), target, reference(target, text), None, 3)
+    assert 1.2 < replay(found.same_TK, 8).tau < 4
 
 
 def test_head_that_equals_the_target_is_always_accepted() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fastmtp.models.target import Target
 from fastmtp.train import states
-from fastmtp.train.acceptance import text_states
+from fastmtp.train.forward import TorchForward, text_states
 from fastmtp.train.processes import Processes
 from fastmtp.train.states import StateCache
 from fastmtp.train.trainer import Trainer
@@ -27,7 +27,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache(directory: Path, target: Target) -> StateCache:
-    return StateCache(directory, target, TEXTS, Processes())
+    return StateCache(directory, target, TorchForward(target), TEXTS, Processes())
 
 
 def test_states_are_the_targets(tmp_path: Path, target: Target) -> None:
@@ -77,7 +77,7 @@ def test_damage_is_named(tmp_path: Path, llama: Target) -> None:
 def test_other_data_or_targets_are_refused(tmp_path: Path, llama: Target) -> None:
     cache(tmp_path, llama)
     with pytest.raises(ValueError, match="another target or other data"):
-        StateCache(tmp_path, llama, TEXTS[1:], Processes())
+        StateCache(tmp_path, llama, TorchForward(llama), TEXTS[1:], Processes())
     with pytest.raises(ValueError, match="another target or other data"):
         cache(tmp_path, tiny_target("qwen2"))
 

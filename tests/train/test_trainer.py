@@ -17,11 +17,12 @@ from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.distill.dataset import Exchange
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
-from fastmtp.train.acceptance import agreement, text_states
+from fastmtp.train.acceptance import agreement
 from fastmtp.train.batches import batch_order, make_batch
+from fastmtp.train.forward import text_states
 from fastmtp.train.recursion import recursion
 from fastmtp.train.trainer import Trainer
-from tests.conftest import random_ids, tiny_target
+from tests.conftest import random_ids, reference, tiny_target
 
 CONFIG = TrainConfig(
     held_out=3,
@@ -66,7 +67,8 @@ def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_pat
 
 
 def acceptance(trainer: Trainer, data: list[Exchange]) -> float:
-    parts = [agreement(trainer.head, trainer.target, row.ids, None, 3).same_TK for row in data]
+    head, target = trainer.head, trainer.target
+    parts = [agreement(head, target, reference(target, row.ids), None, 3).same_TK for row in data]
     return sum(float(part.float().cumprod(1).sum(1).mean()) for part in parts) / len(parts)
 
 

@@ -76,9 +76,13 @@ def finished_indices(directory: Path) -> set[int]:
     return {index for path in shards(directory) for index in _read(path, ["index"])["index"].to_pylist()}
 
 
-def read_exchanges(directories: Iterable[Path], tokenizer_sha256: str) -> list[Exchange]:
-    """The finished exchanges of data directories, in their order; truncated answers are dropped.
+def read_exchanges(
+    directories: Iterable[Path], tokenizer_sha256: str, *, finished_only: bool = False
+) -> list[Exchange]:
+    """The exchanges of data directories, in their order.
 
+    Args:
+        finished_only: drop answers that were cut.
     Raises:
         FileNotFoundError: a directory is missing or holds no shard.
         ValueError: a shard is damaged, or the data is of another tokenizer, or no answer is finished.
@@ -87,7 +91,7 @@ def read_exchanges(directories: Iterable[Path], tokenizer_sha256: str) -> list[E
     for directory in directories:
         if tokenizer_of(directory) != tokenizer_sha256:
             raise ValueError(f"{directory}: its token ids are of another tokenizer; distill from this target")
-        exchanges += [exchange for exchange in iter_exchanges(directory) if exchange.finished]
+        exchanges += [exchange for exchange in iter_exchanges(directory) if exchange.finished or not finished_only]
     if not exchanges:
         raise ValueError("the data holds no finished answer; distill more, or raise max_new_tokens")
     return exchanges

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.models.head import MTPHead
-from fastmtp.models.layers import causal_masks
 from fastmtp.models.target import Target
 from fastmtp.train.recursion import recursion
 
@@ -25,11 +24,28 @@ from fastmtp.train.recursion import recursion
 CHUNK = 256
 
 
-def text_states(target: Target, ids_BT: Tensor) -> Tensor:
-    """The target's states [B, T, H] over whole texts; padding on the right changes nothing before it."""
-    tokens = ids_BT.shape[1]
-    positions = torch.arange(tokens, device=ids_BT.device)[None]
-    return target.states(ids_BT, positions, causal_masks(target.config, 0, tokens, ids_BT.device), None)
+@dataclass(frozen=True)
+class Reference:
+    """A text and what the target makes of it, which stays the same while the head learns.
+
+    Its states [T, H]; after every token its own choice [T], and the logarithm of the sum of its exponentiated
+    logits [T], with which probabilities of a few tokens need the logits of these only.
+    """
+
+    ids: Sequence[int]
+    states_TH: Tensor
+    choices_T: Tensor
+    log_totals_T: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, target: Target, ids: Sequence[int], states_TH: Tensor) -> Reference:
+        choices, log_totals = [], []
+        for part_NH in torch.split(states_TH, CHUNK):
+            logits_NV = target.logits(part_NH).float()
+            choices.append(logits_NV.argmax(-1))
+            log_totals.append(logits_NV.logsumexp(-1))
+        return cls(ids, states_TH, torch.cat(choices), torch.cat(log_totals))
 
 
 @dataclass(frozen=True)
@@ -50,21 +66,19 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(
-    head: MTPHead, target: Target, ids: Sequence[int], draft_ids_D: Tensor | None, draft_steps: int
+    head: MTPHead, target: Target, text: Reference, draft_ids_D: Tensor | None, draft_steps: int
 ) -> Agreement:
     """How far the head agrees with the target along a text."""
+    ids, states_TH = text.ids, text.states_TH
     ids_1T = torch.tensor([list(ids)], device=target.device)
-    states_TH = text_states(target, ids_1T)[0]
     outputs = recursion(head, target, ids_1T, states_TH[None], draft_steps)
     rows = None if draft_ids_D is None else target.lm_head.weight[draft_ids_D]
     same_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
     overlap_TK = torch.zeros(len(ids), draft_steps)
     for seen in torch.split(torch.arange(len(ids), device=target.device), CHUNK):
         # Everything is lined up by the last token seen: t + k for draft k of the chain at t.
-        logits_NV = target.logits(states_TH[seen]).float()
-        choice_N, p_ND = logits_NV.argmax(-1), logits_NV.softmax(-1)
-        if draft_ids_D is not None:
-            p_ND = p_ND[:, draft_ids_D]
+        choice_N = text.choices_T[seen]
+        p_ND = (target.logits(states_TH[seen], rows).float() - text.log_totals_T[seen, None]).exp()
         for k, out in enumerate(outputs, 1):
             inside = seen >= k
             starts = seen[inside] - k

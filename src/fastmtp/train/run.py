@@ -13,6 +13,7 @@ from fastmtp.models.head_format import check_free, save_head
 from fastmtp.models.target import Target
 from fastmtp.progress import bar, console
 from fastmtp.provenance import provenance
+from fastmtp.train.forward import Forward
 from fastmtp.train.metrics import peak_memory_gb
 from fastmtp.train.processes import Processes
 from fastmtp.train.trainer import Measured, Trainer
@@ -27,6 +28,7 @@ def train_head(
     *,
     init: Path | None = None,
     processes: Processes,
+    forward: Forward | None = None,
     states: Path | None = None,
     shard_target: bool = False,
     measure_steps: int | None = None,
@@ -39,6 +41,7 @@ def train_head(
 
     Args:
         processes: those that share the work.
+        forward: what computes the target's states; None is the target itself.
         states: a directory that keeps the target's hidden states for this and other runs.
         shard_target: spread the target's layers over the processes.
         measure_steps: length of the chains that acceptance is measured on; None is the length trained.
@@ -49,7 +52,10 @@ def train_head(
     check_free(out)
     # Now, not at the end: the code may have changed by then.
     record = provenance(config)
-    exchanges = read_exchanges(data, target.identity.tokenizer_sha256)
+    # The target's distribution after every token is as good in an answer that was cut; a cut answer's own tokens
+    # would teach not to end.
+    finished_only = config.objective == "cross_entropy"
+    exchanges = read_exchanges(data, target.identity.tokenizer_sha256, finished_only=finished_only)
     vocabulary = _vocabulary(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
     directory = out.with_name(out.name + ".training")
     trainer = Trainer(
@@ -59,6 +65,7 @@ def train_head(
         config,
         directory,
         init=init,
+        forward=forward,
         states=states,
         processes=processes,
         shard_target=shard_target,

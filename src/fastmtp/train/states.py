@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.models.target import Target
 from fastmtp.progress import bar, console
-from fastmtp.train.acceptance import text_states
+from fastmtp.train.forward import Forward
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256
@@ -30,7 +30,12 @@ class StateCache:
     """States of a list of texts in a directory: shards of some texts, and an index with the hash of each shard."""
 
     def __init__(
-        self, directory: Path, target: Target, texts: Sequence[Sequence[int]], processes: Processes
+        self,
+        directory: Path,
+        target: Target,
+        forward: Forward,
+        texts: Sequence[Sequence[int]],
+        processes: Processes,
     ) -> None:
         """Use what the directory holds, and compute what it lacks, a shard at a time.
 
@@ -43,7 +48,7 @@ class StateCache:
         self._starts = [sum(self._lengths[index - index % SHARD_TEXTS : index]) for index in range(len(texts))]
         shards = range(0, len(texts), SHARD_TEXTS)
         fingerprint = hashlib.sha256(
-            json.dumps([asdict(target.identity), str(target.dtype), list(map(list, texts))]).encode()
+            json.dumps([asdict(target.identity), forward.name, list(map(list, texts))]).encode()
         ).hexdigest()
         index = directory / "states.json"
         if not index.is_file():
@@ -60,7 +65,9 @@ class StateCache:
         processes.wait()
         with bar("hidden states", len(shards), len(shards) - len(missing), hidden=not processes.first) as progress:
             for start in processes.share_of_forwards(missing):
-                states_TH = _states(target, texts[start : start + SHARD_TEXTS])
+                # Each alone: what is kept does not depend on neighbours, and no shard is in memory twice.
+                states = [forward([text])[0] for text in texts[start : start + SHARD_TEXTS]]
+                states_TH = torch.cat(states).to("cpu", target.dtype)
                 if start in processes.share(missing):
                     self._write(start, states_TH)
                 progress.advance(1, len(states_TH))
@@ -101,11 +108,3 @@ class StateCache:
             save_file({"states": states_TH}, temporary)
             # The hash first: a shard without one would be an error, a hash without its shard is nothing.
             write_json(path.with_suffix(".json"), {"sha256": file_sha256(temporary)})
-
-
-@torch.no_grad()
-def _states(target: Target, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Of several texts, one after the other."""
-    return torch.cat(
-        [text_states(target, torch.tensor([list(text)], device=target.device))[0] for text in texts]
-    ).cpu()

@@ -23,9 +23,10 @@ from fastmtp.files import file_sha256
 from fastmtp.models.head import MTPHead
 from fastmtp.models.head_format import load_head
 from fastmtp.models.target import Target
-from fastmtp.train.acceptance import agreement, replay, text_states
+from fastmtp.train.acceptance import Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
+from fastmtp.train.forward import Forward, TorchForward
 from fastmtp.train.losses import step_weights
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
@@ -73,6 +74,7 @@ class Trainer:
         directory: Path,
         *,
         init: Path | None = None,
+        forward: Forward | None = None,
         states: Path | None = None,
         processes: Processes | None = None,
         shard_target: bool = False,
@@ -83,6 +85,7 @@ class Trainer:
         Args:
             draft_ids: the tokens that the loss and the draft step score; None is all.
             init: a head directory to start from; None is the target's last layer.
+            forward: what computes the target's states; None is the target itself.
             states: a directory that keeps the target's hidden states; None computes them for every batch.
             processes: those that share the work; None is this one alone.
             shard_target: spread the target's layers over the processes.
@@ -93,7 +96,7 @@ class Trainer:
         """
         if len(exchanges) <= config.held_out:
             raise ValueError(
-                f"the data has {len(exchanges)} finished exchanges, and held_out keeps {config.held_out} of them; "
+                f"the data has {len(exchanges)} exchanges, and held_out keeps {config.held_out} of them; "
                 "distill more, or lower held_out"
             )
         self.target = target
@@ -112,13 +115,17 @@ class Trainer:
         self._masks = [exchange.answer_mask[: config.max_length] for exchange in shuffled[config.held_out :]]
         self._objective = Objective(config.objective, target, draft_ids)
         self._optimizers = make_optimizers(self.head, config)
+        # Sizes differ from batch to batch, so they are no constants of the compiled code.
+        self._recursion = torch.compile(recursion, dynamic=True) if config.compile else recursion
         self._order = batch_order(
             [len(text) for text in self._texts], config.batch_tokens, config.epochs, config.seed
         )
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = Metrics(directory) if self._processes.first else None
-        self._states = StateCache(states, target, self._texts, self._processes) if states else None
+        self._forward = forward or TorchForward(target)
+        self._states = StateCache(states, target, self._forward, self._texts, self._processes) if states else None
+        self._measured: dict[bool, list[tuple[Reference, int]]] = {}
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
             facts.append(file_sha256(init / "model.safetensors"))
@@ -151,20 +158,27 @@ class Trainer:
 
     def measure(self, *, trained: bool = False) -> Measured:
         """Acceptance on the answers of the held-out exchanges, or of as many that are trained on."""
-        texts = [(exchange.ids, exchange.answer_mask) for exchange in self._held_out]
-        if trained:
-            texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
         parts, expected = [], []
         with self._autocast(), self.clock("measuring"):
-            for ids, mask in texts:
-                if True not in mask:
-                    continue
-                start = mask.index(True)
-                found = agreement(self.head, self.target, ids, self._objective.draft_ids_D, self._measure_steps)
+            for text, start in self._references(trained):
+                found = agreement(self.head, self.target, text, self._objective.draft_ids_D, self._measure_steps)
                 parts.append(replay(found.same_TK, start))
                 expected.append(found.expected(start))
         shares = [sum(share) / len(expected) for share in zip(*expected, strict=True)]
         return Measured(Acceptance.total(parts), shares)
+
+    def _references(self, trained: bool) -> list[tuple[Reference, int]]:
+        """The texts that are measured on, and where their answers start; the target runs over them once."""
+        if trained not in self._measured:
+            texts = [(exchange.ids[: self.config.max_length], exchange.answer_mask) for exchange in self._held_out]
+            if trained:
+                texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
+            self._measured[trained] = [
+                (Reference.of(self.target, ids, self._as_target(self._forward([ids])[0])), mask.index(True))
+                for ids, mask in texts
+                if True in mask[: len(ids)]
+            ]
+        return self._measured[trained]
 
     def best_head(self) -> MTPHead:
         """The head with the highest held-out acceptance length so far."""
@@ -177,7 +191,7 @@ class Trainer:
         batch, states_BTH = self._batch(self._order[self.step])
         draft_steps = self.config.draft_steps
         with self._autocast(), self.clock("head"):
-            outputs = recursion(
+            outputs = self._recursion(
                 self.head,
                 self.target,
                 batch.ids_BT,
@@ -219,9 +233,15 @@ class Trainer:
         if not own:
             batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
         with torch.no_grad(), self.clock("target"):
-            if self._states is None:
-                return batch, text_states(self.target, batch.ids_BT)
-            return batch, pad_sequence([self._states[index] for index in indices], batch_first=True).to(device)
+            states = (
+                self._forward([self._texts[index] for index in indices])
+                if self._states is None
+                else [self._states[index] for index in indices]
+            )
+            return batch, self._as_target(pad_sequence(states, batch_first=True))
+
+    def _as_target(self, states: Tensor) -> Tensor:
+        return states.to(self.target.device, self.target.dtype)
 
     def _autocast(self) -> AbstractContextManager[None]:
         # A target in half precision says that half precision is fast here.

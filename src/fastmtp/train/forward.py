@@ -1,0 +1,54 @@
+"""The target's states of whole texts, by PyTorch or by another engine.
+
+Shapes: B batch, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastmtp.models.layers import causal_masks
+from fastmtp.models.target import Target
+
+
+class Forward(Protocol):
+    """Something that runs the target over texts."""
+
+    @property
+    def name(self) -> str:
+        """What distinguishes its rounding from another's."""
+        ...
+
+    def __call__(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The states [T, H] of each text."""
+        ...
+
+
+class TorchForward:
+    """All texts together, filled up to the longest."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    @property
+    def name(self) -> str:
+        return str(self._target.dtype)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        ids_BT = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+        for row, text in zip(ids_BT, texts, strict=True):
+            row[: len(text)] = torch.tensor(list(text))
+        states_BTH = text_states(self._target, ids_BT.to(self._target.device))
+        return [states_TH[: len(text)] for states_TH, text in zip(states_BTH, texts, strict=True)]
+
+
+def text_states(target: Target, ids_BT: Tensor) -> Tensor:
+    """The target's states [B, T, H] over whole texts; padding on the right changes nothing before it."""
+    tokens = ids_BT.shape[1]
+    positions = torch.arange(tokens, device=ids_BT.device)[None]
+    return target.states(ids_BT, positions, causal_masks(target.config, 0, tokens, ids_BT.device), None)

@@ -1,0 +1,29 @@
+"""The target's states of whole texts by the native CPU engine.
+
+Shapes: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtp.decode.native_backend import forward
+from fastmtp.models.native import NativeTarget
+
+
+class NativeForward:
+    """One text after the other: on a CPU twice as fast as PyTorch, and the very states that decoding will see."""
+
+    def __init__(self, target: NativeTarget) -> None:
+        self._target = target
+        self._cache = target.stack.new_cache()
+
+    @property
+    def name(self) -> str:
+        return f"native {self._target.weight_type}"
+
+    def __call__(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [torch.from_numpy(forward(self._target, [self._cache], [0], [text])) for text in texts]
