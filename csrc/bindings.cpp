@@ -198,16 +198,23 @@ NB_MODULE(_native, m) {
   m.def("draft_chain",
         [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,
            float embedding_scale, Cache& cache, int start, const Numbers& tokens, const Rows& before,
-           const Matrix& rows, const Integers& ids, int steps) {
+           const std::vector<std::pair<const Matrix*, Integers>>& rows, int steps) {
           const auto segments = segments_of(stack, {&cache}, {start}, {int(tokens.size())}, tokens.size());
           check_tokens(tokens.data(), tokens.size(), embedding);
-          check_tokens(ids.data(), ids.size(), embedding);
+          std::vector<DraftRows> parts;
+          for (const auto& [matrix, ids] : rows) {
+            check_tokens(ids.data(), ids.size(), embedding);
+            require(ids.size() > 0 && int(ids.size()) <= matrix->outputs() && matrix->inputs() == stack.shape.hidden &&
+                        matrix->type() == rows[0].first->type(),
+                    "rows must be [ids or more, hidden], all of one type");
+            parts.push_back({matrix, ids.data(), int(ids.size())});
+          }
+          require(!parts.empty(), "a chain needs rows to score");
           require(before.shape(0) == tokens.size() && int(before.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
-          require(int(ids.size()) == rows.outputs() && rows.inputs() == stack.shape.hidden, "rows must be [ids, hidden]");
           require(steps >= 1, "a chain has one step or more");
           nb::gil_scoped_release release;
           return draft_chain(runtime, stack, projection, {embedding, embedding_scale}, segments[0], tokens.data(),
-                             before.data(), rows, ids.data(), steps);
+                             before.data(), parts, steps);
         });
 
   m.def("read_seconds", &read_seconds, nb::arg("runtime"), nb::arg("bytes"), nb::arg("repeats"),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace fastmtp {
 namespace {
@@ -179,6 +180,34 @@ void product(Runtime& runtime, Team& team, const Matrix& matrix, const float* st
   runtime.matmul(team, matrix, rows, out, stride);
 }
 
+// The token whose row scores highest.
+int32_t draft_choice(Runtime& runtime, const std::vector<DraftRows>& rows, const float* state) {
+  size_t size = 0;
+  for (const DraftRows& part : rows) size += stride_of(*part.matrix);
+  float* logits = runtime.logits.reserve(size);
+  runtime.reserve_operand(1, rows[0].matrix->inputs());
+  with_team(runtime.threads, runtime.barrier, [&](Team team) {
+    // All parts are of one type and width, so that the state is converted for all of them at once.
+    team.each(1, [&](int) { runtime.convert(*rows[0].matrix, state, 0); });
+    float* out = logits;
+    for (const DraftRows& part : rows) {
+      runtime.matmul(team, *part.matrix, 1, out, stride_of(*part.matrix));
+      out += stride_of(*part.matrix);
+    }
+  });
+  int32_t token = 0;
+  float most = -std::numeric_limits<float>::infinity();
+  for (const DraftRows& part : rows) {
+    const int best = runtime.kernels.argmax(logits, part.count);
+    if (&part == &rows[0] || logits[best] > most) {
+      most = logits[best];
+      token = part.ids[best];
+    }
+    logits += stride_of(*part.matrix);
+  }
+  return token;
+}
+
 void embed(const Embedding& embedding, int token, int hidden, float* out) {
   embedding.matrix.unpack(token, out);
   for (int h = 0; h < hidden; h++) out[h] *= embedding.scale;
@@ -237,7 +266,7 @@ std::vector<int32_t> choices(Runtime& runtime, const Matrix& matrix, const float
 
 std::vector<int32_t> draft_chain(Runtime& runtime, const Stack& stack, const Projection& projection,
                                  const Embedding& embedding, Segment segment, const int32_t* tokens,
-                                 const float* before, const Matrix& rows, const int32_t* ids, int steps) {
+                                 const float* before, const std::vector<DraftRows>& rows, int steps) {
   const size_t hidden = stack.shape.hidden;
   std::lock_guard<std::recursive_mutex> lock(runtime.busy);
   std::vector<float> states(segment.count * hidden), last(hidden);
@@ -245,7 +274,7 @@ std::vector<int32_t> draft_chain(Runtime& runtime, const Stack& stack, const Pro
   head_forward(runtime, stack, projection, embedding, {segment}, tokens, before, states.data());
   while (true) {
     std::copy(states.end() - hidden, states.end(), last.begin());
-    drafted.push_back(ids[choices(runtime, rows, last.data(), 1)[0]]);
+    drafted.push_back(draft_choice(runtime, rows, last.data()));
     if (int(drafted.size()) == steps) return drafted;
     segment = {segment.cache, segment.start + segment.count, 1};
     states.resize(hidden);

@@ -15,6 +15,8 @@ from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.models.weights import TensorWeights
+from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.lists import VocabularyLists
 
 NATIVE = importlib.util.find_spec("fastmtp._native") is not None
 if NATIVE:
@@ -31,12 +33,18 @@ class Engine:
     weight_type: WeightType | None = None
 
     def backend(
-        self, target: Target, head: MTPHead | None = None, ids: Sequence[int] | None = None
+        self,
+        target: Target,
+        head: MTPHead | None = None,
+        ids: Sequence[int] | VocabularyLists | None = None,
+        places: int = PLACES,
     ) -> SequenceBackend:
+        """With some draft tokens, with lists to choose from, or with all."""
+        lists = VocabularyLists.of(ids) if isinstance(ids, Sequence) else ids
         if self.weight_type is None:
-            return TorchBackend(target, head, ids)
+            return TorchBackend(target, head, lists, places=places)
         converted = native_target(target, self.weight_type)
-        return NativeBackend(converted, native_head(converted, head) if head else None, ids)
+        return NativeBackend(converted, native_head(converted, head) if head else None, lists, places=places)
 
     def batch(self, target: Target) -> Batch:
         return NativeBatch(native_target(target, self.weight_type)) if self.weight_type else TorchBatch(target)

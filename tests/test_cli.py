@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,9 +137,42 @@ def test_data_clean_and_show(head: Path, tmp_path: Path) -> None:
     assert printed.stdout.splitlines()[-1].startswith("12 exchanges, 48 answer tokens: ")
 
 
+def test_vocab_build_and_show(model: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists by label from answers and texts, written into the head, which then decodes as before."""
+    monkeypatch.setattr("fastmtp.vocabulary.builder.LEAST_TOKENS", 10)
+    own = tmp_path / "head"
+    shutil.copytree(head, own)
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"text": "the cat sat on the mat and looked at the dog"}) + "\n"
+    )
+    (tmp_path / "words.txt").write_text("aaaa bbbb cccc\n" * 4)
+    texts = ["--text", tmp_path / "rows.jsonl", "--text", f"own={tmp_path / 'words.txt'}"]
+    common = ["--target", str(model), "--head", str(own), "--json", *map(str, texts)]
+    data = ["--data", str(head.parent / "data")]
+    built = CliRunner().invoke(commands, ["vocab", "build", *common, *data, "--size", "280"])
+    assert built.exit_code == 0, built.output
+    found = json.loads(built.stdout)
+    assert {"en", "own"} <= set(found["sizes"]) and set(found["sizes"].values()) == {280}
+    stored = json.loads((own / "vocabulary.json").read_text())
+    assert set(stored["lists"]) == set(stored["counts"]) == set(found["sizes"])
+    assert stored["provenance"]["settings"]["size"] == 280
+    shown = CliRunner().invoke(commands, ["vocab", "show", *common])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["coverage"]["own"]["own"] == 1
+    answers = [
+        run("generate", model, "hello", "--head", used, "--json", "--max-new-tokens", "30") for used in (head, own)
+    ]
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    small = CliRunner().invoke(commands, ["vocab", "build", *common, "--size", "5"])
+    assert "are always listed" in str(small.exception)
+    assert json.loads((own / "vocabulary.json").read_text()) == stored
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["vocab", "build", "--target", "{model}", "--head", "nowhere"], "give --data or --text"),
+        (["vocab", "show", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
         (["generate", "x", "--target", "./nowhere"], "./nowhere: no such model"),
         (["generate", "x", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
         (["generate", "x", "--target", "{model}", "--draft-steps", "2"], "no head ships for this target"),
@@ -194,3 +228,16 @@ def test_training_goes_on_where_it_stopped(model: Path, head: Path) -> None:
     run("train", model, "--data", data, "--out", head, "--json", *TRAIN)
     assert (head / "model.safetensors").read_bytes() == before
     assert (head.parent / "head.training" / "metrics.jsonl").is_file()
+
+
+def test_a_terminated_command_stops_as_with_ctrl_c(model: Path) -> None:
+    arguments = [sys.executable, "-m", "fastmtp", "chat", "--target", str(model)]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        # It waits for the user now.
+        assert process.stdout.read(1)
+        process.terminate()
+        assert process.wait(30) == 130
+        assert b"fastmtp: stopped" in process.stderr.read()

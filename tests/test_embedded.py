@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pydoc_data.topics import topics
@@ -19,12 +20,17 @@ from fastmtp.decode.native_backend import NativeBackend, forward, scores
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.decode.torch_backend import TorchBackend
+from fastmtp.distill.domains import language
 from fastmtp.evaluate.prompts import BUILTIN
 from fastmtp.models.head_format import load_head, load_native_head
 from fastmtp.models.native import NativeTarget, WeightType, load_native_target
 from fastmtp.models.shipped import shipped_head
+from fastmtp.models.source import describe
 from fastmtp.models.target import load_target
 from fastmtp.train.acceptance import agreement, replay
+from fastmtp.vocabulary.choosing import CHUNK, Chooser
+from fastmtp.vocabulary.lists import VocabularyLists
+from fastmtp.vocabulary.ranking import merge_order, ranked, smoothed
 from tests.conftest import reference
 
 pytestmark = pytest.mark.slow
@@ -40,7 +46,7 @@ def test_replayed_acceptance_is_the_decoders() -> None:
     for _, text in BUILTIN[:4]:
         prompt = target.encode_chat([{"role": "user", "content": text}])
         result = Generation(
-            TorchBackend(target, head, vocabulary.union()),
+            TorchBackend(target, head, vocabulary, places=0),
             target,
             prompt,
             draft_steps=steps,
@@ -78,7 +84,7 @@ def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
     directory = shipped_head("smollm2")
     assert directory is not None
     head, vocabulary, _ = load_native_head(directory, target)
-    backend = NativeBackend(target, head, vocabulary.union())
+    backend = NativeBackend(target, head, vocabulary)
     tasks = [
         "Summarize this:",
         "What does this say, in one sentence?",
@@ -132,3 +138,30 @@ def perplexity(target: NativeTarget, ids: list[int], window: int = 1024) -> floa
         logits_TV = scores(target.runtime, target.lm_head, states_TH)
         losses.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(part[1:]), reduction="none"))
     return float(torch.cat(losses).mean().exp())
+
+
+CHINESE = (
+    "去年冬天，由于河水上涨，村里的老桥被关闭了。现在人们要走到邻近的城镇去买面包，面包师说她从来没有卖得这么少。"
+    "大家希望政府在春天到来之前把桥修好，这样孩子们就可以像以前一样走路去上学。老人们说，他们年轻的时候也发生过同样的事情，"
+    "那时候全村的人一起动手，用了两个月的时间把桥重新建了起来。"
+)
+
+
+def test_the_chosen_list_is_the_librarys_language() -> None:
+    """From 32 token ids, lists counted on one half of two texts say of the other half what py3langid says."""
+    target = describe("smollm2")
+    prose = "\n".join(line for passage in passages(2000) for line in passage.splitlines() if line[:1].isalpha())
+    texts = {"en": prose[:8000], "zh": CHINESE}
+    ids = {label: target.tokenizer.encode(text, add_special_tokens=False) for label, text in texts.items()}
+    counts = {label: Counter(half[: len(half) // 2]) for label, half in ids.items()}
+    order_V = merge_order(target.vocabulary_size)
+    lists = {label: ranked(smoothed(found, order_V), target.basic_ids)[:4096] for label, found in counts.items()}
+    counted = {label: [counts[label][token] for token in lists[label]] for label in lists}
+    chooser = Chooser(VocabularyLists(lists, counted), target.vocabulary_size)
+    for label, whole in ids.items():
+        rest = whole[len(whole) // 2 :]
+        chunks = [rest[start : start + CHUNK] for start in range(0, len(rest) - CHUNK, CHUNK)]
+        assert len(chunks) >= 2
+        for chunk in chunks:
+            assert chooser.best(chunk) == label
+        assert language(target.decode(rest)) == label

@@ -18,6 +18,7 @@ from fastmtp.distill.answers import distill
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.train.trainer import Trainer
+from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids, tiny_target
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
@@ -32,7 +33,7 @@ def on_gpu(family: str) -> Target:
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_speculative_is_plain_is_the_cpus(family: str) -> None:
     target, prompt = on_gpu(family), random_ids(30)
-    backend = TorchBackend(target, MTPHead(target), list(range(100)))
+    backend = TorchBackend(target, MTPHead(target), VocabularyLists.of(range(100)))
     answers = [
         Generation(backend, target, prompt, draft_steps=steps, sampling=SamplingConfig(), max_new_tokens=40)
         for steps in (0, 3)

@@ -131,8 +131,7 @@ def draft_chain(
     start: int,
     tokens: Sequence[int],
     before: NDArray[Any],
-    rows: Matrix,
-    ids: _Integers,
+    rows: Sequence[tuple[Matrix, _Integers]],
     steps: int,
 ) -> list[int]: ...
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...

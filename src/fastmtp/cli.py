@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastmtp.cli_bench import bench, bench_engine, demo
 from fastmtp.cli_data import data, distill
 from fastmtp.cli_head import head as head_commands
 from fastmtp.cli_train import train
+from fastmtp.cli_vocab import vocab
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
@@ -28,6 +30,8 @@ from fastmtp.session import (
 
 def main() -> None:
     """Entry point: every expected error is one line, without a traceback."""
+    # What stops a service or a job in the background stops as Ctrl-C does: nothing that is done is lost.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         commands.main(standalone_mode=False)
     except (ValueError, OSError, MemoryError) as error:
@@ -47,7 +51,7 @@ def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
 
 
-for command in (distill, data, train, head_commands, demo, bench, bench_engine):
+for command in (distill, data, train, vocab, head_commands, demo, bench, bench_engine):
     commands.add_command(command)
 
 

@@ -77,11 +77,10 @@ def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None
     from fastmtp.progress import console
 
     directory = head or shipped_head(target)
-    native_head, ids, steps = None, [], 0
+    native_head, vocabulary, steps = None, None, 0
     if directory is not None:
         native_head, vocabulary, steps = load_native_head(directory, loaded)
-        ids = vocabulary.union()
-    report = measure(loaded, native_head, ids, steps)
+    report = measure(loaded, native_head, vocabulary, steps)
     if not as_json:
         for part in engine_report(report):
             console.print(part)

@@ -118,6 +118,20 @@ class CleanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+    """Which tokens a draft vocabulary's lists hold."""
+
+    size: int = setting(8192, "tokens in each list")
+    coverage: float = setting(
+        0.0, "choose each list's size by the share of text kept aside that it covers, as 0.995"
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.size >= 1, "size", self.size, "1 or more")
+        _check(0 <= self.coverage < 1, "coverage", self.coverage, "above 0 (0: by size) and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Training of the head (FastMTP, arXiv 2509.18362, section 3)."""
 
@@ -162,7 +176,7 @@ class TrainConfig:
             _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
 
 
-Config = TypeVar("Config", DistillConfig, CleanConfig, TrainConfig, SamplingConfig)
+Config = TypeVar("Config", DistillConfig, CleanConfig, VocabularyConfig, TrainConfig, SamplingConfig)
 
 
 def choices_of(kind: type[Any], name: str) -> tuple[str, ...]:

@@ -201,7 +201,7 @@ def backend_of(target: TargetInfo, head: Path | None) -> tuple[Backend, int]:
         if head is None:
             return TorchBackend(target), 0
         loaded, vocabulary, steps = load_head(head, target)
-        return TorchBackend(target, loaded, vocabulary.union() or None), steps
+        return TorchBackend(target, loaded, vocabulary), steps
     from fastmtp.decode.native_backend import NativeBackend
     from fastmtp.models.native import NativeTarget
 
@@ -209,7 +209,7 @@ def backend_of(target: TargetInfo, head: Path | None) -> tuple[Backend, int]:
     if head is None:
         return NativeBackend(target), 0
     native, vocabulary, steps = load_native_head(head, target)
-    return NativeBackend(target, native, vocabulary.union() or None), steps
+    return NativeBackend(target, native, vocabulary), steps
 
 
 def described(result: Result, draft_steps: int) -> str:

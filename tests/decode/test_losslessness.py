@@ -17,6 +17,7 @@ from fastmtp.decode.speculative import speculative
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.sampling import probabilities
+from fastmtp.vocabulary.draft import PLACES
 from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
 
@@ -108,13 +109,33 @@ def test_perfect_drafts_are_all_accepted(engine: Engine, target: Target) -> None
     assert [one.accepted for one in islice(rounds, 1, 9)] == [4] * 8
 
 
-def test_compressed_draft_vocabulary(engine: Engine, target: Target) -> None:
-    """Sixteen tokens in the draft vocabulary, or one: the output stays that of the full vocabulary."""
+@pytest.mark.parametrize("places", [0, 3, PLACES])
+def test_compressed_draft_vocabulary(engine: Engine, target: Target, places: int) -> None:
+    """Sixteen draft tokens, or one, growing or not: the output stays that of the full vocabulary."""
     prompt = random_ids(15, seed=2)
     expected = plain_tokens(engine, target, prompt, 30)
     for ids in (list(range(16)), [5]):
-        backend = engine.backend(target, MTPHead(target), ids)
+        backend = engine.backend(target, MTPHead(target), ids, places)
         assert speculative_tokens(backend, prompt, 3, 30) == expected
+
+
+def test_a_grown_draft_vocabulary(engine: Engine, target: Target) -> None:
+    """What it has grown by drafts as if it had been in the list: what is likeliest, and how likely each is."""
+    head, prompt = MTPHead(target), random_ids(40, seed=3)
+    said = random_ids(3, seed=5)
+    whole = list(dict.fromkeys([*range(20), *prompt, *said]))
+    for sampling in (GREEDY, SamplingConfig(temperature=1.0)):
+        drafts = []
+        for ids, places in ((list(range(20)), PLACES), (whole, 0)):
+            backend = engine.backend(target, head, ids, places)
+            backend.prefill(random_ids(30, seed=9))
+            backend.prefill(prompt)
+            backend.choices(said[:2])
+            drafts.append(backend.draft(said[2], 1, sampling, torch.Generator().manual_seed(1)))
+        if sampling is GREEDY:
+            assert drafts[0].tokens == drafts[1].tokens
+        else:
+            torch.testing.assert_close(drafts[0].distributions_V[0], drafts[1].distributions_V[0])
 
 
 def test_choices_are_the_largest_logits(engine: Engine, target: Target) -> None:
@@ -131,7 +152,7 @@ def test_choices_are_the_largest_logits(engine: Engine, target: Target) -> None:
     assert chosen == expected
 
 
-@pytest.mark.parametrize("ids", [None, [*range(40, 80), 3]])
+@pytest.mark.parametrize("ids", [None, [*range(40, 80), 3], [5]])
 def test_greedy_drafts_are_the_largest_logits(engine: Engine, target: Target, ids: list[int] | None) -> None:
     """The engine's own way through a greedy chain, after a long prompt too, is the general one step by step."""
     prompt, head = random_ids(300), MTPHead(target)
@@ -245,15 +266,19 @@ def _drafts(backend: SequenceBackend, prompt: Sequence[int]) -> list[int]:
     return backend.draft(token, 4, GREEDY, torch.Generator()).tokens
 
 
-def test_sampling_law_of_the_decoder(engine: Engine) -> None:
-    """At a temperature the second token's law is the target's, although half of it comes from drafts."""
+@pytest.mark.parametrize("ids", [None, list(range(0, 300, 2))])
+def test_sampling_law_of_the_decoder(engine: Engine, ids: list[int] | None) -> None:
+    """At a temperature the second token's law is the target's, although half of it comes from drafts.
+
+    With half of the tokens in a draft vocabulary that grows, too.
+    """
     target = tiny_target("llama")
     prompt = random_ids(6, seed=4)
     sampling = SamplingConfig(temperature=1.0, top_k=4)
     head = MTPHead(target)
     generator = torch.Generator().manual_seed(11)
     rounds, counts = 1500, torch.zeros(target.vocabulary_size)
-    backend = engine.backend(target, head)
+    backend = engine.backend(target, head, ids, 3)
     for _ in range(rounds):
         stream = speculative(backend, prompt, 2, sampling, generator)
         tokens = next(stream).tokens + next(stream).tokens

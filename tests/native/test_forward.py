@@ -19,6 +19,7 @@ from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.native import NativeTarget, WeightType
 from fastmtp.models.target import Target
+from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 from tests.engines import convert, native_head, native_target
 
@@ -173,7 +174,7 @@ def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: Weigh
     native, head = native_target(llama, weight_type), MTPHead(llama)
     ids = [257, 3, 100, 31, 7]
     whole = NativeBackend(native, native_head(native, head))
-    part = NativeBackend(native, native_head(native, head), ids)
+    part = NativeBackend(native, native_head(native, head), VocabularyLists.of(ids))
     state = torch.randn(1, 32, generator=torch.Generator().manual_seed(2)).numpy()
     assert torch.equal(part._draft_logits(state), whole._draft_logits(state)[:, ids])
 

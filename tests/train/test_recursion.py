@@ -21,6 +21,7 @@ from fastmtp.train.acceptance import agreement, replay
 from fastmtp.train.forward import text_states
 from fastmtp.train.recursion import chain_mask, recursion
 from tests.conftest import random_ids, reference, tiny_target
+from tests.engines import Engine
 
 GREEDY = SamplingConfig()
 
@@ -102,7 +103,9 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
     replayed = replay(agreement(head, target, reference(target, text), ids_D, steps).same_TK, len(prompt))
     accepted, settled = [], 1
     for one in islice(
-        speculative(TorchBackend(target, head, draft_ids), prompt, steps, GREEDY, torch.Generator()), 1, None
+        speculative(Engine().backend(target, head, draft_ids, 0), prompt, steps, GREEDY, torch.Generator()),
+        1,
+        None,
     ):
         used = min(len(one.tokens), 40 - settled)
         accepted.append(used - 1)

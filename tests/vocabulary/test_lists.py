@@ -8,23 +8,25 @@ from pathlib import Path
 import pytest
 
 from fastmtp.models.info import TargetIdentity
-from fastmtp.vocabulary.lists import VocabularyLists, rank_tokens
+from fastmtp.vocabulary.lists import VocabularyLists
 
 IDENTITY = TargetIdentity("X", 8, 50, "hash")
 
 
-def test_ranking() -> None:
-    """Always-tokens first, then by count, ties and unseen tokens in id order."""
-    assert rank_tokens([[7, 7, 3, 9], [9, 7, 1]], 8, [40], 50) == [40, 7, 9, 1, 3, 0, 2, 4]
-    assert rank_tokens([], 100, [], 5) == [0, 1, 2, 3, 4]
-
-
 def test_union_keeps_the_order_of_the_first_list() -> None:
-    assert VocabularyLists({"en": [3, 1], "zh": [1, 8]}).union() == [3, 1, 8]
+    lists = VocabularyLists({"en": [3, 1], "zh": [1, 8]})
+    assert lists.union() == [3, 1, 8]
+    assert lists.union(["zh"]) == [1, 8]
+
+
+def test_tokens_that_every_list_must_hold() -> None:
+    """They are added where they lack, with a count of none."""
+    lists = VocabularyLists({"en": [3, 1], "zh": [1, 8]}, {"en": [9, 2]}).including([8, 3])
+    assert lists == VocabularyLists({"en": [3, 1, 8], "zh": [1, 8, 3]}, {"en": [9, 2, 0]})
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    lists = VocabularyLists({"en": [3, 1], "zh": [8]})
+    lists = VocabularyLists({"en": [3, 1], "zh": [8]}, {"en": [5, 0]})
     lists.save(tmp_path / "v.json", "hash")
     assert VocabularyLists.load(tmp_path / "v.json", IDENTITY) == lists
 
@@ -39,6 +41,9 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"lists": {"en": [1, 1]}}, "list 'en': has an id twice"),
         ({"lists": {"en": []}}, "list 'en': must be a list of token ids"),
         ({"lists": {"en": ["a"]}}, "list 'en': must be a list of token ids"),
+        ({"counts": {"en": [1, 2]}}, "counts of 'en': must be 1 numbers"),
+        ({"counts": {"en": [-1]}}, "counts of 'en': must be 1 numbers"),
+        ({"counts": {"zh": [1]}}, "counts of 'zh': there is no such list"),
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, change: dict[str, object], message: str) -> None:

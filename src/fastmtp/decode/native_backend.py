@@ -17,6 +17,8 @@ from torch import Tensor
 from fastmtp import _native
 from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.models.native import NativeHead, NativeTarget, check_memory
+from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.lists import VocabularyLists
 
 States = NDArray[np.float32]
 
@@ -34,19 +36,25 @@ class NativeBackend(SequenceBackend[States]):
         self,
         target: NativeTarget,
         head: NativeHead | None = None,
-        draft_vocabulary: Sequence[int] | None = None,
+        draft_vocabulary: VocabularyLists | None = None,
+        *,
+        places: int = PLACES,
     ) -> None:
+        """Start with an empty sequence; the last two as for `SequenceBackend`."""
+        size, hidden = target.vocabulary_size, int(target.config.hidden_size)
         super().__init__(
             device=torch.device("cpu"),
             context_limit=target.context_limit,
-            vocabulary_size=target.vocabulary_size,
-            no_states=np.empty((0, int(target.config.hidden_size)), np.float32) if head else None,
-            draft_ids=draft_vocabulary,
+            vocabulary_size=size,
+            no_states=np.empty((0, hidden), np.float32) if head else None,
+            draft_vocabulary=draft_vocabulary,
+            places=places,
         )
         self._target = target
         self._head = head
-        self._draft_rows = target.lm_head if draft_vocabulary is None else target.lm_head_rows(draft_vocabulary)
-        self._row_ids = np.array(draft_vocabulary or range(target.vocabulary_size), np.int32)
+        self._all_ids = np.arange(size, dtype=np.int32)
+        # Rows of the sequence's own tokens, filled as they come.
+        self._own_rows = target.matrix(max(1, places), hidden)
         self._cache = target.stack.new_cache()
         self._draft_cache = head.stack.new_cache() if head else None
 
@@ -76,8 +84,7 @@ class NativeBackend(SequenceBackend[States]):
             start + many,
             inputs[many:],
             states_TH[many:],
-            self._draft_rows,
-            self._row_ids,
+            self._draft_rows(),
             steps,
         )
 
@@ -107,10 +114,25 @@ class NativeBackend(SequenceBackend[States]):
         return scores(self._target.runtime, self._target.lm_head, states_TH)
 
     def _draft_logits(self, states_TH: States) -> Tensor:
-        return scores(self._target.runtime, self._draft_rows, states_TH)
+        parts = [scores(self._target.runtime, rows, states_TH)[:, : len(ids)] for rows, ids in self._draft_rows()]
+        return torch.cat(parts, dim=1)
+
+    def _place_rows(self, tokens: dict[int, int]) -> None:
+        if tokens:
+            places, ids = np.array(list(tokens), np.int32), np.array(list(tokens.values()), np.int32)
+            self._own_rows.copy(places, self._target.lm_head, ids)
 
     def _join(self, states_TH: States, more_TH: States) -> States:
         return np.concatenate([states_TH, more_TH])
+
+    def _draft_rows(self) -> list[tuple[_native.Matrix, NDArray[np.int32]]]:
+        """The LM head's rows that the draft step scores, and the token of each."""
+        if self._vocabulary is None:
+            return [(self._target.lm_head, self._all_ids)]
+        parts = [(self._target.lm_head_rows(self._vocabulary.ids_D), self._vocabulary.ids_D)]
+        if len(self._vocabulary.own_ids):
+            parts.append((self._own_rows, self._vocabulary.own_ids))
+        return parts
 
     def _head_and_cache(self, tokens: int) -> tuple[NativeHead, _native.Cache]:
         """The head, and its cache with room for so many tokens."""

@@ -1,6 +1,7 @@
 """What the engines share: one sequence's tokens, and the head's catching up with the target.
 
-Shapes: T tokens, H hidden, D draft vocabulary, V vocabulary. States are an engine's own kind of array.
+Shapes: T tokens, H hidden, D draft vocabulary with what it has grown by, V vocabulary. States are an
+engine's own kind of array.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Draft
 from fastmtp.sampling import draw, greedy, probabilities
+from fastmtp.vocabulary.draft import DraftVocabulary
+from fastmtp.vocabulary.lists import VocabularyLists
 
 States = TypeVar("States", Tensor, NDArray[np.float32])
 
@@ -36,19 +39,22 @@ class SequenceBackend(ABC, Generic[States]):
         context_limit: int,
         vocabulary_size: int,
         no_states: States | None,
-        draft_ids: Sequence[int] | None,
+        draft_vocabulary: VocabularyLists | None,
+        places: int,
     ) -> None:
         """Start with an empty sequence.
 
         Args:
             no_states: [0, H], or None if there is no head that would want states.
-            draft_ids: the token of each draft logit; None if they are the vocabulary's own.
+            draft_vocabulary: lists of the tokens that the draft step scores; None, or none of them, is all.
+            places: how many tokens of its own text a sequence may add to them.
         """
         self.device = device
         self.context_limit = context_limit
         self._vocabulary_size = vocabulary_size
-        self._draft_ids = None if draft_ids is None else list(draft_ids)
-        self._draft_ids_D = None if draft_ids is None else torch.tensor(draft_ids, device=device)
+        self._vocabulary: DraftVocabulary | None = None
+        if draft_vocabulary is not None and draft_vocabulary.lists:
+            self._vocabulary = DraftVocabulary(draft_vocabulary, vocabulary_size, places)
         self._tokens: list[int] = []
         self._drafted = 0
         self._states_TH: States | None = no_states
@@ -70,6 +76,10 @@ class SequenceBackend(ABC, Generic[States]):
         """[T, D]"""
 
     @abstractmethod
+    def _place_rows(self, tokens: dict[int, int]) -> None:
+        """Put the LM head's rows of tokens at the own places of the draft vocabulary that they are listed by."""
+
+    @abstractmethod
     def _join(self, states_TH: States, more_TH: States) -> States:
         """One after the other."""
 
@@ -86,6 +96,8 @@ class SequenceBackend(ABC, Generic[States]):
         # it saw the token itself, which is shared.
         keep = max(0, min(common, len(prompt) - 1) - 1)
         self._rewind(keep)
+        if self._vocabulary is not None:
+            self._place_rows(self._vocabulary.start(prompt))
         return self._logits(self._append(prompt[keep:])[-1:])[0]
 
     def verify(self, tokens: Sequence[int]) -> Tensor:
@@ -99,6 +111,8 @@ class SequenceBackend(ABC, Generic[States]):
         length, states_TH = len(self._tokens), self._states_TH
         start: int = self._drafted
         inputs = [*self._tokens[start + 1 :], token]
+        if self._vocabulary is not None:
+            self._place_rows(self._vocabulary.see(inputs))
         distributions: list[Tensor] = []
 
         def choice(logits_D: Tensor) -> int:
@@ -132,7 +146,7 @@ class SequenceBackend(ABC, Generic[States]):
             states_TH = self._head_forward(start, states_TH, inputs)[-1:]
             start += len(inputs)
             place = choice(self._draft_logits(states_TH)[0])
-            drafted.append(place if self._draft_ids is None else self._draft_ids[place])
+            drafted.append(place if self._vocabulary is None else self._vocabulary.token(place))
             inputs = drafted[-1:]
         return drafted
 
@@ -158,9 +172,11 @@ class SequenceBackend(ABC, Generic[States]):
 
     def _over_vocabulary(self, q_D: Tensor) -> Tensor:
         """The draft distribution over the full vocabulary, [V]: zero outside the draft vocabulary."""
-        if self._draft_ids_D is None:
+        if self._vocabulary is None:
             return q_D
-        return q_D.new_zeros(self._vocabulary_size).index_copy(0, self._draft_ids_D, q_D)
+        ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
+        # A token can have two places for a while, after other lists were chosen.
+        return q_D.new_zeros(self._vocabulary_size).index_add(0, ids_D.to(q_D.device, torch.long), q_D)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

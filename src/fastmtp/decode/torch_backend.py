@@ -15,25 +15,34 @@ from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import causal_mask
 from fastmtp.models.target import Target
+from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.lists import VocabularyLists
 
 
 class TorchBackend(SequenceBackend[Tensor]):
     """Target cache and draft cache of one sequence."""
 
     def __init__(
-        self, target: Target, head: MTPHead | None = None, draft_vocabulary: Sequence[int] | None = None
+        self,
+        target: Target,
+        head: MTPHead | None = None,
+        draft_vocabulary: VocabularyLists | None = None,
+        *,
+        places: int = PLACES,
     ) -> None:
+        """Start with an empty sequence; the last two as for `SequenceBackend`."""
         super().__init__(
             device=target.device,
             context_limit=target.context_limit,
             vocabulary_size=target.vocabulary_size,
             no_states=target.lm_head.weight.new_empty(0, int(target.config.hidden_size)) if head else None,
-            draft_ids=draft_vocabulary,
+            draft_vocabulary=draft_vocabulary,
+            places=places,
         )
         self._target = target
         self._head = head
-        # The LM head's rows of the draft vocabulary, gathered once.
-        self._rows_DH = None if self._draft_ids_D is None else target.lm_head.weight[self._draft_ids_D]
+        # Rows of the sequence's own tokens, filled as they come.
+        self._own_rows_GH = target.lm_head.weight.new_empty(places, int(target.config.hidden_size))
         self._cache = KVCache()
         self._draft_cache = KVCache()
 
@@ -70,7 +79,17 @@ class TorchBackend(SequenceBackend[Tensor]):
 
     @torch.inference_mode()
     def _draft_logits(self, states_TH: Tensor) -> Tensor:
-        return self._target.logits(states_TH, self._rows_DH)
+        if self._vocabulary is None:
+            return self._target.logits(states_TH)
+        own_rows_GH = self._own_rows_GH[: len(self._vocabulary.own_ids)]
+        parts = [self._target.lm_head_rows(self._vocabulary.ids_D), own_rows_GH]
+        return torch.cat([self._target.logits(states_TH, rows) for rows in parts], dim=-1)
+
+    @torch.inference_mode()
+    def _place_rows(self, tokens: dict[int, int]) -> None:
+        if tokens:
+            places, ids = torch.tensor([list(tokens), list(tokens.values())], device=self.device)
+            self._own_rows_GH[places] = self._target.lm_head.weight[ids]
 
     def _join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
         return torch.cat([states_TH, more_TH])

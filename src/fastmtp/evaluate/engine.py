@@ -33,6 +33,7 @@ from fastmtp.models.native import NativeHead, NativeTarget
 from fastmtp.models.source import locate
 from fastmtp.progress import bar
 from fastmtp.sampling import greedy
+from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
@@ -94,18 +95,20 @@ class EngineReport:
         }
 
 
-def measure(target: NativeTarget, head: NativeHead | None, ids: list[int], draft_steps: int) -> EngineReport:
+def measure(
+    target: NativeTarget, head: NativeHead | None, vocabulary: VocabularyLists | None, draft_steps: int
+) -> EngineReport:
     """Measure an engine.
 
     Args:
         head: an MTP head, for draft steps and rounds; None leaves them out.
-        ids: the draft vocabulary of the rounds, likeliest first.
+        vocabulary: the draft vocabulary of the rounds; None is all tokens.
         draft_steps: K of the rounds.
     """
     tasks = {
         "read": lambda: _READ_BYTES / _native.read_seconds(target.runtime, _READ_BYTES, 3) / 1e9,
         **_forward_tasks(target),
-        **(_draft_tasks(target, head, ids, draft_steps) if head else {}),
+        **(_draft_tasks(target, head, vocabulary, draft_steps) if head else {}),
         **_speed_tasks(target),
         **_llama_cpp_tasks(target),
     }
@@ -133,7 +136,7 @@ def measure(target: NativeTarget, head: NativeHead | None, ids: list[int], draft
         plain_tokens_per_second=medians["plain"],
         batch_tokens_per_second=medians["batch"],
         prefill_tokens_per_second=medians["prefill"],
-        rounds=None if head is None else _rounds(target, head, ids, draft_steps),
+        rounds=None if head is None else _rounds(target, head, vocabulary, draft_steps),
         llama_cpp=by_key("llama.cpp "),
         llama_cpp_prefill=by_key("llama.cpp-prefill "),
         llama_cpp_version=llama_cpp.version(),
@@ -167,13 +170,16 @@ def _forward_tasks(target: NativeTarget) -> dict[str, Task]:
     return {f"forward {count}": task(count) for count in TOKENS_TOGETHER}
 
 
-def _draft_tasks(target: NativeTarget, head: NativeHead, ids: list[int], steps: int) -> dict[str, Task]:
-    everything = list(dict.fromkeys([*ids, *range(target.vocabulary_size)]))
+def _draft_tasks(
+    target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists | None, steps: int
+) -> dict[str, Task]:
+    listed = vocabulary.union() if vocabulary else []
+    everything = list(dict.fromkeys([*listed, *range(target.vocabulary_size)]))
     sizes = [size for size in DRAFT_SIZES if size < len(everything)] + [len(everything)]
     prompt = _some_ids(target, CONTEXT)
 
     def task(size: int) -> Task:
-        backend = NativeBackend(target, head, everything[:size])
+        backend = NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0)
 
         def step() -> float:
             # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
@@ -234,9 +240,9 @@ def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Task]:
     return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in llama_cpp.TYPES}
 
 
-def _rounds(target: NativeTarget, head: NativeHead, ids: list[int], draft_steps: int) -> Rounds:
+def _rounds(target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists | None, draft_steps: int) -> Rounds:
     """Plain and speculative decoding in turn, around ROUNDS_CONTEXT tokens of context."""
-    backend = NativeBackend(target, head, ids or None)
+    backend = NativeBackend(target, head, vocabulary)
     prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(text for _, text in BUILTIN)}])
     prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
@@ -258,7 +264,7 @@ def _rounds(target: NativeTarget, head: NativeHead, ids: list[int], draft_steps:
     accepted = Acceptance.of((one.accepted for one in settled[1:]), draft_steps)
     return Rounds(
         draft_steps=draft_steps,
-        draft_vocabulary=len(ids) or target.vocabulary_size,
+        draft_vocabulary=len(vocabulary.union() if vocabulary else []) or target.vocabulary_size,
         tau=accepted.tau,
         round_ms=median(rounds_ms),
         speedup=median(speedups),

@@ -84,7 +84,7 @@ def load_head(directory: Path, target: Target) -> tuple[MTPHead, VocabularyLists
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is damaged, or the head does not fit the target; every mismatch is named.
     """
-    vocabulary, steps = _read_description(directory, target)
+    vocabulary, steps = read_description(directory, target)
     head = MTPHead(target)
     weights = _read_tensors(directory, {name: tuple(value.shape) for name, value in head.state_dict().items()})
     head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
@@ -93,7 +93,7 @@ def load_head(directory: Path, target: Target) -> tuple[MTPHead, VocabularyLists
 
 def read_head_tensors(directory: Path, target: Target) -> dict[str, Tensor]:
     """A head's tensors as they are on disk, checked as by `load_head`; the target's weights are not touched."""
-    _read_description(directory, target)
+    read_description(directory, target)
     _read_tensors(directory, {name: tuple(value.shape) for name, value in MTPHead(target).state_dict().items()})
     return cast("dict[str, Tensor]", load_file(directory / "model.safetensors"))
 
@@ -102,11 +102,11 @@ def load_native_head(directory: Path, target: NativeTarget) -> tuple[NativeHead,
     """`load_head` for the native engine."""
     from fastmtp.models.native import NativeHead
 
-    vocabulary, steps = _read_description(directory, target)
+    vocabulary, steps = read_description(directory, target)
     return NativeHead(target, _read_tensors(directory, target.head_shapes())), vocabulary, steps
 
 
-def _read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:
+def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:
     """Everything but the tensors, checked against the target."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such head directory")
@@ -114,7 +114,9 @@ def _read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLi
     problems = _mismatches(config, target)
     if problems:
         raise ValueError(f"{directory}: this head does not fit {target.source}:\n  " + "\n  ".join(problems))
-    return VocabularyLists.load(directory / "vocabulary.json", target.identity), int(config["draft_steps"])
+    vocabulary = VocabularyLists.load(directory / "vocabulary.json", target.identity)
+    # A head that cannot draft the end would miss at the end of every answer.
+    return vocabulary.including(sorted(target.end_ids)), int(config["draft_steps"])
 
 
 def _read_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> Weights:

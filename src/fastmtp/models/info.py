@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, cast
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Experts and latent attention, which the native engine does not have.
 ONLY_TORCH = ("glm4_moe", "deepseek_v3")
 # What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (vLLM's mimo.py, 055e47c).
 ALIASES = {"mimo": "qwen2"}
+_BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,16 @@ class TargetInfo:
             end = getattr(source, "eos_token_id", None)
             ids.update(end if isinstance(end, list) else [] if end is None else [end])
         return frozenset(ids)
+
+    @property
+    def basic_ids(self) -> list[int]:
+        """Ends of an answer, special tokens, and the tokens of single bytes, of which every text can be made."""
+        words: dict[str, int] = self.tokenizer.get_vocab()
+        single = {token for word, token in words.items() if _BYTE_FALLBACK.fullmatch(word)}
+        if not single:
+            alphabet = set(ByteLevel.alphabet())
+            single = {token for word, token in words.items() if word in alphabet}
+        return list(dict.fromkeys([*sorted(self.end_ids), *self.tokenizer.all_special_ids, *sorted(single)]))
 
     def encode_chat(self, messages: list[dict[str, str]], *, reply: bool = True) -> list[int]:
         """Token ids of a conversation in the model's chat template, opened for a reply if asked.

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from torch import nn
 
 from fastmtp import _native
+from fastmtp.models.gathered import Gathered
 from fastmtp.models.info import ONLY_TORCH, TargetInfo, raise_problems
 from fastmtp.models.layers import FULL, layer_types, norm_offset, skeleton, windows
 from fastmtp.models.source import locate, reading
@@ -56,6 +58,7 @@ class NativeTarget(TargetInfo):
         """
         self._model = skeleton(config)
         super().__init__(config, generation_config, tokenizer, type(self._model).__name__, source)
+        self._gathered: Gathered[_native.Matrix] = Gathered()
         self.runtime = runtime
         self.weight_type = weight_type
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
@@ -82,11 +85,15 @@ class NativeTarget(TargetInfo):
         """A matrix of zeros for what is not in the target's layers."""
         return _native.Matrix(_TYPES[self.outer_type], outputs, inputs)
 
-    def lm_head_rows(self, ids: Sequence[int]) -> _native.Matrix:
-        """The LM head's rows of some tokens, bits and all, in a matrix of their own."""
-        rows = self.matrix(len(ids), int(self.config.hidden_size))
-        rows.copy(np.arange(len(ids), dtype=np.int32), self.lm_head, np.array(ids, np.int32))
-        return rows
+    def lm_head_rows(self, ids_D: NDArray[np.int32]) -> _native.Matrix:
+        """The LM head's rows of some tokens, bits and all, in a matrix of their own, gathered once."""
+
+        def gather() -> _native.Matrix:
+            rows = self.matrix(len(ids_D), int(self.config.hidden_size))
+            rows.copy(np.arange(len(ids_D), dtype=np.int32), self.lm_head, ids_D)
+            return rows
+
+        return self._gathered(ids_D, gather)
 
     def new_stack(self) -> _native.Stack:
         """A stack without layers, shaped as the target's."""

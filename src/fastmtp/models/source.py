@@ -13,6 +13,7 @@ from unittest.mock import patch
 import gguf
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fastmtp.models import embedded
 from fastmtp.models.info import ALIASES, TargetInfo, check_supported
@@ -100,7 +101,9 @@ def describe(name: str) -> TargetInfo:
     source = locate(name)
     with reading(source):
         config = source.read_config()
-        architecture = (config.architectures or [config.model_type])[0]
+        # A GGUF file does not say; a head's files name the class.
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        architecture = model_class.__name__ if model_class else (config.architectures or [config.model_type])[0]
         return TargetInfo(config, source.read_generation_config(), source.read_tokenizer(), architecture, name)
 
 

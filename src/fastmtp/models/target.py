@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fastmtp.models.gathered import Gathered
 from fastmtp.models.info import TargetInfo
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import (
@@ -39,6 +42,7 @@ class Target(TargetInfo):
             ValueError: the tokenizer does not fit.
         """
         super().__init__(model.config, model.generation_config, tokenizer, type(model).__name__, source)
+        self._gathered: Gathered[Tensor] = Gathered()
         self.model = model.eval().requires_grad_(False)
         self.kinds = layer_types(self.config)
         self.lm_head: nn.Linear = model.lm_head
@@ -65,6 +69,12 @@ class Target(TargetInfo):
         rotation = self.rotations(positions_BT, self.kinds)
         hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
         return cast(Tensor, self.model.model.norm(hidden_BTH))
+
+    def lm_head_rows(self, ids_D: NDArray[np.int32]) -> Tensor:
+        """The LM head's rows of some tokens, [D, H], gathered once."""
+        return self._gathered(
+            ids_D, lambda: self.lm_head.weight[torch.from_numpy(ids_D).to(self.device, torch.long)]
+        )
 
     def logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [..., V], or [..., D] over D gathered rows of the LM head."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from fastmtp.train.forward import Forward
 from fastmtp.train.metrics import peak_memory_gb
 from fastmtp.train.processes import Processes
 from fastmtp.train.trainer import Measured, Trainer
-from fastmtp.vocabulary.lists import ALL, VocabularyLists, rank_tokens
+from fastmtp.vocabulary.lists import VocabularyLists
+from fastmtp.vocabulary.ranking import merge_order, ranked, smoothed
 
 
 def train_head(
@@ -112,10 +114,14 @@ def train_head(
 
 
 def _vocabulary(target: Target, texts: list[list[int]], size: int) -> VocabularyLists:
-    """The likeliest tokens of the data, end tokens always among them; nothing where all tokens are wanted."""
+    """The likeliest tokens of the data, special tokens and bytes first; nothing where all tokens are wanted."""
     if size == 0 or size >= target.vocabulary_size:
         return VocabularyLists({})
-    return VocabularyLists({ALL: rank_tokens(texts, size, sorted(target.end_ids), target.vocabulary_size)})
+    counts: Counter[int] = Counter()
+    for text in texts:
+        counts.update(text)
+    probabilities_V = smoothed(counts, merge_order(target.vocabulary_size))
+    return VocabularyLists.of(ranked(probabilities_V, target.basic_ids)[:size])
 
 
 def percentages(shares: Sequence[float]) -> str:

@@ -1,13 +1,12 @@
-"""Draft vocabularies: ranked token lists, counted over any stream of token ids.
+"""Draft vocabularies: ranked token lists.
 
 The draft step scores only these tokens (FastMTP, section 3.3); verification always uses all of them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,25 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class VocabularyLists:
-    """By language, token ids with the likeliest first. An empty map means: score the full vocabulary."""
+    """By language or domain, token ids with the likeliest first. No list means: score the full vocabulary.
+
+    `counts` are of the same tokens in the text that a list was made from; not every list needs to have them.
+    """
 
     lists: dict[str, list[int]]
+    counts: dict[str, list[int]] = field(default_factory=dict)
 
-    def save(self, path: Path, tokenizer_sha256: str) -> None:
+    @classmethod
+    def of(cls, ids: Iterable[int]) -> VocabularyLists:
+        """One list for everything."""
+        return cls({ALL: list(ids)})
+
+    def save(self, path: Path, tokenizer_sha256: str, provenance: dict[str, Any] | None = None) -> None:
         facts = {"format_version": FORMAT_VERSION, "tokenizer_sha256": tokenizer_sha256, "lists": self.lists}
+        if self.counts:
+            facts["counts"] = self.counts
+        if provenance:
+            facts["provenance"] = provenance
         write_json(path, facts, indent=None)
 
     @classmethod
@@ -33,7 +45,7 @@ class VocabularyLists:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: another tokenizer's lists, ids out of range or twice in a list.
+            ValueError: another tokenizer's lists, ids out of range or twice in a list, wrong counts.
         """
         facts = read_json(path)
         if facts.get("format_version") != FORMAT_VERSION:
@@ -45,26 +57,30 @@ class VocabularyLists:
             raise ValueError(f"{path}: lists must be an object of id lists by language")
         for language, ids in lists.items():
             _check_ids(f"{path}: list {language!r}", ids, identity.vocabulary_size)
-        return cls(lists)
+        counts = facts.get("counts", {})
+        for language in counts:
+            _check_counts(f"{path}: counts of {language!r}", counts[language], lists.get(language))
+        return cls(lists, counts)
 
-    def union(self) -> list[int]:
-        """Every listed token once, in order of first appearance."""
-        return list(dict.fromkeys(token for ids in self.lists.values() for token in ids))
+    def including(self, ids: Iterable[int]) -> VocabularyLists:
+        """With tokens that every list must hold at the end of those that lack them."""
+        missing = {name: sorted(set(ids).difference(own)) for name, own in self.lists.items()}
+        return VocabularyLists(
+            {name: [*own, *missing[name]] for name, own in self.lists.items()},
+            {name: [*own, *[0] * len(missing[name])] for name, own in self.counts.items()},
+        )
+
+    def union(self, names: Iterable[str] | None = None) -> list[int]:
+        """Every token of the named lists, or of all of them, once, in order of first appearance."""
+        chosen = self.lists if names is None else names
+        return list(dict.fromkeys(token for name in chosen for token in self.lists[name]))
 
 
-def rank_tokens(
-    streams: Iterable[Iterable[int]], size: int, always: Iterable[int], vocabulary_size: int
-) -> list[int]:
-    """The `size` likeliest tokens of the streams; those in `always` come first, unseen ones fill up in id order.
-
-    Byte-pair tokenizers number tokens in merge order, so low ids are the commoner ones.
-    """
-    counts: Counter[int] = Counter()
-    for stream in streams:
-        counts.update(stream)
-    ranked = sorted(counts, key=lambda token: (-counts[token], token))
-    everything = dict.fromkeys([*always, *ranked, *range(vocabulary_size)])
-    return list(everything)[: min(size, vocabulary_size)]
+def _check_counts(where: str, counts: Any, ids: list[int] | None) -> None:
+    if ids is None:
+        raise ValueError(f"{where}: there is no such list")
+    if not isinstance(counts, list) or len(counts) != len(ids) or any(type(n) is not int or n < 0 for n in counts):
+        raise ValueError(f"{where}: must be {len(ids)} numbers, one for each id of the list")
 
 
 def _check_ids(where: str, ids: Any, vocabulary_size: int) -> None:

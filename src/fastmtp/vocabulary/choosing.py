@@ -1,0 +1,77 @@
+"""Which lists fit a text, from its token ids alone.
+
+Naive Bayes by the lists' own frequencies: every chunk of the text votes for the list that makes it likeliest, and
+the lists with a vote among the last chunks are taken together. So a mixed text gets the union, and a list that was
+left stays for a while.
+Shapes: L lists, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmtp.vocabulary.lists import VocabularyLists
+
+CHUNK = 32
+VOTES = 8
+# What a token outside a list is thought to have been counted there.
+UNSEEN = 0.1
+
+
+class Chooser:
+    """Tables for all texts."""
+
+    def __init__(self, lists: VocabularyLists, vocabulary_size: int) -> None:
+        self.names = list(lists.lists)
+        self._log_p_LV = np.stack(
+            [_log_probabilities(ids, lists.counts.get(name), vocabulary_size) for name, ids in lists.lists.items()]
+        )
+
+    def best(self, tokens: Sequence[int]) -> str:
+        """The list that makes the tokens likeliest; of equal ones the first."""
+        return self.names[int(self._log_p_LV[:, list(tokens)].sum(1).argmax())]
+
+
+class Choice:
+    """The lists chosen for one text that goes on."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser = chooser
+        self._votes: deque[str] = deque(maxlen=VOTES)
+        self._pending: list[int] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The lists with a vote, in their own order; all of them while nobody has voted."""
+        voted = set(self._votes)
+        return tuple(name for name in self._chooser.names if name in voted or not voted)
+
+    def start(self, prompt: Sequence[int]) -> None:
+        """Choose for a prompt, by its last chunks; one that is shorter than a chunk votes as it is."""
+        self._votes.clear()
+        self._pending.clear()
+        self.see(prompt[-CHUNK * VOTES :])
+        if not self._votes:
+            self._votes.append(self._chooser.best(prompt))
+
+    def see(self, tokens: Sequence[int]) -> None:
+        """Go on with the tokens that follow."""
+        self._pending += tokens
+        while len(self._pending) >= CHUNK:
+            self._votes.append(self._chooser.best(self._pending[:CHUNK]))
+            del self._pending[:CHUNK]
+
+
+def _log_probabilities(
+    ids: Sequence[int], counts: Sequence[int] | None, vocabulary_size: int
+) -> NDArray[np.float32]:
+    counted_V = np.zeros(vocabulary_size)
+    # Without counts, those of Zipf's law.
+    counted_V[list(ids)] = counts if counts is not None else 1e6 / (np.arange(len(ids)) + 1)
+    counted_V += UNSEEN
+    log_p_V: NDArray[np.float32] = np.log(counted_V / counted_V.sum()).astype(np.float32)
+    return log_p_V
