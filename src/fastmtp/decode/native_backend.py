@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmtp import _native
 from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.models.native import NativeHead, NativeTarget, check_memory
-from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.draft import PLACES, DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
 
 States = NDArray[np.float32]
@@ -52,11 +52,13 @@ class NativeBackend(SequenceBackend[States]):
         )
         self._target = target
         self._head = head
-        self._all_ids = np.arange(size, dtype=np.int32)
-        # Rows of the sequence's own tokens, filled as they come.
+        # Rows of the draft step, and their tokens; rows of the sequence's own tokens, filled as they come.
+        self._rows, self._row_ids = target.lm_head, np.arange(size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, places), hidden)
         self._cache = target.stack.new_cache()
         self._draft_cache = head.stack.new_cache() if head else None
+        if self._vocabulary is not None:
+            self._fit_rows(self._vocabulary, {})
 
     @property
     def name(self) -> str:
@@ -117,9 +119,11 @@ class NativeBackend(SequenceBackend[States]):
         parts = [scores(self._target.runtime, rows, states_TH)[:, : len(ids)] for rows, ids in self._draft_rows()]
         return torch.cat(parts, dim=1)
 
-    def _place_rows(self, tokens: dict[int, int]) -> None:
-        if tokens:
-            places, ids = np.array(list(tokens), np.int32), np.array(list(tokens.values()), np.int32)
+    def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
+        if vocabulary.ids_D is not self._row_ids:
+            self._rows, self._row_ids = self._target.lm_head_rows(vocabulary.ids_D), vocabulary.ids_D
+        if changed:
+            places, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
             self._own_rows.copy(places, self._target.lm_head, ids)
 
     def _join(self, states_TH: States, more_TH: States) -> States:
@@ -127,10 +131,8 @@ class NativeBackend(SequenceBackend[States]):
 
     def _draft_rows(self) -> list[tuple[_native.Matrix, NDArray[np.int32]]]:
         """The LM head's rows that the draft step scores, and the token of each."""
-        if self._vocabulary is None:
-            return [(self._target.lm_head, self._all_ids)]
-        parts = [(self._target.lm_head_rows(self._vocabulary.ids_D), self._vocabulary.ids_D)]
-        if len(self._vocabulary.own_ids):
+        parts = [(self._rows, self._row_ids)]
+        if self._vocabulary is not None and len(self._vocabulary.own_ids):
             parts.append((self._own_rows, self._vocabulary.own_ids))
         return parts
 

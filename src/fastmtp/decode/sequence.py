@@ -76,8 +76,8 @@ class SequenceBackend(ABC, Generic[States]):
         """[T, D]"""
 
     @abstractmethod
-    def _place_rows(self, tokens: dict[int, int]) -> None:
-        """Put the LM head's rows of tokens at the own places of the draft vocabulary that they are listed by."""
+    def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
+        """Score the LM head's rows of the lists that are chosen, and of the own tokens, by place, that changed."""
 
     @abstractmethod
     def _join(self, states_TH: States, more_TH: States) -> States:
@@ -97,7 +97,7 @@ class SequenceBackend(ABC, Generic[States]):
         keep = max(0, min(common, len(prompt) - 1) - 1)
         self._rewind(keep)
         if self._vocabulary is not None:
-            self._place_rows(self._vocabulary.start(prompt))
+            self._fit_rows(self._vocabulary, self._vocabulary.start(prompt))
         return self._logits(self._append(prompt[keep:])[-1:])[0]
 
     def verify(self, tokens: Sequence[int]) -> Tensor:
@@ -112,17 +112,18 @@ class SequenceBackend(ABC, Generic[States]):
         start: int = self._drafted
         inputs = [*self._tokens[start + 1 :], token]
         if self._vocabulary is not None:
-            self._place_rows(self._vocabulary.see(inputs))
+            self._fit_rows(self._vocabulary, self._vocabulary.see(inputs))
         distributions: list[Tensor] = []
-
-        def choice(logits_D: Tensor) -> int:
-            q_D = probabilities(logits_D, sampling)
-            distributions.append(self._over_vocabulary(q_D))
-            return draw(q_D, generator)
-
         if sampling.temperature == 0:
             drafted = self._greedy_chain(start, states_TH, inputs, steps)
         else:
+            ids_D = self._draft_ids()
+
+            def choice(logits_D: Tensor) -> int:
+                q_D = probabilities(logits_D, sampling)
+                distributions.append(self._over_vocabulary(q_D, ids_D))
+                return draw(q_D, generator)
+
             drafted = self._chain(start, states_TH, inputs, steps, choice)
         # The chain's own states are forgotten: the next forward of the head starts where the target's states end.
         self._drafted, self._states_TH = length, states_TH[:0]
@@ -170,13 +171,19 @@ class SequenceBackend(ABC, Generic[States]):
         if self._states_TH is not None:
             self._states_TH = self._states_TH[: length - self._drafted]
 
-    def _over_vocabulary(self, q_D: Tensor) -> Tensor:
-        """The draft distribution over the full vocabulary, [V]: zero outside the draft vocabulary."""
+    def _draft_ids(self) -> Tensor | None:
+        """The token of each draft logit, [D]; None if they are the target's own."""
         if self._vocabulary is None:
-            return q_D
+            return None
         ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
+        return ids_D.to(self.device, torch.long)
+
+    def _over_vocabulary(self, q_D: Tensor, ids_D: Tensor | None) -> Tensor:
+        """The draft distribution over the full vocabulary, [V]: zero outside the draft vocabulary."""
+        if ids_D is None:
+            return q_D
         # A token can have two places for a while, after other lists were chosen.
-        return q_D.new_zeros(self._vocabulary_size).index_add(0, ids_D.to(q_D.device, torch.long), q_D)
+        return q_D.new_zeros(self._vocabulary_size).index_add(0, ids_D, q_D)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import causal_mask
 from fastmtp.models.target import Target
-from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.draft import PLACES, DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
 
 
@@ -41,10 +42,13 @@ class TorchBackend(SequenceBackend[Tensor]):
         )
         self._target = target
         self._head = head
-        # Rows of the sequence's own tokens, filled as they come.
+        # Rows of the draft step, and their tokens; rows of the sequence's own tokens, filled as they come.
+        self._rows_DH, self._row_ids_D = target.lm_head.weight, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows_GH = target.lm_head.weight.new_empty(places, int(target.config.hidden_size))
         self._cache = KVCache()
         self._draft_cache = KVCache()
+        if self._vocabulary is not None:
+            self._fit_rows(self._vocabulary, {})
 
     @property
     def name(self) -> str:
@@ -82,13 +86,15 @@ class TorchBackend(SequenceBackend[Tensor]):
         if self._vocabulary is None:
             return self._target.logits(states_TH)
         own_rows_GH = self._own_rows_GH[: len(self._vocabulary.own_ids)]
-        parts = [self._target.lm_head_rows(self._vocabulary.ids_D), own_rows_GH]
-        return torch.cat([self._target.logits(states_TH, rows) for rows in parts], dim=-1)
+        return torch.cat([self._target.logits(states_TH, rows) for rows in (self._rows_DH, own_rows_GH)], dim=-1)
 
     @torch.inference_mode()
-    def _place_rows(self, tokens: dict[int, int]) -> None:
-        if tokens:
-            places, ids = torch.tensor([list(tokens), list(tokens.values())], device=self.device)
+    def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
+        if vocabulary.ids_D is not self._row_ids_D:
+            self._row_ids_D = vocabulary.ids_D
+            self._rows_DH = self._target.lm_head_rows(vocabulary.ids_D)
+        if changed:
+            places, ids = torch.tensor([list(changed), list(changed.values())], device=self.device)
             self._own_rows_GH[places] = self._target.lm_head.weight[ids]
 
     def _join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastmtp.files import file_sha256, read_json, replacing, write_json
+from fastmtp.models.info import TargetInfo
+from fastmtp.models.info import tokenizer_sha256 as sha256_of
 
 SCHEMA = pa.schema(
     [
@@ -100,6 +102,14 @@ def read_exchanges(
 def tokenizer_of(directory: Path) -> str | None:
     """Hash of the tokenizer that a data directory's ids are of."""
     return read_json(directory / "provenance.json").get("tokenizer_sha256")
+
+
+def check_tokenizer(directories: Iterable[Path], target: TargetInfo) -> None:
+    """Raises ValueError if the ids of a data directory are not of the target's tokenizer."""
+    expected = sha256_of(target.tokenizer)
+    for directory in directories:
+        if tokenizer_of(directory) != expected:
+            raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")
 
 
 def target_of(directory: Path) -> str:

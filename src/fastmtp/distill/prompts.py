@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from fastmtp.distill.rows import file_rows
 from fastmtp.files import file_sha256
 
 HUB = "hf:"
@@ -50,7 +47,7 @@ def read_prompts(source: str) -> list[Prompt]:
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such prompt file")
-        rows = _file_rows(path)
+        rows = file_rows(path, COLUMNS)
     prompts = [_prompt(index, row, where) for index, (where, row) in enumerate(rows)]
     if not prompts:
         raise ValueError(f"{source}: holds no prompt")
@@ -67,36 +64,6 @@ def prompts_sha256(source: str, prompts: list[Prompt]) -> str:
 def user(content: str) -> list[dict[str, str]]:
     """A conversation of one turn."""
     return [{"role": "user", "content": content}]
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if text := line.strip():
-                where = f"{path}, line {number}"
-                yield where, _parse(text, where) if is_jsonl else {"prompt": text}
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            known = [name for name in file.schema_arrow.names if name in COLUMNS]
-            rows = (row for batch in file.iter_batches(columns=known) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield f"{path}, row {number}", row
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:

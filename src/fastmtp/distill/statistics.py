@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmtp.distill.dataset import Exchange, exchange_count, iter_exchanges, tokenizer_of
+from fastmtp.distill.dataset import Exchange, check_tokenizer, exchange_count, iter_exchanges
 from fastmtp.distill.domains import Mix
-from fastmtp.models.info import TargetInfo, tokenizer_sha256
+from fastmtp.models.info import TargetInfo
 from fastmtp.progress import bar
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 99, 100)
@@ -56,9 +56,7 @@ def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> St
         FileNotFoundError: a directory is no data directory.
         ValueError: a shard is damaged, a mask cannot be right, or the ids are of another tokenizer.
     """
-    for directory in directories:
-        if tokenizer_of(directory) != tokenizer_sha256(target.tokenizer):
-            raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")
+    check_tokenizer(directories, target)
     found = Statistics()
     prompt_lengths: list[int] = []
     answer_lengths: list[int] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -10,9 +9,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from fastmtp.distill.dataset import exchange_count, iter_exchanges, tokenizer_of
+from fastmtp.distill.dataset import check_tokenizer, exchange_count, iter_exchanges
 from fastmtp.distill.domains import domain, language
-from fastmtp.models.info import TargetInfo, tokenizer_sha256
+from fastmtp.distill.rows import file_rows, is_jsonl
+from fastmtp.models.info import TargetInfo
 from fastmtp.progress import bar
 from fastmtp.vocabulary.builder import LabelledCounts
 
@@ -42,9 +42,7 @@ def count(target: TargetInfo, data: Sequence[Path], texts: Sequence[str]) -> dic
         part = found[label]
         (part.counted if numbers[label] % HELD_OUT else part.held_out).update(ids)
 
-    for directory in data:
-        if tokenizer_of(directory) != tokenizer_sha256(target.tokenizer):
-            raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")
+    check_tokenizer(data, target)
     with bar("count", sum(map(exchange_count, data)) + len(texts)) as progress:
         for directory in data:
             for exchange in iter_exchanges(directory):
@@ -68,28 +66,19 @@ def _label(prompt: str, answer: str) -> str:
 def _pieces(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such text file")
-    if path.suffix == ".parquet":
-        table = pq.read_table(path)
-        if "text" not in table.column_names:
-            raise ValueError(f"{path}: has no column `text`; it has {', '.join(table.column_names)}")
-        yield from (row for row in table["text"].to_pylist() if row)
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            row = _row(line)
-            if row is None:
-                raise ValueError(f"{path}, line {number}: must be a JSON object with a string `text`")
-            yield row
-    else:
+    is_parquet = path.suffix == ".parquet"
+    if not is_parquet and not is_jsonl(path):
         yield from _cut(path.read_text())
-
-
-def _row(line: str) -> str | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    text = row.get("text") if isinstance(row, dict) else None
-    return text if isinstance(text, str) else None
+        return
+    for where, row in file_rows(path, ["text"]):
+        if is_parquet and "text" not in row:
+            raise ValueError(f"{path}: has no column `text`; it has {', '.join(pq.read_schema(path).names)}")
+        text = row.get("text") if isinstance(row, dict) else None
+        if isinstance(text, str):
+            yield text
+        # A missing value of Parquet is no text.
+        elif not is_parquet:
+            raise ValueError(f"{where}: must be a JSON object with a string `text`")
 
 
 def _cut(text: str) -> Iterator[str]:

@@ -15,6 +15,8 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ONLY_TORCH = ("glm4_moe", "deepseek_v3")
 # What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (vLLM's mimo.py, 055e47c).
 ALIASES = {"mimo": "qwen2"}
+# Sets of the LM head's rows that a target keeps gathered; of the lists of one head a few unions are in use.
+GATHERED = 16
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 

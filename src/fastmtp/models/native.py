@@ -1,36 +1,29 @@
 """Targets and heads in the native CPU engine (docs/native-engine.md): weights converted once, run by `_native`.
 
 What a layer is made of is read off transformers' own modules, built without memory: no table by family.
-Shapes: N outputs, K inputs of a matrix.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-from torch import nn
 
 from fastmtp import _native
-from fastmtp.models.gathered import Gathered
-from fastmtp.models.info import ONLY_TORCH, TargetInfo, raise_problems
-from fastmtp.models.layers import FULL, layer_types, norm_offset, skeleton, windows
+from fastmtp.models.info import GATHERED, ONLY_TORCH, TargetInfo, raise_problems
+from fastmtp.models.layers import FULL, layer_types, skeleton, windows
+from fastmtp.models.packing import gains, interleaved, pack, rows_from
 from fastmtp.models.source import locate, reading
-from fastmtp.models.weights import Floats, Weights, open_weights, whole
+from fastmtp.models.weights import Weights, open_weights
 
 WeightType = Literal["int8", "int4", "bfloat16"]
 _TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
 _BYTES_PER_WEIGHT = {"int8": 1.04, "int4": 0.625, "bfloat16": 2.0}
-_CHUNK_BYTES = 1 << 25
-_LANES = 16
-
-# Where the rows of a Hugging Face matrix go in a packed one.
-Places = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
 
 
 class NativeTarget(TargetInfo):
@@ -58,7 +51,7 @@ class NativeTarget(TargetInfo):
         """
         self._model = skeleton(config)
         super().__init__(config, generation_config, tokenizer, type(self._model).__name__, source)
-        self._gathered: Gathered[_native.Matrix] = Gathered()
+        self._gathered = lru_cache(GATHERED)(self._gather)
         self.runtime = runtime
         self.weight_type = weight_type
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
@@ -67,11 +60,11 @@ class NativeTarget(TargetInfo):
         self._rope_factors = getattr(weights, "rope_factors", None)
         self.embedding_scale = float(getattr(base.embed_tokens, "scalar_embed_scale", 1.0))
         self.embedding = self.matrix(self.vocabulary_size, int(config.hidden_size))
-        _pack(self.embedding, weights, "model.embed_tokens")
+        pack(self.embedding, weights, "model.embed_tokens")
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
             self.lm_head = self.matrix(self.vocabulary_size, int(config.hidden_size))
-            _pack(self.lm_head, weights, "lm_head")
+            pack(self.lm_head, weights, "lm_head")
         self.head_size = int(base.layers[0].self_attn.head_dim)
         kinds = layer_types(config)
         seen = windows(config)
@@ -86,14 +79,14 @@ class NativeTarget(TargetInfo):
         return _native.Matrix(_TYPES[self.outer_type], outputs, inputs)
 
     def lm_head_rows(self, ids_D: NDArray[np.int32]) -> _native.Matrix:
-        """The LM head's rows of some tokens, bits and all, in a matrix of their own, gathered once."""
+        """The LM head's rows of some tokens, bits and all, in a matrix of their own; one for all who ask."""
+        return self._gathered(ids_D.tobytes())
 
-        def gather() -> _native.Matrix:
-            rows = self.matrix(len(ids_D), int(self.config.hidden_size))
-            rows.copy(np.arange(len(ids_D), dtype=np.int32), self.lm_head, ids_D)
-            return rows
-
-        return self._gathered(ids_D, gather)
+    def _gather(self, ids: bytes) -> _native.Matrix:
+        ids_D = np.frombuffer(ids, np.int32)
+        rows = self.matrix(len(ids_D), int(self.config.hidden_size))
+        rows.copy(np.arange(len(ids_D), dtype=np.int32), self.lm_head, ids_D)
+        return rows
 
     def new_stack(self) -> _native.Stack:
         """A stack without layers, shaped as the target's."""
@@ -132,12 +125,12 @@ class NativeTarget(TargetInfo):
         )
         start = 0
         for name in ("q_proj", "k_proj", "v_proj"):
-            _pack(layer.query_key_value, weights, f"{prefix}self_attn.{name}", _from(start))
+            pack(layer.query_key_value, weights, f"{prefix}self_attn.{name}", rows_from(start))
             start += getattr(attention, name).out_features
-        _pack(layer.out, weights, prefix + "self_attn.o_proj")
-        _pack(layer.gate_up, weights, prefix + "mlp.gate_proj", _interleaved(0))
-        _pack(layer.gate_up, weights, prefix + "mlp.up_proj", _interleaved(1))
-        _pack(layer.down, weights, prefix + "mlp.down_proj")
+        pack(layer.out, weights, prefix + "self_attn.o_proj")
+        pack(layer.gate_up, weights, prefix + "mlp.gate_proj", interleaved(0))
+        pack(layer.gate_up, weights, prefix + "mlp.up_proj", interleaved(1))
+        pack(layer.down, weights, prefix + "mlp.down_proj")
         norms = {
             "input_norm": "input_layernorm",
             "query_norm": "self_attn.q_norm",
@@ -234,7 +227,7 @@ class NativeHead:
         """Convert a head's tensors, whose names and shapes were checked against the target."""
         hidden = int(target.config.hidden_size)
         self.projection = _native.Projection(_TYPES[target.outer_type], hidden)
-        _pack(self.projection.matrix, weights, "input_proj")
+        pack(self.projection.matrix, weights, "input_proj")
         self.projection.hidden_norm = gains(target.final_norm, weights, "hidden_norm")
         self.projection.token_norm = gains(target.final_norm, weights, "token_norm")
         self.stack = target.new_stack()
@@ -291,34 +284,3 @@ def check_memory(needed: int, what: str, instead: str) -> None:
         raise MemoryError(
             f"{what} needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; use {instead}"
         )
-
-
-def gains(norm: nn.Module, weights: Weights, name: str) -> list[float]:
-    """What a norm multiplies by, whichever way its class stores it."""
-    return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(norm_offset(norm))).tolist())
-
-
-def _pack(matrix: _native.Matrix, weights: Weights, module: str, places: Places = lambda rows: rows) -> None:
-    """Put a linear module's rows, and its bias if it has one, at their places in a matrix."""
-    shapes = weights.shapes()
-    rows, inputs = shapes[f"{module}.weight"]
-    step = max(1, _CHUNK_BYTES // (4 * inputs))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        values = weights.rows(f"{module}.weight", start, stop)
-        # The feed-forward width is padded to whole blocks in `down`.
-        padded = np.zeros((stop - start, matrix.inputs), np.float32) if inputs < matrix.inputs else values
-        padded[:, :inputs] = values
-        matrix.pack(places(np.arange(start, stop)).astype(np.int32), padded)
-    if f"{module}.bias" in shapes:
-        bias: Floats = whole(weights, f"{module}.bias")
-        matrix.set_bias(places(np.arange(rows)).astype(np.int32), bias)
-
-
-def _from(start: int) -> Places:
-    return lambda rows: rows + start
-
-
-def _interleaved(part: int) -> Places:
-    """Blocks of sixteen of two matrices in turn."""
-    return lambda rows: rows // _LANES * 2 * _LANES + part * _LANES + rows % _LANES

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -14,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fastmtp.models.gathered import Gathered
-from fastmtp.models.info import TargetInfo
+from fastmtp.models.info import GATHERED, TargetInfo
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import (
     FULL,
@@ -42,7 +42,7 @@ class Target(TargetInfo):
             ValueError: the tokenizer does not fit.
         """
         super().__init__(model.config, model.generation_config, tokenizer, type(model).__name__, source)
-        self._gathered: Gathered[Tensor] = Gathered()
+        self._gathered = lru_cache(GATHERED)(self._gather)
         self.model = model.eval().requires_grad_(False)
         self.kinds = layer_types(self.config)
         self.lm_head: nn.Linear = model.lm_head
@@ -71,10 +71,12 @@ class Target(TargetInfo):
         return cast(Tensor, self.model.model.norm(hidden_BTH))
 
     def lm_head_rows(self, ids_D: NDArray[np.int32]) -> Tensor:
-        """The LM head's rows of some tokens, [D, H], gathered once."""
-        return self._gathered(
-            ids_D, lambda: self.lm_head.weight[torch.from_numpy(ids_D).to(self.device, torch.long)]
-        )
+        """The LM head's rows of some tokens, [D, H]; one tensor for all who ask."""
+        return self._gathered(ids_D.tobytes())
+
+    def _gather(self, ids: bytes) -> Tensor:
+        ids_D = torch.frombuffer(bytearray(ids), dtype=torch.int32)
+        return self.lm_head.weight[ids_D.to(self.device, torch.long)]
 
     def logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits [..., V], or [..., D] over D gathered rows of the LM head."""

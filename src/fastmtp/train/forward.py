@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.models.layers import causal_masks
 from fastmtp.models.target import Target
@@ -40,9 +41,7 @@ class TorchForward:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        ids_BT = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-        for row, text in zip(ids_BT, texts, strict=True):
-            row[: len(text)] = torch.tensor(list(text))
+        ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True)
         states_BTH = text_states(self._target, ids_BT.to(self._target.device))
         return [states_TH[: len(text)] for states_TH, text in zip(states_BTH, texts, strict=True)]
 

@@ -125,7 +125,7 @@ class Trainer:
         self._metrics = Metrics(directory) if self._processes.first else None
         self._forward = forward or TorchForward(target)
         self._states = StateCache(states, target, self._forward, self._texts, self._processes) if states else None
-        self._measured: dict[bool, list[tuple[Reference, int]]] = {}
+        self._texts_measured: dict[bool, list[tuple[Reference, int]]] = {}
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
             facts.append(file_sha256(init / "model.safetensors"))
@@ -169,16 +169,16 @@ class Trainer:
 
     def _references(self, trained: bool) -> list[tuple[Reference, int]]:
         """The texts that are measured on, and where their answers start; the target runs over them once."""
-        if trained not in self._measured:
+        if trained not in self._texts_measured:
             texts = [(exchange.ids[: self.config.max_length], exchange.answer_mask) for exchange in self._held_out]
             if trained:
                 texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
-            self._measured[trained] = [
+            self._texts_measured[trained] = [
                 (Reference.of(self.target, ids, self._as_target(self._forward([ids])[0])), mask.index(True))
                 for ids, mask in texts
                 if True in mask[: len(ids)]
             ]
-        return self._measured[trained]
+        return self._texts_measured[trained]
 
     def best_head(self) -> MTPHead:
         """The head with the highest held-out acceptance length so far."""

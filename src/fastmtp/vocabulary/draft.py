@@ -58,8 +58,7 @@ class DraftVocabulary:
         that was seen longest ago.
         """
         self._choice.see(tokens)
-        if self._choice.names != self.names:
-            self._use(self._choice.names)
+        self._use(self._choice.names)
         return self._grow(tokens)
 
     def _use(self, names: tuple[str, ...]) -> None:
