@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastmtp.config import VocabularyConfig, load_config
 from fastmtp.options import settings_options
-from fastmtp.session import config_option, describe_target, finish, json_option, target_option
+from fastmtp.session import (
+    EngineOptions,
+    backend_of,
+    config_option,
+    describe_target,
+    finish,
+    json_option,
+    open_forward,
+    open_target,
+    open_torch_target,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastmtp.vocabulary.builder import Ranking, SizeOf
 
 _head_option = click.option("--head", type=click.Path(path_type=Path), required=True, help="head directory")
 
@@ -63,13 +79,14 @@ def build(
     described = describe_target(target)
     read_description(head, described)
     labelled = count(described, data, texts)
-    built = builder.build(
-        labelled,
-        described.basic_ids,
-        described.vocabulary_size,
-        size=chosen.size,
-        covered=chosen.coverage or None,
-    )
+    always, console = described.basic_ids, Console(stderr=as_json)
+    if chosen.coverage:
+        size_of = builder.by_coverage(chosen.coverage, len(always))
+    elif isinstance(chosen.size, int):
+        size_of = builder.of_size(chosen.size)
+    else:
+        size_of = _fastest(target, head, len(always), console)
+    built = builder.build(labelled, always, described.vocabulary_size, size_of)
     record = provenance(chosen, data=data_sha256(data), texts=list(texts), tokens=built.tokens)
     path = head / "vocabulary.json"
     built.lists.save(path, described.identity.tokenizer_sha256, record)
@@ -77,13 +94,50 @@ def build(
         table = figures_table("list", ["tokens counted", "size", "covers of text kept aside"])
         for name, ids in built.lists.lists.items():
             table.add_row(name, f"{built.tokens[name]:,}", f"{len(ids):,}", f"{100 * built.coverage[name]:.2f} %")
-        Console().print(table)
+        console.print(table)
     sizes = {name: len(ids) for name, ids in built.lists.lists.items()}
     finish(
         as_json,
         {"sizes": sizes, "tokens": built.tokens, "coverage": built.coverage, "out": str(path)},
         f"{len(sizes)} lists, {len(built.lists.union()):,} tokens together, in {path}",
     )
+
+
+def _fastest(name: str, head: Path, least: int, console: Console) -> SizeOf:
+    """The size whose predicted speed is highest on the engine that this machine decodes with; prints the curves."""
+    from fastmtp.decode import costs
+    from fastmtp.evaluate.list_sizes import curve, sizes_for
+    from fastmtp.models.head_format import load_head
+    from fastmtp.tables import figures_table
+    from fastmtp.vocabulary.lists import VocabularyLists
+
+    decoding = open_target(name, EngineOptions())
+    loaded = open_torch_target(name, None, None, for_throughput=True)
+    forward = open_forward(loaded, name, None, None)
+    mtp_head, _, steps = load_head(head, loaded)
+    sizes = sizes_for(loaded.vocabulary_size, least)
+    everything = range(loaded.vocabulary_size)
+    with console.status("timing draft steps"):
+        drafting = {size: backend_of(decoding, head, VocabularyLists.of(everything[:size]))[0] for size in sizes}
+        timed = costs.measure([steps + 1], drafting, steps, loaded.vocabulary_size)
+
+    def size_of(ranking: Ranking) -> int:
+        with console.status(f"acceptance by size, {ranking.label}"):
+            points = curve(mtp_head, loaded, forward, ranking, timed, steps)
+        best = max(points, key=lambda point: point.speed)
+        table = figures_table(ranking.label, ["covers", "tau", "ms a draft step", "speed against all tokens"])
+        for point in points:
+            cells = (
+                f"{100 * point.coverage:.2f} %",
+                f"{point.tau:.3f}",
+                f"{point.draft_ms:.2f}",
+                f"{point.speed:.3f}x",
+            )
+            table.add_row(f"{point.size:,}", *cells, style="bold" if point is best else "")
+        console.print(table)
+        return best.size
+
+    return size_of
 
 
 @vocab.command()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastmtp.models.info import TargetInfo
     from fastmtp.models.target import Target
     from fastmtp.train.forward import Forward
+    from fastmtp.vocabulary.lists import VocabularyLists
 
 Command = Callable[..., None]
 EngineName = Literal["native", "torch"]
@@ -190,8 +191,14 @@ def open_backend(target: TargetInfo, name: str, head: Path | None, draft_steps: 
     return backend, draft_steps or min(trained_steps, backend.cheap_draft_steps)
 
 
-def backend_of(target: TargetInfo, head: Path | None) -> tuple[Backend, int]:
-    """The backend of a loaded target, with a head if there is one, and the steps that the head was trained for."""
+def backend_of(
+    target: TargetInfo, head: Path | None, vocabulary: VocabularyLists | None = None
+) -> tuple[Backend, int]:
+    """The backend of a loaded target, with a head if there is one, and the steps that the head was trained for.
+
+    Args:
+        vocabulary: lists to draft from instead of the head's own.
+    """
     from fastmtp.models.head_format import load_head, load_native_head
     from fastmtp.models.target import Target
 
@@ -200,16 +207,16 @@ def backend_of(target: TargetInfo, head: Path | None) -> tuple[Backend, int]:
 
         if head is None:
             return TorchBackend(target), 0
-        loaded, vocabulary, steps = load_head(head, target)
-        return TorchBackend(target, loaded, vocabulary), steps
+        loaded, stored, steps = load_head(head, target)
+        return TorchBackend(target, loaded, vocabulary or stored), steps
     from fastmtp.decode.native_backend import NativeBackend
     from fastmtp.models.native import NativeTarget
 
     assert isinstance(target, NativeTarget)
     if head is None:
         return NativeBackend(target), 0
-    native, vocabulary, steps = load_native_head(head, target)
-    return NativeBackend(target, native, vocabulary), steps
+    native, stored, steps = load_native_head(head, target)
+    return NativeBackend(target, native, vocabulary or stored), steps
 
 
 def described(result: Result, draft_steps: int) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
+from fastmtp.decode.backend import Backend
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.decode.torch_backend import TorchBackend
@@ -101,18 +102,20 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
     prompt, head = text[:8], tuned_head(target)
     ids_D = None if draft_ids is None else torch.tensor(draft_ids)
     replayed = replay(agreement(head, target, reference(target, text), ids_D, steps).same_TK, len(prompt))
+    assert replayed == decoded_acceptance(Engine().backend(target, head, draft_ids, 0), prompt, steps)
+
+
+def decoded_acceptance(backend: Backend, prompt: list[int], steps: int) -> Acceptance:
+    """Of the rounds that write the 40 tokens after the prompt."""
     accepted, settled = [], 1
-    for one in islice(
-        speculative(Engine().backend(target, head, draft_ids, 0), prompt, steps, GREEDY, torch.Generator()),
-        1,
-        None,
-    ):
+    rounds = speculative(backend, prompt, steps, GREEDY, torch.Generator())
+    for one in islice(rounds, 1, None):
         used = min(len(one.tokens), 40 - settled)
         accepted.append(used - 1)
         settled += used
         if settled == 40:
             break
-    assert replayed == Acceptance.of(accepted, steps)
+    return Acceptance.of(accepted, steps)
 
 
 def greedy_text(target: Target, seed: int) -> list[int]:

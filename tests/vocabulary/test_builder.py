@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastmtp.vocabulary.builder import LEAST_TOKENS, LabelledCounts, build, compare
+from fastmtp.vocabulary.builder import LEAST_TOKENS, LabelledCounts, build, by_coverage, compare, of_size
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import coverage, merge_order, ranked, smoothed
 
@@ -53,7 +53,7 @@ def test_ranking_and_coverage() -> None:
 def test_lists_by_label() -> None:
     """Each has its own tokens first, then the union's; the largest text's list comes first."""
     texts = labelled(en=counts(10, tokens=10 * LEAST_TOKENS), zh=counts(40))
-    built = build(texts, [98, 99], SIZE, size=42)
+    built = build(texts, [98, 99], SIZE, of_size(42))
     assert list(built.lists.lists) == ["zh", "en"]
     for name, own, other in (("zh", 40, 10), ("en", 10, 40)):
         ids = built.lists.lists[name]
@@ -68,19 +68,19 @@ def test_lists_by_label() -> None:
 def test_size_by_coverage() -> None:
     """The smallest list that covers the share."""
     text = labelled(en=counts(10))
-    found = build(text, [99], SIZE, size=1, covered=0.9).lists.lists["en"]
+    found = build(text, [99], SIZE, by_coverage(0.9, 1)).lists.lists["en"]
     assert found == [99, 10, 11, 12, 13]
     with pytest.raises(ValueError, match="no list of 'en' covers more than"):
-        build({"en": LabelledCounts(counts(10), Counter({10**6: 1}))}, [99], SIZE, size=1, covered=0.9)
+        build({"en": LabelledCounts(counts(10), Counter({10**6: 1}))}, [99], SIZE, by_coverage(0.9, 1))
 
 
 def test_what_cannot_be_built() -> None:
     with pytest.raises(ValueError, match=r"has 10000 tokens \(the most is 0\)"):
-        build({}, [1], SIZE, size=50)
+        build({}, [1], SIZE, of_size(50))
     with pytest.raises(ValueError, match="the most is 2"):
-        build(labelled(en=Counter({1: 1})), [1], SIZE, size=50)
+        build(labelled(en=Counter({1: 1})), [1], SIZE, of_size(50))
     with pytest.raises(ValueError, match=r"size is 2; 2 tokens .* are always listed"):
-        build(labelled(en=counts(10)), [1, 2], SIZE, size=2)
+        build(labelled(en=counts(10)), [1, 2], SIZE, of_size(2))
 
 
 def test_comparison() -> None:

@@ -20,6 +20,8 @@ from fastmtp.vocabulary.builder import LabelledCounts
 DOMAINS = ("code", "mathematics")
 # Every tenth text is kept aside.
 HELD_OUT = 10
+# Of the texts kept aside, as many tokens of each label are kept whole; more would only cost time to measure on.
+SAMPLE_TOKENS = 12000
 # Characters of a plain text that are labelled and counted together.
 _PIECE = 4000
 
@@ -37,23 +39,29 @@ def count(target: TargetInfo, data: Sequence[Path], texts: Sequence[str]) -> dic
     found: dict[str, LabelledCounts] = defaultdict(lambda: LabelledCounts(Counter(), Counter()))
     numbers: Counter[str] = Counter()
 
-    def add(label: str, ids: Sequence[int]) -> None:
+    def add(label: str, ids: list[int], mask: list[bool]) -> int:
         numbers[label] += 1
-        part = found[label]
-        (part.counted if numbers[label] % HELD_OUT else part.held_out).update(ids)
+        part, own = found[label], list(compress(ids, mask))
+        if numbers[label] % HELD_OUT:
+            part.counted.update(own)
+        else:
+            part.held_out.update(own)
+            if sum(len(sample) for sample, _ in part.samples) < SAMPLE_TOKENS:
+                part.samples.append((ids, mask.index(True)))
+        return len(own)
 
     check_tokenizer(data, target)
     with bar("count", sum(map(exchange_count, data)) + len(texts)) as progress:
         for directory in data:
             for exchange in iter_exchanges(directory):
-                answer = list(compress(exchange.ids, exchange.answer_mask))
-                add(_label(exchange.prompt, exchange.answer), answer)
-                progress.advance(1, len(answer))
+                label = _label(exchange.prompt, exchange.answer)
+                progress.advance(1, add(label, exchange.ids, exchange.answer_mask))
         for text in texts:
             label, _, name = text.rpartition("=")
             for piece in _pieces(Path(name)):
                 ids = target.tokenizer.encode(piece, add_special_tokens=False)
-                add(label or _label("", piece), ids)
+                if ids:
+                    add(label or _label("", piece), ids, [True] * len(ids))
             progress.advance(1, 0)
     return dict(found)
 

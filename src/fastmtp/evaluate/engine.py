@@ -16,14 +16,14 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.native_backend import NativeBackend, forward
+from fastmtp.decode.costs import CONTEXT, draft_task, forward_task, some_ids, timed
+from fastmtp.decode.native_backend import NativeBackend
 from fastmtp.decode.native_batch import NativeBatch
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
@@ -37,8 +37,8 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
-# Tokens of context (longer for the rounds), of answers, and of the prompt that is prefilled.
-CONTEXT, ROUNDS_CONTEXT, ANSWER, PREFILL = 128, 500, 128, 512
+# Tokens of context of the rounds, of answers, and of the prompt that is prefilled.
+ROUNDS_CONTEXT, ANSWER, PREFILL = 500, 128, 512
 SEQUENCES = 16
 _READ_BYTES = 1 << 28
 _REPEATS = 7
@@ -156,18 +156,8 @@ def machine() -> str:
 
 
 def _forward_tasks(target: NativeTarget) -> dict[str, Task]:
-    cache = target.stack.new_cache()
-    prompt = _some_ids(target, CONTEXT)
-    forward(target, [cache], [0], [prompt])
-
-    def task(count: int) -> Task:
-        def run() -> None:
-            states = forward(target, [cache], [CONTEXT - count], [prompt[-count:]])
-            _native.choices(target.runtime, target.lm_head, states)
-
-        return lambda: median(_timed(run) for _ in range(9))
-
-    return {f"forward {count}": task(count) for count in TOKENS_TOGETHER}
+    backend, context = NativeBackend(target), some_ids(target.vocabulary_size, CONTEXT)
+    return {f"forward {count}": forward_task(backend, context, count) for count in TOKENS_TOGETHER}
 
 
 def _draft_tasks(
@@ -176,25 +166,18 @@ def _draft_tasks(
     listed = vocabulary.union() if vocabulary else []
     everything = list(dict.fromkeys([*listed, *range(target.vocabulary_size)]))
     sizes = [size for size in DRAFT_SIZES if size < len(everything)] + [len(everything)]
-    prompt = _some_ids(target, CONTEXT)
-
-    def task(size: int) -> Task:
-        backend = NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0)
-
-        def step() -> float:
-            # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
-            backend.prefill(prompt)
-            return _timed(lambda: backend.draft(prompt[0], steps, SamplingConfig(), torch.Generator())) / steps
-
-        step()
-        return lambda: median(step() for _ in range(5))
-
-    return {f"draft {size}": task(size) for size in sizes}
+    context = some_ids(target.vocabulary_size, CONTEXT)
+    return {
+        f"draft {size}": draft_task(
+            NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0), context, steps
+        )
+        for size in sizes
+    }
 
 
 def _speed_tasks(target: NativeTarget) -> dict[str, Task]:
     backend = NativeBackend(target)
-    prompt, long_prompt = _some_ids(target, CONTEXT), _some_ids(target, PREFILL)
+    prompt, long_prompt = some_ids(target.vocabulary_size, CONTEXT), some_ids(target.vocabulary_size, PREFILL)
 
     def decode() -> float:
         backend.reset()
@@ -206,7 +189,7 @@ def _speed_tasks(target: NativeTarget) -> dict[str, Task]:
 
     def prefill() -> float:
         backend.reset()
-        return PREFILL / _timed(lambda: backend.prefill(long_prompt))
+        return PREFILL / timed(lambda: backend.prefill(long_prompt))
 
     batch = NativeBatch(target)
 
@@ -220,7 +203,7 @@ def _speed_tasks(target: NativeTarget) -> dict[str, Task]:
             for _ in range(ANSWER // 4):
                 tokens.update(enumerate(greedy(batch.step(tokens))))
 
-        return ANSWER // 4 * SEQUENCES / _timed(run)
+        return ANSWER // 4 * SEQUENCES / timed(run)
 
     return {"plain": decode, "batch": decode_batch, "prefill": prefill}
 
@@ -235,7 +218,7 @@ def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Task]:
         path = llama_cpp.requantized(source, kind)
         return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
 
-    prompt, long_prompt = _some_ids(target, CONTEXT), _some_ids(target, PREFILL)
+    prompt, long_prompt = some_ids(target.vocabulary_size, CONTEXT), some_ids(target.vocabulary_size, PREFILL)
     decoding = {f"llama.cpp {kind}": task(kind, prompt, ANSWER, 0) for kind in llama_cpp.TYPES}
     return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in llama_cpp.TYPES}
 
@@ -249,12 +232,12 @@ def _rounds(target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists 
     for _ in range(_REPEATS):
         tokens = plain(backend, prompt, SamplingConfig(), torch.Generator())
         expected = [next(tokens)]
-        plain_seconds = _timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
+        plain_seconds = timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
         backend.reset()
         rounds = speculative(backend, prompt, draft_steps, SamplingConfig(), torch.Generator())
         settled = [next(rounds)]
         before = target.runtime.matmul_seconds
-        seconds = _timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023
+        seconds = timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023
         shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
         rounds_ms.append(1e3 * seconds / (len(settled) - 1))
         decoded = [token for one in settled for token in one.tokens]
@@ -281,14 +264,3 @@ def _until(rounds: Iterator[Round], tokens: int) -> Iterator[Round]:
         settled += len(one.tokens)
         if settled >= tokens:
             return
-
-
-def _some_ids(target: NativeTarget, count: int) -> list[int]:
-    ids = np.random.default_rng(0).integers(0, target.vocabulary_size, count)
-    return [int(token) for token in ids]
-
-
-def _timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started

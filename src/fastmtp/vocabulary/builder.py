@@ -6,9 +6,11 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import coverage, merge_order, ranked, smoothed
@@ -19,10 +21,14 @@ LEAST_TOKENS = 10000
 
 @dataclass(frozen=True)
 class LabelledCounts:
-    """Counts of a label's tokens, and of those of its texts that are kept aside to measure on."""
+    """Counts of a label's tokens, and of those of its texts that are kept aside to measure on.
+
+    `samples` are some of those texts: token ids, and the place of the first one that counts.
+    """
 
     counted: Counter[int]
     held_out: Counter[int]
+    samples: list[tuple[list[int], int]] = field(default_factory=list)
 
     @property
     def total(self) -> Counter[int]:
@@ -38,25 +44,30 @@ class Built:
     coverage: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """A label's tokens, the likeliest of its counted text first, and what there is to choose a size by."""
+
+    label: str
+    ids: list[int]
+    coverage: NDArray[np.float64]  # of the text kept aside, by the first 0, 1, 2, ... tokens
+    samples: Sequence[tuple[list[int], int]]
+
+
+# How many tokens of a ranking make the list.
+SizeOf = Callable[[Ranking], int]
+
+
 def build(
-    labelled: Mapping[str, LabelledCounts],
-    always: Collection[int],
-    vocabulary_size: int,
-    *,
-    size: int,
-    covered: float | None = None,
+    labelled: Mapping[str, LabelledCounts], always: Collection[int], vocabulary_size: int, size_of: SizeOf
 ) -> Built:
     """A list for every label with enough text.
 
     Args:
         always: tokens that are in every list.
-        size: tokens in each list.
-        covered: instead of `size`, the share of the text kept aside that each list must cover.
     Raises:
-        ValueError: too little text, a size below what is always listed, or a share that no list reaches.
+        ValueError: too little text, or a size below what is always listed.
     """
-    if covered is None and size <= len(always):
-        raise ValueError(f"size is {size}; {len(always)} tokens (special ones and bytes) are always listed")
     kept = {name: found for name, found in labelled.items() if found.total.total() >= LEAST_TOKENS}
     if not kept:
         most = max((found.total.total() for found in labelled.values()), default=0)
@@ -69,14 +80,38 @@ def build(
     union_V = smoothed(everything, merge_order(vocabulary_size))
     lists, counts, tokens, shares = {}, {}, {}, {}
     for name, found in sorted(kept.items(), key=lambda item: -item[1].total.total()):
-        measured = coverage(found.held_out, ranked(smoothed(found.counted, union_V), always))
-        wanted = size if covered is None else _size_for(name, measured, covered, len(always))
-        wanted = min(wanted, vocabulary_size)
+        ids = ranked(smoothed(found.counted, union_V), always)
+        measured = coverage(found.held_out, ids)
+        size = min(size_of(Ranking(name, ids, measured, found.samples)), vocabulary_size)
+        if size <= len(always):
+            raise ValueError(f"size is {size}; {len(always)} tokens (special ones and bytes) are always listed")
         total = found.total
-        lists[name] = ranked(smoothed(total, union_V), always)[:wanted]
+        lists[name] = ranked(smoothed(total, union_V), always)[:size]
         counts[name] = [total[token] for token in lists[name]]
-        tokens[name], shares[name] = total.total(), float(measured[wanted])
+        tokens[name], shares[name] = total.total(), float(measured[size])
     return Built(VocabularyLists(lists, counts), tokens, shares)
+
+
+def of_size(size: int) -> SizeOf:
+    """The same size for every list."""
+    return lambda ranking: size
+
+
+def by_coverage(share: float, least: int) -> SizeOf:
+    """The smallest list above `least` that covers this share of the text kept aside.
+
+    Raises:
+        ValueError: (when called) no list does.
+    """
+
+    def size_of(ranking: Ranking) -> int:
+        reached = int((ranking.coverage < share).sum())
+        if reached == len(ranking.coverage):
+            most = ranking.coverage[-1]
+            raise ValueError(f"coverage is {share}; no list of {ranking.label!r} covers more than {most:.4f}")
+        return max(reached, least + 1)
+
+    return size_of
 
 
 @dataclass(frozen=True)
@@ -113,10 +148,3 @@ def compare(vocabulary: VocabularyLists, texts: Mapping[str, Counter[int]], miss
             for label, counts in texts.items()
         },
     )
-
-
-def _size_for(name: str, measured: Any, covered: float, least: int) -> int:
-    reached = int((measured < covered).sum())
-    if reached == len(measured):
-        raise ValueError(f"coverage is {covered}; no list of {name!r} covers more than {measured[-1]:.4f}")
-    return max(reached, least + 1)

@@ -1,0 +1,96 @@
+"""What decoding costs on this machine: a forward of the target by the tokens in it, a draft step by its vocabulary.
+
+Everything is timed several times in turn (A B C A B C), and medians are taken: a shared machine drifts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.backend import Backend
+
+# Tokens of context while it is timed.
+CONTEXT = 128
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of a forward by the tokens verified in it, of a draft step by its vocabulary's size."""
+
+    forward_ms: dict[int, float]
+    draft_ms: dict[int, float]
+
+    def round_ms(self, draft_steps: int, size: int) -> float:
+        """K drafts from a vocabulary of this size and their verification; linear between what was timed."""
+        return _between(self.forward_ms, draft_steps + 1) + draft_steps * _between(self.draft_ms, size)
+
+
+def measure(together: Sequence[int], drafting: dict[int, Backend], steps: int, vocabulary_size: int) -> Costs:
+    """Time an engine.
+
+    Args:
+        together: numbers of tokens to verify in a forward.
+        drafting: backends with a head, by the size of their draft vocabularies.
+        steps: K of the chains that are timed.
+    """
+    ids = some_ids(vocabulary_size, CONTEXT)
+    first = next(iter(drafting.values()))
+    tasks: dict[tuple[str, int], Callable[[], float]] = {
+        **{("forward", count): forward_task(first, ids, count) for count in together},
+        **{("draft", size): draft_task(backend, ids, steps) for size, backend in drafting.items()},
+    }
+    found: dict[tuple[str, int], list[float]] = {name: [] for name in tasks}
+    for _ in range(_REPEATS):
+        for name, task in tasks.items():
+            found[name].append(1e3 * task())
+
+    def medians(kind: str) -> dict[int, float]:
+        return {number: median(times) for (name, number), times in found.items() if name == kind}
+
+    return Costs(medians("forward"), medians("draft"))
+
+
+def forward_task(backend: Backend, context: Sequence[int], count: int) -> Callable[[], float]:
+    """Seconds of one forward over `count` tokens, with the choices after them."""
+
+    def run() -> float:
+        backend.prefill(context)
+        return timed(lambda: backend.choices(context[:count]))
+
+    run()
+    return lambda: median(run() for _ in range(5))
+
+
+def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Callable[[], float]:
+    """Seconds of one step of a greedy draft chain."""
+
+    def run() -> float:
+        # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
+        backend.prefill(context)
+        return timed(lambda: backend.draft(context[0], steps, SamplingConfig(), torch.Generator())) / steps
+
+    run()
+    return lambda: median(run() for _ in range(5))
+
+
+def some_ids(vocabulary_size: int, count: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(0).integers(0, vocabulary_size, count)]
+
+
+def timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _between(milliseconds: dict[int, float], number: int) -> float:
+    numbers = sorted(milliseconds)
+    return float(np.interp(number, numbers, [milliseconds[known] for known in numbers]))
