@@ -26,7 +26,7 @@ class MTPHead(nn.Module):
     def __init__(self, target: Target) -> None:
         """A head shaped for the target and initialised from its last layer and final norm.
 
-        `input_proj` starts as the sum of its two normalised inputs.
+        `input_proj` starts as the sum of its two normalised inputs; training fits it first (train/initial.py).
         """
         super().__init__()
         base = target.model.model

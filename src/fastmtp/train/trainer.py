@@ -27,6 +27,7 @@ from fastmtp.train.acceptance import Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmtp.train.forward import Forward, TorchForward
+from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.losses import step_weights
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
@@ -84,7 +85,7 @@ class Trainer:
 
         Args:
             draft_ids: the tokens that the loss and the draft step score; None is all.
-            init: a head directory to start from; None is the target's last layer.
+            init: a head directory to start from; None is the target's last layer, its input fitted to the data.
             forward: what computes the target's states; None is the target itself.
             states: a directory that keeps the target's hidden states; None computes them for every batch.
             processes: those that share the work; None is this one alone.
@@ -132,7 +133,9 @@ class Trainer:
         self._fingerprint = json.dumps(facts)
         self.best_tau = self.start_tau = 0.0
         self.step = 0
-        self._resume()
+        if not self._resume() and init is None:
+            with self.clock("first weights"):
+                fit_input_projection(self.head, target, self._texts)
 
     @property
     def steps(self) -> int:
@@ -277,10 +280,11 @@ class Trainer:
         }
         save_checkpoint(self._directory / "checkpoint.pt", state)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the directory's checkpoint, if there is one."""
         path = self._directory / "checkpoint.pt"
         if not path.is_file():
-            return
+            return False
         state = load_checkpoint(path, self.target.device)
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
@@ -291,3 +295,4 @@ class Trainer:
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.best_tau, self.start_tau = state["step"], state["best_tau"], state["start_tau"]
+        return True
