@@ -163,15 +163,40 @@ def test_vocab_build_and_show(model: Path, head: Path, tmp_path: Path, monkeypat
         run("generate", model, "hello", "--head", used, "--json", "--max-new-tokens", "30") for used in (head, own)
     ]
     assert answers[0]["tokens"] == answers[1]["tokens"]
+    check_lists_of_a_file(model, head.parent / "data", tmp_path, texts)
+    (tmp_path / "long.txt").write_text("aaaa bbbb cccc\n" * 3000)
+    long = ["--head", str(own), "--text", f"own={tmp_path / 'long.txt'}", "--json"]
+    automatic = CliRunner().invoke(commands, ["vocab", "build", "--target", str(model), *long, "--size", "auto"])
+    assert automatic.exit_code == 0, automatic.output
+    assert "speed against all" in automatic.stderr
+    assert set(json.loads(automatic.stdout)["sizes"].values()) == {300}
     small = CliRunner().invoke(commands, ["vocab", "build", *common, "--size", "5"])
     assert "are always listed" in str(small.exception)
-    assert json.loads((own / "vocabulary.json").read_text()) == stored
+    assert json.loads((own / "vocabulary.json").read_text())["provenance"]["settings"]["size"] == "auto"
+
+
+def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[object]) -> None:
+    """A head that is trained on lists has these; a file that exists is not written over."""
+    file = directory / "lists.json"
+    common = ["--target", str(model), "--out", str(file), "--size", "290", "--json", *map(str, texts)]
+    built = CliRunner().invoke(commands, ["vocab", "build", *common])
+    assert built.exit_code == 0, built.output
+    run("train", model, "--data", data, "--out", directory / "listed", "--lists", file, "--json", *TRAIN)
+    stored = json.loads((directory / "listed" / "vocabulary.json").read_text())
+    assert stored["lists"] == json.loads(file.read_text())["lists"]
+    again = CliRunner().invoke(commands, ["vocab", "build", *common])
+    assert "exists; choose another --out" in str(again.exception)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["vocab", "build", "--target", "{model}", "--head", "nowhere"], "give --data or --text"),
+        (["vocab", "build", "--target", "{model}", "--data", "x"], "give --head DIR to write into a head"),
+        (
+            ["vocab", "build", "--target", "{model}", "--data", "x", "--out", "y.json", "--size", "auto"],
+            "--size auto measures a head's acceptance",
+        ),
         (["vocab", "show", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
         (["generate", "x", "--target", "./nowhere"], "./nowhere: no such model"),
         (["generate", "x", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmtp.config import CleanConfig, DistillConfig, SamplingConfig, TrainConfig, load_config
+from fastmtp.config import CleanConfig, DistillConfig, SamplingConfig, TrainConfig, VocabularyConfig, load_config
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -70,3 +70,13 @@ def test_values_out_of_range_name_their_setting(kind: type[Any], change: dict[st
 @pytest.mark.parametrize("kind", [SamplingConfig, DistillConfig, CleanConfig, TrainConfig])
 def test_every_setting_has_a_meaning(kind: type[Any]) -> None:
     assert all(item.metadata["meaning"] for item in dataclasses.fields(kind))
+
+
+def test_a_word_in_place_of_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    for text, size in {"size = 'auto'": "auto", "size = 9": 9}.items():
+        path.write_text(text)
+        assert load_config(VocabularyConfig, path, {}).size == size
+    path.write_text("size = 'many'")
+    with pytest.raises(ValueError, match="size must be of type int or auto, not 'many'"):
+        load_config(VocabularyConfig, path, {})

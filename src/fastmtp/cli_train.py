@@ -37,6 +37,11 @@ from fastmtp.session import (
 @click.option(
     "--states", type=click.Path(path_type=Path), help="keep the target's hidden states there, and use them"
 )
+@click.option(
+    "--lists",
+    type=click.Path(path_type=Path),
+    help="draft vocabulary, as `fastmtp vocab build` writes it  [default: one list, counted on the data]",
+)
 @click.option("--shard-target", is_flag=True, help="under torchrun: spread the target over the processes (FSDP2)")
 @click.option(
     "--vanilla", is_flag=True, help="train the same head for one step only as well (OUT-vanilla), and compare"
@@ -54,6 +59,7 @@ def train(
     init: Path | None,
     out: Path,
     states: Path | None,
+    lists: Path | None,
     shard_target: bool,
     vanilla: bool,
     profile: bool,
@@ -81,6 +87,7 @@ def train(
         processes=processes,
         forward=forward,
         states=states,
+        lists=lists,
         shard_target=shard_target,
     )
     if vanilla:
@@ -93,6 +100,7 @@ def train(
             processes=processes,
             forward=forward,
             states=states,
+            lists=lists,
             measure_steps=chosen.draft_steps,
         )
     if not processes.first:

@@ -49,14 +49,16 @@ def vocab() -> None:
 
 @vocab.command()
 @target_option
-@_head_option
+@click.option("--head", type=click.Path(path_type=Path), help="head directory to write the lists into")
+@click.option("--out", type=click.Path(path_type=Path), help="file to write them to instead, for `fastmtp train`")
 @_text_options
 @config_option
 @json_option
 @settings_options(VocabularyConfig)
 def build(
     target: str,
-    head: Path,
+    head: Path | None,
+    out: Path | None,
     data: tuple[Path, ...],
     texts: tuple[str, ...],
     config: Path | None,
@@ -67,6 +69,11 @@ def build(
     chosen = load_config(VocabularyConfig, config, settings)
     if not data and not texts:
         raise ValueError("there is nothing to count; give --data or --text")
+    path = out if head is None else head / "vocabulary.json"
+    if path is None or (head and out):
+        raise ValueError("give --head DIR to write into a head, or --out FILE, and not both")
+    if out is not None and out.exists():
+        raise ValueError(f"{out}: exists; choose another --out")
     from rich.console import Console
 
     from fastmtp.distill.dataset import data_sha256
@@ -77,18 +84,20 @@ def build(
     from fastmtp.vocabulary import builder
 
     described = describe_target(target)
-    read_description(head, described)
-    labelled = count(described, data, texts)
+    if head is not None:
+        read_description(head, described)
     always, console = described.basic_ids, Console(stderr=as_json)
     if chosen.coverage:
         size_of = builder.by_coverage(chosen.coverage, len(always))
     elif isinstance(chosen.size, int):
         size_of = builder.of_size(chosen.size)
+    elif head is None:
+        raise ValueError("--size auto measures a head's acceptance; give --head DIR, or a --size")
     else:
         size_of = _fastest(target, head, len(always), console)
+    labelled = count(described, data, texts)
     built = builder.build(labelled, always, described.vocabulary_size, size_of)
     record = provenance(chosen, data=data_sha256(data), texts=list(texts), tokens=built.tokens)
-    path = head / "vocabulary.json"
     built.lists.save(path, described.identity.tokenizer_sha256, record)
     if not as_json:
         table = figures_table("list", ["tokens counted", "size", "covers of text kept aside"])

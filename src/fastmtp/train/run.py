@@ -32,6 +32,7 @@ def train_head(
     processes: Processes,
     forward: Forward | None = None,
     states: Path | None = None,
+    lists: Path | None = None,
     shard_target: bool = False,
     measure_steps: int | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def train_head(
         processes: those that share the work.
         forward: what computes the target's states; None is the target itself.
         states: a directory that keeps the target's hidden states for this and other runs.
+        lists: the file of the draft vocabulary, whose union the loss scores; None is one list, counted on the data.
         shard_target: spread the target's layers over the processes.
         measure_steps: length of the chains that acceptance is measured on; None is the length trained.
     Returns:
@@ -58,7 +60,10 @@ def train_head(
     # would teach not to end.
     finished_only = config.objective == "cross_entropy"
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256, finished_only=finished_only)
-    vocabulary = _vocabulary(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
+    if lists is None:
+        vocabulary = _counted(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
+    else:
+        vocabulary = VocabularyLists.load(lists, target.identity).including(sorted(target.end_ids))
     directory = out.with_name(out.name + ".training")
     trainer = Trainer(
         target,
@@ -113,7 +118,7 @@ def train_head(
     }
 
 
-def _vocabulary(target: Target, texts: list[list[int]], size: int) -> VocabularyLists:
+def _counted(target: Target, texts: list[list[int]], size: int) -> VocabularyLists:
     """The likeliest tokens of the data, special tokens and bytes first; nothing where all tokens are wanted."""
     if size == 0 or size >= target.vocabulary_size:
         return VocabularyLists({})
