@@ -159,10 +159,15 @@ def test_vocab_build_and_show(model: Path, head: Path, tmp_path: Path, monkeypat
     shown = CliRunner().invoke(commands, ["vocab", "show", *common])
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["coverage"]["own"]["own"] == 1
-    answers = [
-        run("generate", model, "hello", "--head", used, "--json", "--max-new-tokens", "30") for used in (head, own)
+    plotted = CliRunner().invoke(commands, ["vocab", "show", *common, "--plot", str(tmp_path / "plot.html")])
+    assert plotted.exit_code == 0, plotted.output
+    assert "<svg" in (tmp_path / "plot.html").read_text()
+    common_answer = ["generate", model, "hello", "--json", "--max-new-tokens", "30", "--head"]
+    answers = [run(*common_answer, head)]
+    answers += [
+        run(*common_answer, own, "--draft-vocabulary", used) for used in ("growing", "listed", "full", "own")
     ]
-    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert all(answer["tokens"] == answers[0]["tokens"] for answer in answers)
     check_lists_of_a_file(model, head.parent / "data", tmp_path, texts)
     (tmp_path / "long.txt").write_text("aaaa bbbb cccc\n" * 3000)
     long = ["--head", str(own), "--text", f"own={tmp_path / 'long.txt'}", "--json"]
@@ -198,9 +203,15 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
             "--size auto measures a head's acceptance",
         ),
         (["vocab", "show", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
+        (["vocab", "show", "--head", "x", "--plot", "y.pdf"], "y.pdf: a plot is a .png, .svg, .html file"),
+        (["vocab", "show", "--head", "x", "--plot", "y.png"], "give --data or --text"),
         (["generate", "x", "--target", "./nowhere"], "./nowhere: no such model"),
         (["generate", "x", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
         (["generate", "x", "--target", "{model}", "--draft-steps", "2"], "no head ships for this target"),
+        (
+            ["generate", "x", "--draft-vocabulary", "fr"],
+            "has no list 'fr' for --draft-vocabulary; there are growing",
+        ),
         (["generate", "x", "--target", "{model}", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "x", "--target", "{model}", "--device", "cuda"], "no usable GPU"),
         (["generate", "x", "--engine", "torch", "--dtype", "int8"], "--dtype int8 is the native engine's"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +16,7 @@ from fastmtp.cli_vocab import vocab
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.options import settings_options
 from fastmtp.session import (
+    DraftOptions,
     EngineOptions,
     decoding_options,
     described,
@@ -68,8 +68,7 @@ def generate(
     prompt: str,
     target: str,
     options: EngineOptions,
-    head: Path | None,
-    draft_steps: int | None,
+    drafting: DraftOptions,
     max_new_tokens: int,
     stop: tuple[str, ...],
     raw: bool,
@@ -82,7 +81,7 @@ def generate(
     from fastmtp.decode.generation import Generation
 
     loaded = open_target(target, options)
-    backend, steps = open_backend(loaded, target, head, draft_steps)
+    backend, steps = open_backend(loaded, target, drafting)
     ids = loaded.encode(text) if raw else loaded.encode_chat([{"role": "user", "content": text}])
     generation = Generation(
         backend,
@@ -119,8 +118,7 @@ def generate(
 def chat(
     target: str,
     options: EngineOptions,
-    head: Path | None,
-    draft_steps: int | None,
+    drafting: DraftOptions,
     max_new_tokens: int,
     **settings: Any,
 ) -> None:
@@ -129,7 +127,7 @@ def chat(
     from fastmtp.decode.generation import Generation
 
     loaded = open_target(target, options)
-    backend, steps = open_backend(loaded, target, head, draft_steps)
+    backend, steps = open_backend(loaded, target, drafting)
     messages: list[dict[str, str]] = []
     while text := _ask():
         messages.append({"role": "user", "content": text})

@@ -9,6 +9,7 @@ import click
 
 from fastmtp.session import (
     NATIVE_DTYPES,
+    DraftOptions,
     EngineOptions,
     decoding_options,
     engine_options,
@@ -28,7 +29,7 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
     from fastmtp.evaluate.prompts import builtin_conversations
 
     _run_bench(
-        "smollm2", EngineOptions(), None, None, builtin_conversations(), max_new_tokens, as_json, stream=True
+        "smollm2", EngineOptions(), DraftOptions(), builtin_conversations(), max_new_tokens, as_json, stream=True
     )
 
 
@@ -46,8 +47,7 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
 def bench(
     target: str,
     options: EngineOptions,
-    head: Path | None,
-    draft_steps: int | None,
+    drafting: DraftOptions,
     prompts: Path | None,
     limit: int | None,
     max_new_tokens: int,
@@ -57,7 +57,7 @@ def bench(
     from fastmtp.evaluate.prompts import builtin_conversations, read_conversations
 
     conversations = read_conversations(prompts, limit) if prompts else builtin_conversations()
-    _run_bench(target, options, head, draft_steps, conversations, max_new_tokens, as_json, stream=False)
+    _run_bench(target, options, drafting, conversations, max_new_tokens, as_json, stream=False)
 
 
 @click.command("bench-engine")
@@ -95,8 +95,7 @@ def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None
 def _run_bench(
     target: str,
     options: EngineOptions,
-    head: Path | None,
-    draft_steps: int | None,
+    drafting: DraftOptions,
     conversations: list[Any],
     max_new_tokens: int,
     as_json: bool,
@@ -108,7 +107,7 @@ def _run_bench(
     from fastmtp.progress import console
 
     loaded = open_target(target, options)
-    backend, steps = open_backend(loaded, target, head, draft_steps)
+    backend, steps = open_backend(loaded, target, drafting)
     if not steps:
         raise ValueError(f"{target}: there is no head to compare with plain decoding; give --head DIR")
     show = _Stream() if stream and not as_json else None

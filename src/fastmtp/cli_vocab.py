@@ -154,22 +154,39 @@ def _fastest(name: str, head: Path, least: int, console: Console) -> SizeOf:
 @_head_option
 @_text_options
 @click.option("--missing", type=click.IntRange(0), default=10, show_default=True, help="left-out tokens to print")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="draw coverage against size there: .png, .svg or .html"
+)
 @json_option
 def show(
-    target: str, head: Path, data: tuple[Path, ...], texts: tuple[str, ...], missing: int, as_json: bool
+    target: str,
+    head: Path,
+    data: tuple[Path, ...],
+    texts: tuple[str, ...],
+    missing: int,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """The lists' sizes and overlaps, and how much of --data and --text each covers."""
+    if plot is not None:
+        from fastmtp.evaluate.plots import check_plot, plot_coverage
+
+        check_plot(plot)
+        if not data and not texts:
+            raise ValueError("--plot draws how much of a text the lists cover; give --data or --text")
     from rich.console import Console
 
     from fastmtp.distill.token_counts import count
     from fastmtp.models.head_format import read_description
     from fastmtp.tables import figures_table
-    from fastmtp.vocabulary.builder import compare
+    from fastmtp.vocabulary.builder import compare, coverage_curves
 
     described = describe_target(target)
     vocabulary, _ = read_description(head, described)
     labelled = count(described, data, texts) if data or texts else {}
     found = compare(vocabulary, {label: counts.total for label, counts in labelled.items()}, missing)
+    if plot is not None:
+        plot_coverage(plot, coverage_curves(vocabulary, {label: own.total for label, own in labelled.items()}))
     words = {
         label: [str(described.tokenizer.decode([token])) for token in tokens]
         for label, tokens in found.left_out.items()

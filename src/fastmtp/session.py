@@ -24,6 +24,7 @@ Command = Callable[..., None]
 EngineName = Literal["native", "torch"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 NATIVE_DTYPES = ("int8", "int4", "bfloat16")
+GROWING = "growing"
 _ONLY_NATIVE = ("int8", "int4")
 _TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
 
@@ -41,6 +42,15 @@ class EngineOptions:
     dtype: str | None = None
     device: str | None = None
     threads: int | None = None
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """What a user wants drafted; None leaves it to the target and the engine."""
+
+    head: Path | None = None
+    draft_steps: int | None = None
+    draft_vocabulary: str = GROWING
 
 
 def training_options(command: Command) -> Command:
@@ -81,14 +91,27 @@ def engine_options(command: Command) -> Command:
 
 
 def decoding_options(command: Command) -> Command:
-    command = click.option(
+    """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
+
+    @functools.wraps(command)
+    def collected(head: Path | None, draft_steps: int | None, draft_vocabulary: str, **rest: Any) -> None:
+        command(drafting=DraftOptions(head, draft_steps, draft_vocabulary), **rest)
+
+    decorated: Command = click.option(
         "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
-    )(command)
-    return click.option(
+    )(collected)
+    decorated = click.option(
         "--draft-steps",
         type=click.IntRange(0),
         help="K; 0 decodes plainly  [default: what the engine verifies cheaply, at most the head's own]",
-    )(command)
+    )(decorated)
+    return click.option(
+        "--draft-vocabulary",
+        default=GROWING,
+        show_default=True,
+        help="growing: the lists that fit the text, and its own tokens; listed: these lists alone; full: all "
+        "tokens; or the name of one list",
+    )(decorated)
 
 
 def choose_engine(options: EngineOptions) -> EngineName:
@@ -176,28 +199,28 @@ def open_batch(name: str, options: EngineOptions) -> Batch:
     return NativeBatch(target)
 
 
-def open_backend(target: TargetInfo, name: str, head: Path | None, draft_steps: int | None) -> tuple[Backend, int]:
+def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, int]:
     """An engine with the head that was asked for or ships with the target, and the number of draft steps."""
     from fastmtp.models.shipped import shipped_head
 
-    directory = head or shipped_head(name)
-    if directory is None or draft_steps == 0:
-        if draft_steps:
+    directory, steps = drafting.head or shipped_head(name), drafting.draft_steps
+    if directory is None or steps == 0:
+        if steps:
             raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
-        if draft_steps is None:
+        if steps is None:
             click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
         return backend_of(target, None)[0], 0
-    backend, trained_steps = backend_of(target, directory)
-    return backend, draft_steps or min(trained_steps, backend.cheap_draft_steps)
+    backend, trained_steps = backend_of(target, directory, drafting.draft_vocabulary)
+    return backend, steps or min(trained_steps, backend.cheap_draft_steps)
 
 
 def backend_of(
-    target: TargetInfo, head: Path | None, vocabulary: VocabularyLists | None = None
+    target: TargetInfo, head: Path | None, draft_vocabulary: str | VocabularyLists = GROWING
 ) -> tuple[Backend, int]:
     """The backend of a loaded target, with a head if there is one, and the steps that the head was trained for.
 
     Args:
-        vocabulary: lists to draft from instead of the head's own.
+        draft_vocabulary: what --draft-vocabulary can be, or lists to draft from instead of the head's own.
     """
     from fastmtp.models.head_format import load_head, load_native_head
     from fastmtp.models.target import Target
@@ -208,7 +231,8 @@ def backend_of(
         if head is None:
             return TorchBackend(target), 0
         loaded, stored, steps = load_head(head, target)
-        return TorchBackend(target, loaded, vocabulary or stored), steps
+        lists, places = _drafting(stored, draft_vocabulary, head)
+        return TorchBackend(target, loaded, lists, places=places), steps
     from fastmtp.decode.native_backend import NativeBackend
     from fastmtp.models.native import NativeTarget
 
@@ -216,7 +240,27 @@ def backend_of(
     if head is None:
         return NativeBackend(target), 0
     native, stored, steps = load_native_head(head, target)
-    return NativeBackend(target, native, vocabulary or stored), steps
+    lists, places = _drafting(stored, draft_vocabulary, head)
+    return NativeBackend(target, native, lists, places=places), steps
+
+
+def _drafting(stored: VocabularyLists, wanted: str | VocabularyLists, head: Path) -> tuple[VocabularyLists, int]:
+    """The lists to draft from, and how many own tokens a sequence may add to them."""
+    from fastmtp.vocabulary.draft import PLACES
+    from fastmtp.vocabulary.lists import VocabularyLists
+
+    if isinstance(wanted, VocabularyLists):
+        return wanted, 0
+    if wanted == GROWING:
+        return stored, PLACES
+    if wanted == "listed":
+        return stored, 0
+    if wanted == "full":
+        return VocabularyLists({}), 0
+    if wanted in stored.lists:
+        return VocabularyLists.of(stored.lists[wanted]), 0
+    known = ", ".join([GROWING, "listed", "full", *stored.lists])
+    raise ValueError(f"{head}: has no list {wanted!r} for --draft-vocabulary; there are {known}")
 
 
 def described(result: Result, draft_steps: int) -> str:

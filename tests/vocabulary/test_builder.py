@@ -7,7 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastmtp.vocabulary.builder import LEAST_TOKENS, LabelledCounts, build, by_coverage, compare, of_size
+from fastmtp.vocabulary.builder import (
+    LEAST_TOKENS,
+    LabelledCounts,
+    build,
+    by_coverage,
+    compare,
+    coverage_curves,
+    of_size,
+)
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import coverage, merge_order, ranked, smoothed
 
@@ -81,6 +89,14 @@ def test_what_cannot_be_built() -> None:
         build(labelled(en=Counter({1: 1})), [1], SIZE, of_size(50))
     with pytest.raises(ValueError, match=r"size is 2; 2 tokens .* are always listed"):
         build(labelled(en=counts(10)), [1, 2], SIZE, of_size(2))
+
+
+def test_coverage_curves() -> None:
+    """A text's own list, or the one that covers most of it."""
+    lists = VocabularyLists({"a": [1, 2], "b": [3, 4, 5]})
+    found = coverage_curves(lists, {"a": Counter({2: 1, 3: 1}), "other": Counter({5: 3, 2: 1})})
+    assert found["a"].tolist() == [0, 0, 0.5]
+    assert found["other"].tolist() == [0, 0, 0, 0.75]
 
 
 def test_comparison() -> None:

@@ -128,6 +128,21 @@ class Comparison:
     left_out: dict[str, list[int]]
 
 
+def coverage_curves(
+    vocabulary: VocabularyLists, texts: Mapping[str, Counter[int]]
+) -> dict[str, NDArray[np.float64]]:
+    """By label of a text, the share of it that the first 0, 1, 2, ... tokens of a list cover.
+
+    The list is the label's own, or where there is none the one that covers most.
+    """
+
+    def of(label: str, counts: Counter[int]) -> NDArray[np.float64]:
+        chosen = [label] if label in vocabulary.lists else vocabulary.lists
+        return max((coverage(counts, vocabulary.lists[name]) for name in chosen), key=lambda shares: shares[-1])
+
+    return {label: of(label, counts) for label, counts in texts.items()}
+
+
 def compare(vocabulary: VocabularyLists, texts: Mapping[str, Counter[int]], missing: int) -> Comparison:
     """Compare lists with each other, and with counts of texts by label."""
     sets = {name: set(ids) for name, ids in vocabulary.lists.items()}
