@@ -151,7 +151,7 @@ class TrainConfig:
     )
     draft_vocabulary: int = setting(8192, "tokens the draft step scores, counted on the data; 0 is all")
     optimizer: str = setting("muon", "muon: orthogonalised updates for matrices; adamw", ("muon", "adamw"))
-    learning_rate: float = setting(2e-2, "peak learning rate; 3e-4 suits adamw")
+    learning_rate: float = setting(1e-2, "peak learning rate; 3e-4 suits adamw")
     weight_decay: float = setting(0.0, "decoupled weight decay of the matrices")
     warmup: float = setting(0.05, "share of the steps with rising learning rate; cosine afterwards")
     clip: float = setting(1.0, "largest norm of the gradient")
