@@ -5,6 +5,19 @@
 namespace fastmtp {
 namespace {
 
+PageView view(const Segment& segment, int page, int layer, int head) {
+  const Cache& cache = *segment.cache;
+  PageView page_view{cache.keys(page, layer, head), cache.values(page, layer, head), nullptr, nullptr, kPageTokens};
+  if (segment.tree) {
+    page_view.tree = segment.tree->base() - page * kPageTokens;
+    if ((page + 1) * kPageTokens < cache.capacity()) {
+      page_view.next_keys = cache.keys(page + 1, layer, head);
+      page_view.next_values = cache.values(page + 1, layer, head);
+    }
+  }
+  return page_view;
+}
+
 // With few rows the pages are shared out among the threads; with many there is work for all without that, and the
 // partial results of every page would take too much memory.
 constexpr int kRowsByPage = 16;
@@ -19,7 +32,10 @@ Attention::Attention(const Shape& shape, const std::vector<Segment>& segments, c
     const int queries = segment.count * group;
     for (int first = 0; first < queries; first += kTileQueries)
       tiles_.push_back({int(s), rows_, first, std::min(kTileQueries, queries - first)});
-    for (int i = 0; i < segment.count; i++) positions_.push_back(segment.start + i);
+    for (int i = 0; i < segment.count; i++) {
+      positions_.push_back(segment.position(i));
+      paths_.push_back(segment.path(i));
+    }
     rows_ += segment.count;
   }
   by_page_ = rows_ <= kRowsByPage;
@@ -43,9 +59,10 @@ Attention::Attention(const Shape& shape, const std::vector<Segment>& segments, c
 void Attention::add_items(Plan& made, int first_tile, int last_tile) const {
   const int group = shape_.heads / shape_.key_heads;
   const Tile &first = tiles_[first_tile], &last = tiles_[last_tile];
-  const int start = segments_[first.segment].start;
-  const int first_page = first_seen(start + first.first_query / group, made.window) / kPageTokens;
-  const int last_page = (start + (last.first_query + last.count - 1) / group) / kPageTokens;
+  const auto begin = positions_.begin() + first.first_row + first.first_query / group;
+  const auto end = positions_.begin() + last.first_row + (last.first_query + last.count - 1) / group + 1;
+  const int first_page = first_seen(*std::min_element(begin, end), made.window) / kPageTokens;
+  const int last_page = *std::max_element(begin, end) / kPageTokens;
   for (int head = 0; head < shape_.key_heads; head++) {
     if (!by_page_) made.items.push_back({first_tile, last_tile, head, first_page, last_page});
     if (by_page_)
@@ -85,7 +102,6 @@ void Attention::attend(Runtime& runtime, Team& team, int layer, int window, cons
                                                : after;
       for (int t = item.first_tile; t <= item.last_tile; t++, next = keys(item, page)) {
         const Tile& tile = tiles_[t];
-        const Cache& cache = *segments_[tile.segment].cache;
         Query seen[kTileQueries];
         float* totals[kTileQueries];
         for (int i = 0; i < tile.count; i++) {
@@ -99,9 +115,10 @@ void Attention::attend(Runtime& runtime, Team& team, int layer, int window, cons
               std::clamp(position + 1 - before, 0, kPageTokens),
               // The first page's result is the total so far; later ones are merged into it.
               by_page_ || page == item.first_page ? totals[i] : own + size_t(i) * partial_size_,
+              paths_[row],
           };
         }
-        runtime.kernels.attend(seen, tile.count, keys(item, page), cache.values(page, layer, item.key_head), size, next);
+        runtime.kernels.attend(seen, tile.count, view(segments_[tile.segment], page, layer, item.key_head), size, next);
         for (int i = 0; i < tile.count; i++)
           if (seen[i].partial != totals[i]) runtime.kernels.merge(totals[i], seen[i].partial, size);
       }

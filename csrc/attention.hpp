@@ -9,13 +9,20 @@
 #include "cache.hpp"
 #include "model.hpp"
 #include "runtime.hpp"
+#include "tree.hpp"
 
 namespace fastmtp {
 
-// Some consecutive tokens of one sequence; their keys and values are written to the cache from `start` on.
+// Some tokens of one sequence; their keys and values are written to the cache from `start` on. They are consecutive,
+// or the last nodes of a tree.
 struct Segment {
   Cache* cache;
   int start, count;
+  const Tree* tree = nullptr;
+
+  int node(int i) const { return start - tree->base() + i; }
+  int position(int i) const { return tree ? tree->position(node(i)) : start + i; }
+  const int32_t* path(int i) const { return tree ? tree->path(node(i)) : nullptr; }
 };
 
 class Attention {
@@ -56,7 +63,8 @@ class Attention {
 
   Shape shape_;
   std::vector<Segment> segments_;
-  std::vector<int> positions_;  // by row
+  std::vector<int> positions_;          // by row
+  std::vector<const int32_t*> paths_;  // by row; see Query
   std::vector<Tile> tiles_;
   std::vector<Plan> plans_;
   bool by_page_;  // one item for each page of a segment, else one for each tile

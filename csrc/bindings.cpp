@@ -1,6 +1,7 @@
 // The extension module: weights are filled from Python, forward passes run without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -8,7 +9,7 @@
 #include <stdexcept>
 
 #include "bandwidth.hpp"
-#include "forward.hpp"
+#include "draft.hpp"
 
 namespace nb = nanobind;
 using namespace fastmtp;
@@ -25,6 +26,10 @@ void require(bool holds, const char* message) {
 }
 
 using Numbers = std::vector<int32_t>;
+using Parts = std::vector<std::pair<const Matrix*, Integers>>;
+
+// So that attention finds the nodes in two pages.
+constexpr const char* kTreeTooLarge = "a tree has at most 256 tokens";
 
 std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& caches, const Numbers& starts,
                                  const Numbers& counts, size_t tokens) {
@@ -41,9 +46,36 @@ std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& 
   return segments;
 }
 
+std::vector<DraftRows> rows_of(const Stack& stack, const Parts& rows) {
+  require(!rows.empty(), "a draft needs rows to score");
+  std::vector<DraftRows> parts;
+  for (const auto& [matrix, ids] : rows) {
+    require(ids.size() > 0 && int(ids.size()) <= matrix->outputs() && matrix->inputs() == stack.shape.hidden &&
+                matrix->type() == rows[0].first->type(),
+            "rows must be [ids or more, hidden], all of one type");
+    parts.push_back({matrix, ids.data(), int(ids.size())});
+  }
+  return parts;
+}
+
 void check_tokens(const int32_t* tokens, size_t count, const Matrix& embedding) {
   for (size_t i = 0; i < count; i++)
     require(tokens[i] >= 0 && tokens[i] < embedding.outputs(), "a token id is outside the vocabulary");
+}
+
+void check_draft(const Drafter& drafter, int start, const Numbers& tokens, const Rows& before) {
+  require(start >= 0 && !tokens.empty(), "a draft needs a start of 0 or more and at least one token");
+  check_tokens(tokens.data(), tokens.size(), drafter.embedding());
+  require(before.shape(0) == tokens.size() && int(before.shape(1)) == drafter.stack().shape.hidden,
+          "states must be [tokens, hidden]");
+}
+
+float* check_logits(const std::vector<DraftRows>& rows, size_t nodes, const std::optional<Output>& logits) {
+  if (!logits) return nullptr;
+  size_t size = 0;
+  for (const DraftRows& part : rows) size += part.count;
+  require(logits->shape(0) == nodes && logits->shape(1) == size, "logits must be [nodes, ids]");
+  return logits->data();
 }
 
 }  // namespace
@@ -149,6 +181,15 @@ NB_MODULE(_native, m) {
 
   nb::class_<Cache>(m, "Cache")
       .def("reserve", &Cache::reserve, nb::arg("tokens"))
+      .def("move",
+           [](Cache& cache, const Numbers& slots, int start) {
+             for (size_t i = 0; i < slots.size(); i++)
+               require(slots[i] >= start + int(i) && slots[i] < cache.capacity() && (i == 0 || slots[i] > slots[i - 1]),
+                       "slots must ascend, from their new places on, within the cache");
+             require(start >= 0, "a start of 0 or more");
+             cache.move(slots.data(), int(slots.size()), start);
+           },
+           nb::arg("slots"), nb::arg("start"))
       .def_prop_ro("capacity", &Cache::capacity)
       .def_prop_ro("page_bytes", &Cache::page_bytes);
 
@@ -161,13 +202,21 @@ NB_MODULE(_native, m) {
   m.def("target_forward",
         [](Runtime& runtime, const Stack& stack, const Matrix& embedding, float embedding_scale,
            const std::vector<Cache*>& caches, const Numbers& starts, const Numbers& counts, const Numbers& tokens,
-           Output states) {
-          const auto segments = segments_of(stack, caches, starts, counts, tokens.size());
+           Output states, const Numbers& parents) {
+          auto segments = segments_of(stack, caches, starts, counts, tokens.size());
           check_tokens(tokens.data(), tokens.size(), embedding);
           require(states.shape(0) == tokens.size() && int(states.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
+          require(parents.empty() || (caches.size() == 1 && parents.size() == tokens.size()), "a tree is one sequence's, with a parent for each token");
+          require(parents.size() <= kPageTokens, kTreeTooLarge);
+          for (size_t i = 0; i < parents.size(); i++)
+            require(parents[i] >= -1 && parents[i] < int32_t(i), "a token of a tree comes after its parent");
+          const Tree tree(starts[0], parents);
+          if (!tree.is_chain()) segments[0].tree = &tree;
           nb::gil_scoped_release release;
           target_forward(runtime, stack, {embedding, embedding_scale}, segments, tokens.data(), states.data());
-        });
+        },
+        nb::arg("runtime"), nb::arg("stack"), nb::arg("embedding"), nb::arg("embedding_scale"), nb::arg("caches"),
+        nb::arg("starts"), nb::arg("counts"), nb::arg("tokens"), nb::arg("states"), nb::arg("parents") = Numbers());
 
   m.def("head_forward",
         [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,
@@ -195,27 +244,53 @@ NB_MODULE(_native, m) {
     return choices(runtime, matrix, states.data(), int(states.shape(0)));
   });
 
-  m.def("draft_chain",
-        [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,
-           float embedding_scale, Cache& cache, int start, const Numbers& tokens, const Rows& before,
-           const std::vector<std::pair<const Matrix*, Integers>>& rows, int steps) {
-          const auto segments = segments_of(stack, {&cache}, {start}, {int(tokens.size())}, tokens.size());
-          check_tokens(tokens.data(), tokens.size(), embedding);
-          std::vector<DraftRows> parts;
-          for (const auto& [matrix, ids] : rows) {
-            check_tokens(ids.data(), ids.size(), embedding);
-            require(ids.size() > 0 && int(ids.size()) <= matrix->outputs() && matrix->inputs() == stack.shape.hidden &&
-                        matrix->type() == rows[0].first->type(),
-                    "rows must be [ids or more, hidden], all of one type");
-            parts.push_back({matrix, ids.data(), int(ids.size())});
-          }
-          require(!parts.empty(), "a chain needs rows to score");
-          require(before.shape(0) == tokens.size() && int(before.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
-          require(steps >= 1, "a chain has one step or more");
-          nb::gil_scoped_release release;
-          return draft_chain(runtime, stack, projection, {embedding, embedding_scale}, segments[0], tokens.data(),
-                             before.data(), parts, steps);
-        });
+  nb::class_<Candidates>(m, "Candidates")
+      .def_ro("tokens", &Candidates::tokens)
+      .def_ro("confidences", &Candidates::confidences);
+
+  nb::class_<Drafter>(m, "Drafter")
+      .def("__init__",
+           [](Drafter* place, Runtime& runtime, const Stack& stack, const Projection& projection,
+              const Matrix& embedding, float embedding_scale, Cache& cache) {
+             new (place) Drafter(runtime, stack, projection, {embedding, embedding_scale}, cache);
+           },
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+           nb::keep_alive<1, 7>())
+      .def("chain",
+           [](Drafter& drafter, int start, const Numbers& tokens, const Rows& before, const Parts& rows, int steps) {
+             const auto parts = rows_of(drafter.stack(), rows);
+             for (const DraftRows& part : parts) check_tokens(part.ids, part.count, drafter.embedding());
+             check_draft(drafter, start, tokens, before);
+             require(steps >= 1, "a chain has one step or more");
+             nb::gil_scoped_release release;
+             return drafter.chain(start, int(tokens.size()), tokens.data(), before.data(), parts, steps);
+           })
+      .def("start_tree",
+           [](Drafter& drafter, int start, const Numbers& tokens, const Rows& before, const Parts& rows, int width,
+              const std::optional<Output>& logits) {
+             const auto parts = rows_of(drafter.stack(), rows);
+             check_draft(drafter, start, tokens, before);
+             float* out = check_logits(parts, 1, logits);
+             nb::gil_scoped_release release;
+             return drafter.start_tree(start, int(tokens.size()), tokens.data(), before.data(), parts, width, out);
+           },
+           nb::arg("start"), nb::arg("tokens"), nb::arg("before"), nb::arg("rows"), nb::arg("width"),
+           nb::arg("logits").none() = nb::none())
+      .def("extend_tree",
+           [](Drafter& drafter, const Numbers& parents, const Numbers& tokens, const Parts& rows, int width,
+              const std::optional<Output>& logits) {
+             const auto parts = rows_of(drafter.stack(), rows);
+             check_tokens(tokens.data(), tokens.size(), drafter.embedding());
+             require(!tokens.empty() && parents.size() == tokens.size(), "each new node needs a parent and a token");
+             require(drafter.nodes() + tokens.size() <= kPageTokens, kTreeTooLarge);
+             for (const int32_t parent : parents)
+               require(parent >= 0 && parent < drafter.nodes(), "a parent is a node of an earlier call");
+             float* out = check_logits(parts, tokens.size(), logits);
+             nb::gil_scoped_release release;
+             return drafter.extend_tree(parents, tokens.data(), parts, width, out);
+           },
+           nb::arg("parents"), nb::arg("tokens"), nb::arg("rows"), nb::arg("width"),
+           nb::arg("logits").none() = nb::none());
 
   m.def("read_seconds", &read_seconds, nb::arg("runtime"), nb::arg("bytes"), nb::arg("repeats"),
         nb::call_guard<nb::gil_scoped_release>());

@@ -23,6 +23,9 @@ class Cache {
     while (capacity() < tokens) pages_.push_back(allocate<uint16_t>(page_bytes() / sizeof(uint16_t)));
   }
 
+  // The tokens in these slots, in ascending order, become those from `start` on; none is before its new slot.
+  void move(const int32_t* slots, int count, int start);
+
   int capacity() const { return int(pages_.size()) * kPageTokens; }
   size_t page_bytes() const { return size_t(layers_) * heads_ * 2 * page_numbers(head_size_) * sizeof(uint16_t); }
 

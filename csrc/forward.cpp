@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace fastmtp {
 namespace {
@@ -124,7 +123,7 @@ class Pass {
           for (int d = 0; d < half; d++) {
             const Rope& rope = stack_.ropes[r];
             // In single precision, as the reference implementations compute it.
-            const float angle = float(segment.start + i) * rope.inverse_frequencies[d];
+            const float angle = float(segment.position(i)) * rope.inverse_frequencies[d];
             angles(r, m)[d] = float(std::cos(double(angle))) * rope.scale;
             angles(r, m)[half + d] = float(std::sin(double(angle))) * rope.scale;
           }
@@ -158,8 +157,8 @@ class Pass {
         const float* value = key + shape_.key_heads * size;
         uint16_t rotated[kLargestHead];
         rotate(team, key, layer.key_norm, angles(layer.rope, m), 1.0f, rotated);
-        const int position = segment.start + i, page = position / kPageTokens;
-        runtime_.kernels.store_token(rotated, value, size, position % kPageTokens,
+        const int slot = segment.start + i, page = slot / kPageTokens;
+        runtime_.kernels.store_token(rotated, value, size, slot % kPageTokens,
                                      segment.cache->keys(page, index, key_head),
                                      segment.cache->values(page, index, key_head));
       }
@@ -178,34 +177,6 @@ void product(Runtime& runtime, Team& team, const Matrix& matrix, const float* st
              int stride) {
   team.each(rows, [&](int m) { runtime.convert(matrix, states + size_t(m) * matrix.inputs(), m); });
   runtime.matmul(team, matrix, rows, out, stride);
-}
-
-// The token whose row scores highest.
-int32_t draft_choice(Runtime& runtime, const std::vector<DraftRows>& rows, const float* state) {
-  size_t size = 0;
-  for (const DraftRows& part : rows) size += stride_of(*part.matrix);
-  float* logits = runtime.logits.reserve(size);
-  runtime.reserve_operand(1, rows[0].matrix->inputs());
-  with_team(runtime.threads, runtime.barrier, [&](Team team) {
-    // All parts are of one type and width, so that the state is converted for all of them at once.
-    team.each(1, [&](int) { runtime.convert(*rows[0].matrix, state, 0); });
-    float* out = logits;
-    for (const DraftRows& part : rows) {
-      runtime.matmul(team, *part.matrix, 1, out, stride_of(*part.matrix));
-      out += stride_of(*part.matrix);
-    }
-  });
-  int32_t token = 0;
-  float most = -std::numeric_limits<float>::infinity();
-  for (const DraftRows& part : rows) {
-    const int best = runtime.kernels.argmax(logits, part.count);
-    if (&part == &rows[0] || logits[best] > most) {
-      most = logits[best];
-      token = part.ids[best];
-    }
-    logits += stride_of(*part.matrix);
-  }
-  return token;
 }
 
 void embed(const Embedding& embedding, int token, int hidden, float* out) {
@@ -262,24 +233,6 @@ std::vector<int32_t> choices(Runtime& runtime, const Matrix& matrix, const float
     team.each(rows, [&](int m) { chosen[m] = runtime.kernels.argmax(logits + size_t(m) * stride, matrix.outputs()); });
   });
   return chosen;
-}
-
-std::vector<int32_t> draft_chain(Runtime& runtime, const Stack& stack, const Projection& projection,
-                                 const Embedding& embedding, Segment segment, const int32_t* tokens,
-                                 const float* before, const std::vector<DraftRows>& rows, int steps) {
-  const size_t hidden = stack.shape.hidden;
-  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
-  std::vector<float> states(segment.count * hidden), last(hidden);
-  std::vector<int32_t> drafted;
-  head_forward(runtime, stack, projection, embedding, {segment}, tokens, before, states.data());
-  while (true) {
-    std::copy(states.end() - hidden, states.end(), last.begin());
-    drafted.push_back(draft_choice(runtime, rows, last.data()));
-    if (int(drafted.size()) == steps) return drafted;
-    segment = {segment.cache, segment.start + segment.count, 1};
-    states.resize(hidden);
-    head_forward(runtime, stack, projection, embedding, {segment}, &drafted.back(), last.data(), states.data());
-  }
 }
 
 }  // namespace fastmtp

@@ -25,17 +25,4 @@ void scores(Runtime& runtime, const Matrix& matrix, const float* states, int row
 // The output of the matrix that scores highest for each row; of equal ones the first.
 std::vector<int32_t> choices(Runtime& runtime, const Matrix& matrix, const float* states, int rows);
 
-// Rows of the LM head, one for each of the first `count` outputs, and the tokens they are of.
-struct DraftRows {
-  const Matrix* matrix;
-  const int32_t* ids;
-  int count;
-};
-
-// A greedy draft chain: the head's forward over `tokens`, its choice among the rows of the draft vocabulary (of equal
-// ones the first), then `steps` - 1 times a forward over the token chosen last.
-std::vector<int32_t> draft_chain(Runtime& runtime, const Stack& stack, const Projection& projection,
-                                 const Embedding& embedding, Segment segment, const int32_t* tokens,
-                                 const float* before, const std::vector<DraftRows>& rows, int steps);
-
 }  // namespace fastmtp

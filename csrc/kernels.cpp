@@ -19,7 +19,8 @@ namespace fastmtp {
 
 extern const Kernels FASTMTP_TABLE;
 const Kernels FASTMTP_TABLE = {
-    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, merge, argmax, read,
+    FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, merge, argmax,
+    sum_exponentials, read,
 };
 
 }  // namespace fastmtp

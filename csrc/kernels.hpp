@@ -46,11 +46,19 @@ struct Operand {
 // In memory: largest, sum, then D weighted values.
 constexpr int kPartialHeader = 2;
 
-// One query of a tile: its D numbers, which tokens of the page it sees, where its partial result goes.
+// One head's keys and values in a page. From place `tree` on, which may lie before or behind the page, tokens lie in
+// the order of a tree's nodes, and that goes on in the page after it.
+struct PageView {
+  const uint16_t *keys, *values, *next_keys, *next_values;
+  int tree;
+};
+
+// One query of a tile: its D numbers, which places of the page it sees, where its partial result goes.
 struct Query {
   const uint16_t* q;  // bf16
   int begin, end;
   float* partial;
+  const int32_t* path;  // what it sees at place tree + i is in place tree + path[i], which is no earlier
 };
 
 struct Kernels {
@@ -73,12 +81,13 @@ struct Kernels {
   void (*store_token)(const uint16_t* key, const float* value, int size, int place, uint16_t* keys, uint16_t* values);
   // Partial attention of up to kTileQueries queries over one page of one head; meanwhile the memory that is wanted
   // `next`, as much as the page's, is fetched.
-  void (*attend)(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size,
-                 const void* next);
+  void (*attend)(const Query* queries, int count, const PageView&, int size, const void* next);
   // Adds the second partial result to the first.
   void (*merge)(float* total, const float* part, int size);
   // Where the largest number is; of equal ones the first.
   int (*argmax)(const float* x, int size);
+  // The sum of exp(x - top).
+  float (*sum_exponentials)(const float* x, int size, float top);
   // Reads memory as fast as it goes, and returns the sum of what is there.
   float (*read)(const float* memory, size_t count);
 };

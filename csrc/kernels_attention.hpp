@@ -39,19 +39,70 @@ void weigh(const Query* queries, const uint16_t (*weights)[kPageTokens], const u
       store(queries[i].partial + kPartialHeader + start + j * kLanes, total[i][j]);
 }
 
+// The place that holds what a query sees at `place`.
+inline int held_at(const Query& query, const PageView& page, int place) {
+  return place < page.tree ? place : page.tree + query.path[place - page.tree];
+}
+
+// Goes on from what `weigh` left with the values from place `shared` (even) on, which lie in the order of a tree: the
+// same pairs in the same order as if they lay in that of positions.
+inline void weigh_path(const Query& query, const uint16_t* weights, const PageView& page, int width, int shared) {
+  const auto value = [&](int place) {
+    const int held = held_at(query, page, place), in_page = held % kPageTokens;
+    return (held < kPageTokens ? page.values : page.next_values) + size_t(in_page / 2) * width * 2 + in_page % 2;
+  };
+  const int first = query.begin / 2 * 2;
+  for (int t = first > shared ? first : shared; t < query.end; t += 2) {
+    const uint16_t *left = value(t), *right = t + 1 < query.end ? value(t + 1) : left;
+    for (int start = 0; start < width; start += kLanes) {
+      alignas(64) uint16_t pairs[kLanes][2];
+      for (int d = 0; d < kLanes; d++) {
+        pairs[d][0] = left[2 * (start + d)];
+        pairs[d][1] = right[2 * (start + d)];
+      }
+      float* total = query.partial + kPartialHeader + start;
+      store(total, dot2(load(total), load_pairs(pairs[0]), weights + t));
+    }
+  }
+}
+
+// Scores of the keys in blocks first..last - 1, `Together` blocks at a time.
+template <int Count, int Together>
+inline void score(const uint16_t (*queries)[Count][2], const uint16_t* keys, int size, int first, int last,
+                  float (*scores)[kPageTokens], const uint8_t* next) {
+  for (int block = first; block < last; block += Together) {
+    Floats total[Together][Count];
+    for (int b = 0; b < Together; b++)
+      for (int i = 0; i < Count; i++) total[b][i] = splat(0.0f);
+    for (int d = 0; d < size; d += 2)
+      for (int b = 0; b < Together; b++) {
+        const size_t place = (size_t(block + b) * size + d) * kLanes;
+        prefetch(next + 2 * place);
+        const Bytes key = load_pairs(keys + place);
+        for (int i = 0; i < Count; i++) total[b][i] = dot2(total[b][i], key, queries[d / 2][i]);
+      }
+    for (int b = 0; b < Together; b++)
+      for (int i = 0; i < Count; i++) store(scores[i] + (block + b) * kLanes, total[b][i]);
+  }
+}
+
 template <int Count>
-void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* values, int size, const uint8_t* next) {
+void attend_tile(const Query* queries, const PageView& page, int size, const uint8_t* next) {
   constexpr int kTogether = Count <= 4 ? 2 : 1;  // enough chains of additions to hide their latency
   float scores[Count][kPageTokens];
   uint16_t weights[Count][kPageTokens];
-  int begin = kPageTokens, end = 0;
+  // What is seen ends at `end`, and what holds it at `held`.
+  int begin = kPageTokens, end = 0, held = 0;
   for (int i = 0; i < Count; i++) {
     if (queries[i].begin >= queries[i].end) continue;
     if (queries[i].begin < begin) begin = queries[i].begin;
     if (queries[i].end > end) end = queries[i].end;
+    const int last = held_at(queries[i], page, queries[i].end - 1);
+    if (last >= held) held = last + 1;
   }
   const int first = begin / (kLanes * kTogether) * kTogether;
-  const int last = end > 0 ? round_up(end, kLanes * kTogether) / kLanes : first;
+  const auto blocks = [](int places) { return round_up(places, kLanes * kTogether) / kLanes; };
+  const int last = held > 0 ? blocks(held < kPageTokens ? held : kPageTokens) : first;
   // One row after another: the multiplications find the next query at a fixed distance.
   alignas(64) uint16_t together[kLargestHead / 2][Count][2];
   for (int d = 0; d < size; d += 2)
@@ -60,19 +111,19 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
       together[d / 2][i][1] = queries[i].q[d + 1];
     }
   const int width = round_up(size, kLanes);
-  for (int block = first; block < last; block += kTogether) {
-    Floats score[kTogether][Count];
-    for (int b = 0; b < kTogether; b++)
-      for (int i = 0; i < Count; i++) score[b][i] = splat(0.0f);
-    for (int d = 0; d < size; d += 2)
-      for (int b = 0; b < kTogether; b++) {
-        const size_t place = (size_t(block + b) * size + d) * kLanes;
-        prefetch(next + 2 * place);
-        const Bytes key = load_pairs(keys + place);
-        for (int i = 0; i < Count; i++) score[b][i] = dot2(score[b][i], key, together[d / 2][i]);
+  score<Count, kTogether>(together, page.keys, size, first, last, scores, next);
+  if (page.tree < end) {
+    float beyond[Count][kPageTokens];
+    if (held > kPageTokens)
+      score<Count, kTogether>(together, page.next_keys, size, 0, blocks(held - kPageTokens), beyond, next);
+    // A score does not depend on where the key lies; from here on all goes by position. What has not been moved
+    // yet lies behind what has been.
+    const int moved = page.tree > 0 ? page.tree : 0;
+    for (int i = 0; i < Count; i++)
+      for (int t = moved > queries[i].begin ? moved : queries[i].begin; t < queries[i].end; t++) {
+        const int place = held_at(queries[i], page, t);
+        scores[i][t] = place < kPageTokens ? scores[i][place] : beyond[i][place - kPageTokens];
       }
-    for (int b = 0; b < kTogether; b++)
-      for (int i = 0; i < Count; i++) store(scores[i] + (block + b) * kLanes, score[b][i]);
   }
   for (int i = 0; i < Count; i++) {
     const auto inside = [&](Floats x, int block, float other) {
@@ -97,28 +148,29 @@ void attend_tile(const Query* queries, const uint16_t* keys, const uint16_t* val
     queries[i].partial[1] = sum(total);
   }
   begin = begin / 2 * 2;
-  end = round_up(end, 2);
+  const int shared = page.tree > 0 ? page.tree / 2 * 2 : 0;
+  end = round_up(end < shared ? end : shared, 2);
   int start = 0;
   if constexpr (Count <= 4)
     for (; start + 4 * kLanes <= width; start += 4 * kLanes)
-      weigh<Count, 4>(queries, weights, values, width, begin, end, start, next + 2 * page_numbers(size));
+      weigh<Count, 4>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
   for (; start + 2 * kLanes <= width; start += 2 * kLanes)
-    weigh<Count, 2>(queries, weights, values, width, begin, end, start, next + 2 * page_numbers(size));
-  if (start < width) weigh<Count, 1>(queries, weights, values, width, begin, end, start, next + 2 * page_numbers(size));
+    weigh<Count, 2>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
+  if (start < width)
+    weigh<Count, 1>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
+  for (int i = 0; i < Count; i++) weigh_path(queries[i], weights[i], page, width, shared);
 }
 
 template <int Count>
-void attend_count(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size,
-                  const uint8_t* next) {
+void attend_count(const Query* queries, int count, const PageView& page, int size, const uint8_t* next) {
   if (count == Count)
-    attend_tile<Count>(queries, keys, values, size, next);
+    attend_tile<Count>(queries, page, size, next);
   else if constexpr (Count > 1)
-    attend_count<Count - 1>(queries, count, keys, values, size, next);
+    attend_count<Count - 1>(queries, count, page, size, next);
 }
 
-void attend(const Query* queries, int count, const uint16_t* keys, const uint16_t* values, int size,
-            const void* next) {
-  attend_count<kTileQueries>(queries, count, keys, values, size, static_cast<const uint8_t*>(next));
+void attend(const Query* queries, int count, const PageView& page, int size, const void* next) {
+  attend_count<kTileQueries>(queries, count, page, size, static_cast<const uint8_t*>(next));
 }
 
 void merge(float* total, const float* part, int size) {

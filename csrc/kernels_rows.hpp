@@ -93,6 +93,18 @@ int argmax(const float* x, int size) {
   return strip;
 }
 
+float sum_exponentials(const float* x, int size, float top) {
+  Floats total = splat(0.0f);
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) total = add(total, exponential(sub(load(x + i), splat(top))));
+  if (i < size) {
+    float rest[kLanes] = {};
+    for (int j = i; j < size; j++) rest[j - i] = x[j];
+    total = add(total, keep(exponential(sub(load(rest), splat(top))), 0, size - i, 0.0f));
+  }
+  return sum(total);
+}
+
 // Four streams at once, as in the matrix products with few rows.
 float read(const float* memory, size_t count) {
   constexpr int kStreams = 4;

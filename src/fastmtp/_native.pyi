@@ -83,6 +83,7 @@ class Stack:
 
 class Cache:
     def reserve(self, tokens: int) -> None: ...
+    def move(self, slots: Sequence[int], start: int) -> None: ...
     @property
     def capacity(self) -> int: ...
     @property
@@ -105,6 +106,7 @@ def target_forward(
     counts: Sequence[int],
     tokens: Sequence[int],
     states: NDArray[Any],
+    parents: Sequence[int] = (),
 ) -> None: ...
 def head_forward(
     runtime: Runtime,
@@ -121,18 +123,48 @@ def head_forward(
 ) -> None: ...
 def scores(runtime: Runtime, matrix: Matrix, states: NDArray[Any], out: NDArray[Any]) -> None: ...
 def choices(runtime: Runtime, matrix: Matrix, states: NDArray[Any]) -> list[int]: ...
-def draft_chain(
-    runtime: Runtime,
-    stack: Stack,
-    projection: Projection,
-    embedding: Matrix,
-    embedding_scale: float,
-    cache: Cache,
-    start: int,
-    tokens: Sequence[int],
-    before: NDArray[Any],
-    rows: Sequence[tuple[Matrix, _Integers]],
-    steps: int,
-) -> list[int]: ...
+
+class Candidates:
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def confidences(self) -> list[float]: ...
+
+class Drafter:
+    def __init__(
+        self,
+        runtime: Runtime,
+        stack: Stack,
+        projection: Projection,
+        embedding: Matrix,
+        embedding_scale: float,
+        cache: Cache,
+    ) -> None: ...
+    def chain(
+        self,
+        start: int,
+        tokens: Sequence[int],
+        before: NDArray[Any],
+        rows: Sequence[tuple[Matrix, _Integers]],
+        steps: int,
+    ) -> list[int]: ...
+    def start_tree(
+        self,
+        start: int,
+        tokens: Sequence[int],
+        before: NDArray[Any],
+        rows: Sequence[tuple[Matrix, _Integers]],
+        width: int,
+        logits: NDArray[Any] | None = None,
+    ) -> list[Candidates]: ...
+    def extend_tree(
+        self,
+        parents: Sequence[int],
+        tokens: Sequence[int],
+        rows: Sequence[tuple[Matrix, _Integers]],
+        width: int,
+        logits: NDArray[Any] | None = None,
+    ) -> list[Candidates]: ...
+
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...
 def available_kernels() -> list[str]: ...

@@ -166,7 +166,7 @@ def test_greedy_drafts_are_the_largest_logits(engine: Engine, target: Target, id
         backend.prefill(prompt)
         drafts.append([backend.draft(7, 5, GREEDY, torch.Generator()).tokens])
         backend.choices([7, 8, 9])
-        backend.truncate(302)
+        backend.keep([0, 1])
         drafts[-1].append(backend.draft(11, 5, GREEDY, torch.Generator()).tokens)
     assert drafts[0] == drafts[1]
 

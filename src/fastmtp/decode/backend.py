@@ -1,6 +1,7 @@
 """The small protocol that an engine implements, and what a draft is.
 
-Shapes: M tokens verified together, R sequences, D draft vocabulary, V vocabulary.
+Tokens that are verified or drafted together are a chain or a tree (models/trees.py).
+Shapes: M tokens verified together, N nodes drafted together, R sequences, D draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ class Draft:
 
     tokens: list[int]
     distributions_V: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens that may follow a node of a draft tree, no two the same.
+
+    Each has the probability that the head gives it in the draft vocabulary. At temperature 0 they are the likeliest
+    in order; else they were drawn from the distribution [V], in this order, without replacement.
+    """
+
+    tokens: list[int]
+    confidences: list[float]
+    distribution_V: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -54,20 +68,40 @@ class Backend(Protocol):
         """Make the sequence exactly `prompt` (what is cached of it is kept); logits [V] after its last token."""
         ...
 
-    def verify(self, tokens: Sequence[int]) -> Tensor:
-        """Append M tokens in one forward of the target; logits [M, V] after each."""
+    def verify(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Tensor:
+        """Append M tokens in one forward of the target; logits [M, V] after each.
+
+        A tree, given by its tokens' parents, becomes part of the sequence only when a path of it is kept.
+        """
         ...
 
-    def choices(self, tokens: Sequence[int]) -> list[int]:
+    def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
         """Like `verify`, but only the likeliest token after each (of equal ones the first)."""
+        ...
+
+    def keep(self, nodes: Sequence[int]) -> None:
+        """Of the tokens of the last `verify` keep only these, which are a path from the sequence on, by index."""
         ...
 
     def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
         """Draft `steps` tokens to follow `token`, the next token of the sequence, which is not yet cached."""
         ...
 
-    def truncate(self, length: int) -> None:
-        """Take back verified tokens beyond the first `length`. Only those of the last `verify` may go."""
+    def start_tree(
+        self, token: int, width: int, sampling: SamplingConfig, generator: torch.Generator
+    ) -> Candidates:
+        """Begin a draft tree with `token` as for `draft`, as node 0; `width` candidates, or all, to follow it."""
+        ...
+
+    def extend_tree(
+        self,
+        parents: Sequence[int],
+        tokens: Sequence[int],
+        width: int,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+    ) -> list[Candidates]:
+        """Add N tokens, each after a node of an earlier call, as the next nodes; candidates to follow each."""
         ...
 
 

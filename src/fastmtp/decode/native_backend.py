@@ -2,7 +2,7 @@
 
 A token's logits are the same to the bit however many tokens are computed with it, so greedy speculative output is
 plain output, not almost always but always.
-Shapes: T tokens, H hidden, D draft vocabulary, V vocabulary.
+Shapes: T tokens, H hidden, D draft vocabulary, N nodes of a draft tree, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp import _native
+from fastmtp.decode.backend import Candidates
 from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.models.native import NativeHead, NativeTarget, check_memory
 from fastmtp.vocabulary.draft import PLACES, DraftVocabulary
@@ -56,7 +57,17 @@ class NativeBackend(SequenceBackend[States]):
         self._rows, self._row_ids = target.lm_head, np.arange(size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, places), hidden)
         self._cache = target.stack.new_cache()
-        self._draft_cache = head.stack.new_cache() if head else None
+        self._draft_cache = self._drafter = None
+        if head:
+            self._draft_cache = head.stack.new_cache()
+            self._drafter = _native.Drafter(
+                target.runtime,
+                head.stack,
+                head.projection,
+                target.embedding,
+                target.embedding_scale,
+                self._draft_cache,
+            )
         if self._vocabulary is not None:
             self._fit_rows(self._vocabulary, {})
 
@@ -68,30 +79,54 @@ class NativeBackend(SequenceBackend[States]):
     # The greedy ways do in one call what would otherwise be a dozen calls of numpy and torch: after a forward the
     # processor's caches hold weights, no code, and every call that is not in them costs some microseconds.
 
-    def choices(self, tokens: Sequence[int]) -> list[int]:
-        return _native.choices(self._target.runtime, self._target.lm_head, self._append(tokens))
+    def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
+        return _native.choices(self._target.runtime, self._target.lm_head, self._append(tokens, parents))
 
     def _greedy_chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
-        target, head, cache = self._target, *self._head_and_cache(start + len(inputs) + steps)
+        drafter, last = self._ready(start, states_TH, inputs, steps)
+        return drafter.chain(*last, self._draft_rows(), steps)
+
+    def _start_greedy_tree(
+        self, start: int, states_TH: States, inputs: Sequence[int], width: int
+    ) -> list[Candidates]:
+        drafter, last = self._ready(start, states_TH, inputs, _native.PAGE_TOKENS)
+        return _candidates(drafter.start_tree(*last, self._draft_rows(), width))
+
+    def _extend_greedy_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        assert self._drafter is not None
+        return _candidates(self._drafter.extend_tree(parents, tokens, self._draft_rows(), width))
+
+    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int]) -> Tensor:
+        drafter, last = self._ready(start, states_TH, inputs, _native.PAGE_TOKENS)
+        logits_1D = self._empty_logits(1)
+        drafter.start_tree(*last, self._draft_rows(), 0, logits_1D)
+        return torch.from_numpy(logits_1D)
+
+    def _extend_tree(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        assert self._drafter is not None
+        logits_ND = self._empty_logits(len(tokens))
+        self._drafter.extend_tree(parents, tokens, self._draft_rows(), 0, logits_ND)
+        return torch.from_numpy(logits_ND)
+
+    def _ready(
+        self, start: int, states_TH: States, inputs: Sequence[int], more: int
+    ) -> tuple[_native.Drafter, tuple[int, Sequence[int], States]]:
+        """The drafter, with room for `more` tokens, and the last of the input, which is left to it."""
+        assert self._drafter is not None
+        self._head_and_cache(start + len(inputs) + more)
         many = max(0, len(inputs) - CHUNK)
         if many:
             self._head_forward(start, states_TH[:many], inputs[:many])
-        return _native.draft_chain(
-            target.runtime,
-            head.stack,
-            head.projection,
-            target.embedding,
-            target.embedding_scale,
-            cache,
-            start + many,
-            inputs[many:],
-            states_TH[many:],
-            self._draft_rows(),
-            steps,
-        )
+        return self._drafter, (start + many, inputs[many:], states_TH[many:])
 
-    def _forward(self, start: int, tokens: Sequence[int]) -> States:
-        return forward(self._target, [self._cache], [start], [tokens])
+    def _empty_logits(self, nodes: int) -> States:
+        return np.empty((nodes, sum(len(ids) for _, ids in self._draft_rows())), np.float32)
+
+    def _forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
+        return forward(self._target, [self._cache], [start], [tokens], parents or ())
+
+    def _keep_path(self, start: int, nodes: Sequence[int]) -> None:
+        self._cache.move([start + node for node in nodes], start)
 
     def _head_forward(self, start: int, states_TH: States, tokens: Sequence[int]) -> States:
         target, head, cache = self._target, *self._head_and_cache(start + len(tokens))
@@ -144,10 +179,16 @@ class NativeBackend(SequenceBackend[States]):
 
 
 def forward(
-    target: NativeTarget, caches: list[_native.Cache], starts: list[int], tokens: Sequence[Sequence[int]]
+    target: NativeTarget,
+    caches: list[_native.Cache],
+    starts: list[int],
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[int] = (),
 ) -> States:
     """The target's states [T, H] of the tokens of one or more sequences, each from a position of its own on.
 
+    Args:
+        parents: where one sequence's tokens are a tree (models/trees.py).
     Raises:
         MemoryError: a cache cannot grow; the caches are as they were.
     """
@@ -166,9 +207,10 @@ def forward(
             [len(own) for own in tokens],
             [token for own in tokens for token in own],
             states_TH,
+            parents,
         )
 
-    if len(caches) > 1:
+    if len(caches) > 1 or parents:
         run(starts, tokens, states_TH)
         return states_TH
     for begin, end in _chunks(len(tokens[0])):
@@ -193,6 +235,10 @@ def reserve(cache: _native.Cache, tokens: int) -> None:
     if missing > 0:
         check_memory(missing * cache.page_bytes, f"a context of {tokens} tokens", "a shorter context")
         cache.reserve(tokens)
+
+
+def _candidates(found: list[_native.Candidates]) -> list[Candidates]:
+    return [Candidates(one.tokens, one.confidences) for one in found]
 
 
 def _chunks(total: int) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Draft
+from fastmtp.decode.backend import Candidates, Draft
+from fastmtp.decode.candidates import drawn, likeliest, over_vocabulary
 from fastmtp.sampling import draw, greedy, probabilities
 from fastmtp.vocabulary.draft import DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -25,9 +26,9 @@ States = TypeVar("States", Tensor, NDArray[np.float32])
 
 
 class SequenceBackend(ABC, Generic[States]):
-    """One sequence: `Backend` in terms of four functions of an engine.
+    """One sequence: `Backend` in terms of some functions of an engine.
 
-    The draft cache holds step-1 states only, each from the target's own state, except while a chain is drafted.
+    The draft cache holds step-1 states only, each from the target's own state, except while a draft is made.
     State t of it depends on token t + 1, so it may lag behind the target's; `_states_TH` are the target's
     states that it has not consumed yet, and position t of that tensor is sequence position `_drafted` + t.
     """
@@ -56,12 +57,19 @@ class SequenceBackend(ABC, Generic[States]):
         if draft_vocabulary is not None and draft_vocabulary.lists:
             self._vocabulary = DraftVocabulary(draft_vocabulary, vocabulary_size, places)
         self._tokens: list[int] = []
+        # How many tokens the last forward added; its tokens and states where they are a tree.
+        self._added = 0
+        self._tree: tuple[Sequence[int], States] | None = None
         self._drafted = 0
         self._states_TH: States | None = no_states
 
     @abstractmethod
-    def _forward(self, start: int, tokens: Sequence[int]) -> States:
-        """The target's states [T, H] of tokens at positions from `start` on, forgetting what was held there."""
+    def _forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
+        """The target's states [T, H] of tokens or a tree from `start` on, forgetting what was held there."""
+
+    @abstractmethod
+    def _keep_path(self, start: int, nodes: Sequence[int]) -> None:
+        """Make these nodes of the tree at `start` the tokens from there on, in the target's cache."""
 
     @abstractmethod
     def _logits(self, states_TH: States) -> Tensor:
@@ -74,6 +82,14 @@ class SequenceBackend(ABC, Generic[States]):
     @abstractmethod
     def _draft_logits(self, states_TH: States) -> Tensor:
         """[T, D]"""
+
+    @abstractmethod
+    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int]) -> Tensor:
+        """`_head_forward`, and the last token becomes node 0 of a new draft tree; its logits [1, D]."""
+
+    @abstractmethod
+    def _extend_tree(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Logits [N, D] of new nodes of the draft tree."""
 
     @abstractmethod
     def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
@@ -100,19 +116,26 @@ class SequenceBackend(ABC, Generic[States]):
             self._fit_rows(self._vocabulary, self._vocabulary.start(prompt))
         return self._logits(self._append(prompt[keep:])[-1:])[0]
 
-    def verify(self, tokens: Sequence[int]) -> Tensor:
-        return self._logits(self._append(tokens))
+    def verify(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Tensor:
+        return self._logits(self._append(tokens, parents))
 
-    def choices(self, tokens: Sequence[int]) -> list[int]:
-        return greedy(self.verify(tokens))
+    def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
+        return greedy(self.verify(tokens, parents))
+
+    def keep(self, nodes: Sequence[int]) -> None:
+        if self._tree is None:
+            length = len(self._tokens) - self._added + len(nodes)
+            assert nodes[-1] + 1 == len(nodes) <= self._added and self._drafted < length
+            self._rewind(length)
+        else:
+            tokens, states_TH = self._tree
+            self._keep_path(len(self._tokens), nodes)
+            self._settle([tokens[node] for node in nodes], states_TH[list(nodes)])
+        self._added = len(nodes)
 
     def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
-        assert self._states_TH is not None and steps >= 1
-        length, states_TH = len(self._tokens), self._states_TH
-        start: int = self._drafted
-        inputs = [*self._tokens[start + 1 :], token]
-        if self._vocabulary is not None:
-            self._fit_rows(self._vocabulary, self._vocabulary.see(inputs))
+        assert steps >= 1
+        start, states_TH, inputs = self._waiting(token)
         distributions: list[Tensor] = []
         if sampling.temperature == 0:
             drafted = self._greedy_chain(start, states_TH, inputs, steps)
@@ -121,17 +144,48 @@ class SequenceBackend(ABC, Generic[States]):
 
             def choice(logits_D: Tensor) -> int:
                 q_D = probabilities(logits_D, sampling)
-                distributions.append(self._over_vocabulary(q_D, ids_D))
+                distributions.append(over_vocabulary(q_D, ids_D, self._vocabulary_size))
                 return draw(q_D, generator)
 
             drafted = self._chain(start, states_TH, inputs, steps, choice)
-        # The chain's own states are forgotten: the next forward of the head starts where the target's states end.
-        self._drafted, self._states_TH = length, states_TH[:0]
+        self._caught_up()
         return Draft(drafted, distributions)
 
-    def truncate(self, length: int) -> None:
-        assert self._drafted < length <= len(self._tokens)
-        self._rewind(length)
+    def start_tree(
+        self, token: int, width: int, sampling: SamplingConfig, generator: torch.Generator
+    ) -> Candidates:
+        start, states_TH, inputs = self._waiting(token)
+        if sampling.temperature == 0:
+            root = self._start_greedy_tree(start, states_TH, inputs, width)
+        else:
+            root = self._drawn(self._start_tree(start, states_TH, inputs), width, sampling, generator)
+        self._caught_up()
+        return root[0]
+
+    def extend_tree(
+        self,
+        parents: Sequence[int],
+        tokens: Sequence[int],
+        width: int,
+        sampling: SamplingConfig,
+        generator: torch.Generator,
+    ) -> list[Candidates]:
+        if sampling.temperature == 0:
+            return self._extend_greedy_tree(parents, tokens, width)
+        return self._drawn(self._extend_tree(parents, tokens), width, sampling, generator)
+
+    def _waiting(self, token: int) -> tuple[int, States, list[int]]:
+        """Where the head goes on, the states that it takes there, and the tokens after them, `token` last."""
+        assert self._states_TH is not None
+        inputs = [*self._tokens[self._drafted + 1 :], token]
+        if self._vocabulary is not None:
+            self._fit_rows(self._vocabulary, self._vocabulary.see(inputs))
+        return self._drafted, self._states_TH, inputs
+
+    def _caught_up(self) -> None:
+        """The draft's own states are forgotten: the head's next forward starts where the target's states end."""
+        assert self._states_TH is not None
+        self._drafted, self._states_TH = len(self._tokens), self._states_TH[:0]
 
     def _chain(
         self,
@@ -155,14 +209,37 @@ class SequenceBackend(ABC, Generic[States]):
         """`_chain` that takes the likeliest token; an engine may have a faster way."""
         return self._chain(start, states_TH, inputs, steps, lambda logits_D: greedy(logits_D[None])[0])
 
-    def _append(self, tokens: Sequence[int]) -> States:
-        """States [T, H] of new tokens."""
-        states_TH = self._forward(len(self._tokens), tokens)
+    def _start_greedy_tree(
+        self, start: int, states_TH: States, inputs: Sequence[int], width: int
+    ) -> list[Candidates]:
+        """Candidates after node 0; an engine may have a faster way, for this and the next one."""
+        return likeliest(self._start_tree(start, states_TH, inputs), self._draft_ids(), width)
+
+    def _extend_greedy_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        return likeliest(self._extend_tree(parents, tokens), self._draft_ids(), width)
+
+    def _drawn(
+        self, logits_ND: Tensor, width: int, sampling: SamplingConfig, generator: torch.Generator
+    ) -> list[Candidates]:
+        return drawn(logits_ND, self._draft_ids(), self._vocabulary_size, width, sampling, generator)
+
+    def _append(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> States:
+        """States [T, H] of new tokens; they are the sequence's unless they are a tree."""
+        states_TH = self._forward(len(self._tokens), tokens, parents)
+        if parents is None:
+            self._settle(tokens, states_TH)
+            self._added = len(tokens)
+        else:
+            self._tree = tokens, states_TH
+        return states_TH
+
+    def _settle(self, tokens: Sequence[int], states_TH: States) -> None:
+        """Take tokens, whose keys and values are in their place, into the sequence."""
+        self._tree = None
         if self._states_TH is not None:
             waiting = len(self._states_TH) > 0
             self._states_TH = self._join(self._states_TH, states_TH) if waiting else states_TH
         self._tokens.extend(tokens)
-        return states_TH
 
     def _rewind(self, length: int) -> None:
         """Keep the first `length` tokens; their draft states must have seen no token that goes."""
@@ -177,13 +254,6 @@ class SequenceBackend(ABC, Generic[States]):
             return None
         ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
         return ids_D.to(self.device, torch.long)
-
-    def _over_vocabulary(self, q_D: Tensor, ids_D: Tensor | None) -> Tensor:
-        """The draft distribution over the full vocabulary, [V]: zero outside the draft vocabulary."""
-        if ids_D is None:
-            return q_D
-        # A token can have two places for a while, after other lists were chosen.
-        return q_D.new_zeros(self._vocabulary_size).index_add(0, ids_D, q_D)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

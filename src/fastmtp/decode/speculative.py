@@ -48,5 +48,5 @@ def speculative(
         else:
             p_KV = probabilities(backend.verify([token, *draft.tokens]), sampling)
             kept, token = accept(draft.tokens, draft.distributions_V, p_KV, generator)
-        backend.truncate(length + 1 + kept)
+        backend.keep(range(kept + 1))
         yield Round([*draft.tokens[:kept], token], steps)

@@ -16,6 +16,7 @@ from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import causal_mask
 from fastmtp.models.target import Target
+from fastmtp.models.trees import tree_mask, tree_positions
 from fastmtp.vocabulary.draft import PLACES, DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -47,6 +48,9 @@ class TorchBackend(SequenceBackend[Tensor]):
         self._own_rows_GH = target.lm_head.weight.new_empty(places, int(target.config.hidden_size))
         self._cache = KVCache()
         self._draft_cache = KVCache()
+        # Of the draft tree: all nodes' parents and states.
+        self._parents: list[int] = []
+        self._states_NH = target.lm_head.weight.new_empty(0, int(target.config.hidden_size))
         if self._vocabulary is not None:
             self._fit_rows(self._vocabulary, {})
 
@@ -61,9 +65,13 @@ class TorchBackend(SequenceBackend[Tensor]):
         return 2 if self._target.device.type == "cpu" and self._target.dtype == torch.float32 else 8
 
     @torch.inference_mode()
-    def _forward(self, start: int, tokens: Sequence[int]) -> Tensor:
+    def _forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Tensor:
         self._cache.truncate(start)
-        return self._target.forward(torch.tensor([list(tokens)], device=self.device), self._cache)[0]
+        return self._target.forward(torch.tensor([list(tokens)], device=self.device), self._cache, parents)[0]
+
+    @torch.inference_mode()
+    def _keep_path(self, start: int, nodes: Sequence[int]) -> None:
+        self._cache.keep(start, nodes)
 
     @torch.inference_mode()
     def _logits(self, states_TH: Tensor) -> Tensor:
@@ -71,15 +79,33 @@ class TorchBackend(SequenceBackend[Tensor]):
 
     @torch.inference_mode()
     def _head_forward(self, start: int, states_TH: Tensor, tokens: Sequence[int]) -> Tensor:
-        assert self._head is not None and len(tokens) == len(states_TH)
         self._draft_cache.truncate(start)
-        count = len(tokens)
+        positions_1T = torch.arange(start, start + len(tokens), device=self.device)[None]
+        return self._run_head(states_TH, tokens, positions_1T, causal_mask(start, len(tokens), None, self.device))
+
+    def _run_head(
+        self, states_TH: Tensor, tokens: Sequence[int], positions_1T: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        assert self._head is not None and len(tokens) == len(states_TH)
         embedding = self._target.embed(torch.tensor([list(tokens)], device=self.device))
-        rotation = self._target.rotations(torch.arange(start, start + count, device=self.device)[None])
-        mask = causal_mask(start, count, None, self.device)
+        rotation = self._target.rotations(positions_1T)
         states: Tensor = self._head(states_TH[None], embedding, rotation, mask, self._draft_cache)
-        self._draft_cache.advance(count)
+        self._draft_cache.advance(len(tokens))
         return states[0]
+
+    def _start_tree(self, start: int, states_TH: Tensor, inputs: Sequence[int]) -> Tensor:
+        self._parents, self._states_NH = [-1], self._head_forward(start, states_TH, inputs)[-1:]
+        return self._draft_logits(self._states_NH)
+
+    @torch.inference_mode()
+    def _extend_tree(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        before, every = self._states_NH[list(parents)], [*self._parents, *parents]
+        start, count = self._draft_cache.length - len(self._parents), len(tokens)
+        positions_1T = tree_positions(start, every, count, self.device)
+        mask = tree_mask(start, every, count, None, self.device)
+        states_NH = self._run_head(before, tokens, positions_1T, mask)
+        self._parents, self._states_NH = every, torch.cat([self._states_NH, states_NH])
+        return self._draft_logits(states_NH)
 
     @torch.inference_mode()
     def _draft_logits(self, states_TH: Tensor) -> Tensor:

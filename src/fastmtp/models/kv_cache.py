@@ -6,6 +6,7 @@ keeps its two parts, of different sizes, as if they were the key and the value o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ class KVCache:
         """Forget everything from position `length` on."""
         assert 0 <= length <= self.length
         self.length = length
+
+    def keep(self, start: int, tokens: Sequence[int]) -> None:
+        """Forget all from position `start` on but these, counted from there, in ascending order."""
+        places = [start + token for token in tokens]
+        self.length = start + len(places)
+        for layer in self._layers.values():
+            for part in layer:
+                part[:, :, start : self.length] = part[:, :, places]
 
     def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, the keys and values held, [B, N, L, D] each."""

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -27,8 +27,10 @@ from fastmtp.models.layers import (
     rotations,
     run_layers,
     skeleton,
+    windows,
 )
 from fastmtp.models.source import Source, locate, reading
+from fastmtp.models.trees import tree_mask, tree_positions
 from fastmtp.models.weights import GgufWeights, whole
 
 
@@ -55,11 +57,19 @@ class Target(TargetInfo):
     def rotations(self, positions_BT: Tensor, kinds: Iterable[str] = (FULL,)) -> Rotations:
         return rotations(self.model.model.rotary_emb, self.lm_head.weight, positions_BT, set(kinds))
 
-    def forward(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
-        """Append tokens to the cache; returns their states [B, T, H] after the final norm."""
-        tokens = ids_BT.shape[1]
-        positions = torch.arange(cache.length, cache.length + tokens, device=self.device)[None]
-        masks = causal_masks(self.config, cache.length, tokens, self.device)
+    def forward(self, ids_BT: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> Tensor:
+        """Append tokens to the cache; returns their states [B, T, H] after the final norm.
+
+        Args:
+            parents: of a tree (models/trees.py); None is a chain.
+        """
+        tokens, start = ids_BT.shape[1], cache.length
+        positions = torch.arange(start, start + tokens, device=self.device)[None]
+        masks = causal_masks(self.config, start, tokens, self.device)
+        if parents is not None:
+            positions = tree_positions(start, parents, tokens, self.device)
+            sizes = windows(self.config).items()
+            masks = {kind: tree_mask(start, parents, tokens, size, self.device) for kind, size in sizes}
         states_BTH = self.states(ids_BT, positions, masks, cache)
         cache.advance(tokens)
         return states_BTH
