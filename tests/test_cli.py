@@ -52,9 +52,11 @@ def run(command: str, model: Path, *arguments: object) -> dict[str, object]:
 def test_generate_is_the_same_with_and_without_the_head(model: Path, head: Path) -> None:
     common = ["hello", "--max-new-tokens", "30", "--json"]
     with_head = run("generate", model, "--head", head, *common)
-    without = run("generate", model, "--head", head, "--draft-steps", "0", *common)
-    assert with_head["tokens"] == without["tokens"]
-    assert len(with_head["acceptance"]) == 2
+    chain = run("generate", model, "--head", head, "--draft", "chain:2", *common)
+    without = run("generate", model, "--head", head, "--draft", "plain", *common)
+    assert with_head["tokens"] == chain["tokens"] == without["tokens"]
+    assert len(chain["acceptance"]) == 2
+    assert with_head["verified"] >= len(with_head["tokens"]) - 1
     assert without["acceptance"] == []
 
 
@@ -207,7 +209,7 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
         (["vocab", "show", "--head", "x", "--plot", "y.png"], "give --data or --text"),
         (["generate", "x", "--target", "./nowhere"], "./nowhere: no such model"),
         (["generate", "x", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
-        (["generate", "x", "--target", "{model}", "--draft-steps", "2"], "no head ships for this target"),
+        (["generate", "x", "--target", "{model}", "--draft", "chain:2"], "no head ships for this target"),
         (
             ["generate", "x", "--draft-vocabulary", "fr"],
             "has no list 'fr' for --draft-vocabulary; there are growing",

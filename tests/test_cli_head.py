@@ -45,7 +45,7 @@ def test_generate_and_bench(model: Path, head: Path, engine: str) -> None:
             refused = CliRunner().invoke(commands, ["generate", "hello", *map(str, common)])
             assert "runs in PyTorch only; give --engine torch" in str(refused.exception)
             return
-    drafted, plain = (run("generate", "hello", *common, "--draft-steps", steps) for steps in (3, 0))
+    drafted, plain = (run("generate", "hello", *common, "--draft", draft) for draft in ("chain:3", "plain"))
     assert drafted["tokens"] == plain["tokens"]
     assert len(drafted["acceptance"]) == 3
     assert run("bench", *common, "--limit", 1)["identical"]

@@ -49,7 +49,7 @@ def test_replayed_acceptance_is_the_decoders() -> None:
             TorchBackend(target, head, vocabulary, places=0),
             target,
             prompt,
-            draft_steps=steps,
+            draft=steps,
             sampling=SamplingConfig(),
             max_new_tokens=80,
         ).run()

@@ -35,7 +35,7 @@ def test_speculative_is_plain_is_the_cpus(family: str) -> None:
     target, prompt = on_gpu(family), random_ids(30)
     backend = TorchBackend(target, MTPHead(target), VocabularyLists.of(range(100)))
     answers = [
-        Generation(backend, target, prompt, draft_steps=steps, sampling=SamplingConfig(), max_new_tokens=40)
+        Generation(backend, target, prompt, draft=steps, sampling=SamplingConfig(), max_new_tokens=40)
         for steps in (0, 3)
     ]
     tokens = [answer.run().tokens for answer in answers]

@@ -81,13 +81,13 @@ def generate(
     from fastmtp.decode.generation import Generation
 
     loaded = open_target(target, options)
-    backend, steps = open_backend(loaded, target, drafting)
+    backend, draft = open_backend(loaded, target, drafting)
     ids = loaded.encode(text) if raw else loaded.encode_chat([{"role": "user", "content": text}])
     generation = Generation(
         backend,
         loaded,
         ids,
-        draft_steps=steps,
+        draft=draft,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=stop,
@@ -103,11 +103,12 @@ def generate(
         "tokens_per_second": result.tokens_per_second,
         "prefill_seconds": result.prefill_seconds,
         "tau": result.acceptance.tau,
+        "verified": result.verified,
         "acceptance": result.acceptance.cumulative,
     }
     if not as_json:
         click.echo()
-    finish(as_json, facts, described(result, steps), to_stderr=True)
+    finish(as_json, facts, described(result, draft), to_stderr=True)
 
 
 @commands.command()
@@ -127,7 +128,7 @@ def chat(
     from fastmtp.decode.generation import Generation
 
     loaded = open_target(target, options)
-    backend, steps = open_backend(loaded, target, drafting)
+    backend, draft = open_backend(loaded, target, drafting)
     messages: list[dict[str, str]] = []
     while text := _ask():
         messages.append({"role": "user", "content": text})
@@ -135,14 +136,14 @@ def chat(
             backend,
             loaded,
             loaded.encode_chat(messages),
-            draft_steps=steps,
+            draft=draft,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
         )
         for piece in generation:
             click.echo(piece, nl=False)
         click.echo("\n")
-        click.echo(click.style(described(generation.result, steps), dim=True), err=True)
+        click.echo(click.style(described(generation.result, draft), dim=True), err=True)
         messages.append({"role": "assistant", "content": generation.result.text})
 
 

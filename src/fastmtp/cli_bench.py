@@ -107,20 +107,20 @@ def _run_bench(
     from fastmtp.progress import console
 
     loaded = open_target(target, options)
-    backend, steps = open_backend(loaded, target, drafting)
-    if not steps:
+    backend, draft = open_backend(loaded, target, drafting)
+    if not draft:
         raise ValueError(f"{target}: there is no head to compare with plain decoding; give --head DIR")
     show = _Stream() if stream and not as_json else None
     pairs = compare_conversations(
-        backend, loaded, conversations, draft_steps=steps, max_new_tokens=max_new_tokens, show=show
+        backend, loaded, conversations, draft=draft, max_new_tokens=max_new_tokens, show=show
     )
     total = Comparison.of(pairs)
     if not as_json:
         click.echo()
-        console.print(comparison_table(pairs, steps))
+        console.print(comparison_table(pairs))
     finish(
         as_json,
-        bench_json(pairs, engine=backend.name, draft_steps=steps),
+        bench_json(pairs, engine=backend.name, draft=drafting.draft),
         f"{total.speedup:.2f}x at tau {total.acceptance.tau:.2f}, {backend.name}; "
         f"identical answers: {total.identical}/{total.pairs}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def provenance(config: Any = None, **facts: Any) -> dict[str, Any]:
@@ -25,6 +28,18 @@ def provenance(config: Any = None, **facts: Any) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         **facts,
     }
+
+
+def machine() -> str:
+    """The processor, its cores and the memory, in one line."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    return f"{model}, {cores} cores, {psutil.virtual_memory().total / (1 << 30):.0f} GiB"
 
 
 def _commit() -> str | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,9 @@ import click
 
 if TYPE_CHECKING:
     from fastmtp.decode.backend import Backend, Batch
+    from fastmtp.decode.costs import Costs
     from fastmtp.decode.generation import Result
+    from fastmtp.decode.policy import Policy
     from fastmtp.models.info import TargetInfo
     from fastmtp.models.target import Target
     from fastmtp.train.forward import Forward
@@ -25,6 +30,7 @@ EngineName = Literal["native", "torch"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 NATIVE_DTYPES = ("int8", "int4", "bfloat16")
 GROWING = "growing"
+AUTO = "auto"
 _ONLY_NATIVE = ("int8", "int4")
 _TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
 
@@ -46,11 +52,24 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """What a user wants drafted; None leaves it to the target and the engine."""
+    """What a user wants drafted; without a head, from the one that ships with the target."""
 
     head: Path | None = None
-    draft_steps: int | None = None
+    draft: str = AUTO
     draft_vocabulary: str = GROWING
+
+    def steps(self) -> int | None:
+        """K of a chain, 0 for nothing, None for trees.
+
+        Raises:
+            ValueError: `draft` is none of these.
+        """
+        kind, _, number = self.draft.partition(":")
+        if kind == "chain" and number.isdecimal() and int(number) > 0:
+            return int(number)
+        if self.draft in (AUTO, "plain"):
+            return None if self.draft == AUTO else 0
+        raise ValueError(f"--draft is {self.draft}; it must be auto, chain:K with K of 1 or more, or plain")
 
 
 def training_options(command: Command) -> Command:
@@ -94,16 +113,17 @@ def decoding_options(command: Command) -> Command:
     """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
 
     @functools.wraps(command)
-    def collected(head: Path | None, draft_steps: int | None, draft_vocabulary: str, **rest: Any) -> None:
-        command(drafting=DraftOptions(head, draft_steps, draft_vocabulary), **rest)
+    def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
+        command(drafting=DraftOptions(head, draft, draft_vocabulary), **rest)
 
     decorated: Command = click.option(
         "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
     )(collected)
     decorated = click.option(
-        "--draft-steps",
-        type=click.IntRange(0),
-        help="K; 0 decodes plainly  [default: what the engine verifies cheaply, at most the head's own]",
+        "--draft",
+        default=AUTO,
+        show_default=True,
+        help="auto: trees, as large as pays; chain:K: K tokens in every round; plain: nothing",
     )(decorated)
     return click.option(
         "--draft-vocabulary",
@@ -199,19 +219,32 @@ def open_batch(name: str, options: EngineOptions) -> Batch:
     return NativeBatch(target)
 
 
-def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, int]:
-    """An engine with the head that was asked for or ships with the target, and the number of draft steps."""
+def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, int | Policy]:
+    """An engine with the head that was asked for or ships with the target, and what to draft."""
+    from fastmtp.decode.policy import Policy
     from fastmtp.models.shipped import shipped_head
 
-    directory, steps = drafting.head or shipped_head(name), drafting.draft_steps
+    steps, directory = drafting.steps(), drafting.head or shipped_head(name)
     if directory is None or steps == 0:
         if steps:
             raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
         if steps is None:
             click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
         return backend_of(target, None)[0], 0
-    backend, trained_steps = backend_of(target, directory, drafting.draft_vocabulary)
-    return backend, steps or min(trained_steps, backend.cheap_draft_steps)
+    backend, _ = backend_of(target, directory, drafting.draft_vocabulary)
+    return backend, Policy(_costs(backend, target)) if steps is None else steps
+
+
+def _costs(backend: Backend, target: TargetInfo) -> Costs:
+    """What rounds cost here; timed once for an engine, a model and a machine, and kept."""
+    from fastmtp.decode import costs
+    from fastmtp.provenance import machine
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmtp"
+    version = importlib.metadata.version("fastmtp")
+    facts = [version, machine(), backend.name, target.source, target.identity.tokenizer_sha256, backend.draft_size]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return costs.of_backend(backend, target.vocabulary_size, cache / f"costs-{fingerprint[:16]}.json", fingerprint)
 
 
 def backend_of(
@@ -263,7 +296,7 @@ def _drafting(stored: VocabularyLists, wanted: str | VocabularyLists, head: Path
     raise ValueError(f"{head}: has no list {wanted!r} for --draft-vocabulary; there are {known}")
 
 
-def described(result: Result, draft_steps: int) -> str:
+def described(result: Result, draft: int | Policy) -> str:
     """An answer's statistics in one line."""
     reasons = {
         "end": "",
@@ -271,7 +304,8 @@ def described(result: Result, draft_steps: int) -> str:
         "length": ", cut at max-new-tokens",
         "context": ", context is full",
     }
-    tau = f", tau {result.acceptance.tau:.2f}" if draft_steps else ", plain"
+    verified = result.verified / max(1, result.acceptance.rounds)
+    tau = f", tau {result.acceptance.tau:.2f}, {verified:.1f} verified a round" if draft else ", plain"
     return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s{tau}{reasons[result.stopped]}"
 
 

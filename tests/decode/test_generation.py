@@ -27,7 +27,7 @@ class Told(Generation):
             TorchBackend(target),
             target,
             [1],
-            draft_steps=0,
+            draft=0,
             sampling=GREEDY,
             max_new_tokens=1000,
             stop=stop,
@@ -75,7 +75,7 @@ def test_statistics(llama: Target) -> None:
     """Rounds times tau are the tokens after the first one; speeds are positive."""
     head = MTPHead(llama)
     generation = Generation(
-        TorchBackend(llama, head), llama, random_ids(5), draft_steps=2, sampling=GREEDY, max_new_tokens=20
+        TorchBackend(llama, head), llama, random_ids(5), draft=2, sampling=GREEDY, max_new_tokens=20
     )
     result = generation.run()
     assert result.acceptance.rounds * result.acceptance.tau == pytest.approx(len(result.tokens) - 1)
@@ -91,7 +91,7 @@ def test_same_seed_same_answer(llama: Target) -> None:
             TorchBackend(llama, MTPHead(llama)),
             llama,
             random_ids(5),
-            draft_steps=3,
+            draft=3,
             sampling=SamplingConfig(temperature=1.0, seed=seed),
             max_new_tokens=20,
         )
@@ -117,7 +117,7 @@ def test_bad_requests(llama: Target, prompt: list[int], limit: int, stop: tuple[
             TorchBackend(llama),
             llama,
             prompt,
-            draft_steps=0,
+            draft=0,
             sampling=GREEDY,
             max_new_tokens=limit,
             stop=stop,

@@ -176,7 +176,7 @@ def test_context_limit_stops_both_at_the_same_token(engine: Engine, llama: Targe
     prompt = random_ids(500)
     backend = engine.backend(llama, MTPHead(llama))
     results = [
-        Generation(backend, llama, prompt, draft_steps=steps, sampling=GREEDY, max_new_tokens=100).run()
+        Generation(backend, llama, prompt, draft=steps, sampling=GREEDY, max_new_tokens=100).run()
         for steps in (0, 3)
     ]
     assert results[0].stopped == results[1].stopped == "context"
@@ -189,7 +189,7 @@ def test_max_tokens_in_the_middle_of_a_draft(engine: Engine, llama: Target) -> N
     script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
     for limit in range(1, 12):
         backend = scripted(engine, llama, script, 0)
-        result = Generation(backend, llama, prompt, draft_steps=4, sampling=GREEDY, max_new_tokens=limit).run()
+        result = Generation(backend, llama, prompt, draft=4, sampling=GREEDY, max_new_tokens=limit).run()
         assert result.tokens == script[9 : 9 + limit]
         assert result.stopped == "length"
 
@@ -206,7 +206,7 @@ def test_end_token_inside_a_draft(engine: Engine, llama: Target) -> None:
         script = [*prompt, *expected, *[0] * 8]
         for steps in (0, 4):
             backend = scripted(engine, ended, script, 0)
-            result = Generation(backend, ended, prompt, draft_steps=steps, sampling=GREEDY, max_new_tokens=30).run()
+            result = Generation(backend, ended, prompt, draft=steps, sampling=GREEDY, max_new_tokens=30).run()
             assert result.tokens == expected[: place + 1]
             assert result.stopped == "end"
 
@@ -222,9 +222,7 @@ def test_stop_string_across_a_draft_boundary(engine: Engine, llama: Target) -> N
     """Wherever the string lies relative to the rounds, text and tokens are those of plain decoding."""
     prompt = random_ids(9, seed=7)
     script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
-    text = "".join(
-        Generation(engine.backend(llama), llama, prompt, draft_steps=0, sampling=GREEDY, max_new_tokens=40)
-    )
+    text = "".join(Generation(engine.backend(llama), llama, prompt, draft=0, sampling=GREEDY, max_new_tokens=40))
     for start in range(1, 20, 2):
         stop = [text[start : start + 4]]
         results = [
@@ -232,7 +230,7 @@ def test_stop_string_across_a_draft_boundary(engine: Engine, llama: Target) -> N
                 scripted(engine, llama, script, 0),
                 llama,
                 prompt,
-                draft_steps=steps,
+                draft=steps,
                 sampling=GREEDY,
                 max_new_tokens=40,
                 stop=stop,

@@ -50,8 +50,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def cheap_draft_steps(self) -> int:
-        """Drafts that can be verified at about the cost of one plain step."""
+    def draft_size(self) -> int:
+        """How many tokens a draft step scores now."""
         ...
 
     @property

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -15,7 +16,10 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
+from fastmtp.files import read_json, write_json
 
+# Tokens verified together, of which a backend's forwards are timed.
+TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
 # Tokens of context while it is timed.
 CONTEXT = 128
 _REPEATS = 5
@@ -28,9 +32,15 @@ class Costs:
     forward_ms: dict[int, float]
     draft_ms: dict[int, float]
 
+    def forward(self, tokens: int) -> float:
+        return _between(self.forward_ms, tokens)
+
+    def draft(self, size: int) -> float:
+        return _between(self.draft_ms, size)
+
     def round_ms(self, draft_steps: int, size: int) -> float:
         """K drafts from a vocabulary of this size and their verification; linear between what was timed."""
-        return _between(self.forward_ms, draft_steps + 1) + draft_steps * _between(self.draft_ms, size)
+        return self.forward(draft_steps + 1) + draft_steps * self.draft(size)
 
 
 def measure(together: Sequence[int], drafting: dict[int, Backend], steps: int, vocabulary_size: int) -> Costs:
@@ -56,6 +66,22 @@ def measure(together: Sequence[int], drafting: dict[int, Backend], steps: int, v
         return {number: median(times) for (name, number), times in found.items() if name == kind}
 
     return Costs(medians("forward"), medians("draft"))
+
+
+def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint: str) -> Costs:
+    """Costs for planning this backend's rounds: from the cache if its fingerprint is this one, else timed and kept.
+
+    Its sequence is lost when they are timed.
+    """
+    try:
+        kept = read_json(cache).get(fingerprint, {})
+    except (FileNotFoundError, ValueError):
+        kept = {}
+    if not kept:
+        timed = measure(TOGETHER, {backend.draft_size: backend}, 3, vocabulary_size)
+        kept = asdict(timed)
+        write_json(cache, {fingerprint: kept})
+    return Costs(*({int(number): ms for number, ms in kept[kind].items()} for kind in ("forward_ms", "draft_ms")))
 
 
 def forward_task(backend: Backend, context: Sequence[int], count: int) -> Callable[[], float]:

@@ -14,7 +14,8 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.plain import plain
-from fastmtp.decode.speculative import Round, speculative
+from fastmtp.decode.policy import MAX_DEPTH, Policy
+from fastmtp.decode.speculative import Round, adaptive, speculative
 from fastmtp.models.info import TargetInfo
 
 StopReason = Literal["end", "stop_string", "length", "context"]
@@ -28,6 +29,7 @@ class Result:
     text: str
     stopped: StopReason
     acceptance: Acceptance
+    verified: int  # tokens in all target forwards after the prefill
     prefill_seconds: float
     decode_seconds: float
 
@@ -48,7 +50,7 @@ class Generation:
         target: TargetInfo,
         prompt: Sequence[int],
         *,
-        draft_steps: int,
+        draft: int | Policy,
         sampling: SamplingConfig,
         max_new_tokens: int,
         stop: Sequence[str] = (),
@@ -56,7 +58,7 @@ class Generation:
         """Prepare an answer.
 
         Args:
-            draft_steps: K; 0 decodes plainly.
+            draft: K, the length of every draft chain; 0 decodes plainly; a policy drafts trees as they pay.
             stop: the answer ends before the first of these strings.
         Raises:
             ValueError: the prompt is empty or fills the context, or a limit is below 1.
@@ -72,20 +74,22 @@ class Generation:
         if any(not text for text in stop):
             raise ValueError("a stop string is empty")
         self._backend, self._target, self._prompt = backend, target, list(prompt)
-        self._draft_steps, self._sampling = draft_steps, sampling
+        self._draft, self._sampling = draft, sampling
         self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
 
     def __iter__(self) -> Iterator[str]:
         answer = _Answer(self._target, self._max_new_tokens, self._stop)
         accepted: list[int] = []
+        verified = 0
         started = first = time.perf_counter()
         for settled in self._rounds():
             used = answer.extend(settled.tokens)
-            if settled.drafted:
-                # The end of the answer cuts its last round: what lies beyond was verified for nothing.
-                accepted.append(used - 1)
             if len(answer.tokens) == used:
                 first = time.perf_counter()
+            else:
+                # The end of the answer cuts its last round: what lies beyond was verified for nothing.
+                accepted.append(used - 1)
+                verified += 1 + settled.drafted
             if piece := answer.take():
                 yield piece
             if answer.stopped:
@@ -97,7 +101,8 @@ class Generation:
             tokens=answer.tokens,
             text=answer.text,
             stopped=answer.stopped or "context",
-            acceptance=Acceptance.of(accepted, self._draft_steps),
+            acceptance=Acceptance.of(accepted, self._draft if isinstance(self._draft, int) else MAX_DEPTH),
+            verified=verified,
             prefill_seconds=first - started,
             decode_seconds=ended - first,
         )
@@ -110,8 +115,10 @@ class Generation:
 
     def _rounds(self) -> Iterator[Round]:
         generator = torch.Generator(self._backend.device).manual_seed(self._sampling.seed)
-        if self._draft_steps:
-            return speculative(self._backend, self._prompt, self._draft_steps, self._sampling, generator)
+        if isinstance(self._draft, Policy):
+            return adaptive(self._backend, self._prompt, self._draft, self._sampling, generator)
+        if self._draft:
+            return speculative(self._backend, self._prompt, self._draft, self._sampling, generator)
         tokens = plain(self._backend, self._prompt, self._sampling, generator)
         return (Round([token], 0) for token in tokens)
 

@@ -30,9 +30,6 @@ CHUNK = 256
 class NativeBackend(SequenceBackend[States]):
     """Target cache and draft cache of one sequence."""
 
-    # Eight tokens are verified at about the cost of one (`fastmtp bench-engine`).
-    cheap_draft_steps = 7
-
     def __init__(
         self,
         target: NativeTarget,

@@ -103,6 +103,11 @@ class SequenceBackend(ABC, Generic[States]):
     def tokens(self) -> Sequence[int]:
         return self._tokens
 
+    @property
+    def draft_size(self) -> int:
+        vocabulary = self._vocabulary
+        return self._vocabulary_size if vocabulary is None else len(vocabulary.ids_D) + len(vocabulary.own_ids)
+
     def reset(self) -> None:
         self._rewind(0)
 

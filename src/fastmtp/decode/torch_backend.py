@@ -58,12 +58,6 @@ class TorchBackend(SequenceBackend[Tensor]):
     def name(self) -> str:
         return f"torch {torch.__version__} ({self._target.device.type}, {str(self._target.dtype)[6:]})"
 
-    @property
-    def cheap_draft_steps(self) -> int:
-        # On a CPU in float32 a matrix times three rows costs what it costs for one, and times four a third more
-        # (docs/experiments.md); elsewhere the weights' way from memory hides every reasonable number of rows.
-        return 2 if self._target.device.type == "cpu" and self._target.dtype == torch.float32 else 8
-
     @torch.inference_mode()
     def _forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Tensor:
         self._cache.truncate(start)

@@ -12,6 +12,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.generation import Generation, Result
+from fastmtp.decode.policy import Policy
 from fastmtp.evaluate.prompts import Conversation
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import bar
@@ -38,7 +39,7 @@ def compare_conversations(
     target: TargetInfo,
     conversations: Sequence[Conversation],
     *,
-    draft_steps: int,
+    draft: int | Policy,
     max_new_tokens: int,
     show: Show | None = None,
 ) -> list[Pair]:
@@ -50,7 +51,7 @@ def compare_conversations(
     pairs: list[Pair] = []
     total = sum(len(conversation.turns) for conversation in conversations)
     # The first forwards of a process are slower than all others; they belong to neither side.
-    _answer(backend, target, target.encode("Hello"), draft_steps, 8, None)
+    _answer(backend, target, target.encode("Hello"), draft, 8, None)
     with bar("bench", total) if show is None else nullcontext() as progress:
         for conversation in conversations:
             messages: list[dict[str, str]] = []
@@ -58,12 +59,12 @@ def compare_conversations(
                 messages.append({"role": "user", "content": turn})
                 prompt = target.encode_chat(messages)
                 shown = show and partial(show, conversation.benchmark)
-                modes = [("plain", 0), ("speculative", draft_steps)]
+                modes: list[tuple[str, int | Policy]] = [("plain", 0), ("speculative", draft)]
                 # Alternating the order keeps a drift of the machine from favouring one side.
                 order = modes if show or len(pairs) % 2 == 0 else modes[::-1]
                 results = {
-                    mode: _answer(backend, target, prompt, steps, max_new_tokens, shown and partial(shown, mode))
-                    for mode, steps in order
+                    mode: _answer(backend, target, prompt, used, max_new_tokens, shown and partial(shown, mode))
+                    for mode, used in order
                 }
                 pairs.append(Pair(conversation.benchmark, results["plain"], results["speculative"]))
                 messages.append({"role": "assistant", "content": results["plain"].text})
@@ -76,7 +77,7 @@ def _answer(
     backend: Backend,
     target: TargetInfo,
     prompt: Sequence[int],
-    draft_steps: int,
+    draft: int | Policy,
     max_new_tokens: int,
     show: Callable[[str], None] | None,
 ) -> Result:
@@ -86,7 +87,7 @@ def _answer(
         backend,
         target,
         prompt,
-        draft_steps=draft_steps,
+        draft=draft,
         sampling=SamplingConfig(),
         max_new_tokens=max_new_tokens,
     )
@@ -106,6 +107,7 @@ class Comparison:
     plain_tokens_per_second: float
     speculative_tokens_per_second: float
     acceptance: Acceptance
+    verified_per_round: float
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> Comparison:
@@ -115,7 +117,8 @@ class Comparison:
             tokens=sum(len(pair.plain.tokens) for pair in pairs),
             plain_tokens_per_second=_speed([pair.plain for pair in pairs]),
             speculative_tokens_per_second=_speed([pair.speculative for pair in pairs]),
-            acceptance=Acceptance.total(pair.speculative.acceptance for pair in pairs),
+            acceptance=(acceptance := Acceptance.total(pair.speculative.acceptance for pair in pairs)),
+            verified_per_round=sum(pair.speculative.verified for pair in pairs) / max(1, acceptance.rounds),
         )
 
     @property
@@ -133,6 +136,7 @@ class Comparison:
                 "speculative": self.speculative_tokens_per_second,
             },
             "acceptance": self.acceptance.cumulative,
+            "verified_per_round": self.verified_per_round,
             "identical": self.identical == self.pairs,
             "identical_answers": self.identical,
             "answers": self.pairs,

@@ -6,8 +6,6 @@ Shapes: M tokens verified together, D draft vocabulary.
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +14,6 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 
 from fastmtp import _native
@@ -32,6 +29,7 @@ from fastmtp.evaluate.prompts import BUILTIN
 from fastmtp.models.native import NativeHead, NativeTarget
 from fastmtp.models.source import locate
 from fastmtp.progress import bar
+from fastmtp.provenance import machine
 from fastmtp.sampling import greedy
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -141,18 +139,6 @@ def measure(
         llama_cpp_prefill=by_key("llama.cpp-prefill "),
         llama_cpp_version=llama_cpp.version(),
     )
-
-
-def machine() -> str:
-    """The processor, its cores and the memory, in one line."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    return f"{model}, {cores} cores, {psutil.virtual_memory().total / (1 << 30):.0f} GiB"
 
 
 def _forward_tasks(target: NativeTarget) -> dict[str, Task]:

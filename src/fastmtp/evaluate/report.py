@@ -14,27 +14,31 @@ if TYPE_CHECKING:
     from fastmtp.evaluate.engine import EngineReport
 
 
+# Columns of acceptance by step, for which there is room.
+SHOWN_STEPS = 3
+
+
 def by_kind(pairs: Sequence[Pair]) -> dict[str, Comparison]:
     """Comparisons of the pairs of each kind, in order of first appearance."""
     kinds = dict.fromkeys(pair.kind for pair in pairs)
     return {kind: Comparison.of([pair for pair in pairs if pair.kind == kind]) for kind in kinds}
 
 
-def bench_json(pairs: Sequence[Pair], *, engine: str, draft_steps: int) -> dict[str, Any]:
+def bench_json(pairs: Sequence[Pair], *, engine: str, draft: str) -> dict[str, Any]:
     """Everything the table shows, for programs; `mean_tau` weighs every kind equally."""
     kinds = by_kind(pairs)
     return {
         **Comparison.of(pairs).as_json(),
         "mean_tau": sum(comparison.acceptance.tau for comparison in kinds.values()) / len(kinds),
-        "draft_steps": draft_steps,
+        "draft": draft,
         "engine": engine,
         "kinds": {kind: comparison.as_json() for kind, comparison in kinds.items()},
     }
 
 
-def comparison_table(pairs: Sequence[Pair], draft_steps: int) -> Table:
-    """One row a kind, narrow enough for a terminal of 80 columns at K = 3."""
-    steps = [f"step\n{k}" for k in range(1, draft_steps + 1)]
+def comparison_table(pairs: Sequence[Pair]) -> Table:
+    """One row a kind, narrow enough for a terminal of 80 columns; of the steps the first three."""
+    steps = [f"step\n{k}" for k in range(1, len(pairs[0].speculative.acceptance.kept) + 1)][:SHOWN_STEPS]
     names = ("tokens", "plain\ntok/s", "fastmtp\ntok/s", "speedup", "tau", *steps, "same")
     table = figures_table("", names)
     for kind, comparison in by_kind(pairs).items():
@@ -84,6 +88,6 @@ def _cells(comparison: Comparison) -> list[str]:
         f"{comparison.speculative_tokens_per_second:.1f}",
         f"{comparison.speedup:.2f}x",
         f"{comparison.acceptance.tau:.2f}",
-        *[f"{100 * share:.0f}%" for share in comparison.acceptance.cumulative],
+        *[f"{100 * share:.0f}%" for share in comparison.acceptance.cumulative[:SHOWN_STEPS]],
         f"{comparison.identical}/{comparison.pairs}",
     ]

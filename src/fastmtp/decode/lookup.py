@@ -1,0 +1,36 @@
+"""Drafts from the text itself: what followed the last tokens when they came before.
+
+Prompt lookup (Saxena, 2023; arXiv 2304.04487 calls it inference with reference): it needs no model, and pays where
+an answer repeats its prompt or itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Longest and shortest run of tokens that is looked up.
+LONGEST, SHORTEST = 4, 2
+
+
+class Lookup:
+    """Where each run of tokens ended last; a token more costs the same however long the text is."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            # The run that ends the text is not its own continuation: it is indexed once a token follows.
+            end = len(self.tokens)
+            for size in range(SHORTEST, min(LONGEST, end) + 1):
+                self._ends[tuple(self.tokens[end - size :])] = end
+            self.tokens.append(token)
+
+    def continuation(self, limit: int) -> tuple[int, list[int]]:
+        """Length of the longest run that was found, and up to `limit` tokens that followed it last time."""
+        for size in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
+            end = self._ends.get(tuple(self.tokens[-size:]))
+            if end is not None:
+                return size, self.tokens[end : end + limit]
+        return 0, []
