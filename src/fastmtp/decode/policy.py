@@ -20,6 +20,8 @@ from fastmtp.decode.lookup import Lookup
 
 # The largest tree, its depth, the candidates of a node, and the nodes of one level that the head goes on from.
 MAX_NODES, MAX_DEPTH, WIDTH, BEAM = 16, 8, 4, 4
+# A candidate that is less likely is not worth being thought about.
+LEAST = 0.02
 # After so many plain rounds drafting is tried again.
 PROBE = 32
 # Share of the newest round in running means.
@@ -114,7 +116,7 @@ class Policy:
         fresh = self._grow(nodes, 0, backend.start_tree(nodes[0].token, WIDTH, greedy, generator))
         drafted = {0: 0}
         levels = 1
-        while levels < MAX_DEPTH:
+        while fresh and levels < MAX_DEPTH:
             best = sorted(fresh, key=lambda index: -nodes[index].estimate)[:BEAM]
             best = [index for index in best if nodes[index].estimate > 0.25 * nodes[best[0]].estimate]
             gain = sum(nodes[index].estimate for index in best) * self._hits[levels + 1]
@@ -137,6 +139,8 @@ class Policy:
         depth = nodes[parent].depth + 1
         added = []
         for token, confidence in zip(candidates.tokens, candidates.confidences, strict=True):
+            if nodes[parent].estimate * confidence < LEAST:
+                break
             bin_of = (min(depth, 4), confidence_bin(confidence))
             added.append(_add(nodes, parent, token, self._estimates.probability(bin_of, confidence), bin_of))
         return added

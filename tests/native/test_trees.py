@@ -1,0 +1,138 @@
+"""A token's bits are those of plain decoding, whatever else is in its tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from fastmtp import _native
+from fastmtp.decode.native_backend import States, forward
+from fastmtp.models.native import NativeTarget, WeightType
+from fastmtp.models.target import Target
+from fastmtp.models.trees import paths
+from tests.conftest import random_ids, tiny_target
+from tests.engines import convert, native_target
+from tests.trees import random_tree
+
+# Around borders of blocks (16 tokens) and pages (256), and of the windows (24); the tree itself may cross them too.
+CONTEXTS = [0, 15, 17, 24, 250, 256]
+# The last two are too many for a page to be an item of work; the last has more nodes than a block has tokens.
+SIZES = [2, 7, 16, 19, 50]
+
+
+@pytest.fixture(params=_native.available_kernels())
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTMTP_KERNELS", request.param)
+    return request.param
+
+
+@pytest.fixture(params=get_args(WeightType))
+def weight_type(request: pytest.FixtureRequest) -> WeightType:
+    return request.param
+
+
+@cache
+def _native_of(family: str, weight_type: WeightType, kernels: str, threads: int = 2) -> NativeTarget:
+    target = convert(tiny_target(family), weight_type, threads)
+    assert target.runtime.kernels == kernels
+    return target
+
+
+def filled(target: NativeTarget, text: Sequence[int]) -> _native.Cache:
+    held = target.stack.new_cache()
+    if text:
+        forward(target, [held], [0], [text])
+    return held
+
+
+def states(target: NativeTarget, text: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> States:
+    """Of a tree after a text; a token's logits are a function of its state."""
+    return forward(target, [filled(target, text)], [len(text)], [tokens], parents)
+
+
+def plain_states(
+    target: NativeTarget, text: Sequence[int], tokens: Sequence[int], parents: Sequence[int]
+) -> States:
+    """Each token's state after its path alone, decoded one by one."""
+    held, found = filled(target, text), []
+    for path in paths(parents):
+        for depth, node in enumerate(path):
+            state = forward(target, [held], [len(text) + depth], [[tokens[node]]])
+        found.append(state[0])
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_nodes_are_plainly_decoded_tokens(target: Target, weight_type: WeightType, context: int) -> None:
+    """In every architecture, with grouped heads and windows, from two tokens to more than a block has."""
+    native, text = native_target(target, weight_type), random_ids(context, seed=9)
+    for size in SIZES:
+        parents, tokens = random_tree(size, 31 * context + size)
+        found = states(native, text, tokens, parents)
+        assert np.array_equal(found, plain_states(native, text, tokens, parents)), (size, parents)
+
+
+def test_in_every_kind_of_kernels(kernels: str, weight_type: WeightType) -> None:
+    """On one thread and on more, across a border of pages."""
+    text, (parents, tokens) = random_ids(250, seed=9), random_tree(19, 3)
+    one, more = (_native_of("gemma3", weight_type, kernels, threads) for threads in (1, 3))
+    found = states(one, text, tokens, parents)
+    assert np.array_equal(found, states(more, text, tokens, parents))
+    assert np.array_equal(found, plain_states(one, text, tokens, parents))
+
+
+@pytest.mark.parametrize("context", [3, 250])
+def test_a_kept_path_is_a_sequence(target: Target, weight_type: WeightType, context: int) -> None:
+    """Tokens that follow a path which was moved together are those that follow its plain decoding."""
+    native, text = native_target(target, weight_type), random_ids(context)
+    parents, tokens = random_tree(16, context)
+    for path in paths(parents):
+        held = filled(native, text)
+        forward(native, [held], [context], [tokens], parents)
+        held.move([context + node for node in path], context)
+        after, more = context + len(path), random_ids(3, seed=1)
+        found = forward(native, [held], [after], [more])
+        plain = filled(native, [*text, *(tokens[node] for node in path)])
+        assert np.array_equal(found, forward(native, [plain], [after], [more])), path
+
+
+def test_a_deep_tree_beside_a_chain(llama: Target) -> None:
+    """As many nodes as a page has tokens, of which most are one path: it lies in two pages."""
+    native, text = native_target(llama, "int8"), random_ids(200)
+    parents = [index - 1 for index in range(256)]
+    parents[1], parents[2], parents[100], parents[255] = 0, 0, 97, 90
+    tokens = random_ids(256, seed=2)
+    found = states(native, text, tokens, parents)
+    every = paths(parents)
+    for node in (1, 2, 98, 99, 200, 254, 255):
+        path = [tokens[one] for one in every[node]]
+        held = filled(native, text)
+        assert np.array_equal(found[node], forward(native, [held], [200], [path])[-1])
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([0, -1], "comes after its parent"),
+        ([-1, 1], "comes after its parent"),
+        ([-2, 0], "comes after its parent"),
+        ([-1], "a parent for each token"),
+        ([-1] * 257, "at most 256 tokens"),
+    ],
+)
+def test_bad_trees_are_refused(llama: Target, parents: list[int], message: str) -> None:
+    native = native_target(llama, "int8")
+    tokens = [1] * max(2, len(parents))
+    with pytest.raises(ValueError, match=message):
+        forward(native, [native.stack.new_cache()], [0], [tokens], parents)
+
+
+@pytest.mark.parametrize("slots", [[2, 4], [5, 5], [5, 4], [3, 256]])
+def test_bad_moves_are_refused(llama: Target, slots: list[int]) -> None:
+    held = filled(native_target(llama, "int8"), random_ids(10))
+    with pytest.raises(ValueError, match="slots must ascend, from their new places on, within the cache"):
+        held.move(slots, 3)
