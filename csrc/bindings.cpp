@@ -1,7 +1,6 @@
 // The extension module: weights are filled from Python, forward passes run without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -68,14 +67,6 @@ void check_draft(const Drafter& drafter, int start, const Numbers& tokens, const
   check_tokens(tokens.data(), tokens.size(), drafter.embedding());
   require(before.shape(0) == tokens.size() && int(before.shape(1)) == drafter.stack().shape.hidden,
           "states must be [tokens, hidden]");
-}
-
-float* check_logits(const std::vector<DraftRows>& rows, size_t nodes, const std::optional<Output>& logits) {
-  if (!logits) return nullptr;
-  size_t size = 0;
-  for (const DraftRows& part : rows) size += part.count;
-  require(logits->shape(0) == nodes && logits->shape(1) == size, "logits must be [nodes, ids]");
-  return logits->data();
 }
 
 }  // namespace
@@ -266,31 +257,23 @@ NB_MODULE(_native, m) {
              return drafter.chain(start, int(tokens.size()), tokens.data(), before.data(), parts, steps);
            })
       .def("start_tree",
-           [](Drafter& drafter, int start, const Numbers& tokens, const Rows& before, const Parts& rows, int width,
-              const std::optional<Output>& logits) {
+           [](Drafter& drafter, int start, const Numbers& tokens, const Rows& before, const Parts& rows, int width) {
              const auto parts = rows_of(drafter.stack(), rows);
              check_draft(drafter, start, tokens, before);
-             float* out = check_logits(parts, 1, logits);
              nb::gil_scoped_release release;
-             return drafter.start_tree(start, int(tokens.size()), tokens.data(), before.data(), parts, width, out);
-           },
-           nb::arg("start"), nb::arg("tokens"), nb::arg("before"), nb::arg("rows"), nb::arg("width"),
-           nb::arg("logits").none() = nb::none())
+             return drafter.start_tree(start, int(tokens.size()), tokens.data(), before.data(), parts, width);
+           })
       .def("extend_tree",
-           [](Drafter& drafter, const Numbers& parents, const Numbers& tokens, const Parts& rows, int width,
-              const std::optional<Output>& logits) {
+           [](Drafter& drafter, const Numbers& parents, const Numbers& tokens, const Parts& rows, int width) {
              const auto parts = rows_of(drafter.stack(), rows);
              check_tokens(tokens.data(), tokens.size(), drafter.embedding());
              require(!tokens.empty() && parents.size() == tokens.size(), "each new node needs a parent and a token");
              require(drafter.nodes() + tokens.size() <= kPageTokens, kTreeTooLarge);
              for (const int32_t parent : parents)
                require(parent >= 0 && parent < drafter.nodes(), "a parent is a node of an earlier call");
-             float* out = check_logits(parts, tokens.size(), logits);
              nb::gil_scoped_release release;
-             return drafter.extend_tree(parents, tokens.data(), parts, width, out);
-           },
-           nb::arg("parents"), nb::arg("tokens"), nb::arg("rows"), nb::arg("width"),
-           nb::arg("logits").none() = nb::none());
+             return drafter.extend_tree(parents, tokens.data(), parts, width);
+           });
 
   m.def("read_seconds", &read_seconds, nb::arg("runtime"), nb::arg("bytes"), nb::arg("repeats"),
         nb::call_guard<nb::gil_scoped_release>());

@@ -99,7 +99,7 @@ std::vector<int32_t> Drafter::chain(int start, int count, const int32_t* tokens,
 }
 
 std::vector<Candidates> Drafter::start_tree(int start, int count, const int32_t* tokens, const float* before,
-                                            const std::vector<DraftRows>& rows, int width, float* logits) {
+                                            const std::vector<DraftRows>& rows, int width) {
   const size_t hidden = stack_.shape.hidden;
   std::lock_guard<std::recursive_mutex> lock(runtime_.busy);
   std::vector<float> states(count * hidden);
@@ -107,11 +107,11 @@ std::vector<Candidates> Drafter::start_tree(int start, int count, const int32_t*
   base_ = start + count - 1;
   parents_.clear();
   states_.clear();
-  return add_nodes({-1}, states.data() + (count - 1) * hidden, rows, width, logits);
+  return add_nodes({-1}, states.data() + (count - 1) * hidden, rows, width);
 }
 
 std::vector<Candidates> Drafter::extend_tree(const std::vector<int32_t>& parents, const int32_t* tokens,
-                                             const std::vector<DraftRows>& rows, int width, float* logits) {
+                                             const std::vector<DraftRows>& rows, int width) {
   const size_t hidden = stack_.shape.hidden, count = parents.size();
   std::lock_guard<std::recursive_mutex> lock(runtime_.busy);
   std::vector<float> before(count * hidden), states(count * hidden);
@@ -122,11 +122,11 @@ std::vector<Candidates> Drafter::extend_tree(const std::vector<int32_t>& parents
   const Tree tree(base_, all);
   const Segment segment{&cache_, base_ + nodes(), int(count), tree.is_chain() ? nullptr : &tree};
   forward(segment, tokens, before.data(), states.data());
-  return add_nodes(parents, states.data(), rows, width, logits);
+  return add_nodes(parents, states.data(), rows, width);
 }
 
 std::vector<Candidates> Drafter::add_nodes(const std::vector<int32_t>& parents, const float* states,
-                                           const std::vector<DraftRows>& rows, int width, float* logits) {
+                                           const std::vector<DraftRows>& rows, int width) {
   const int count = int(parents.size());
   parents_.insert(parents_.end(), parents.begin(), parents.end());
   states_.insert(states_.end(), states, states + count * size_t(stack_.shape.hidden));
@@ -138,13 +138,8 @@ std::vector<Candidates> Drafter::add_nodes(const std::vector<int32_t>& parents, 
     one.tokens.reserve(std::min(width, size));
     one.confidences.reserve(std::min(width, size));
   }
-  with_logits(runtime_, rows, states, count, [&](int m, float* found) {
-    float *out = logits + size_t(m) * size, *part_logits = found;
-    for (const DraftRows& part : rows) {
-      if (logits) out = std::copy_n(part_logits, part.count, out);
-      part_logits += stride_of(*part.matrix);
-    }
-    find_candidates(runtime_.kernels, rows, found, width, candidates[m]);
+  with_logits(runtime_, rows, states, count, [&](int m, float* logits) {
+    find_candidates(runtime_.kernels, rows, logits, width, candidates[m]);
   });
   return candidates;
 }

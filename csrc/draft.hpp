@@ -36,20 +36,19 @@ class Drafter {
   std::vector<int32_t> chain(int start, int count, const int32_t* tokens, const float* before,
                              const std::vector<DraftRows>& rows, int steps);
 
-  // A tree, level by level. Both give `width` candidates to follow each new node, or as many as there are, and write
-  // its logits [D] unless `logits` is null.
+  // A tree, level by level. Both give `width` candidates to follow each new node, or as many as there are.
 
   // The head's forward over `count` tokens, the last of which becomes node 0.
   std::vector<Candidates> start_tree(int start, int count, const int32_t* tokens, const float* before,
-                                     const std::vector<DraftRows>& rows, int width, float* logits);
+                                     const std::vector<DraftRows>& rows, int width);
   // The next nodes, each after a node of an earlier call.
   std::vector<Candidates> extend_tree(const std::vector<int32_t>& parents, const int32_t* tokens,
-                                      const std::vector<DraftRows>& rows, int width, float* logits);
+                                      const std::vector<DraftRows>& rows, int width);
 
  private:
   void forward(const Segment& segment, const int32_t* tokens, const float* before, float* states);
   std::vector<Candidates> add_nodes(const std::vector<int32_t>& parents, const float* states,
-                                    const std::vector<DraftRows>& rows, int width, float* logits);
+                                    const std::vector<DraftRows>& rows, int width);
 
   Runtime& runtime_;
   const Stack& stack_;

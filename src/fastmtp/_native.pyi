@@ -155,7 +155,6 @@ class Drafter:
         before: NDArray[Any],
         rows: Sequence[tuple[Matrix, _Integers]],
         width: int,
-        logits: NDArray[Any] | None = None,
     ) -> list[Candidates]: ...
     def extend_tree(
         self,
@@ -163,7 +162,6 @@ class Drafter:
         tokens: Sequence[int],
         rows: Sequence[tuple[Matrix, _Integers]],
         width: int,
-        logits: NDArray[Any] | None = None,
     ) -> list[Candidates]: ...
 
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...

@@ -70,12 +70,12 @@ def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
     chain = backend.draft(7, steps, GREEDY, torch.Generator()).tokens
     backend = engine.backend(target, head)
     backend.prefill(prompt)
-    found, likeliest, nodes = backend.start_tree(7, 3, GREEDY, torch.Generator()), 0, 1
+    found, likeliest, nodes = backend.start_tree(7, 3), 0, 1
     along = [found.tokens[0]]
     for _ in range(steps - 1):
         # The likeliest token comes last among its siblings, so that slots and positions differ.
         siblings = found.tokens[::-1]
-        found = backend.extend_tree([likeliest] * 3, siblings, 3, GREEDY, torch.Generator())[-1]
+        found = backend.extend_tree([likeliest] * 3, siblings, 3)[-1]
         nodes += 3
         likeliest = nodes - 1
         along.append(found.tokens[0])

@@ -27,15 +27,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens that may follow a node of a draft tree, no two the same.
-
-    Each has the probability that the head gives it in the draft vocabulary. At temperature 0 they are the likeliest
-    in order; else they were drawn from the distribution [V], in this order, without replacement.
-    """
+    """The likeliest tokens to follow a node of a draft tree, in order, and the head's probability of each."""
 
     tokens: list[int]
     confidences: list[float]
-    distribution_V: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -87,20 +82,11 @@ class Backend(Protocol):
         """Draft `steps` tokens to follow `token`, the next token of the sequence, which is not yet cached."""
         ...
 
-    def start_tree(
-        self, token: int, width: int, sampling: SamplingConfig, generator: torch.Generator
-    ) -> Candidates:
+    def start_tree(self, token: int, width: int) -> Candidates:
         """Begin a draft tree with `token` as for `draft`, as node 0; `width` candidates, or all, to follow it."""
         ...
 
-    def extend_tree(
-        self,
-        parents: Sequence[int],
-        tokens: Sequence[int],
-        width: int,
-        sampling: SamplingConfig,
-        generator: torch.Generator,
-    ) -> list[Candidates]:
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
         """Add N tokens, each after a node of an earlier call, as the next nodes; candidates to follow each."""
         ...
 

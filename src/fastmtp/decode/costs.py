@@ -111,13 +111,12 @@ def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Callable
 
 def level_task(backend: Backend, context: Sequence[int]) -> Callable[[], float]:
     """Seconds of one level of a draft tree, of four nodes or one with four candidates each."""
-    greedy, generator = SamplingConfig(), torch.Generator()
 
     def levels() -> None:
-        found = backend.start_tree(context[0], 4, greedy, generator)
+        found = backend.start_tree(context[0], 4)
         for level in range(3):
             parents = [0] * len(found.tokens) if level == 0 else [1 + 4 * (level - 1)] * len(found.tokens)
-            found = backend.extend_tree(parents, found.tokens, 4, greedy, generator)[0]
+            found = backend.extend_tree(parents, found.tokens, 4)[0]
 
     def run() -> float:
         backend.prefill(context)

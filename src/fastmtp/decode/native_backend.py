@@ -83,27 +83,13 @@ class NativeBackend(SequenceBackend[States]):
         drafter, last = self._ready(start, states_TH, inputs, steps)
         return drafter.chain(*last, self._draft_rows(), steps)
 
-    def _start_greedy_tree(
-        self, start: int, states_TH: States, inputs: Sequence[int], width: int
-    ) -> list[Candidates]:
+    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> Candidates:
         drafter, last = self._ready(start, states_TH, inputs, _native.PAGE_TOKENS)
-        return _candidates(drafter.start_tree(*last, self._draft_rows(), width))
+        return _candidates(drafter.start_tree(*last, self._draft_rows(), width))[0]
 
-    def _extend_greedy_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
         assert self._drafter is not None
         return _candidates(self._drafter.extend_tree(parents, tokens, self._draft_rows(), width))
-
-    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int]) -> Tensor:
-        drafter, last = self._ready(start, states_TH, inputs, _native.PAGE_TOKENS)
-        logits_1D = self._empty_logits(1)
-        drafter.start_tree(*last, self._draft_rows(), 0, logits_1D)
-        return torch.from_numpy(logits_1D)
-
-    def _extend_tree(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        assert self._drafter is not None
-        logits_ND = self._empty_logits(len(tokens))
-        self._drafter.extend_tree(parents, tokens, self._draft_rows(), 0, logits_ND)
-        return torch.from_numpy(logits_ND)
 
     def _ready(
         self, start: int, states_TH: States, inputs: Sequence[int], more: int
@@ -115,9 +101,6 @@ class NativeBackend(SequenceBackend[States]):
         if many:
             self._head_forward(start, states_TH[:many], inputs[:many])
         return self._drafter, (start + many, inputs[many:], states_TH[many:])
-
-    def _empty_logits(self, nodes: int) -> States:
-        return np.empty((nodes, sum(len(ids) for _, ids in self._draft_rows())), np.float32)
 
     def _forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
         return forward(self._target, [self._cache], [start], [tokens], parents or ())

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend, Candidates
 from fastmtp.decode.costs import Costs
 from fastmtp.decode.estimates import Estimates, confidence_bin
@@ -112,8 +109,7 @@ class Policy:
         self._plain_rounds = 0 if pays else self._plain_rounds + 1
         if not pays and self._plain_rounds % PROBE:
             return 0
-        greedy, generator = SamplingConfig(), torch.Generator()
-        fresh = self._grow(nodes, 0, backend.start_tree(nodes[0].token, WIDTH, greedy, generator))
+        fresh = self._grow(nodes, 0, backend.start_tree(nodes[0].token, WIDTH))
         drafted = {0: 0}
         levels = 1
         while fresh and levels < MAX_DEPTH:
@@ -125,7 +121,7 @@ class Policy:
             parents = [drafted[nodes[index].parent] for index in best]
             for index in best:
                 drafted[index] = len(drafted)
-            found = backend.extend_tree(parents, [nodes[index].token for index in best], WIDTH, greedy, generator)
+            found = backend.extend_tree(parents, [nodes[index].token for index in best], WIDTH)
             fresh = [
                 child
                 for index, candidates in zip(best, found, strict=True)

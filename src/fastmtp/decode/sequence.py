@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Candidates, Draft
-from fastmtp.decode.candidates import drawn, likeliest, over_vocabulary
+from fastmtp.decode.candidates import over_vocabulary
 from fastmtp.sampling import draw, greedy, probabilities
 from fastmtp.vocabulary.draft import DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -84,12 +84,11 @@ class SequenceBackend(ABC, Generic[States]):
         """[T, D]"""
 
     @abstractmethod
-    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int]) -> Tensor:
-        """`_head_forward`, and the last token becomes node 0 of a new draft tree; its logits [1, D]."""
+    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> Candidates:
+        """`_head_forward`, and the last token becomes node 0 of a new draft tree; candidates to follow it."""
 
     @abstractmethod
-    def _extend_tree(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Logits [N, D] of new nodes of the draft tree."""
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]: ...
 
     @abstractmethod
     def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
@@ -156,28 +155,10 @@ class SequenceBackend(ABC, Generic[States]):
         self._caught_up()
         return Draft(drafted, distributions)
 
-    def start_tree(
-        self, token: int, width: int, sampling: SamplingConfig, generator: torch.Generator
-    ) -> Candidates:
-        start, states_TH, inputs = self._waiting(token)
-        if sampling.temperature == 0:
-            root = self._start_greedy_tree(start, states_TH, inputs, width)
-        else:
-            root = self._drawn(self._start_tree(start, states_TH, inputs), width, sampling, generator)
+    def start_tree(self, token: int, width: int) -> Candidates:
+        root = self._start_tree(*self._waiting(token), width)
         self._caught_up()
-        return root[0]
-
-    def extend_tree(
-        self,
-        parents: Sequence[int],
-        tokens: Sequence[int],
-        width: int,
-        sampling: SamplingConfig,
-        generator: torch.Generator,
-    ) -> list[Candidates]:
-        if sampling.temperature == 0:
-            return self._extend_greedy_tree(parents, tokens, width)
-        return self._drawn(self._extend_tree(parents, tokens), width, sampling, generator)
+        return root
 
     def _waiting(self, token: int) -> tuple[int, States, list[int]]:
         """Where the head goes on, the states that it takes there, and the tokens after them, `token` last."""
@@ -213,20 +194,6 @@ class SequenceBackend(ABC, Generic[States]):
     def _greedy_chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
         """`_chain` that takes the likeliest token; an engine may have a faster way."""
         return self._chain(start, states_TH, inputs, steps, lambda logits_D: greedy(logits_D[None])[0])
-
-    def _start_greedy_tree(
-        self, start: int, states_TH: States, inputs: Sequence[int], width: int
-    ) -> list[Candidates]:
-        """Candidates after node 0; an engine may have a faster way, for this and the next one."""
-        return likeliest(self._start_tree(start, states_TH, inputs), self._draft_ids(), width)
-
-    def _extend_greedy_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        return likeliest(self._extend_tree(parents, tokens), self._draft_ids(), width)
-
-    def _drawn(
-        self, logits_ND: Tensor, width: int, sampling: SamplingConfig, generator: torch.Generator
-    ) -> list[Candidates]:
-        return drawn(logits_ND, self._draft_ids(), self._vocabulary_size, width, sampling, generator)
 
     def _append(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> States:
         """States [T, H] of new tokens; they are the sequence's unless they are a tree."""

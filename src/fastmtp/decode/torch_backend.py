@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmtp.decode.backend import Candidates
+from fastmtp.decode.candidates import likeliest
 from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.models.head import MTPHead
 from fastmtp.models.kv_cache import KVCache
@@ -87,19 +89,19 @@ class TorchBackend(SequenceBackend[Tensor]):
         self._draft_cache.advance(len(tokens))
         return states[0]
 
-    def _start_tree(self, start: int, states_TH: Tensor, inputs: Sequence[int]) -> Tensor:
+    def _start_tree(self, start: int, states_TH: Tensor, inputs: Sequence[int], width: int) -> Candidates:
         self._parents, self._states_NH = [-1], self._head_forward(start, states_TH, inputs)[-1:]
-        return self._draft_logits(self._states_NH)
+        return likeliest(self._draft_logits(self._states_NH), self._draft_ids(), width)[0]
 
     @torch.inference_mode()
-    def _extend_tree(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
         before, every = self._states_NH[list(parents)], [*self._parents, *parents]
         start, count = self._draft_cache.length - len(self._parents), len(tokens)
         positions_1T = tree_positions(start, every, count, self.device)
         mask = tree_mask(start, every, count, None, self.device)
         states_NH = self._run_head(before, tokens, positions_1T, mask)
         self._parents, self._states_NH = every, torch.cat([self._states_NH, states_NH])
-        return self._draft_logits(states_NH)
+        return likeliest(self._draft_logits(states_NH), self._draft_ids(), width)
 
     @torch.inference_mode()
     def _draft_logits(self, states_TH: Tensor) -> Tensor:
