@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,20 +21,10 @@ from fastmtp.models.target import Target
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 from tests.engines import convert, native_head, native_target
+from tests.native.conftest import native_of
 
 # Two pages of 256 tokens and a bit of the third; the tiny models' contexts end at 512 tokens, not their weights.
 LONG = 530
-
-
-@pytest.fixture(params=_native.available_kernels())
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTMTP_KERNELS", request.param)
-    return request.param
-
-
-@pytest.fixture(params=get_args(WeightType))
-def weight_type(request: pytest.FixtureRequest) -> WeightType:
-    return request.param
 
 
 def states(target: NativeTarget, ids: Sequence[int], chunks: Sequence[int] | None = None) -> Tensor:
@@ -117,7 +106,7 @@ def test_head_states_are_the_references(target: Target) -> None:
 @pytest.mark.parametrize("chunk", range(1, 17))
 def test_rows_do_not_depend_on_their_number(kernels: str, weight_type: WeightType, chunk: int) -> None:
     """M = 1 to 16 tokens in one forward: the same bits, across the border of a page."""
-    native = _native_of("llama", weight_type, kernels, 2)
+    native = native_of("llama", weight_type, kernels, 2)
     ids = random_ids(270)
     size = 240
     chunks = [size, *[chunk] * ((270 - size) // chunk)]
@@ -143,8 +132,8 @@ def test_states_do_not_depend_on_threads(kernels: str, weight_type: WeightType, 
     ids = random_ids(300)
     chunks = [256, 40, *[1] * 4]
     for family in ("qwen3", "gemma3"):
-        alone = states(_native_of(family, weight_type, kernels, 1), ids, chunks)
-        assert torch.equal(states(_native_of(family, weight_type, kernels, threads), ids, chunks), alone)
+        alone = states(native_of(family, weight_type, kernels, 1), ids, chunks)
+        assert torch.equal(states(native_of(family, weight_type, kernels, threads), ids, chunks), alone)
 
 
 def test_sequences_together_are_sequences_alone(target: Target, weight_type: WeightType) -> None:
@@ -177,13 +166,6 @@ def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: Weigh
     part = NativeBackend(native, native_head(native, head), VocabularyLists.of(ids))
     state = torch.randn(1, 32, generator=torch.Generator().manual_seed(2)).numpy()
     assert torch.equal(part._draft_logits(state), whole._draft_logits(state)[:, ids])
-
-
-@cache
-def _native_of(family: str, weight_type: WeightType, kernels: str, threads: int) -> NativeTarget:
-    target = convert(tiny_target(family), weight_type, threads)
-    assert target.runtime.kernels == kernels
-    return target
 
 
 @pytest.mark.parametrize(

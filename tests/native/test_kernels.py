@@ -14,12 +14,6 @@ TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _nati
 SIZES = [(16, 64), (33, 128), (5, 48), (100, 200), (64, 8)]
 
 
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTMTP_KERNELS", request.param)
-    return request.param
-
-
 @pytest.fixture(params=list(TYPES))
 def kind(request: pytest.FixtureRequest) -> _native.Type:
     return TYPES[request.param]

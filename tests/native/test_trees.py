@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,32 +12,15 @@ from fastmtp.decode.native_backend import States, forward
 from fastmtp.models.native import NativeTarget, WeightType
 from fastmtp.models.target import Target
 from fastmtp.models.trees import paths
-from tests.conftest import random_ids, tiny_target
-from tests.engines import convert, native_target
+from tests.conftest import random_ids
+from tests.engines import native_target
+from tests.native.conftest import native_of
 from tests.trees import random_tree
 
 # Around borders of blocks (16 tokens) and pages (256), and of the windows (24); the tree itself may cross them too.
 CONTEXTS = [0, 15, 17, 24, 250, 256]
 # The last two are too many for a page to be an item of work; the last has more nodes than a block has tokens.
 SIZES = [2, 7, 16, 19, 50]
-
-
-@pytest.fixture(params=_native.available_kernels())
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTMTP_KERNELS", request.param)
-    return request.param
-
-
-@pytest.fixture(params=get_args(WeightType))
-def weight_type(request: pytest.FixtureRequest) -> WeightType:
-    return request.param
-
-
-@cache
-def _native_of(family: str, weight_type: WeightType, kernels: str, threads: int = 2) -> NativeTarget:
-    target = convert(tiny_target(family), weight_type, threads)
-    assert target.runtime.kernels == kernels
-    return target
 
 
 def filled(target: NativeTarget, text: Sequence[int]) -> _native.Cache:
@@ -79,7 +60,7 @@ def test_nodes_are_plainly_decoded_tokens(target: Target, weight_type: WeightTyp
 def test_in_every_kind_of_kernels(kernels: str, weight_type: WeightType) -> None:
     """On one thread and on more, across a border of pages."""
     text, (parents, tokens) = random_ids(250, seed=9), random_tree(19, 3)
-    one, more = (_native_of("gemma3", weight_type, kernels, threads) for threads in (1, 3))
+    one, more = (native_of("gemma3", weight_type, kernels, threads) for threads in (1, 3))
     found = states(one, text, tokens, parents)
     assert np.array_equal(found, states(more, text, tokens, parents))
     assert np.array_equal(found, plain_states(one, text, tokens, parents))
