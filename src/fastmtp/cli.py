@@ -14,16 +14,14 @@ from fastmtp.cli_head import head as head_commands
 from fastmtp.cli_train import train
 from fastmtp.cli_vocab import vocab
 from fastmtp.config import SamplingConfig, load_config
+from fastmtp.drafting import DraftOptions, decoding_options, open_backend
 from fastmtp.options import settings_options
 from fastmtp.session import (
-    DraftOptions,
     EngineOptions,
-    decoding_options,
     described,
     engine_options,
     finish,
     json_option,
-    open_backend,
     open_target,
 )
 

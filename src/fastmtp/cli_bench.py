@@ -7,15 +7,13 @@ from typing import Any
 
 import click
 
+from fastmtp.drafting import DraftOptions, decoding_options, open_backend
 from fastmtp.session import (
     NATIVE_DTYPES,
-    DraftOptions,
     EngineOptions,
-    decoding_options,
     engine_options,
     finish,
     json_option,
-    open_backend,
     open_target,
     target_option,
 )
