@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.config import VocabularyConfig, load_config
+from fastmtp.drafting import backend_of
 from fastmtp.options import settings_options
 from fastmtp.session import (
     EngineOptions,
-    backend_of,
     config_option,
     describe_target,
     finish,
+    forward_of,
     json_option,
-    open_forward,
     open_target,
     open_torch_target,
     target_option,
@@ -122,7 +122,7 @@ def _fastest(name: str, head: Path, least: int, console: Console) -> SizeOf:
 
     decoding = open_target(name, EngineOptions())
     loaded = open_torch_target(name, None, None, for_throughput=True)
-    forward = open_forward(loaded, name, None, None)
+    forward = forward_of(decoding)
     mtp_head, _, steps = load_head(head, loaded)
     sizes = sizes_for(loaded.vocabulary_size, least)
     everything = range(loaded.vocabulary_size)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 if TYPE_CHECKING:
-    from fastmtp.decode.backend import Backend, Batch
-    from fastmtp.decode.costs import Costs
+    from fastmtp.decode.backend import Batch
     from fastmtp.decode.generation import Result
     from fastmtp.decode.policy import Policy
     from fastmtp.models.info import TargetInfo
     from fastmtp.models.target import Target
     from fastmtp.train.forward import Forward
-    from fastmtp.vocabulary.lists import VocabularyLists
 
 Command = Callable[..., None]
 EngineName = Literal["native", "torch"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 NATIVE_DTYPES = ("int8", "int4", "bfloat16")
-GROWING = "growing"
-AUTO = "auto"
 _ONLY_NATIVE = ("int8", "int4")
 _TARGET_HELP = "smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id"
 
@@ -48,28 +42,6 @@ class EngineOptions:
     dtype: str | None = None
     device: str | None = None
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class DraftOptions:
-    """What a user wants drafted; without a head, from the one that ships with the target."""
-
-    head: Path | None = None
-    draft: str = AUTO
-    draft_vocabulary: str = GROWING
-
-    def steps(self) -> int | None:
-        """K of a chain, 0 for nothing, None for trees.
-
-        Raises:
-            ValueError: `draft` is none of these.
-        """
-        kind, _, number = self.draft.partition(":")
-        if kind == "chain" and number.isdecimal() and int(number) > 0:
-            return int(number)
-        if self.draft in (AUTO, "plain"):
-            return None if self.draft == AUTO else 0
-        raise ValueError(f"--draft is {self.draft}; it must be auto, chain:K with K of 1 or more, or plain")
 
 
 def training_options(command: Command) -> Command:
@@ -107,31 +79,6 @@ def engine_options(command: Command) -> Command:
         "--engine", type=click.Choice(("native", "torch")), help="[default: native on a CPU, torch on a GPU]"
     )(decorated)
     return target_option(decorated)
-
-
-def decoding_options(command: Command) -> Command:
-    """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
-
-    @functools.wraps(command)
-    def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
-        command(drafting=DraftOptions(head, draft, draft_vocabulary), **rest)
-
-    decorated: Command = click.option(
-        "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
-    )(collected)
-    decorated = click.option(
-        "--draft",
-        default=AUTO,
-        show_default=True,
-        help="auto: trees, as large as pays; chain:K: K tokens in every round; plain: nothing",
-    )(decorated)
-    return click.option(
-        "--draft-vocabulary",
-        default=GROWING,
-        show_default=True,
-        help="growing: the lists that fit the text, and its own tokens; listed: these lists alone; full: all "
-        "tokens; or the name of one list",
-    )(decorated)
 
 
 def choose_engine(options: EngineOptions) -> EngineName:
@@ -201,9 +148,19 @@ def open_forward(target: Target, name: str, engine: EngineName | None, device: s
     options = EngineOptions(engine, device=device)
     if choose_engine(options) == "torch" or (engine is None and target.config.model_type in ONLY_TORCH):
         return TorchForward(target)
+    return forward_of(open_target(name, options))
+
+
+def forward_of(target: TargetInfo) -> Forward:
+    """What computes the states of a target in the engine that it is loaded in."""
+    from fastmtp.models.target import Target
+    from fastmtp.train.forward import TorchForward
+
+    if isinstance(target, Target):
+        return TorchForward(target)
     from fastmtp.train.native_forward import NativeForward
 
-    native: Any = open_target(name, options)
+    native: Any = target
     return NativeForward(native)
 
 
@@ -217,83 +174,6 @@ def open_batch(name: str, options: EngineOptions) -> Batch:
 
     target: Any = open_target(name, options)
     return NativeBatch(target)
-
-
-def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, int | Policy]:
-    """An engine with the head that was asked for or ships with the target, and what to draft."""
-    from fastmtp.decode.policy import Policy
-    from fastmtp.models.shipped import shipped_head
-
-    steps, directory = drafting.steps(), drafting.head or shipped_head(name)
-    if directory is None or steps == 0:
-        if steps:
-            raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
-        if steps is None:
-            click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
-        return backend_of(target, None)[0], 0
-    backend, _ = backend_of(target, directory, drafting.draft_vocabulary)
-    return backend, Policy(_costs(backend, target)) if steps is None else steps
-
-
-def _costs(backend: Backend, target: TargetInfo) -> Costs:
-    """What rounds cost here; timed once for an engine, a model and a machine, and kept."""
-    from fastmtp.decode import costs
-    from fastmtp.provenance import machine
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmtp"
-    version = importlib.metadata.version("fastmtp")
-    facts = [version, machine(), backend.name, target.source, target.identity.tokenizer_sha256, backend.draft_size]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return costs.of_backend(backend, target.vocabulary_size, cache / f"costs-{fingerprint[:16]}.json", fingerprint)
-
-
-def backend_of(
-    target: TargetInfo, head: Path | None, draft_vocabulary: str | VocabularyLists = GROWING
-) -> tuple[Backend, int]:
-    """The backend of a loaded target, with a head if there is one, and the steps that the head was trained for.
-
-    Args:
-        draft_vocabulary: what --draft-vocabulary can be, or lists to draft from instead of the head's own.
-    """
-    from fastmtp.models.head_format import load_head, load_native_head
-    from fastmtp.models.target import Target
-
-    if isinstance(target, Target):
-        from fastmtp.decode.torch_backend import TorchBackend
-
-        if head is None:
-            return TorchBackend(target), 0
-        loaded, stored, steps = load_head(head, target)
-        lists, places = _drafting(stored, draft_vocabulary, head)
-        return TorchBackend(target, loaded, lists, places=places), steps
-    from fastmtp.decode.native_backend import NativeBackend
-    from fastmtp.models.native import NativeTarget
-
-    assert isinstance(target, NativeTarget)
-    if head is None:
-        return NativeBackend(target), 0
-    native, stored, steps = load_native_head(head, target)
-    lists, places = _drafting(stored, draft_vocabulary, head)
-    return NativeBackend(target, native, lists, places=places), steps
-
-
-def _drafting(stored: VocabularyLists, wanted: str | VocabularyLists, head: Path) -> tuple[VocabularyLists, int]:
-    """The lists to draft from, and how many own tokens a sequence may add to them."""
-    from fastmtp.vocabulary.draft import PLACES
-    from fastmtp.vocabulary.lists import VocabularyLists
-
-    if isinstance(wanted, VocabularyLists):
-        return wanted, 0
-    if wanted == GROWING:
-        return stored, PLACES
-    if wanted == "listed":
-        return stored, 0
-    if wanted == "full":
-        return VocabularyLists({}), 0
-    if wanted in stored.lists:
-        return VocabularyLists.of(stored.lists[wanted]), 0
-    known = ", ".join([GROWING, "listed", "full", *stored.lists])
-    raise ValueError(f"{head}: has no list {wanted!r} for --draft-vocabulary; there are {known}")
 
 
 def described(result: Result, draft: int | Policy) -> str:
