@@ -114,9 +114,13 @@ def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLis
     problems = _mismatches(config, target)
     if problems:
         raise ValueError(f"{directory}: this head does not fit {target.source}:\n  " + "\n  ".join(problems))
-    vocabulary = VocabularyLists.load(directory / "vocabulary.json", target.identity)
+    return read_vocabulary(directory / "vocabulary.json", target), int(config["draft_steps"])
+
+
+def read_vocabulary(path: Path, target: TargetInfo) -> VocabularyLists:
+    """The lists of a file, checked against the target."""
     # A head that cannot draft the end would miss at the end of every answer.
-    return vocabulary.including(sorted(target.end_ids)), int(config["draft_steps"])
+    return VocabularyLists.load(path, target.identity).including(sorted(target.end_ids))
 
 
 def _read_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> Weights:

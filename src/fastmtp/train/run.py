@@ -10,7 +10,7 @@ from typing import Any
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import data_sha256, read_exchanges
-from fastmtp.models.head_format import check_free, save_head
+from fastmtp.models.head_format import check_free, read_vocabulary, save_head
 from fastmtp.models.target import Target
 from fastmtp.progress import bar, console
 from fastmtp.provenance import provenance
@@ -63,7 +63,7 @@ def train_head(
     if lists is None:
         vocabulary = _counted(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
     else:
-        vocabulary = VocabularyLists.load(lists, target.identity).including(sorted(target.end_ids))
+        vocabulary = read_vocabulary(lists, target)
     directory = out.with_name(out.name + ".training")
     trainer = Trainer(
         target,
