@@ -153,7 +153,7 @@ def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest
     timed = costs.of_backend(backend, llama.vocabulary_size, path, "a")
     assert all(ms > 0 for ms in [*timed.forward_ms.values(), *timed.draft_ms.values()])
     assert costs.of_backend(backend, llama.vocabulary_size, path, "a") == timed
-    monkeypatch.setattr(costs, "measure", lambda *_: FLAT)
+    monkeypatch.setattr(costs, "_timed_in_turn", lambda *_: FLAT)
     assert costs.of_backend(backend, llama.vocabulary_size, path, "b").forward_ms == FLAT.forward_ms
     path.write_text("{")
     assert costs.of_backend(backend, llama.vocabulary_size, path, "b").forward_ms == FLAT.forward_ms

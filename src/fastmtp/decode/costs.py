@@ -24,6 +24,9 @@ TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
 CONTEXT = 128
 _REPEATS = 5
 
+# Runs something, and says how many seconds it took.
+Task = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -53,19 +56,8 @@ def measure(together: Sequence[int], drafting: dict[int, Backend], steps: int, v
     """
     ids = some_ids(vocabulary_size, CONTEXT)
     first = next(iter(drafting.values()))
-    tasks: dict[tuple[str, int], Callable[[], float]] = {
-        **{("forward", count): forward_task(first, ids, count) for count in together},
-        **{("draft", size): draft_task(backend, ids, steps) for size, backend in drafting.items()},
-    }
-    found: dict[tuple[str, int], list[float]] = {name: [] for name in tasks}
-    for _ in range(_REPEATS):
-        for name, task in tasks.items():
-            found[name].append(1e3 * task())
-
-    def least(kind: str) -> dict[int, float]:
-        return {number: min(times) for (name, number), times in found.items() if name == kind}
-
-    return Costs(least("forward"), least("draft"))
+    forwards = {count: forward_task(first, ids, count) for count in together}
+    return _timed_in_turn(forwards, {size: draft_task(own, ids, steps) for size, own in drafting.items()})
 
 
 def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint: str) -> Costs:
@@ -78,15 +70,27 @@ def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint:
     except (FileNotFoundError, ValueError):
         kept = {}
     if not kept:
-        size, ids = backend.draft_size, some_ids(vocabulary_size, CONTEXT)
-        level = level_task(backend, ids)
-        forwards = measure(TOGETHER, {size: backend}, 1, vocabulary_size).forward_ms
-        kept = asdict(Costs(forwards, {size: 1e3 * min(level() for _ in range(_REPEATS))}))
+        ids = some_ids(vocabulary_size, CONTEXT)
+        forwards = {count: forward_task(backend, ids, count) for count in TOGETHER}
+        kept = asdict(_timed_in_turn(forwards, {backend.draft_size: level_task(backend, ids)}))
         write_json(cache, {fingerprint: kept})
     return Costs(*({int(number): ms for number, ms in kept[kind].items()} for kind in ("forward_ms", "draft_ms")))
 
 
-def forward_task(backend: Backend, context: Sequence[int], count: int) -> Callable[[], float]:
+def _timed_in_turn(forwards: dict[int, Task], drafts: dict[int, Task]) -> Costs:
+    found = [
+        ({number: task() for number, task in forwards.items()}, {number: task() for number, task in drafts.items()})
+        for _ in range(_REPEATS)
+    ]
+    forward_times, draft_times = zip(*found, strict=True)
+    return Costs(_least_ms(forward_times), _least_ms(draft_times))
+
+
+def _least_ms(turns: Sequence[dict[int, float]]) -> dict[int, float]:
+    return {number: 1e3 * min(turn[number] for turn in turns) for number in turns[0]}
+
+
+def forward_task(backend: Backend, context: Sequence[int], count: int) -> Task:
     """Seconds of one forward over `count` tokens, with the choices after them."""
 
     def run() -> float:
@@ -97,7 +101,7 @@ def forward_task(backend: Backend, context: Sequence[int], count: int) -> Callab
     return lambda: median(run() for _ in range(5))
 
 
-def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Callable[[], float]:
+def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Task:
     """Seconds of one step of a greedy draft chain."""
 
     def run() -> float:
@@ -109,7 +113,7 @@ def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Callable
     return lambda: median(run() for _ in range(5))
 
 
-def level_task(backend: Backend, context: Sequence[int]) -> Callable[[], float]:
+def level_task(backend: Backend, context: Sequence[int]) -> Task:
     """Seconds of one level of a draft tree, of four nodes or one with four candidates each."""
 
     def levels() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
@@ -19,7 +19,7 @@ import torch
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.costs import CONTEXT, draft_task, forward_task, some_ids, timed
+from fastmtp.decode.costs import CONTEXT, Task, draft_task, forward_task, some_ids, timed
 from fastmtp.decode.native_backend import NativeBackend
 from fastmtp.decode.native_batch import NativeBatch
 from fastmtp.decode.plain import plain
@@ -40,8 +40,6 @@ ROUNDS_CONTEXT, ANSWER, PREFILL = 500, 128, 512
 SEQUENCES = 16
 _READ_BYTES = 1 << 28
 _REPEATS = 7
-
-Task = Callable[[], float]
 
 
 @dataclass(frozen=True)
