@@ -21,8 +21,10 @@ MAX_NODES, MAX_DEPTH, WIDTH, BEAM = 16, 8, 4, 4
 LEAST = 0.02
 # After so many plain rounds drafting is tried again.
 PROBE = 32
-# Share of the newest round in running means.
-NEWEST = 0.02
+# Share of the newest round in the running means: of the rate, and of what the candidates of a depth hit.
+NEWEST, NEWEST_HIT = 0.02, 0.04
+# Deeper nodes share the estimates of this depth.
+DEEPEST_BIN = 4
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Policy:
         self._rate = self._plain_rate
         self._estimates = Estimates()
         # By depth, how often one of a node's candidates is right; hopeful at first, so that it is tried.
-        self._hits = [0.6] * (MAX_DEPTH + 2)
+        self._hits = [0.6] * (MAX_DEPTH + 1)
         self._plain_rounds = 0
         self._lookup = Lookup()
 
@@ -76,22 +78,17 @@ class Policy:
         levels = self._draft(backend, nodes)
         return self._select(nodes, levels, min(room, MAX_NODES))
 
-    def learn(self, tree: Tree, path: Sequence[int], token: int) -> None:
-        """Take what verification found: the path of nodes that stay, and the token after them."""
+    def learn(self, tree: Tree, path: Sequence[int]) -> None:
+        """Take what verification found: the path of nodes that stay."""
         self._lookup.extend([tree.tokens[node] for node in path[1:]])
-        kept, reached = set(path), set(path)
-        hit = [False] * (MAX_DEPTH + 2)
-        seen = [False] * (MAX_DEPTH + 2)
-        depth = {-1: -1}
+        kept = set(path)
         for node, parent in enumerate(tree.parents):
-            depth[node] = depth[parent] + 1
-            if node and parent in reached:
+            if parent in kept:
                 self._estimates.learn(tree.bins[node], node in kept)
-                seen[depth[node]] = True
-                hit[depth[node]] |= node in kept
-        for level in range(1, MAX_DEPTH + 1):
-            if seen[level]:
-                self._hits[level] += 2 * NEWEST * (hit[level] - self._hits[level])
+        # Every node of the path but the last has a child that was kept; the last one's children, if any, missed.
+        tried = len(path) - (path[-1] not in tree.parents)
+        for depth in range(1, tried + 1):
+            self._hits[depth] += NEWEST_HIT * ((depth < len(path)) - self._hits[depth])
         self._rate += NEWEST * (len(path) / tree.milliseconds - self._rate)
         self._rate = max(self._rate, self._plain_rate)
 
@@ -99,7 +96,7 @@ class Policy:
         size, tokens = self._lookup.continuation(MAX_DEPTH)
         parent = 0
         for depth, token in enumerate(tokens, 1):
-            bin_of = ("lookup", size, min(depth, 4))
+            bin_of = ("lookup", size, min(depth, DEEPEST_BIN))
             said = 0.3 if depth == 1 else 0.6
             parent = _add(nodes, parent, token, self._estimates.probability(bin_of, said), bin_of)
 
@@ -137,7 +134,7 @@ class Policy:
         for token, confidence in zip(candidates.tokens, candidates.confidences, strict=True):
             if nodes[parent].estimate * confidence < LEAST:
                 break
-            bin_of = (min(depth, 4), confidence_bin(confidence))
+            bin_of = (min(depth, DEEPEST_BIN), confidence_bin(confidence))
             added.append(_add(nodes, parent, token, self._estimates.probability(bin_of, confidence), bin_of))
         return added
 

@@ -69,7 +69,7 @@ def adaptive(
         tree = policy.plan(backend, token, backend.context_limit - length)
         path, token = follow(tree, _picks(backend, tree, sampling, generator))
         backend.keep(path)
-        policy.learn(tree, path, token)
+        policy.learn(tree, path)
         yield Round([*(tree.tokens[node] for node in path[1:]), token], len(tree.tokens) - 1)
 
 
