@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fastmtp.cli import commands
+from fastmtp.cli import commands, main
 from tests.conftest import tiny_target
 
 TRAIN = ["--held-out", "2", "--batch-tokens", "400", "--draft-vocabulary", "100", "--draft-steps", "2"]
@@ -109,17 +110,29 @@ def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
     """Two benchmark files, one with two turns; every answer compared."""
     (tmp_path / "a.jsonl").write_text('{"benchmark": "A", "turns": ["one", "two"]}\n{"turns": ["three"]}\n')
     (tmp_path / "b.jsonl").write_text('{"turns": ["four"]}\n')
-    found = run("bench", model, "--head", head, "--prompts", tmp_path, "--max-new-tokens", 10, "--json")
-    assert found["identical"] is True
-    assert found["answers"] == 4
-    assert set(found["kinds"]) == {"A", "a", "b"}
-    assert found["tokens_per_second"]["plain"] > 0
-    assert found["mean_tau"] == pytest.approx(sum(kind["tau"] for kind in found["kinds"].values()) / 3)
-    table = CliRunner().invoke(
-        commands,
-        ["bench", "--target", str(model), "--head", str(head), "--prompts", str(tmp_path), "--limit", "1"],
-    )
-    assert "identical answers: 3/3" in table.output
+    common = ["--head", head, "--suite", tmp_path, "--max-new-tokens", 10]
+    found: Any = run("bench", model, *common, "--out", tmp_path / "out", "--json")
+    assert found["identical"] == {"same": 4, "total": 4}
+    assert set(found["benchmarks"]) == {"A", "a", "b"}
+    assert set(found["competitors"]) == {"plain", "auto"}
+    assert found["competitors"]["plain"]["tokens_per_second"] > 0
+    assert found["mean"]["tau"] == pytest.approx(sum(kind["tau"] for kind in found["benchmarks"].values()) / 3)
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found
+    shown = CliRunner().invoke(commands, ["report", str(tmp_path / "out" / "bench.json")])
+    assert "identical: 4/4" in shown.output
+
+
+def test_bench_at_a_temperature_against_others(model: Path, head: Path, tmp_path: Path) -> None:
+    """The law is tested instead of the tokens; who is named and cannot take part costs the exit code."""
+    common = ["bench", "--target", str(model), "--head", str(head), "--limit", "1", "--max-new-tokens", "6"]
+    drawn = [*common, "--temperature", "0.8", "--top-k", "5", "--audit-samples", "20", "--against", "chain:2@full"]
+    found = CliRunner().invoke(commands, [*drawn, "--json"])
+    assert found.exit_code == 0, found.output
+    audit = json.loads(found.stdout)["audit"]
+    assert set(audit["p_values"]) == {"auto", "chain:2@full"}
+    lost = CliRunner().invoke(commands, [*common, "--against", "llama.cpp:Q8_0"])
+    assert lost.exit_code == 1
+    assert "llama.cpp:Q8_0 did not take part" in lost.output
 
 
 def test_data_clean_and_show(head: Path, tmp_path: Path) -> None:
@@ -223,7 +236,10 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
             "has --dtype int8, int4, bfloat16, not float16",
         ),
         (["bench", "--target", "{model}"], "there is no head to compare"),
-        (["bench", "--target", "{model}", "--prompts", "nowhere"], "nowhere: no such file"),
+        (["bench", "--target", "{model}", "--suite", "nowhere"], "nowhere: no such file"),
+        (["bench", "--target", "{model}", "--against", "gpt"], "--against gpt: there is no such competitor"),
+        (["bench", "--target", "{model}", "--against", "vanilla"], "--against vanilla needs --vanilla DIR"),
+        (["report", "{model}/config.json"], "not a document of `fastmtp bench`"),
         (
             ["train", "--target", "{model}", "--data", "nowhere", "--out", "x"],
             "nowhere/provenance.json: no such file",
@@ -239,19 +255,38 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
         (["train", "--config", "none.toml", "--data", "x", "--out", "x"], "no such configuration file"),
     ],
 )
-def test_errors_are_one_line(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_errors_are_one_line(
+    model: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """No traceback, exit code 2, and nothing is left where the command was run."""
     import torch
 
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "fastmtp", *(part.format(model=model) for part in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("fastmtp: no head ships")]
-    assert done.returncode == 2
-    assert len(lines) == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fastmtp", *(part.format(model=model) for part in arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    signal.signal(signal.SIGTERM, handler)
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if not line.startswith("fastmtp: no head ships")]
+    assert stopped.value.code == 2
+    assert len(lines) == 1, said
     assert message in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_module_runs() -> None:
+    """`python -m fastmtp` is the command: one line and exit code 2 for a mistake."""
+    command = [sys.executable, "-m", "fastmtp", "report", "nowhere.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "fastmtp: nowhere.json: no such file\n")
 
 
 def test_help_does_not_import_torch() -> None:

@@ -48,7 +48,9 @@ def test_generate_and_bench(model: Path, head: Path, engine: str) -> None:
     drafted, plain = (run("generate", "hello", *common, "--draft", draft) for draft in ("chain:3", "plain"))
     assert drafted["tokens"] == plain["tokens"]
     assert len(drafted["acceptance"]) == 3
-    assert run("bench", *common, "--limit", 1)["identical"]
+    (model.parent / "prompts.jsonl").write_text('{"turns": ["one", "two"]}')
+    found = run("bench", *common, "--suite", model.parent / "prompts.jsonl")
+    assert found["identical"] == {"same": 2, "total": 2}
 
 
 def test_train_from_it_and_write_back(model: Path, head: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fastmtp.cli_bench import bench, bench_engine, demo
+from fastmtp.cli_bench import bench, bench_engine, demo, report
 from fastmtp.cli_data import data, distill
 from fastmtp.cli_head import head as head_commands
 from fastmtp.cli_train import train
@@ -49,7 +49,7 @@ def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
 
 
-for command in (distill, data, train, vocab, head_commands, demo, bench, bench_engine):
+for command in (distill, data, train, vocab, head_commands, demo, bench, report, bench_engine):
     commands.add_command(command)
 
 

@@ -1,13 +1,18 @@
-"""The commands that measure: a head on prompts, and the native engine on this machine."""
+"""The commands that measure: a head against its competitors, and the native engine on this machine."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fastmtp.drafting import DraftOptions, decoding_options, open_backend
+from fastmtp.config import SamplingConfig, load_config
+from fastmtp.drafting import DraftOptions, decoding_options
+from fastmtp.lineup import KINDS, check_names, lineup, own_competitor
+from fastmtp.options import settings_options
 from fastmtp.session import (
     NATIVE_DTYPES,
     EngineOptions,
@@ -24,38 +29,139 @@ from fastmtp.session import (
 @json_option
 def demo(max_new_tokens: int, as_json: bool) -> None:
     """The embedded model and its head: the same prompts plain and speculative, compared."""
-    from fastmtp.evaluate.prompts import builtin_conversations
+    from fastmtp.evaluate.prompts import builtin_conversations, one_of_each
 
-    _run_bench(
-        "smollm2", EngineOptions(), DraftOptions(), builtin_conversations(), max_new_tokens, as_json, stream=True
-    )
+    drafting = DraftOptions()
+    loaded = open_target("smollm2", EngineOptions())
+    stream = _Stream()
+    show, announce = (None, None) if as_json else (stream.show, stream.announce)
+    competitors = [
+        own_competitor(draft, loaded, "smollm2", DraftOptions(draft=draft), show)
+        for draft in ("plain", drafting.draft)
+    ]
+    from fastmtp.evaluate.bench import Settings, run
+    from fastmtp.evaluate.journal import Journal
+
+    settings = Settings(max_new_tokens, 1, SamplingConfig())
+    journal = Journal(None, {})
+    run(competitors, loaded, one_of_each(builtin_conversations()), settings, journal, announce)
+    found = _document(loaded, competitors, drafting.draft, settings, journal, {}, 0)
+    _report(found, as_json, short=True)
 
 
 @click.command()
 @engine_options
 @decoding_options
+@settings_options(SamplingConfig)
 @click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="JSONL file, or a directory of them, with `turns` on each line  [default: the built-in prompts]",
+    "--suite",
+    default="builtin",
+    show_default=True,
+    help="builtin; fastmtp7, the paper's seven benchmarks (fetched, extra `datasets`); or a JSONL file, or a "
+    "directory of them, with `turns` on each line",
 )
-@click.option("--limit", type=click.IntRange(1), help="prompts of each file  [default: all]")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="for each answer")
+@click.option("--limit", type=click.IntRange(1), help="prompts of each benchmark  [default: all]")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="for each answer")
+@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="of the whole suite")
+@click.option("--against", multiple=True, help=f"another competitor; may be repeated: {KINDS}")
+@click.option(
+    "--vanilla",
+    type=click.Path(path_type=Path),
+    help="head trained for one step only, for the competitor of that name (train --vanilla makes one)",
+)
+@click.option(
+    "--audit-samples",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="at a temperature: draws for each prompt and competitor in the test of the output's law",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="directory for the JSON document and the page; a run that was stopped goes on from it",
+)
 @json_option
 def bench(
     target: str,
     options: EngineOptions,
     drafting: DraftOptions,
-    prompts: Path | None,
+    suite: str,
     limit: int | None,
     max_new_tokens: int,
+    repeats: int,
+    against: tuple[str, ...],
+    vanilla: Path | None,
+    audit_samples: int,
+    out: Path | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
-    """Plain against speculative decoding, greedy, in the same engine, on your prompts."""
-    from fastmtp.evaluate.prompts import builtin_conversations, read_conversations
+    """Plain against speculative decoding, and against other engines, on the same prompts in one run.
 
-    conversations = read_conversations(prompts, limit) if prompts else builtin_conversations()
-    _run_bench(target, options, drafting, conversations, max_new_tokens, as_json, stream=False)
+    Exit code 1: an answer failed, a competitor that was named is missing, or output differs where the engine
+    promises that it does not.
+    """
+    from fastmtp.evaluate.bench import Settings, run
+    from fastmtp.evaluate.journal import Journal
+    from fastmtp.evaluate.prompts import suite as read_suite
+
+    check_names(against, vanilla)
+    conversations = read_suite(suite, limit)
+    settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
+    loaded = open_target(target, options)
+    competitors, missing = lineup(against, loaded, target, drafting, vanilla)
+    try:
+        stated = asdict(settings) | {
+            "target": target,
+            "head": str(drafting.head) if drafting.head else None,
+            "suite": suite,
+            "limit": limit,
+            "draft_vocabulary": drafting.draft_vocabulary,
+            "competitors": [[competitor.name, competitor.version] for competitor in competitors],
+        }
+        journal = Journal(out / "answers.jsonl" if out else None, stated)
+        run(competitors, loaded, conversations, settings, journal)
+    finally:
+        for competitor in competitors:
+            competitor.close()
+    found = _document(loaded, competitors, drafting.draft, settings, journal, stated, audit_samples, missing)
+    if out is not None:
+        _write(found, out)
+    _report(found, as_json)
+    named = [name for name in missing if name in against]
+    if found["failed_cells"] or named or _breaks_promise(found):
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FILE [FILE]")
+@click.option("--html", type=click.Path(path_type=Path), help="write the page here")
+@click.option("--markdown", type=click.Path(path_type=Path), help="write the tables here, as Markdown")
+def report(files: tuple[Path, ...], html: Path | None, markdown: Path | None) -> None:
+    """Show what `bench --out` or `bench --json` measured; two files are compared."""
+    from fastmtp.evaluate import bench_report
+    from fastmtp.evaluate.document import read_document
+    from fastmtp.evaluate.page import page
+    from fastmtp.files import replacing
+    from fastmtp.progress import console
+
+    if len(files) > 2:
+        raise ValueError(f"report shows one run or compares two; {len(files)} files were given")
+    documents = [read_document(path) for path in files]
+    grids = [grid for document in documents for grid in bench_report.grids(document)]
+    if len(documents) == 2:
+        grids = [bench_report.compared(*documents)]
+    if html is not None:
+        with replacing(html) as temporary:
+            temporary.write_text(page(documents), encoding="utf-8")
+    if markdown is not None:
+        with replacing(markdown) as temporary:
+            temporary.write_text("\n".join(bench_report.markdown(one) for one in documents), encoding="utf-8")
+    for grid in grids:
+        console.print(bench_report.terminal(grid))
+    for document in documents:
+        click.echo(bench_report.headline(document))
 
 
 @click.command("bench-engine")
@@ -90,48 +196,78 @@ def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None
     )
 
 
-def _run_bench(
-    target: str,
-    options: EngineOptions,
-    drafting: DraftOptions,
-    conversations: list[Any],
-    max_new_tokens: int,
-    as_json: bool,
-    *,
-    stream: bool,
-) -> None:
-    from fastmtp.evaluate.compare import Comparison, compare_conversations
-    from fastmtp.evaluate.report import bench_json, comparison_table
+def _document(
+    target: Any,
+    competitors: Any,
+    main: str,
+    settings: Any,
+    journal: Any,
+    stated: dict[str, Any],
+    audit_samples: int,
+    missing: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    from fastmtp.evaluate.document import document
+    from fastmtp.evaluate.floor import floor
+    from fastmtp.provenance import machine, provenance
+
+    return document(
+        list(journal),
+        competitors,
+        main,
+        settings.sampling,
+        audit_samples,
+        target=target,
+        engine=competitors[0].backend.name,
+        machine=machine(),
+        floor=floor(target),
+        settings=stated,
+        missing=missing or {},
+        provenance=provenance(),
+    )
+
+
+def _report(document: dict[str, Any], as_json: bool, *, short: bool = False) -> None:
+    from fastmtp.evaluate import bench_report
     from fastmtp.progress import console
 
-    loaded = open_target(target, options)
-    backend, draft = open_backend(loaded, target, drafting)
-    if not draft:
-        raise ValueError(f"{target}: there is no head to compare with plain decoding; give --head DIR")
-    show = _Stream() if stream and not as_json else None
-    pairs = compare_conversations(
-        backend, loaded, conversations, draft=draft, max_new_tokens=max_new_tokens, show=show
-    )
-    total = Comparison.of(pairs)
     if not as_json:
         click.echo()
-        console.print(comparison_table(pairs))
-    finish(
-        as_json,
-        bench_json(pairs, engine=backend.name, draft=drafting.draft),
-        f"{total.speedup:.2f}x at tau {total.acceptance.tau:.2f}, {backend.name}; "
-        f"identical answers: {total.identical}/{total.pairs}",
-    )
+        for grid in [bench_report.by_benchmark(document)] if short else bench_report.grids(document):
+            console.print(bench_report.terminal(grid))
+        for said in [] if short else bench_report.remarks(document):
+            console.print(f"- {said}", markup=False, highlight=False, soft_wrap=True)
+    finish(as_json, document, bench_report.headline(document))
+
+
+def _write(document: dict[str, Any], out: Path) -> None:
+    from fastmtp.evaluate import bench_report
+    from fastmtp.evaluate.page import page
+    from fastmtp.files import replacing, write_json
+
+    write_json(out / "bench.json", document, indent=None)
+    for name, text in (("report.html", page([document])), ("report.md", bench_report.markdown(document))):
+        with replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _breaks_promise(document: dict[str, Any]) -> bool:
+    """Whether output differs from plain decoding's: greedy on the native engine, or its law at a temperature."""
+    audit = document["audit"]
+    if "p_values" in audit:
+        return any(p < audit["false_alarm_rate"] for p in audit["p_values"].values())
+    return bool(audit["differences"]) and document["engine"].startswith("native")
 
 
 class _Stream:
-    """Prints the pieces of a comparison under a headline for each answer."""
+    """Prints the pieces of answers, each answer under a headline."""
 
     def __init__(self) -> None:
-        self._current: tuple[str, str] | None = None
+        self._started = False
 
-    def __call__(self, kind: str, mode: str, piece: str) -> None:
-        if (kind, mode) != self._current:
-            click.echo(("\n\n" if self._current else "") + click.style(f"[{kind}, {mode}]", bold=True))
-            self._current = (kind, mode)
-        click.echo(piece, nl=False)
+    def announce(self, kind: str, name: str) -> None:
+        click.echo(("\n\n" if self._started else "") + click.style(f"[{kind}, {name}]", bold=True))
+        self._started = True
+
+    def show(self, piece: str) -> None:
+        if self._started:
+            click.echo(piece, nl=False)

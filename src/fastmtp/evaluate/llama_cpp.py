@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+from fastmtp.evaluate.process import EngineProcess
 from fastmtp.files import replacing
 from fastmtp.models.embedded import cache_directory
 from fastmtp.models.source import gguf_reader
@@ -56,16 +54,19 @@ def requantized(source: Path, kind: str) -> Path:
     return path
 
 
-def decode_speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> tuple[float, float]:
-    """Tokens a second of plain decoding and of prefill, by llama.cpp's own clock.
+def process(path: Path, context: int, threads: int, speculation: str | None = None) -> EngineProcess:
+    """llama.cpp with a model, in a process of its own; the caller closes it.
 
     Raises:
         ValueError: llama.cpp failed; the message holds its last words.
     """
-    request = {"path": str(path), "prompt": prompt, "new_tokens": new_tokens, "threads": threads}
-    command = [sys.executable, "-m", "fastmtp.evaluate.llama_cpp_process"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ValueError(f"{path}: llama.cpp failed: {done.stderr.strip()[-300:]}")
-    decoding, prefill = json.loads(done.stdout.splitlines()[-1])
-    return float(decoding), float(prefill)
+    settings = {"path": str(path), "context": context, "threads": threads, "speculation": speculation}
+    return EngineProcess("fastmtp.evaluate.llama_cpp_process", settings, f"{path}: llama.cpp")
+
+
+def decode_speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> tuple[float, float]:
+    """Tokens a second of plain decoding and of prefill, by llama.cpp's own clock."""
+    with process(path, len(prompt) + new_tokens + 16, threads) as engine:
+        request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
+        found = engine.ask(request)
+    return float(found["decode_per_second"]), float(found["prefill_per_second"])

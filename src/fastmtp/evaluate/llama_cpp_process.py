@@ -1,40 +1,43 @@
-"""One answer by llama.cpp, in a process of its own; reads a request from standard input and prints two speeds.
-
-Not inside our process: the OpenMP runtime spins less at its barriers as soon as two teams of threads exist in a
-process, which costs llama.cpp a third of its speed.
-"""
+"""llama.cpp in a process of its own (evaluate/process.py)."""
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Callable
+from typing import Any
 
 import xllamacpp
 
+from fastmtp.evaluate.process import serve
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    prompt, new_tokens, threads = request["prompt"], request["new_tokens"], request["threads"]
+
+def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A server for one sequence; `path`, `context`, `threads`, and the kind of `speculation`, which may be None."""
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = request["path"]
-    parameters.n_ctx = len(prompt) + new_tokens + 16
+    parameters.model.path = settings["path"]
+    parameters.n_ctx = settings["context"]
     parameters.n_parallel = 1
     parameters.n_gpu_layers = 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings["threads"]
     parameters.verbosity = -1
+    if settings["speculation"]:
+        kind = f"COMMON_SPECULATIVE_TYPE_{settings['speculation']}"
+        parameters.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
     server = xllamacpp.Server(parameters)
-    answer = server.handle_completions(
-        {
-            "prompt": prompt,
-            "n_predict": new_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        found = server.handle_completions({**request, "cache_prompt": False})
+        timings = found["timings"]
+        return {
+            "text": found["choices"][0]["text"],
+            "count": timings["predicted_n"],
+            "prefill_seconds": timings["prompt_ms"] / 1e3,
+            "decode_seconds": timings["predicted_ms"] / 1e3,
+            "decode_per_second": timings["predicted_per_second"],
+            "prefill_per_second": timings["prompt_per_second"],
         }
-    )
-    timings = answer["timings"]
-    print(json.dumps([timings["predicted_per_second"], timings["prompt_per_second"]]))
+
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

@@ -1,67 +1,70 @@
-"""Prompts to compare on: the built-in ones, and benchmark files."""
+"""Prompts to measure on: those in the package, the paper's seven benchmarks, and files of the user's."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
-# One for each kind of task that people bring; short, so that plain and speculative fit into a minute.
-BUILTIN: list[tuple[str, str]] = [
-    ("chat", "My neighbour plays loud music every evening. How can I ask her to stop without a quarrel?"),
-    ("code", "Write a Python function that returns the second largest number in a list, with a docstring."),
-    (
-        "mathematics",
-        "A box holds 3 red and 5 blue balls. I take two without looking. How likely are both blue?",
-    ),
-    ("question", "Why does the moon always show the same side to the earth?"),
-    (
-        "retrieval",
-        "The ferry to Harsk leaves at 7:40 and 16:15 from pier 3. Dogs travel free, bicycles cost 4 crowns. In "
-        "winter the second ferry is cancelled when the wind is stronger than 17 metres a second.\n\n"
-        "Using only this text: what does it cost to take a bicycle to Harsk, and when do I have to be at the pier?",
-    ),
-    (
-        "summary",
-        "Summarize: The town library will close for eight months from January while its roof is replaced. Until "
-        "then readers may borrow up to thirty books instead of ten, and nothing has to be returned before the "
-        "doors open again. The children's department moves to the old post office, where story time goes on every "
-        "Saturday. The council expects the work to cost two million, half of it paid by the region.",
-    ),
-    ("chinese", "请用中文介绍一下春天的天气。"),
-]
+from fastmtp.evaluate.benchmarks import fetch_benchmarks
+
+BUILTIN, PAPER = "builtin", "fastmtp7"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """User turns that are put to the model one after the other."""
+    """User turns, put to the model in turn; `answer` is the right one to the last, where it is known."""
 
     benchmark: str
+    id: str
     turns: list[str]
+    answer: str | None = None
+
+
+def suite(name: str, limit: int | None) -> list[Conversation]:
+    """Conversations of `builtin`, of `fastmtp7` (fetched at first use), or of a file or directory.
+
+    Args:
+        limit: at most so many of each benchmark.
+    Raises:
+        FileNotFoundError: no such file, a directory without JSONL files, or benchmarks that cannot be fetched.
+        ValueError: a line does not fit; it is named.
+    """
+    if name == BUILTIN:
+        found = builtin_conversations()
+    else:
+        found = read_conversations(fetch_benchmarks() if name == PAPER else Path(name))
+    return _limited(found, limit)
 
 
 def builtin_conversations() -> list[Conversation]:
-    return [Conversation(kind, [text]) for kind, text in BUILTIN]
+    """Six for each kind of task that people bring; the first of each kind is short."""
+    text = files("fastmtp.evaluate").joinpath("builtin.jsonl").read_text(encoding="utf-8")
+    return _read(Path("builtin.jsonl"), text)
 
 
-def read_conversations(path: Path, limit: int | None) -> list[Conversation]:
-    """Conversations from a JSONL file, or from all of a directory; at most `limit` of each file.
+def one_of_each(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The first conversation of each benchmark."""
+    return _limited(conversations, 1)
 
-    A line has `turns`, a list of user messages, and optionally `benchmark`; the file's name stands in for it.
 
-    Raises:
-        FileNotFoundError: no such file, or a directory without JSONL files.
-        ValueError: a line does not fit; it is named.
+def read_conversations(path: Path) -> list[Conversation]:
+    """Conversations from a JSONL file, or from all of a directory.
+
+    A line has `turns`, a list of user messages, and optionally `benchmark` (the file's name stands in for it), `id`
+    and `answer`, the right answer to the last turn.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not found or not found[0].is_file():
         raise FileNotFoundError(f"{path}: no such file, or a directory without .jsonl files")
-    return [conversation for file in files for conversation in _read(file)[:limit]]
+    return [conversation for file in found for conversation in _read(file, file.read_text(encoding="utf-8"))]
 
 
-def _read(path: Path) -> list[Conversation]:
+def _read(path: Path, text: str) -> list[Conversation]:
     conversations = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -71,5 +74,17 @@ def _read(path: Path) -> list[Conversation]:
         turns = row.get("turns") if isinstance(row, dict) else None
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
             raise ValueError(f"{path}, line {number}: needs `turns`, a list of user messages")
-        conversations.append(Conversation(row.get("benchmark", path.stem), turns))
+        benchmark, name, answer = row.get("benchmark", path.stem), row.get("id"), row.get("answer")
+        named = f"{path.stem}-{number}" if name is None else str(name)
+        conversations.append(Conversation(str(benchmark), named, turns, None if answer is None else str(answer)))
     return conversations
+
+
+def _limited(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
+    taken: dict[str, int] = {}
+    kept = []
+    for conversation in conversations:
+        taken[conversation.benchmark] = taken.get(conversation.benchmark, 0) + 1
+        if limit is None or taken[conversation.benchmark] <= limit:
+            kept.append(conversation)
+    return kept

@@ -1,0 +1,130 @@
+"""What is measured against plain decoding: our own ways to draft, and other engines on the same weights.
+
+All get the same token ids and say what came out and how long it took, prefill apart.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.backend import Backend
+from fastmtp.decode.costs import CONTEXT, TOGETHER, draft_task, forward_task, level_task, some_ids
+from fastmtp.decode.generation import Generation
+from fastmtp.decode.policy import Policy
+from fastmtp.evaluate.measured import MeasuredBackend
+from fastmtp.models.info import TargetInfo
+
+PLAIN = "plain"
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. What only our own engines know is empty for the others."""
+
+    tokens: list[int]
+    text: str
+    prefill_seconds: float
+    decode_seconds: float
+    count: int = 0  # of tokens, where an engine does not name them
+    rounds: list[int] = field(default_factory=list)  # tokens that each round settled, after the first token
+    verified: dict[int, int] = field(default_factory=dict)  # forwards by their tokens
+    draft_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # draft, verify, keep
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) or self.count
+
+
+class Competitor(Protocol):
+    """One way to decode. `reference` names the one whose greedy tokens it must give; None is one itself."""
+
+    name: str
+    version: str
+    reference: str | None
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer: ...
+
+    def close(self) -> None: ...
+
+
+class Own:
+    """Our decoding: plainly, in chains, or in trees."""
+
+    def __init__(
+        self,
+        name: str,
+        backend: Backend,
+        target: TargetInfo,
+        draft: int | Policy,
+        show: Callable[[str], None] | None = None,
+    ) -> None:
+        """Wrap a backend; `show` gets each piece of text as it comes."""
+        self.name = name
+        self.version = f"fastmtp {importlib.metadata.version('fastmtp')}, {backend.name}"
+        self.reference = None if name == PLAIN else PLAIN
+        self.backend = backend
+        self._backend, self._target, self._draft = MeasuredBackend(backend), target, draft
+        self._show = show
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
+        # No competitor may profit from another one's prompt cache.
+        self._backend.reset()
+        self._backend.forget()
+        generation = self._generation(prompt, max_new_tokens, sampling)
+        for piece in generation:
+            if self._show is not None:
+                self._show(piece)
+        result = generation.result
+        return Answer(
+            tokens=result.tokens,
+            text=result.text,
+            prefill_seconds=result.prefill_seconds,
+            decode_seconds=result.decode_seconds,
+            rounds=_cut(self._backend.rounds, len(result.tokens) - 1) if self._draft else [],
+            verified=dict(self._backend.verified),
+            draft_steps=self._backend.draft_steps,
+            seconds=dict(self._backend.seconds),
+        )
+
+    def sample(self, prompt: Sequence[int], new_tokens: int, sampling: SamplingConfig) -> tuple[int, ...]:
+        """A few tokens, untimed; the prompt's cache is used if it is there."""
+        return tuple(self._generation(prompt, new_tokens, sampling).run().tokens)
+
+    def close(self) -> None:
+        pass
+
+    def _generation(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Generation:
+        return Generation(
+            self._backend,
+            self._target,
+            prompt,
+            draft=self._draft,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def costs(self) -> dict[str, Any]:
+        """Milliseconds of a forward by its tokens, and of a draft step (a level of a tree); least of some turns."""
+        ids = some_ids(self._target.vocabulary_size, CONTEXT)
+        tasks = {str(count): forward_task(self._backend, ids, count) for count in TOGETHER}
+        if isinstance(self._draft, Policy):
+            tasks["draft"] = level_task(self._backend, ids)
+        elif self._draft:
+            tasks["draft"] = draft_task(self._backend, ids, self._draft)
+        turns = [{name: 1e3 * task() for name, task in tasks.items()} for _ in range(_REPEATS)]
+        least = {name: min(turn[name] for turn in turns) for name in tasks}
+        return {"draft_ms": least.pop("draft", 0.0), "forward_ms": least}
+
+
+def _cut(rounds: Sequence[int], tokens: int) -> list[int]:
+    """The end of the answer cuts its last round."""
+    cut: list[int] = []
+    for settled in rounds:
+        cut.append(min(settled, tokens - sum(cut)))
+    return cut

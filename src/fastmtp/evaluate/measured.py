@@ -1,0 +1,89 @@
+"""A backend that notes where the time of an answer goes, and in what pieces the answer came."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.backend import Backend, Candidates, Draft
+
+_T = TypeVar("_T")
+
+
+class MeasuredBackend:
+    """The Backend that it wraps, and what was asked of it since `forget`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.forget()
+
+    def forget(self) -> None:
+        self.seconds = {"draft": 0.0, "verify": 0.0, "keep": 0.0}
+        # Forwards by the tokens that each verified; draft steps or levels of draft trees.
+        self.verified: Counter[int] = Counter()
+        self.draft_steps = 0
+        # Tokens that each round settled.
+        self.rounds: list[int] = []
+
+    @property
+    def name(self) -> str:
+        return self._backend.name
+
+    @property
+    def device(self) -> torch.device:
+        return self._backend.device
+
+    @property
+    def draft_size(self) -> int:
+        return self._backend.draft_size
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self._backend.tokens
+
+    @property
+    def context_limit(self) -> int:
+        return self._backend.context_limit
+
+    def reset(self) -> None:
+        self._backend.reset()
+
+    def prefill(self, prompt: Sequence[int]) -> Tensor:
+        return self._backend.prefill(prompt)
+
+    def verify(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Tensor:
+        self.verified[len(tokens)] += 1
+        return self._timed("verify", lambda: self._backend.verify(tokens, parents))
+
+    def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
+        self.verified[len(tokens)] += 1
+        return self._timed("verify", lambda: self._backend.choices(tokens, parents))
+
+    def keep(self, nodes: Sequence[int]) -> None:
+        self.rounds.append(len(nodes))
+        self._timed("keep", lambda: self._backend.keep(nodes))
+
+    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
+        self.draft_steps += steps
+        return self._timed("draft", lambda: self._backend.draft(token, steps, sampling, generator))
+
+    def start_tree(self, token: int, width: int) -> Candidates:
+        self.draft_steps += 1
+        return self._timed("draft", lambda: self._backend.start_tree(token, width))
+
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        self.draft_steps += 1
+        return self._timed("draft", lambda: self._backend.extend_tree(parents, tokens, width))
+
+    def _timed(self, part: str, run: Callable[[], _T]) -> _T:
+        started = time.perf_counter()
+        try:
+            return run()
+        finally:
+            self.seconds[part] += time.perf_counter() - started

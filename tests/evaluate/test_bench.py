@@ -1,0 +1,325 @@
+"""The benchmark: who answered what, how figures come out of it, and what a report shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastmtp.config import SamplingConfig
+from fastmtp.evaluate import audit, bench_report, benchmarks
+from fastmtp.evaluate.bench import Settings, run
+from fastmtp.evaluate.competitors import Answer, Own
+from fastmtp.evaluate.document import document
+from fastmtp.evaluate.journal import Journal
+from fastmtp.evaluate.page import page
+from fastmtp.evaluate.prompts import Conversation, builtin_conversations, suite
+from fastmtp.evaluate.quality import right
+from fastmtp.evaluate.summary import differences, summarize
+from fastmtp.evaluate.transformers_process import start
+from fastmtp.models.target import Target
+from tests.conftest import tiny_target
+from tests.engines import Engine
+from tests.models.test_head import trained_looking_head
+
+GREEDY = Settings(8, 1, SamplingConfig())
+COSTS = {"forward_ms": {"1": 10.0, "4": 12.0}, "draft_ms": 1.0}
+OWN = {"plain": {"reference": None, "costs": COSTS}, "fast": {"reference": "plain", "costs": COSTS}}
+
+
+def line(benchmark: str, name: str, fast_seconds: float, **changes: Any) -> dict[str, Any]:
+    """A turn of 9 tokens: plainly 80 ms; drafted in two rounds of four, which should take 30 ms."""
+    plain = {
+        "tokens": list(range(9)),
+        "text": "",
+        "count": 0,
+        "prefill_seconds": 0.02,
+        "decode_seconds": 0.08,
+        "rounds": [],
+        "verified": {"1": 8},
+        "draft_steps": 0,
+        "seconds": {"draft": 0.0, "verify": 0.08, "keep": 0.0},
+    }
+    fast = plain | {
+        "decode_seconds": fast_seconds,
+        "rounds": [4, 4],
+        "verified": {"4": 2},
+        "draft_steps": 6,
+        "seconds": {"draft": 0.006, "verify": 0.024, "keep": 0.0},
+    }
+    cells = {"plain": plain, "fast": fast | changes}
+    return {
+        "key": f"{benchmark}/{name}",
+        "benchmark": benchmark,
+        "id": name,
+        "turn": 0,
+        "repeat": 0,
+        "cells": cells,
+    }
+
+
+def test_figures() -> None:
+    """Speed is of the tokens after the first; a benchmark's is that of its tokens together; means weigh equally."""
+    lines = [line("a", "1", 0.02), line("a", "2", 0.06), line("b", "1", 0.08)]
+    found = summarize(lines, OWN, "fast", greedy=True)
+    by_hand = found["benchmarks"]["a"]["competitors"]["fast"]
+    assert by_hand["tokens_per_second"] == pytest.approx(16 / 0.08)
+    assert found["benchmarks"]["a"]["speedup"] == pytest.approx(2.0)
+    assert found["benchmarks"]["b"]["speedup"] == pytest.approx(1.0)
+    assert found["mean"]["speedup"] == pytest.approx(1.5)
+    assert found["mean"]["tau"] == 4
+    assert found["mean"]["cumulative"][:4] == [1, 1, 1, 0]
+    assert found["mean"]["conditional"][:4] == [1, 1, 1, 0]
+    assert found["mean"]["verified_per_round"] == 4
+    assert found["identical"] == {"same": 3, "total": 3}
+    # Of two prompts with 4.0x and 1.33x a resampled pair has one of three speedups.
+    assert found["benchmarks"]["a"]["speedup_interval"] == pytest.approx([8 / 6, 4.0])
+    assert found["benchmarks"]["b"]["speedup_interval"] is None
+
+
+def test_prediction_is_what_the_costs_say() -> None:
+    """If rounds take what was timed, the predicted speedup is the measured one, and nothing is left over."""
+    found = summarize([line("a", "1", 0.03)], OWN, "fast", greedy=True)["mean"]
+    assert found["predicted_speedup"] == pytest.approx(found["speedup"]) == pytest.approx(80 / 30)
+    assert found["measured_over_predicted"] == pytest.approx({"verify": 1.0, "draft": 1.0})
+    assert found["split"] == pytest.approx({"draft": 0.2, "verify": 0.8, "keep": 0.0, "rest": 0.0})
+
+
+def test_a_failed_cell_costs_itself_only() -> None:
+    """The other competitors keep all their answers; ratios are over the turns that both have."""
+    lines = [line("a", "1", 0.02), line("a", "2", 0.04)]
+    lines[0]["cells"]["fast"] = {"error": "out of memory"}
+    found = summarize(lines, OWN, "fast", greedy=True)
+    assert found["failed_cells"] == 1
+    figures = found["benchmarks"]["a"]["competitors"]
+    assert (figures["fast"]["answers"], figures["fast"]["failed"], figures["plain"]["answers"]) == (1, 1, 2)
+    assert figures["fast"]["speedup"] == pytest.approx(2.0)
+
+
+def test_a_difference_is_found_where_it_is() -> None:
+    """One other token in one answer: counted, and named by its place."""
+    other = [0, 1, 2, 3, 99, 5, 6, 7, 8]
+    lines = [line("a", "1", 0.02), line("a", "2", 0.02, tokens=other)]
+    assert summarize(lines, OWN, "fast", greedy=True)["identical"] == {"same": 1, "total": 2}
+    assert differences(lines, OWN) == [{"key": "a/2", "competitor": "fast", "token": 4}]
+
+
+class Failing:
+    """A competitor that answers nothing."""
+
+    name, version, reference = "broken", "0", None
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
+        raise ValueError("cannot")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[Own]:
+    llama = tiny_target("llama")
+    backend = Engine().backend(llama, trained_looking_head(llama))
+    return [Own("plain", backend, llama, 0), Own("chain:3", backend, llama, 3)]
+
+
+CONVERSATIONS = [
+    Conversation("a", "a-1", ["one", "two"]),
+    Conversation("a", "a-2", ["three"]),
+    Conversation("b", "b-1", ["four"], "C"),
+]
+
+
+def test_a_run_goes_on_where_it_stopped(pair: list[Own], llama: Target, tmp_path: Path) -> None:
+    """What the journal holds is not asked again; a half-written line is; other settings are refused."""
+    path, settings = tmp_path / "answers.jsonl", {"max_new_tokens": 8}
+    run([*pair, Failing()], llama, CONVERSATIONS, GREEDY, Journal(path, settings))
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 5
+    assert json.loads(lines[1])["cells"]["broken"] == {"error": "cannot"}
+    # The second turn follows plain decoding's answer to the first.
+    first, second = json.loads(lines[1]), json.loads(lines[2])
+    answered = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": first["cells"]["plain"]["text"]},
+    ]
+    assert second["prompt"] == llama.encode_chat([*answered, {"role": "user", "content": "two"}])
+
+    path.write_text("".join(lines[:3]) + lines[3][:20])
+    run([*pair, Failing()], llama, CONVERSATIONS, GREEDY, Journal(path, settings))
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:3] == lines[:3]
+    assert [json.loads(one).get("key") for one in again] == [json.loads(one).get("key") for one in lines]
+    with pytest.raises(ValueError, match=r"other settings \(max_new_tokens\)"):
+        Journal(path, {"max_new_tokens": 9})
+
+
+@pytest.fixture(scope="module")
+def written(pair: list[Own]) -> dict[str, Any]:
+    """The document of a small run, as it comes back from a file."""
+    llama, journal = tiny_target("llama"), Journal(None, {})
+    competitors = [*pair, Failing()]
+    run(competitors, llama, CONVERSATIONS, GREEDY, journal)
+    facts: dict[str, Any] = {
+        "target": llama,
+        "engine": "torch",
+        "machine": "a machine",
+        "floor": {"bytes": 1e6, "bandwidth_gb_s": 10.0, "ms": 0.1},
+        "settings": {},
+        "missing": {"llama.cpp:Q8_0": "not installed"},
+        "provenance": {"created": "today", "command": "fastmtp bench"},
+    }
+    found = document(list(journal), competitors, "chain:3", SamplingConfig(), 1, **facts)
+    return json.loads(json.dumps(found))
+
+
+def test_document(written: dict[str, Any]) -> None:
+    """Every answer is identical, and a piece of each benchmark is shown; what failed is counted, not compared."""
+    assert written["identical"] == {"same": 4, "total": 4}
+    assert written["audit"] == {"differences": []}
+    assert written["failed_cells"] == 4
+    assert written["competitors"]["broken"]["tokens_per_second"] is None
+    assert [sample["benchmark"] for sample in written["samples"]] == ["a", "b"]
+    chain = written["competitors"]["chain:3"]
+    assert chain["rounds"] * chain["tau"] == pytest.approx(chain["tokens"] - chain["answers"])
+    assert written["benchmarks"]["b"]["competitors"]["plain"]["right"]["total"] == 1
+
+
+def test_reports_come_from_the_document_alone(written: dict[str, Any]) -> None:
+    """Tables, Markdown and page name every benchmark and competitor; the page asks no other place for anything."""
+    for text in (page([written]), bench_report.markdown(written)):
+        for name in (*written["benchmarks"], *written["competitors"], "llama.cpp:Q8_0"):
+            assert name in text
+        assert not re.search(r"(src|href)=|https?://|@import", text)
+    assert "identical: 4/4" in bench_report.headline(written)
+    slower = json.loads(json.dumps(written))
+    for figures in (slower["mean"], *slower["benchmarks"].values()):
+        figures["speedup"] /= 2
+    grid = bench_report.compared(written, slower)
+    assert {row[3] for row in [*grid.rows, *grid.totals]} == {"-50 %"}
+    assert page([written, slower]).count("<h1>") == 2
+
+
+def test_margins_are_the_targets(pair: list[Own], llama: Target) -> None:
+    """The margin at a difference is the target's own between its two best tokens there."""
+    journal = Journal(None, {})
+    run(pair, llama, CONVERSATIONS[:1], GREEDY, journal)
+    key = "0/0/0"
+    (found,) = audit.with_margins(
+        [{"key": key, "competitor": "x", "token": 3}], {key: journal[key]}, pair[0].backend
+    )
+    tokens = journal[key]["cells"]["plain"]["tokens"]
+    logits = pair[0].backend.prefill([*journal[key]["prompt"], *tokens[:3]])
+    assert int(logits.argmax()) == tokens[3]
+    best = logits.topk(2).values
+    assert found["margin"] == pytest.approx(float(best[0] - best[1]), abs=1e-5)
+
+
+def test_the_test_of_the_law_tells_laws_apart() -> None:
+    """Of one law it says "different" as often as its threshold says; of another law, always."""
+    generator = np.random.default_rng(1)
+    law, other = [0.5, 0.3, 0.1, 0.1], [0.35, 0.45, 0.1, 0.1]
+
+    def p_value(left: list[float], right: list[float]) -> float:
+        samples = [[generator.choice(4, 500, p=p).tolist() for _ in range(2)] for p in (left, right)]
+        return audit.same_law(*samples)
+
+    same = [p_value(law, law) for _ in range(100)]
+    assert sum(p < 0.05 for p in same) <= 12
+    assert min(same) > audit.FALSE_ALARMS
+    assert max(p_value(law, other) for _ in range(5)) < audit.FALSE_ALARMS
+
+
+def test_the_law_of_drafted_output(pair: list[Own]) -> None:
+    """Rejection sampling draws what plain decoding draws; drafting without it would be noticed."""
+    sampling = SamplingConfig(temperature=1.0, top_k=3)
+    prompts = [[1, 2, 3], [4, 5]]
+    found = audit.sampled(pair[0], pair[1:], prompts, 100, sampling)
+    assert found["p_values"]["chain:3"] > audit.FALSE_ALARMS
+
+    class Greedy(Own):
+        def sample(self, prompt: Sequence[int], new_tokens: int, sampling: SamplingConfig) -> tuple[int, ...]:
+            return super().sample(prompt, new_tokens, SamplingConfig())
+
+    wrong = Greedy("wrong", pair[0].backend, pair[0]._target, 3)
+    assert audit.sampled(pair[0], [wrong], prompts, 100, sampling)["p_values"]["wrong"] < audit.FALSE_ALARMS
+
+
+def test_transformers_decodes_the_same(pair: list[Own], llama: Target, tmp_path: Path) -> None:
+    """`generate`, plainly and with prompt lookup, gives plain decoding's tokens of a tiny model."""
+    llama.model.save_pretrained(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    prompt = llama.encode_chat([{"role": "user", "content": "one two one two"}])
+    expected = pair[0].answer(prompt, 12, SamplingConfig()).tokens
+    for lookup in (0, 4):
+        settings = {"target": str(tmp_path), "dtype": "float32", "device": "cpu", "threads": 1, "lookup": lookup}
+        request = {"prompt": prompt, "new_tokens": 12, "sampling": {"do_sample": False}, "seed": 0}
+        found = start(settings)(request)
+        assert found["tokens"] == expected
+        assert min(found["prefill_seconds"], found["decode_seconds"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("So the probability is \\boxed{\\dfrac{5}{14}}.", "5/14", True),
+        ("\\boxed{1} is wrong, \\boxed{\\sqrt{2}} is right", "\\sqrt{2}", True),
+        ("3 dozen are 36, so 1,400 in all.", "1400", True),
+        ("It is 7.", "8", False),
+        ("no number at all", "8", False),
+        ("答案是C。", "C", True),
+        ("A good question. The answer is B", "B", True),
+        ("D. Because A is wrong", "D", True),
+        ("It is none.", "A", False),
+    ],
+)
+def test_right_answers(text: str, answer: str, expected: bool) -> None:
+    assert right(text, answer) == expected
+
+
+def test_builtin_suite() -> None:
+    """At least six prompts for each of the seven kinds, in English and Chinese, each with a name of its own."""
+    found = builtin_conversations()
+    kinds = [conversation.benchmark for conversation in found]
+    assert len(set(kinds)) == 7
+    assert min(map(kinds.count, kinds)) >= 6
+    assert len({conversation.id for conversation in found}) == len(found)
+    assert len(suite("builtin", 2)) == 14
+
+
+def test_the_papers_benchmarks_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven files with turns, and right answers where the data has them; the second time without a network."""
+    asked = [
+        {"question_id": n, "category": c, "turns": [c]}
+        for n, c in enumerate(("writing", "qa", "rag", "summarization", "translation"))
+    ]
+    rows = {
+        "json": [row | {"question_content": "code"} for row in asked],
+        "HuggingFaceH4/MATH-500": [{"problem": "1 + 1", "answer": "2"}],
+        "ceval/ceval-exam": [{"question": "?", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "B"}],
+    }
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda path, *_, **__: rows[path]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(benchmarks, "cache_directory", lambda: tmp_path)
+    found = suite("fastmtp7", 1)
+    names = {"mt_bench", "livecodebench", "math_500", "nq_rag", "nq_qa", "cnn_dm", "c_eval"}
+    assert {conversation.benchmark for conversation in found} == names
+    assert {one.benchmark for one in found if one.answer} == {"math_500", "c_eval"}
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    fake.load_dataset = offline  # type: ignore[attr-defined]
+    assert suite("fastmtp7", 1) == found
+    monkeypatch.setattr(benchmarks, "cache_directory", lambda: tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="cannot be fetched: no network; give --suite DIR"):
+        suite("fastmtp7", 1)
+    assert not (tmp_path / "elsewhere").exists() or not list((tmp_path / "elsewhere").iterdir())
