@@ -6,37 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmtp.api import Model, load
     from fastmtp.config import SamplingConfig
-    from fastmtp.decode.generation import Generation
-    from fastmtp.decode.native_backend import NativeBackend
-    from fastmtp.decode.torch_backend import TorchBackend
-    from fastmtp.models.head_format import load_head, load_native_head
-    from fastmtp.models.native import load_native_target
-    from fastmtp.models.shipped import shipped_head
-    from fastmtp.models.target import load_target
+    from fastmtp.decode.generation import Generation, Result
 
-__all__ = [
-    "Generation",
-    "NativeBackend",
-    "SamplingConfig",
-    "TorchBackend",
-    "load_head",
-    "load_native_head",
-    "load_native_target",
-    "load_target",
-    "shipped_head",
-]
+__all__ = ["Generation", "Model", "Result", "SamplingConfig", "load"]
 
 _HOMES = {
     "Generation": "decode.generation",
-    "NativeBackend": "decode.native_backend",
+    "Model": "api",
+    "Result": "decode.generation",
     "SamplingConfig": "config",
-    "TorchBackend": "decode.torch_backend",
-    "load_head": "models.head_format",
-    "load_native_head": "models.head_format",
-    "load_native_target": "models.native",
-    "load_target": "models.target",
-    "shipped_head": "models.shipped",
+    "load": "api",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
-from fastmtp.decode.costs import CONTEXT, TOGETHER, draft_task, forward_task, level_task, some_ids
+from fastmtp.decode.costs import TOGETHER, draft_task, forward_task, level_task, some_ids
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.policy import Policy
 from fastmtp.evaluate.measured import MeasuredBackend
@@ -109,9 +109,13 @@ class Own:
             max_new_tokens=max_new_tokens,
         )
 
-    def costs(self) -> dict[str, Any]:
-        """Milliseconds of a forward by its tokens, and of a draft step (a level of a tree); least of some turns."""
-        ids = some_ids(self._target.vocabulary_size, CONTEXT)
+    def costs(self, context: int) -> dict[str, Any]:
+        """Milliseconds of a forward by its tokens, and of a draft step (a level of a tree); least of some turns.
+
+        Args:
+            context: tokens before them.
+        """
+        ids = some_ids(self._target.vocabulary_size, context)
         tasks = {str(count): forward_task(self._backend, ids, count) for count in TOGETHER}
         if isinstance(self._draft, Policy):
             tasks["draft"] = level_task(self._backend, ids)

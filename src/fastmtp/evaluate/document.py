@@ -36,12 +36,14 @@ def document(
         facts: what the caller knows of the run; taken over as they are.
     """
     greedy = sampling.temperature == 0
+    # Costs are timed where the answers were, so that they can be compared.
+    context = int(median(len(line["prompt"]) + length(line["cells"][PLAIN]) // 2 for line in lines))
     owns = [competitor for competitor in competitors if isinstance(competitor, Own)]
     known = {
         competitor.name: {
             "version": competitor.version,
             "reference": competitor.reference,
-            **({"costs": competitor.costs()} if isinstance(competitor, Own) else {}),
+            **({"costs": competitor.costs(context)} if isinstance(competitor, Own) else {}),
         }
         for competitor in competitors
     }
@@ -53,6 +55,7 @@ def document(
         "main": main,
         **facts,
         **summary,
+        "costs_context": context,
         "audit": _audited(lines, owns, known, sampling, samples),
         "steadiness": _steadiness(lines),
         "samples": list(_views(lines, main, facts["target"])) if main != PLAIN else [],

@@ -55,7 +55,7 @@ def _run(document: Document) -> dict[str, Any]:
         "splits": [(name, [(part, 100 * split[part]) for part in _PARTS]) for name, split in splits.items()],
         "samples": document["samples"],
         "versions": [(name, found["version"]) for name, found in competitors.items()],
-        "grids": bench_report.grids(document),
+        "grids": [*bench_report.grids(document), bench_report.speedups(document)],
     }
 
 

@@ -1,0 +1,67 @@
+"""The library as its documentation shows it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastmtp import SamplingConfig, load
+from fastmtp.models.head_format import save_head
+from fastmtp.models.target import load_target
+from fastmtp.vocabulary.lists import VocabularyLists
+from tests.conftest import tiny_target
+from tests.models.test_head import trained_looking_head
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny model and a head for it, in directories."""
+    directory = tmp_path_factory.mktemp("api")
+    target = tiny_target("qwen2")
+    target.model.save_pretrained(directory / "model")
+    target.tokenizer.save_pretrained(directory / "model")
+    target = load_target(str(directory / "model"), device="cpu")
+    lists = VocabularyLists({"all": [257, *range(120)]})
+    save_head(
+        directory / "head", trained_looking_head(target), target, draft_steps=3, vocabulary=lists, provenance={}
+    )
+    return {"target": str(directory / "model"), "head": str(directory / "head")}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_documented_examples_run(page: str, arguments: dict[str, str]) -> None:
+    """The Python blocks of a page, one after the other, in one program; on a tiny model instead of the embedded."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    tiny = "target={target!r}, head={head!r}".format(**arguments)
+    program = "\n".join(blocks).replace('load("smollm2"', f"load({tiny}")
+    assert tiny in program
+    exec(compile(program, page, "exec"), {})
+
+
+def test_the_same_answer_every_way(arguments: dict[str, str]) -> None:
+    """Greedy answers do not depend on what is drafted, nor on the cache that an answer before left behind."""
+    plain, trees = load(**arguments, draft="plain"), load(**arguments)
+    expected = plain.generate("one two", max_new_tokens=20)
+    assert trees.generate("one two", max_new_tokens=20).tokens == expected.tokens
+    stream = trees.stream([{"role": "user", "content": "one two"}], max_new_tokens=20)
+    assert "".join(stream) == expected.text
+    assert stream.result.tokens == expected.tokens
+
+
+def test_drawing_is_repeatable(arguments: dict[str, str]) -> None:
+    model = load(**arguments)
+    first, second, other = (
+        model.generate("one", max_new_tokens=20, sampling=SamplingConfig(temperature=1.0, seed=seed)).tokens
+        for seed in (1, 1, 2)
+    )
+    assert first == second != other
+
+
+def test_messages_are_not_continued_as_text(arguments: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="raw continues a text"):
+        load(**arguments).generate([{"role": "user", "content": "x"}], raw=True)
