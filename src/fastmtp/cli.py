@@ -10,6 +10,7 @@ import click
 
 from fastmtp.cli_bench import bench, bench_engine, demo, report
 from fastmtp.cli_data import data, distill
+from fastmtp.cli_export import export, import_, verify_export
 from fastmtp.cli_head import head as head_commands
 from fastmtp.cli_train import train
 from fastmtp.cli_vocab import vocab
@@ -49,7 +50,20 @@ def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
 
 
-for command in (distill, data, train, vocab, head_commands, demo, bench, report, bench_engine):
+for command in (
+    distill,
+    data,
+    train,
+    vocab,
+    head_commands,
+    demo,
+    bench,
+    report,
+    bench_engine,
+    export,
+    import_,
+    verify_export,
+):
     commands.add_command(command)
 
 

@@ -1,0 +1,42 @@
+"""Export of a head into an overlay of the checkpoint whose MTP layer it replaces: `fastmtp head write-back`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.job import Job
+from fastmtp.models.checkpoint_head import find_head, write_back
+
+OPTIONS: tuple[str, ...] = ()
+CONVENTION = (
+    "The checkpoint's own: the key names, the order of the projection's halves, and the state that the model's "
+    "engine gives to its MTP layer."
+)
+DRAFTS_FROM = "full"
+
+
+def write(job: Job, directory: Path) -> None:
+    directory.rmdir()  # the overlay is a directory that is not there yet
+    write_back(job.target.source, job.head, directory)
+
+
+def guide(job: Job) -> str:
+    return f"""## Use
+
+This directory is `{job.target.source}` with the head in place of its MTP layer. Its other files are
+links, so keep the target where it is. Give it to an engine as the model, with the engine's own switch for
+multi-token prediction, e.g.
+
+    vllm serve DIR --speculative-config '{{"method": "mtp", "num_speculative_tokens": {job.draft_steps}}}'"""
+
+
+def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    return find_head(str(directory)).tensors()
+
+
+def verify(directory: Path, manifest: Manifest) -> Verification:
+    read_head(directory, manifest)
+    return Verification(replayed_by=None)

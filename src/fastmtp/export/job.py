@@ -1,0 +1,71 @@
+"""What is exported: a target by its name, a head that was checked against it, and the engine's options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastmtp.models.head_format import read_description, read_head_tensors
+from fastmtp.models.layers import skeleton
+from fastmtp.models.source import Source, locate, reading
+from fastmtp.models.target import Target
+from fastmtp.models.weights import Weights, open_weights
+from fastmtp.vocabulary.lists import VocabularyLists
+
+
+@dataclass(frozen=True)
+class Job:
+    """A head to export.
+
+    Attributes:
+        target: the target's configuration, tokenizer and shapes, without memory for its weights.
+        tensors: the head's, under the names of `MTPHead`, as they are on disk.
+        vocabulary: the head's draft vocabularies.
+        draft_steps: K that the head was trained for.
+        options: those of the engine's `OPTIONS` that were given.
+    """
+
+    target: Target
+    source: Source
+    head: Path
+    tensors: Mapping[str, Tensor]
+    vocabulary: VocabularyLists
+    draft_steps: int
+    options: Mapping[str, Any]
+
+    @property
+    def config(self) -> Any:
+        return self.target.config
+
+    @property
+    def kind(self) -> str:
+        """The architecture, as transformers calls it."""
+        return str(self.config.model_type)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The target's tensors, to be read a piece at a time."""
+        with reading(self.source):
+            return open_weights(self.source, self.config)
+
+
+def open_job(name: str, head: Path, options: Mapping[str, Any]) -> Job:
+    """
+    Raises:
+        FileNotFoundError: the target, the head, or one of their files is missing.
+        ValueError: the head is not one for this target; every mismatch is named.
+    """
+    source = locate(name)
+    with reading(source):
+        config = source.read_any_config().get_text_config()
+        model = skeleton(config)
+        if (settings := source.read_generation_config()) is not None:
+            model.generation_config = settings
+        target = Target(model, source.read_tokenizer(), name)
+    vocabulary, steps = read_description(head, target)
+    return Job(target, source, head, read_head_tensors(head, target), vocabulary, steps, options)

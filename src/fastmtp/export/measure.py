@@ -1,0 +1,36 @@
+"""A short measurement of a head in our engine, for the README of an export."""
+
+from __future__ import annotations
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.decode.backend import Backend
+from fastmtp.decode.generation import Generation
+from fastmtp.evaluate.prompts import BUILTIN
+from fastmtp.export.package import Measured
+from fastmtp.models.info import TargetInfo
+
+NEW_TOKENS = 64
+
+
+def prompts(target: TargetInfo) -> list[list[int]]:
+    """The built-in prompts as token ids, what an export is measured and verified on."""
+    return [target.encode_chat([{"role": "user", "content": text}]) for _, text in BUILTIN]
+
+
+def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabulary: str) -> Measured:
+    """Greedy acceptance of chains of K on the built-in prompts."""
+    parts = []
+    asked = prompts(target)
+    for ids in asked:
+        backend.reset()
+        generation = Generation(
+            backend,
+            target,
+            ids,
+            draft=draft_steps,
+            sampling=SamplingConfig(temperature=0.0),
+            max_new_tokens=NEW_TOKENS,
+        )
+        parts.append(generation.run().acceptance)
+    return Measured(backend.name, draft_vocabulary, len(asked), NEW_TOKENS, Acceptance.total(parts))
