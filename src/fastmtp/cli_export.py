@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.export.registry import MODULES, engine_named
+from fastmtp.export.registry import GGUF_TYPES, MODULES, engine_named
 from fastmtp.session import EngineOptions, finish, json_option, open_target, target_option
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 @target_option
 @click.option("--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="directory to write")
+@click.option(
+    "--type", type=click.Choice(GGUF_TYPES), help=f"llama.cpp: of the weights  [default: {GGUF_TYPES[0]}]"
+)
+@click.option("--split", is_flag=True, help="llama.cpp: the target and the head in a file each")
 @click.option("--force", is_flag=True, help="replace an export that is there")
 @click.option(
     "--measure/--no-measure", default=True, help="measure acceptance on the built-in prompts, for README.md"
@@ -51,9 +55,9 @@ def export(
     directory = head or shipped_head(target)
     if directory is None:
         raise ValueError(f"{target}: no head ships for this target; train one and give --head DIR")
-    job = open_job(target, directory, given)
+    job = open_job(target, directory, out, given)
     measured = _measured(job, engine.DRAFTS_FROM) if measure else None
-    manifest = write_export(engine_name, job, out, measured, force=force)
+    manifest = write_export(engine_name, job, measured, force=force)
     tau = "" if measured is None else f", tau {measured.acceptance.tau:.2f} in chains of {job.draft_steps}"
     finish(as_json, {**manifest, "out": str(out)}, f"{engine_name} export in {out}{tau}; see {out / 'README.md'}")
 
@@ -95,11 +99,13 @@ def _measured(job: Job, drafts_from: str) -> Measured | None:
     from fastmtp.drafting import backend_of
     from fastmtp.export.measure import measure
     from fastmtp.models.info import ONLY_TORCH, SUPPORTED
+    from fastmtp.vocabulary.lists import VocabularyLists
 
     if job.kind not in (*SUPPORTED, *ONLY_TORCH):
         click.echo(f"fastmtp: acceptance is not measured: {job.kind} does not run in fastmtp", err=True)
         return None
     options = EngineOptions("torch") if job.kind in ONLY_TORCH else EngineOptions(dtype="bfloat16")
     target = open_target(job.target.source, options)
-    backend, _ = backend_of(target, job.head, drafts_from)
+    lists = VocabularyLists.of(job.vocabulary.union()) if job.vocabulary.lists else VocabularyLists({})
+    backend, _ = backend_of(target, job.head, lists if drafts_from == "union" else drafts_from)
     return measure(target, backend, job.draft_steps, drafts_from)

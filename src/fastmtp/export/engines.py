@@ -6,10 +6,11 @@ read back (package.py); so an engine knows nothing of the command line. It provi
 
 - `OPTIONS`: the names of the command's options that it takes; they come in `Job.options` if they were given.
 - `CONVENTION`: how its graph reads the head, in words, for the README.
-- `DRAFTS_FROM`: full or listed, what --draft-vocabulary is in our engine when it drafts as this one does.
+- `DRAFTS_FROM`: what our engine is to draft from when it drafts as this one does: full (all tokens), union (of all
+  the head's lists), or what else --draft-vocabulary can be.
 - `write`: write its files into an empty directory; refuse what it cannot carry with a ValueError that names what
   it can. Tensors of the target are read a piece at a time, through `Job.weights`.
-- `guide`: the README's commands, as Markdown; DIR stands for the export's directory.
+- `guide`: the README's commands, as Markdown; DIR stands for the export's directory, and is replaced.
 - `read_head`: the head's tensors from these files, under the names of `MTPHead`. In any dtype: they are cast to the
   ones that the head had, which changes no bit where the stored type holds them exactly.
 - `verify`: run the export in the engine, and say what differs. Without the engine installed it says so in
@@ -25,6 +26,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastmtp.decode.acceptance import Acceptance
 from fastmtp.export.job import Job
 
 Manifest = Mapping[str, Any]
@@ -32,7 +34,7 @@ Manifest = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Verification:
-    """What a replay of an export in its engine gave.
+    """What a replay of an export in its engine gave, on the prompts of measure.py.
 
     Attributes:
         replayed_by: the engine and its version; None if it is not installed.
@@ -40,6 +42,8 @@ class Verification:
         answers: how many answers were compared; identical: how many were the same with and without the head.
         problems: what is wrong, a line each.
         facts: more to show, such as tokens a second.
+        parts: for each answer its text and its rounds, if the engine tells them apart. Then acceptance is compared
+            on the answers whose text is the same as at export: elsewhere the difference is the text's.
     """
 
     replayed_by: str | None
@@ -48,6 +52,7 @@ class Verification:
     identical: int = 0
     problems: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    parts: list[tuple[str, Acceptance]] = field(default_factory=list)
 
 
 class Engine(Protocol):

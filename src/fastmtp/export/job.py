@@ -27,6 +27,7 @@ class Job:
         tensors: the head's, under the names of `MTPHead`, as they are on disk.
         vocabulary: the head's draft vocabularies.
         draft_steps: K that the head was trained for.
+        out: where the export will be.
         options: those of the engine's `OPTIONS` that were given.
     """
 
@@ -36,6 +37,7 @@ class Job:
     tensors: Mapping[str, Tensor]
     vocabulary: VocabularyLists
     draft_steps: int
+    out: Path
     options: Mapping[str, Any]
 
     @property
@@ -54,7 +56,7 @@ class Job:
             return open_weights(self.source, self.config)
 
 
-def open_job(name: str, head: Path, options: Mapping[str, Any]) -> Job:
+def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Job:
     """
     Raises:
         FileNotFoundError: the target, the head, or one of their files is missing.
@@ -68,4 +70,4 @@ def open_job(name: str, head: Path, options: Mapping[str, Any]) -> Job:
             model.generation_config = settings
         target = Target(model, source.read_tokenizer(), name)
     vocabulary, steps = read_description(head, target)
-    return Job(target, source, head, read_head_tensors(head, target), vocabulary, steps, options)
+    return Job(target, source, head, read_head_tensors(head, target), vocabulary, steps, out, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.generation import Generation
 from fastmtp.evaluate.prompts import BUILTIN
@@ -20,9 +19,8 @@ def prompts(target: TargetInfo) -> list[list[int]]:
 
 def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabulary: str) -> Measured:
     """Greedy acceptance of chains of K on the built-in prompts."""
-    parts = []
-    asked = prompts(target)
-    for ids in asked:
+    results = []
+    for ids in prompts(target):
         backend.reset()
         generation = Generation(
             backend,
@@ -32,5 +30,6 @@ def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabu
             sampling=SamplingConfig(temperature=0.0),
             max_new_tokens=NEW_TOKENS,
         )
-        parts.append(generation.run().acceptance)
-    return Measured(backend.name, draft_vocabulary, len(asked), NEW_TOKENS, Acceptance.total(parts))
+        results.append(generation.run())
+    parts = [(result.text, result.acceptance) for result in results]
+    return Measured(backend.name, draft_vocabulary, NEW_TOKENS, parts)

@@ -32,9 +32,12 @@ class Measured:
 
     engine: str
     draft_vocabulary: str
-    answers: int
     new_tokens: int
-    acceptance: Acceptance
+    parts: list[tuple[str, Acceptance]]  # of each answer
+
+    @property
+    def acceptance(self) -> Acceptance:
+        return Acceptance.total(part for _, part in self.parts)
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -47,7 +50,7 @@ def check_free(out: Path, *, force: bool) -> None:
         raise ValueError(f"{out}: exists and is no export (it has no {MANIFEST}), so --force does not replace it")
 
 
-def write_export(name: str, job: Job, out: Path, measured: Measured | None, *, force: bool) -> dict[str, Any]:
+def write_export(name: str, job: Job, measured: Measured | None, *, force: bool) -> dict[str, Any]:
     """Write an export whole, or nothing.
 
     Returns:
@@ -55,6 +58,7 @@ def write_export(name: str, job: Job, out: Path, measured: Measured | None, *, f
     Raises:
         ValueError: the engine cannot carry this target or head, or `out` exists.
     """
+    out = job.out
     check_free(out, force=force)
     engine = engine_named(name)
     with replacing(out) as temporary:
@@ -68,7 +72,7 @@ def write_export(name: str, job: Job, out: Path, measured: Measured | None, *, f
         again = _cast(engine.read_head(temporary, manifest), manifest)
         manifest["exact"] = _same(again, job.tensors)
         write_json(temporary / MANIFEST, manifest)
-        (temporary / "README.md").write_text(_readme(engine, name, job, manifest))
+        (temporary / "README.md").write_text(_readme(engine, name, job, manifest).replace("DIR", str(out)))
     return manifest
 
 
@@ -121,10 +125,10 @@ def _manifest(engine_name: str, job: Job, measured: Measured | None) -> dict[str
         else {
             "engine": measured.engine,
             "draft_vocabulary": measured.draft_vocabulary,
-            "answers": measured.answers,
             "new_tokens": measured.new_tokens,
             "acceptance": measured.acceptance.cumulative,
             "tau": measured.acceptance.tau,
+            "answers": [{"text": text, "rounds": part.rounds, "kept": part.kept} for text, part in measured.parts],
         },
         "provenance": provenance(),
     }
@@ -172,7 +176,7 @@ def _acceptance(measured: Mapping[str, Any] | None) -> str:
     shares = measured["acceptance"]
     steps = "".join(f"| {step} | {100 * share:.1f} % |\n" for step, share in enumerate(shares, 1))
     return (
-        f"Share of rounds that kept the first k drafts, greedy, {measured['answers']} answers of up to "
+        f"Share of rounds that kept the first k drafts, greedy, {len(measured['answers'])} answers of up to "
         f"{measured['new_tokens']} tokens\nto the built-in prompts, by {measured['engine']}, draft vocabulary "
         f"{measured['draft_vocabulary']}; tau {measured['tau']:.2f}.\n\n| k | kept |\n|---|---|\n{steps}"
     ).rstrip()

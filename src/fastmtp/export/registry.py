@@ -9,8 +9,12 @@ if TYPE_CHECKING:
     from fastmtp.export.engines import Engine
 
 MODULES = {
+    "llama.cpp": "fastmtp.export.llama_cpp",
+    "transformers": "fastmtp.export.custom_generate",
     "checkpoint": "fastmtp.export.checkpoint",
 }
+# Of the weights in a GGUF file, the default first; here, where the command can name them without heavy imports.
+GGUF_TYPES = ("BF16", "F16", "F32", "Q8_0", "Q4_0")
 
 
 def engine_named(name: str) -> Engine:

@@ -1,0 +1,125 @@
+"""Export to transformers: a directory for `model.generate(custom_generate=DIR, trust_remote_code=True)`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.export import generate_script
+from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.generate_script import FILE
+from fastmtp.export.job import Job
+from fastmtp.export.measure import NEW_TOKENS, prompts
+from fastmtp.models.info import ALIASES, ONLY_TORCH, SUPPORTED
+from fastmtp.models.target import load_target
+
+OPTIONS: tuple[str, ...] = ()
+CONVENTION = (
+    "fastmtp's own: the head takes the target's state after its final norm (`last_hidden_state`) and feeds back "
+    "its own state after `final_norm`; `input_proj` takes [hidden, embedding]; the state of position t and the "
+    "token of t + 1 are put at position t. Drafts come from all of the head's lists together (`draft_ids`)."
+)
+DRAFTS_FROM = "union"
+_IDS = "draft_ids"
+
+
+def write(job: Job, directory: Path) -> None:
+    if job.kind not in (*SUPPORTED, *ONLY_TORCH):
+        known = ", ".join((*SUPPORTED, *ALIASES, *ONLY_TORCH))
+        raise ValueError(f"{job.target.source}: --to transformers supports {known}, not {job.kind}")
+    tensors = {name: tensor.contiguous() for name, tensor in job.tensors.items()}
+    if job.vocabulary.lists:
+        tensors[_IDS] = torch.tensor(job.vocabulary.union(), dtype=torch.int64)
+    facts = {
+        "format": "pt",
+        "draft_steps": str(job.draft_steps),
+        "hidden_size": str(job.config.hidden_size),
+        "vocab_size": str(job.config.vocab_size),
+    }
+    save_file(tensors, directory / FILE, metadata=facts)
+    (directory / "custom_generate").mkdir()
+    # transformers runs a copy of the script, which is not told where the original is.
+    script = inspect.getsource(generate_script).replace(
+        'DIRECTORY = ""', f"DIRECTORY = {str(job.out.absolute())!r}"
+    )
+    (directory / "custom_generate" / "generate.py").write_text(script)
+
+
+def guide(job: Job) -> str:
+    place = repr(job.source.place)
+    if job.source.gguf is not None:
+        place += f", gguf_file={job.source.gguf.name!r}"
+    return f"""## Use
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained({place})
+    model = AutoModelForCausalLM.from_pretrained({place})
+    prompt = [{{"role": "user", "content": "Why is the sky blue?"}}]
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**inputs, max_new_tokens=256, custom_generate="DIR", trust_remote_code=True)
+
+`trust_remote_code` lets transformers run `custom_generate/generate.py`, which needs torch, transformers and
+safetensors. Greedy answers are those of plain `generate`, sampled ones have its distribution. It takes the
+arguments of `generate`, for one sequence at a time, and besides `mtp_steps=K`, `mtp_rounds=LIST` (gets the number
+of kept drafts of each round) and `mtp_head=DIRECTORY` if this directory was moved."""
+
+
+def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    path = directory / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the export is not whole")
+    return {name: tensor for name, tensor in load_file(path).items() if name != _IDS}
+
+
+def verify(directory: Path, manifest: Manifest) -> Verification:
+    read_head(directory, manifest)
+    target, steps = load_target(manifest["target"]["source"]), int(manifest["head"]["draft_steps"])
+    drafting = {"custom_generate": str(directory), "trust_remote_code": True, "mtp_head": str(directory)}
+    parts, plain_texts, seconds = [], [], {"plain": 0.0, "drafting": 0.0}
+    for ids in prompts(target):
+        texts = {}
+        rounds: list[int] = []
+        for name, arguments in {"plain": {}, "drafting": {**drafting, "mtp_rounds": rounds}}.items():
+            started = time.perf_counter()
+            texts[name] = _answer(target, ids, arguments)
+            seconds[name] += time.perf_counter() - started
+        plain_texts.append(texts["plain"])
+        parts.append((texts["drafting"], Acceptance.of(rounds, steps)))
+    identical = sum(plain == text for plain, (text, _) in zip(plain_texts, parts, strict=True))
+    exact = target.dtype == torch.float32
+    problems = []
+    if identical < (len(parts) if exact else len(parts) / 2):
+        problems.append(f"only {identical} of {len(parts)} answers are the same with and without the head")
+    return Verification(
+        f"transformers {importlib.metadata.version('transformers')}, {target.device.type}, {str(target.dtype)[6:]}",
+        Acceptance.total(part for _, part in parts).cumulative,
+        len(parts),
+        identical,
+        problems,
+        {f"{name} seconds": value for name, value in seconds.items()},
+        parts,
+    )
+
+
+def _answer(target: Any, ids: list[int], arguments: dict[str, Any]) -> str:
+    inputs = torch.tensor([ids], device=target.device)
+    sequence = target.model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=sorted(target.end_ids) or None,
+        pad_token_id=0,
+        **arguments,
+    )
+    return str(target.decode(sequence[0, len(ids) :].tolist()))

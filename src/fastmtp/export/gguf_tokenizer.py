@@ -1,0 +1,110 @@
+"""A tokenizer and chat template as GGUF keys: a GGUF file's own, or those of a byte-level BPE tokenizer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+from gguf import GGUFValueType as Value
+
+from fastmtp.export.job import Job
+from fastmtp.models.source import gguf_reader
+
+# A key's value, its type, and the type of the items if it is an array.
+Keys = dict[str, tuple[Any, Value, Value | None]]
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+# What llama.cpp calls a way of splitting text into words before merges.
+_SPLITS = {
+    _SHORT_FORMS + _WORDS % r"\p{N}": "qwen2",
+    _SHORT_FORMS + _WORDS % r"\p{N}{1,3}": "llama-bpe",
+}
+
+
+def tokenizer_keys(job: Job) -> Keys:
+    """
+    Raises:
+        ValueError: a tokenizer whose splitting of words is not known here.
+    """
+    if job.source.gguf is not None:
+        fields = gguf_reader(job.source.gguf).fields
+        return {
+            name: (field.contents(), field.types[0], field.types[-1] if field.types[0] == Value.ARRAY else None)
+            for name, field in fields.items()
+            if name.startswith(("tokenizer.", "general.")) and name not in _OF_THE_FILE
+        }
+    return _general(job) | _byte_level(job)
+
+
+_OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
+
+
+def _general(job: Job) -> Keys:
+    return {
+        "general.type": ("model", Value.STRING, None),
+        "general.name": (job.target.source.rstrip("/").rsplit("/", 1)[-1], Value.STRING, None),
+    }
+
+
+def _byte_level(job: Job) -> Keys:
+    tokenizer = job.target.tokenizer
+    facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    split = _split(facts)
+    if split is None:
+        raise ValueError(
+            f"{job.target.source}: its tokenizer splits words in a way that is not known here; give the target as "
+            "a .gguf file, as llama.cpp's convert_hf_to_gguf.py makes it: its tokenizer is carried over"
+        )
+    tokens, types = _tokens(tokenizer, job.target.vocabulary_size)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in facts["model"]["merges"]]
+    keys: Keys = {
+        "tokenizer.ggml.model": ("gpt2", Value.STRING, None),
+        "tokenizer.ggml.pre": (split, Value.STRING, None),
+        "tokenizer.ggml.tokens": (tokens, Value.ARRAY, Value.STRING),
+        "tokenizer.ggml.token_type": (types, Value.ARRAY, Value.INT32),
+        "tokenizer.ggml.merges": (merges, Value.ARRAY, Value.STRING),
+    }
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for ours, theirs in names.items():
+        if (token := getattr(tokenizer, f"{ours}_token_id")) is not None:
+            keys[f"tokenizer.ggml.{theirs}_token_id"] = (token, Value.UINT32, None)
+    around = tokenizer.encode("a")
+    for name, place in (("bos", 0), ("eos", -1)):
+        added = around[place] == getattr(tokenizer, f"{name}_token_id")
+        keys[f"tokenizer.ggml.add_{name}_token"] = (added, Value.BOOL, None)
+    if tokenizer.chat_template:
+        keys["tokenizer.chat_template"] = (tokenizer.chat_template, Value.STRING, None)
+    return keys
+
+
+def _split(facts: dict[str, Any]) -> str | None:
+    """llama.cpp's name for how words are split; None if it is not known."""
+    steps = facts.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    if facts["model"]["type"] != "BPE" or facts["model"].get("byte_fallback") or not steps:
+        return None
+    *before, last = steps
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    match [step.get("type") for step in before]:
+        case []:
+            # Without merges every way of splitting gives the same bytes.
+            return "gpt-2" if last.get("use_regex") or not facts["model"]["merges"] else None
+        case ["Digits"] if before[0]["individual_digits"] and last.get("use_regex"):
+            return "smollm"
+        case ["Split"] if not last.get("use_regex"):
+            return _SPLITS.get(before[0]["pattern"].get("Regex"))
+    return None
+
+
+def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
+    """Every id's text, and its kind."""
+    kind = gguf.TokenType
+    tokens, types = [f"[PAD{token}]" for token in range(size)], [int(kind.UNUSED)] * size
+    for text, token in tokenizer.get_vocab().items():
+        tokens[token], types[token] = text, int(kind.NORMAL)
+    for token, added in tokenizer.added_tokens_decoder.items():
+        types[token] = int(kind.CONTROL if added.special else kind.USER_DEFINED)
+    return tokens, types

@@ -1,0 +1,175 @@
+"""Export to llama.cpp: GGUF files that the stock programs draft from with `--spec-type draft-mtp`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.evaluate import llama_cpp
+from fastmtp.export import gguf_layout
+from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.gguf_file import write_gguf
+from fastmtp.export.gguf_tokenizer import tokenizer_keys
+from fastmtp.export.job import Job
+from fastmtp.export.measure import NEW_TOKENS, prompts
+from fastmtp.export.registry import GGUF_TYPES
+from fastmtp.models.source import describe, gguf_reader
+
+OPTIONS = ("type", "split")
+CONVENTION = (
+    "Architecture `glm4moe`. The head takes the target's state after its final norm and feeds back its own state "
+    "after `shared_head_norm`; `eh_proj` takes [embedding, hidden] (fastmtp's `input_proj` with the halves of its "
+    "columns exchanged); the state of position t and the token of t + 1 are put at position t + 1. Every draft "
+    "step scores the full vocabulary: llama.cpp has no reduced one."
+)
+DRAFTS_FROM = "full"
+
+_ONE, _TRUNK, _HEAD = "model.gguf", "trunk.gguf", "head.gguf"
+
+
+def write(job: Job, directory: Path) -> None:
+    gguf_layout.check(job)
+    kind, keys = str(job.options.get("type", GGUF_TYPES[0])), {**tokenizer_keys(job), **gguf_layout.keys(job)}
+    shared, trunk, head = (list(part(job)) for part in (gguf_layout.shared, gguf_layout.trunk, gguf_layout.head))
+    files: dict[str, Iterable[gguf_layout.Stored]] = {_ONE: [*shared, *trunk, *head]}
+    if job.options.get("split"):
+        files = {_TRUNK: [*shared, *trunk], _HEAD: [*shared, *head]}
+    for name, tensors in files.items():
+        write_gguf(directory / name, keys, tensors, kind)
+
+
+def guide(job: Job) -> str:
+    model = f"-m DIR/{_TRUNK} -md DIR/{_HEAD}" if job.options.get("split") else f"-m DIR/{_ONE}"
+    plain = f"-m DIR/{_TRUNK}" if job.options.get("split") else f"-m DIR/{_ONE}"
+    context, limit = gguf_layout.context_length(job), job.target.context_limit
+    window = (
+        f"\nThis graph has no sliding window, so the context ends where the target's window does, {context}.\n"
+        if context < limit
+        else ""
+    )
+    return f"""## Use
+
+    llama-server {model} --spec-type draft-mtp --spec-draft-n-max {job.draft_steps}
+
+Where a round costs more than it gains (few cores), draft less, and only what the head is sure of:
+
+    llama-server {model} --spec-type draft-mtp --spec-draft-n-max 1
+    llama-server {model} --spec-type draft-mtp --spec-draft-n-max {job.draft_steps} --spec-draft-p-min 0.6
+
+Plainly, to compare with:
+
+    llama-server {plain}
+
+Add `-c N` for a shorter context than {context}. The server's log says how many drafts were accepted.
+{window}"""
+
+
+def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    path = directory / (_HEAD if manifest["options"].get("split") else _ONE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the export is not whole")
+    reader = gguf_reader(path)
+    last = int(reader.fields[f"{gguf_layout.ARCHITECTURE}.block_count"].contents()) - 1
+    block = f"blk.{last}."
+    return gguf_layout.head_of(
+        {
+            tensor.name.removeprefix(block): torch.from_numpy(
+                gguf.dequantize(tensor.data, tensor.tensor_type).copy()
+            )
+            for tensor in reader.tensors
+            if tensor.name.startswith(block)
+        }
+    )
+
+
+def verify(directory: Path, manifest: Manifest) -> Verification:
+    read_head(directory, manifest)
+    if (version := llama_cpp.version()) is None:
+        return Verification(None)
+    split, steps = manifest["options"].get("split"), int(manifest["head"]["draft_steps"])
+    model, head = directory / (_TRUNK if split else _ONE), directory / _HEAD if split else None
+    target = describe(manifest["target"]["source"])
+    asked = prompts(target)
+    plain = replay(model, asked, chats=target.tokenizer.chat_template is not None)
+    drafted = replay(model, asked, draft_steps=steps, head=head)
+    pairs = list(zip(plain["texts"], drafted["texts"], strict=True))
+    identical = sum(without == having for without, having in pairs)
+    problems = [f"prompt {number}: {problem}" for number, problem in enumerate(plain["chats"], 1) if problem]
+    # llama.cpp's arithmetic depends on how many tokens it verifies together, so near-ties may fall differently.
+    if 2 * identical < len(pairs):
+        problems.append(f"only {identical} of {len(pairs)} answers are the same with and without the head")
+    kept = [Acceptance.of(rounds, steps) for rounds in drafted["accepted"]]
+    if len(kept) != len(pairs) or not any(part.rounds for part in kept):
+        return Verification(
+            f"xllamacpp {version}", problems=["llama.cpp drafted nothing, or its log tells no rounds"]
+        )
+    speeds = {"plain tokens/s": plain["tokens_per_second"], "drafting tokens/s": drafted["tokens_per_second"]}
+    return Verification(
+        f"xllamacpp {version}",
+        Acceptance.total(kept).cumulative,
+        len(pairs),
+        identical,
+        problems,
+        speeds,
+        list(zip(drafted["texts"], kept, strict=True)),
+    )
+
+
+def replay(
+    model: Path,
+    asked: list[list[int]],
+    *,
+    draft_steps: int = 0,
+    head: Path | None = None,
+    least_probability: float = 0.0,
+    chats: bool = False,
+) -> dict[str, Any]:
+    """Greedy answers by llama.cpp, in a process of its own (as evaluate/llama_cpp_process.py says why).
+
+    Args:
+        asked: prompts as token ids.
+        draft_steps: K; 0 decodes plainly.
+        head: the file of the head, if it is not in `model`.
+        least_probability: --spec-draft-p-min.
+        chats: ask for the built-in prompts by llama.cpp's own template and tokenizer too.
+    Returns:
+        texts; accepted, by answer the kept drafts of each round; tokens_per_second; chats, what differs in each.
+    Raises:
+        ValueError: llama.cpp failed; the message holds its last words.
+    """
+    request = {
+        "model": str(model),
+        "head": str(head or ""),
+        "prompts": asked,
+        "new_tokens": NEW_TOKENS,
+        "threads": torch.get_num_threads(),  # OMP_NUM_THREADS, else the physical cores
+        "draft_steps": draft_steps,
+        "least_probability": least_probability,
+        "chats": chats,
+    }
+    command = [sys.executable, "-m", "fastmtp.export.llama_cpp_process"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        raise ValueError(f"{model}: llama.cpp failed: {done.stderr.strip()[-300:]}")
+    answers: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**answers, "accepted": _accepted(done.stderr)}
+
+
+def _accepted(log: str) -> list[list[int]]:
+    """By answer the kept drafts of each round, which only the log tells."""
+    rounds: dict[str, list[int]] = {}
+    for task, what in re.findall(r"\| task (\d+) \| (processing task|accepted +\d+/ *\d+ draft tokens)", log):
+        answer = rounds.setdefault(task, [])
+        if what.startswith("accepted"):
+            answer.append(int(what.split()[1].partition("/")[0]))
+    return list(rounds.values())
