@@ -21,7 +21,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.distill.domains import language
-from fastmtp.evaluate.prompts import builtin_conversations, one_of_each
+from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.models.head_format import load_head, load_native_head
 from fastmtp.models.native import NativeTarget, WeightType, load_native_target
 from fastmtp.models.shipped import shipped_head
@@ -43,7 +43,7 @@ def test_replayed_acceptance_is_the_decoders() -> None:
     assert directory is not None
     head, vocabulary, steps = load_head(directory, target)
     ids_D = torch.tensor(vocabulary.union())
-    for text in (conversation.turns[0] for conversation in one_of_each(builtin_conversations())[:4]):
+    for text in short_prompts()[:4]:
         prompt = target.encode_chat([{"role": "user", "content": text}])
         result = Generation(
             TorchBackend(target, head, vocabulary, places=0),

@@ -25,7 +25,7 @@ from fastmtp.decode.native_batch import NativeBatch
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.evaluate import llama_cpp
-from fastmtp.evaluate.prompts import builtin_conversations, one_of_each
+from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.models.native import NativeHead, NativeTarget
 from fastmtp.models.source import locate
 from fastmtp.progress import bar
@@ -210,8 +210,7 @@ def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Task]:
 def _rounds(target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists | None, draft_steps: int) -> Rounds:
     """Plain and speculative decoding in turn, around ROUNDS_CONTEXT tokens of context."""
     backend = NativeBackend(target, head, vocabulary)
-    texts = [conversation.turns[0] for conversation in one_of_each(builtin_conversations())]
-    prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(texts)}])
+    prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(short_prompts())}])
     prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
     for _ in range(_REPEATS):

@@ -50,6 +50,11 @@ def one_of_each(conversations: Sequence[Conversation]) -> list[Conversation]:
     return _limited(conversations, 1)
 
 
+def short_prompts() -> list[str]:
+    """One text of each kind of the built-in ones, for short measurements."""
+    return [conversation.turns[0] for conversation in one_of_each(builtin_conversations())]
+
+
 def read_conversations(path: Path) -> list[Conversation]:
     """Conversations from a JSONL file, or from all of a directory.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import xllamacpp
 
-from fastmtp.evaluate.prompts import BUILTIN
+from fastmtp.evaluate.prompts import short_prompts
 
 _TELLS_ROUNDS = 5
 
@@ -27,7 +27,7 @@ def main() -> None:
             {
                 "texts": [answer["choices"][0]["text"] for answer in answers],
                 "tokens_per_second": sum(answer["timings"]["predicted_n"] for answer in answers) / seconds,
-                "chats": [_chat(server, *pair) for pair in zip(BUILTIN, request["prompts"], strict=True)]
+                "chats": [_chat(server, *pair) for pair in zip(short_prompts(), request["prompts"], strict=True)]
                 if request["chats"]
                 else [],
             }
@@ -53,9 +53,9 @@ def _parameters(request: dict[str, Any]) -> xllamacpp.CommonParams:
     return parameters
 
 
-def _chat(server: xllamacpp.Server, asked: tuple[str, str], prompt: list[int]) -> str:
+def _chat(server: xllamacpp.Server, asked: str, prompt: list[int]) -> str:
     """What differs between a prompt and what llama.cpp's own template and tokenizer make of its text."""
-    messages = [{"role": "user", "content": asked[1]}]
+    messages = [{"role": "user", "content": asked}]
     server.handle_completions({"prompt": prompt, "n_predict": 1, "cache_prompt": True})
     answer = server.handle_chat_completions({"messages": messages, "max_tokens": 1, "cache_prompt": True})
     usage = answer["usage"]

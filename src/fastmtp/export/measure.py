@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.generation import Generation
-from fastmtp.evaluate.prompts import BUILTIN
+from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.package import Measured
 from fastmtp.models.info import TargetInfo
 
@@ -14,7 +14,7 @@ NEW_TOKENS = 64
 
 def prompts(target: TargetInfo) -> list[list[int]]:
     """The built-in prompts as token ids, what an export is measured and verified on."""
-    return [target.encode_chat([{"role": "user", "content": text}]) for _, text in BUILTIN]
+    return [target.encode_chat([{"role": "user", "content": text}]) for text in short_prompts()]
 
 
 def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabulary: str) -> Measured:
