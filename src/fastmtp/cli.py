@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from fastmtp.cli_accelerate import accelerate
 from fastmtp.cli_bench import bench, bench_engine, demo, report
 from fastmtp.cli_data import data, distill
 from fastmtp.cli_export import export, import_, verify_export
@@ -51,6 +52,7 @@ def commands() -> None:
 
 
 for command in (
+    accelerate,
     distill,
     data,
     train,

@@ -114,7 +114,7 @@ def bench(
     try:
         stated = asdict(settings) | {
             "target": target,
-            "head": str(drafting.head) if drafting.head else None,
+            "head": _head_sha256(target, drafting.head),
             "suite": suite,
             "limit": limit,
             "draft_vocabulary": drafting.draft_vocabulary,
@@ -194,6 +194,15 @@ def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None
         f"{report.plain_tokens_per_second:.0f} tokens/s plain, {report.forward_ms[1]:.2f} ms a forward, "
         f"{100 * report.floor_ms / report.forward_ms[1]:.0f}% of the memory's bandwidth",
     )
+
+
+def _head_sha256(target: str, head: Path | None) -> str | None:
+    """Hash of the head that is measured, so that a run does not go on with another one."""
+    from fastmtp.files import file_sha256
+    from fastmtp.models.shipped import shipped_head
+
+    directory = head or shipped_head(target)
+    return None if directory is None else file_sha256(directory / "model.safetensors")
 
 
 def _document(

@@ -43,6 +43,7 @@ class DistillConfig:
     """Self-distillation: which answers the target gives, and how they are stored."""
 
     count: int = setting(1000, "exchanges to make when the model writes its own prompts")
+    minutes: float = setting(0.0, "begin no exchange after so many minutes; 0 is no limit")
     mix: str = setting("", "kinds of the model's own prompts and weights: code=3,chinese=1; empty is a default mix")
     max_new_tokens: int = setting(512, "an answer that is longer is marked as truncated")
     max_prompt_tokens: int = setting(320, "longest prompt that the model may write for itself")
@@ -63,6 +64,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for name in ("count", "max_new_tokens", "max_prompt_tokens", "slots", "shard_rows", "concurrency"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.minutes >= 0, "minutes", self.minutes, "0 (no limit) or more")
         _check(0 <= self.greedy_share <= 1, "greedy_share", self.greedy_share, "from 0 to 1")
         _check(self.timeout > 0, "timeout", self.timeout, "above 0")
         _check(self.retries >= 0, "retries", self.retries, "0 or more")

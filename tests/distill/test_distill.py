@@ -133,6 +133,21 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+def test_the_time_limit_ends_nothing_that_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the minutes no exchange is begun; those under way are finished, and another run has all of the rest."""
+    target = talkative()
+    clock = iter(range(10_000))
+    # A second passes at every look at the clock: the limit is reached with the first slots filled.
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    limited = DistillConfig(**{**vars(CONFIG), "minutes": 0.1})
+    summary = distill(TorchBatch(target), limited, tmp_path / "data", None)
+    assert 0 < summary.exchanges == len(rows(tmp_path / "data")) < 12
+    monkeypatch.undo()
+    distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
+    distill(TorchBatch(target), CONFIG, tmp_path / "whole", None)
+    assert rows(tmp_path / "data") == rows(tmp_path / "whole")
+
+
 def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
     """A chat log is answered in its context; an answer that is there is kept; an empty one is none."""
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "c"}]

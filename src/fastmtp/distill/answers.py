@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from fastmtp.progress import bar
 from fastmtp.provenance import provenance
 
 # These may change between a run and its continuation without changing any exchange.
-FREE_SETTINGS = ("count", "slots", "shard_rows", "concurrency", "timeout", "retries")
+FREE_SETTINGS = ("count", "minutes", "slots", "shard_rows", "concurrency", "timeout", "retries")
 
 Decode = Callable[[deque[Request], int], Iterator[Completion]]
 
@@ -80,7 +80,9 @@ def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts
     done = finished_indices(out)
     total = config.count if listed is None else len(listed)
     remaining = [index for index in range(total) if index not in done]
-    work = (opening(config.seed, i, mix) if listed is None else listed[i] for i in remaining)
+    work = (
+        opening(config.seed, i, mix) if listed is None else listed[i] for i in _until(remaining, config.minutes)
+    )
     writer = ShardWriter(out, config.shard_rows)
     if isinstance(engine, Endpoints):
         decode, width = engine.decode, config.concurrency
@@ -103,6 +105,15 @@ def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts
         if engine.refused and not summary.exchanges:
             raise ValueError(f"every request was refused: {engine.refusal}")
     return summary
+
+
+def _until(indices: Sequence[int], minutes: float) -> Iterator[int]:
+    """Indices, as long as there is time; what was begun is finished, so that short answers are not preferred."""
+    started = time.monotonic()
+    for index in indices:
+        if minutes and time.monotonic() - started > 60 * minutes:
+            return
+        yield index
 
 
 def _exchanges(
