@@ -16,7 +16,7 @@ STATE = "accelerate.json"
 _ANSWERED, _TRAINED = 0.2, 0.22
 # Reading the model again and again, the lists, the benchmark and the export take some minutes (of a short run a
 # share), and a share of the budget.
-_OTHER_MINUTES, _OTHER_MOST, _OTHER_SHARE = 3.0, 0.3, 0.1
+_OTHER_MINUTES, _OTHER_MOST, _OTHER_SHARE = 4.0, 0.4, 0.1
 # Tokens that the default budget answers and trains on; more is better, slowly.
 _DEFAULT_TOKENS = 1_000_000
 # More passes over the same answers teach little.

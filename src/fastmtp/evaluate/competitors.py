@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
-from fastmtp.decode.costs import TOGETHER, draft_task, forward_task, level_task, some_ids
+from fastmtp.decode.costs import TOGETHER, Task, draft_task, forward_task, level_task, some_ids
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.policy import Policy
 from fastmtp.evaluate.measured import MeasuredBackend
@@ -109,21 +109,22 @@ class Own:
             max_new_tokens=max_new_tokens,
         )
 
-    def costs(self, context: int) -> dict[str, Any]:
-        """Milliseconds of a forward by its tokens, and of a draft step (a level of a tree); least of some turns.
-
-        Args:
-            context: tokens before them.
-        """
+    def forward_ms(self, context: int) -> dict[str, float]:
+        """Milliseconds of a forward by its tokens, after so many tokens of context; the least of some turns."""
         ids = some_ids(self._target.vocabulary_size, context)
-        tasks = {str(count): forward_task(self._backend, ids, count) for count in TOGETHER}
+        return _least_ms({str(count): forward_task(self._backend, ids, count) for count in TOGETHER})
+
+    def draft_ms(self, context: int) -> float:
+        """Milliseconds of a draft step, or of a level of a tree; 0 if nothing is drafted."""
+        ids = some_ids(self._target.vocabulary_size, context)
         if isinstance(self._draft, Policy):
-            tasks["draft"] = level_task(self._backend, ids)
-        elif self._draft:
-            tasks["draft"] = draft_task(self._backend, ids, self._draft)
-        turns = [{name: 1e3 * task() for name, task in tasks.items()} for _ in range(_REPEATS)]
-        least = {name: min(turn[name] for turn in turns) for name in tasks}
-        return {"draft_ms": least.pop("draft", 0.0), "forward_ms": least}
+            return _least_ms({"draft": level_task(self._backend, ids)})["draft"]
+        return _least_ms({"draft": draft_task(self._backend, ids, self._draft)})["draft"] if self._draft else 0.0
+
+
+def _least_ms(tasks: dict[str, Task]) -> dict[str, float]:
+    turns = [{name: 1e3 * task() for name, task in tasks.items()} for _ in range(_REPEATS)]
+    return {name: min(turn[name] for turn in turns) for name in tasks}
 
 
 def _cut(rounds: Sequence[int], tokens: int) -> list[int]:

@@ -38,12 +38,17 @@ def document(
     greedy = sampling.temperature == 0
     # Costs are timed where the answers were, so that they can be compared.
     context = int(median(len(line["prompt"]) + length(line["cells"][PLAIN]) // 2 for line in lines))
+    forward_ms = competitors[0].forward_ms(context) if isinstance(competitors[0], Own) else {}
     owns = [competitor for competitor in competitors if isinstance(competitor, Own)]
     known = {
         competitor.name: {
             "version": competitor.version,
             "reference": competitor.reference,
-            **({"costs": competitor.costs(context)} if isinstance(competitor, Own) else {}),
+            **(
+                {"costs": {"forward_ms": forward_ms, "draft_ms": competitor.draft_ms(context)}}
+                if isinstance(competitor, Own)
+                else {}
+            ),
         }
         for competitor in competitors
     }

@@ -136,12 +136,20 @@ def _mean(
     """Means over benchmarks of what can be averaged, sums of what is counted."""
 
     def mean(key: str) -> float | None:
-        values = [figures[key] for figures in by_benchmark if figures[key] is not None]
+        values = [figures[key] for figures in by_benchmark if figures.get(key) is not None]
         return float(np.mean(values)) if values else None
 
     cells = [cell for line in lines if "error" not in (cell := line["cells"][name])]
     judged = [figures["right"] for figures in by_benchmark if figures["right"]]
-    averaged = ("tokens_per_second", "speedup", "first_token_ms", "tokens_per_second_with_prefill", "tau")
+    averaged: tuple[str, ...] = (
+        "tokens_per_second",
+        "speedup",
+        "first_token_ms",
+        "tokens_per_second_with_prefill",
+        "tau",
+    )
+    if _own(facts):
+        averaged += ("predicted_speedup",)
     return {
         **_drafting(cells, facts),
         **{key: mean(key) for key in averaged},
