@@ -41,7 +41,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nfastmtp: stopped; distill and train go on from here with the same command", err=True)
+        click.echo("\nfastmtp: stopped; the same command goes on from here (bench: with --out)", err=True)
         sys.exit(130)
 
 

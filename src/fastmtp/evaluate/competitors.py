@@ -19,7 +19,7 @@ from fastmtp.evaluate.measured import MeasuredBackend
 from fastmtp.models.info import TargetInfo
 
 PLAIN = "plain"
-_REPEATS = 5
+_REPEATS = 3
 
 
 @dataclass(frozen=True)
