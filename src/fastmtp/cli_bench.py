@@ -225,7 +225,7 @@ def _document(
         main,
         settings.sampling,
         audit_samples,
-        target=target,
+        target,
         engine=competitors[0].backend.name,
         machine=machine(),
         floor=floor(target),

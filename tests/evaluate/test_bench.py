@@ -168,7 +168,6 @@ def written(pair: list[Own]) -> dict[str, Any]:
     competitors = [*pair, Failing()]
     run(competitors, llama, CONVERSATIONS, GREEDY, journal)
     facts: dict[str, Any] = {
-        "target": llama,
         "engine": "torch",
         "machine": "a machine",
         "floor": {"bytes": 1e6, "bandwidth_gb_s": 10.0, "ms": 0.1},
@@ -176,7 +175,7 @@ def written(pair: list[Own]) -> dict[str, Any]:
         "missing": {"llama.cpp:Q8_0": "not installed"},
         "provenance": {"created": "today", "command": "fastmtp bench"},
     }
-    found = document(list(journal), competitors, "chain:3", SamplingConfig(), 1, **facts)
+    found = document(list(journal), competitors, "chain:3", SamplingConfig(), 1, llama, **facts)
     return json.loads(json.dumps(found))
 
 

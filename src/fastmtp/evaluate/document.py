@@ -27,6 +27,7 @@ def document(
     main: str,
     sampling: SamplingConfig,
     samples: int,
+    target: TargetInfo,
     **facts: Any,
 ) -> dict[str, Any]:
     """Figures, the audit, the machine's steadiness, and answers to look at.
@@ -58,14 +59,15 @@ def document(
     return {
         "format": FORMAT,
         "main": main,
+        "target": target.source,
         **facts,
         **summary,
         "costs_context": context,
         "audit": _audited(lines, owns, known, sampling, samples),
         "steadiness": _steadiness(lines),
-        "samples": list(_views(lines, main, facts["target"])) if main != PLAIN else [],
+        "samples": list(_views(lines, main, target)) if main != PLAIN else [],
         "answers": [_compact(line) for line in lines],
-    } | {"target": facts["target"].source}
+    }
 
 
 def read_document(path: Path) -> dict[str, Any]:
