@@ -95,7 +95,7 @@ def test_bench_engine(model: Path) -> None:
     assert all(ms > 0 for ms in found["forward_ms"].values())
     assert found["floor_ms"] == pytest.approx(found["forward_bytes"] / found["bandwidth_gb_s"] / 1e6)
     assert found["plain_tokens_per_second"] > 0
-    assert found["draft_ms"] == found["llama_cpp"] == {}
+    assert found["draft_ms"] == found["level_ms"] == found["llama_cpp"] == {}
     assert found["rounds"] is None
 
 
@@ -103,6 +103,7 @@ def test_bench_engine_with_a_head(model: Path, head: Path) -> None:
     result = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--head", str(head)])
     assert result.exit_code == 0, result.output
     assert "ms a draft step" in result.stderr
+    assert "ms a level of a tree" in result.stderr
     assert "K = 2, 100 draft tokens" in result.stderr
 
 

@@ -19,7 +19,7 @@ import torch
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.costs import CONTEXT, Task, draft_task, forward_task, some_ids, timed
+from fastmtp.decode.costs import CONTEXT, Task, draft_task, forward_task, level_task, some_ids, timed
 from fastmtp.decode.native_backend import NativeBackend
 from fastmtp.decode.native_batch import NativeBatch
 from fastmtp.decode.plain import plain
@@ -66,6 +66,7 @@ class EngineReport:
     forward_bytes: int  # weights and keys and values that a forward at CONTEXT tokens reads
     forward_ms: dict[int, float]  # by M
     draft_ms: dict[int, float]  # a step of a draft chain, by D; empty without a head
+    level_ms: dict[int, float]  # a level of a draft tree, by D
     plain_tokens_per_second: float
     batch_tokens_per_second: float  # plain decoding of SEQUENCES together
     prefill_tokens_per_second: float
@@ -129,6 +130,7 @@ def measure(
         forward_bytes=target.forward_bytes + cached,
         forward_ms={int(count): 1e3 * seconds for count, seconds in by_key("forward ").items()},
         draft_ms={int(size): 1e3 * seconds for size, seconds in by_key("draft ").items()},
+        level_ms={int(size): 1e3 * seconds for size, seconds in by_key("level ").items()},
         plain_tokens_per_second=medians["plain"],
         batch_tokens_per_second=medians["batch"],
         prefill_tokens_per_second=medians["prefill"],
@@ -151,12 +153,12 @@ def _draft_tasks(
     everything = list(dict.fromkeys([*listed, *range(target.vocabulary_size)]))
     sizes = [size for size in DRAFT_SIZES if size < len(everything)] + [len(everything)]
     context = some_ids(target.vocabulary_size, CONTEXT)
-    return {
-        f"draft {size}": draft_task(
-            NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0), context, steps
-        )
-        for size in sizes
-    }
+    tasks: dict[str, Task] = {}
+    for size in sizes:
+        backend = NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0)
+        tasks[f"draft {size}"] = draft_task(backend, context, steps)
+        tasks[f"level {size}"] = level_task(backend, context)
+    return tasks
 
 
 def _speed_tasks(target: NativeTarget) -> dict[str, Task]:

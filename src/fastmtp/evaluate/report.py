@@ -27,6 +27,7 @@ def engine_report(report: EngineReport) -> list[Table | str]:
     if report.draft_ms:
         drafts = figures_table("draft vocabulary", report.draft_ms)
         drafts.add_row("ms a draft step", *[f"{ms:.2f}" for ms in report.draft_ms.values()])
+        drafts.add_row("ms a level of a tree", *[f"{ms:.2f}" for ms in report.level_ms.values()])
         parts.append(drafts)
     speeds = figures_table("tokens/s", ["fastmtp", *(f"llama.cpp {kind}" for kind in report.llama_cpp)])
     for name, ours, theirs in (
