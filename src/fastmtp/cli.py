@@ -76,6 +76,7 @@ for command in (
 @settings_options(SamplingConfig)
 @click.option("--max-new-tokens", type=int, default=512, show_default=True)
 @click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
+@click.option("--verbose", is_flag=True, help="say afterwards what was drafted, and what came of it")
 @click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
 @json_option
 def generate(
@@ -85,6 +86,7 @@ def generate(
     drafting: DraftOptions,
     max_new_tokens: int,
     stop: tuple[str, ...],
+    verbose: bool,
     raw: bool,
     as_json: bool,
     **settings: Any,
@@ -119,9 +121,12 @@ def generate(
         "tau": result.acceptance.tau,
         "verified": result.verified,
         "acceptance": result.acceptance.cumulative,
+        "plans": None if result.plans is None else vars(result.plans),
     }
     if not as_json:
         click.echo()
+    if verbose and result.plans is not None:
+        click.echo("\n".join(result.plans.lines()), err=True)
     finish(as_json, facts, described(result, draft), to_stderr=True)
 
 

@@ -75,6 +75,7 @@ def decoding_options(command: Command) -> Command:
 def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, int | Policy]:
     """An engine with the head that was asked for or ships with the target, and what to draft."""
     from fastmtp.decode.policy import Policy
+    from fastmtp.models.calibration import read_calibration
     from fastmtp.models.shipped import shipped_head
 
     steps, directory = drafting.steps(), drafting.head or shipped_head(name)
@@ -85,7 +86,9 @@ def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple
             click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
         return backend_of(target, None)[0], 0
     backend, _ = backend_of(target, directory, drafting.draft_vocabulary)
-    return backend, Policy(_costs(backend, target)) if steps is None else steps
+    if steps is not None:
+        return backend, steps
+    return backend, Policy(_costs(backend, target), read_calibration(directory))
 
 
 def _costs(backend: Backend, target: TargetInfo) -> Costs:

@@ -5,12 +5,17 @@ Shapes: V vocabulary, C candidates kept by top-k (or V), K draft steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
+
+# Probability that is nothing but rounding.
+ALMOST_NONE = 1e-6
 
 
 def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -42,6 +47,8 @@ def candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor
 
 def probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """The distribution [..., V] that a token is drawn from; one-hot at temperature 0."""
+    if sampling.temperature > 0 and sampling.top_k == 0 and sampling.top_p == 1:
+        return (logits.float() / sampling.temperature).softmax(-1)
     values, ids = candidates(logits, sampling)
     return torch.zeros(logits.shape, device=logits.device).scatter(-1, ids, values)
 
@@ -106,3 +113,105 @@ def accept(drafted: list[int], q_KV: list[Tensor], p_KV: Tensor, generator: torc
             # All zero only where p and q are equal but for rounding; then p itself is the residual's limit.
             return k, draw(residual_V if residual_V.any() else p_V, generator)
     return len(drafted), draw(p_KV[-1], generator)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that was drafted to follow a node, and the law that it was drawn from: probabilities by token.
+
+    One that was not drawn but chosen has the law that is certain of it.
+    """
+
+    token: int
+    law: dict[int, float]
+
+
+class Dice:
+    """Random decisions from a generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def happens(self, probability: float) -> bool:
+        return self._uniform() < probability
+
+    def among(self, weights: Sequence[float]) -> int:
+        """An index, by weights that are not all zero; never one of weight 0."""
+        left = self._uniform() * sum(weights)
+        last = 0
+        for index, weight in enumerate(weights):
+            if weight > 0:
+                last = index
+                if left < weight:
+                    break
+                left -= weight
+        return last
+
+    def token(self, distribution_V: Tensor) -> int:
+        return draw(distribution_V, self._generator)
+
+    def _uniform(self) -> float:
+        device = self._generator.device
+        return float(torch.rand((), generator=self._generator, device=device, dtype=torch.float64))
+
+
+def guess_law(tokens: Sequence[int], confidences: Sequence[float], sampling: SamplingConfig) -> dict[int, float]:
+    """The law that guesses are drawn from: of these tokens, likeliest first, by the target's own sampling settings.
+
+    Args:
+        confidences: the tokens' probabilities at temperature 1, up to a factor.
+    """
+    count = sampling.top_k or len(tokens)
+    best = confidences[0]
+    weights = [(said / best) ** (1 / sampling.temperature) for said in confidences[:count]]
+    total, before, law = sum(weights), 0.0, {}
+    for token, weight in zip(tokens, weights, strict=False):
+        if weight == 0 or before >= sampling.top_p * total:
+            break
+        law[token] = weight
+        before += weight
+    return {token: weight / before for token, weight in law.items()}
+
+
+def without(law: dict[int, float], token: int) -> dict[int, float]:
+    """What is left of a law when a token has been tried; empty if nothing is."""
+    left = {other: share for other, share in law.items() if other != token}
+    total = sum(left.values())
+    return {other: share / total for other, share in left.items()} if total > 0 else {}
+
+
+def accept_one(guesses: Sequence[Guess], p_V: Tensor, dice: Dice) -> tuple[int | None, int]:
+    """Recursive rejection sampling among guesses that are tried one after the other.
+
+    Each is kept with probability min(1, r/q), r being what the rejections before it left of p: the normalised
+    (r - q)+. If none is kept, the token is drawn from what is left at the end. So it has the law p, whatever the
+    laws of the guesses, each of which may depend on the tokens of the ones before (SpecInfer, arXiv 2305.09781,
+    multi-step speculative sampling; without replacement: Jeon et al., arXiv 2402.14160).
+
+    Args:
+        p_V: the target's distribution, [V].
+    Returns:
+        Which guess was kept, None if none was, and the token.
+    """
+    if not guesses:
+        return None, dice.token(p_V)
+    tokens = list(dict.fromkeys(token for guess in guesses for token in guess.law))
+    places = torch.tensor(tokens, device=p_V.device)
+    left = dict(zip(tokens, p_V[places].double().tolist(), strict=True))
+    # What is left of p, all tokens together; `left` sums to it with the tokens that no guess could have been.
+    total = 1.0
+    for index, guess in enumerate(guesses):
+        if dice.happens(min(1.0, left[guess.token] / (total * guess.law[guess.token]))):
+            return index, guess.token
+        taken = 0.0
+        for token, share in guess.law.items():
+            less = min(left[token], total * share)
+            left[token] -= less
+            taken += less
+        total -= taken
+        if total <= ALMOST_NONE:
+            # p and q are equal but for rounding, so that the guess could hardly be rejected.
+            return None, dice.token(p_V)
+    rest_V = p_V.clone()
+    rest_V[places] = torch.tensor([left[token] for token in tokens], dtype=p_V.dtype, device=p_V.device)
+    return None, dice.token(rest_V)

@@ -15,8 +15,9 @@ from fastmtp.decode.costs import Costs
 from fastmtp.decode.estimates import EDGES, Estimates, confidence_bin
 from fastmtp.decode.lookup import Lookup
 from fastmtp.decode.plain import plain
-from fastmtp.decode.policy import MAX_NODES, PROBE, Policy, Tree
+from fastmtp.decode.policy import MAX_NODES, PROBE, Policy
 from fastmtp.decode.speculative import Round, adaptive, follow
+from fastmtp.decode.tree import Node, Tree
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from tests.conftest import random_ids
@@ -39,20 +40,18 @@ def decoded(rounds: Iterator[Round], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "costs_ms", "ids"),
+    ("costs_ms", "ids"),
     [
-        (0.0, FLAT, None),
-        (0.0, STEEP, None),
-        (0.0, FLAT, list(range(16))),
-        (0.7, FLAT, None),
-        (1.0, FLAT, list(range(16))),
+        (FLAT, None),
+        (STEEP, None),
+        (FLAT, list(range(16))),
     ],
 )
-def test_output_is_plain_output(
-    engine: Engine, target: Target, temperature: float, costs_ms: Costs, ids: list[int] | None
+def test_greedy_output_is_plain_output(
+    engine: Engine, target: Target, costs_ms: Costs, ids: list[int] | None
 ) -> None:
-    """Greedy or drawn, token by token what plain decoding gives with the same seed: any tree, any vocabulary."""
-    sampling, policy = SamplingConfig(temperature=temperature), Policy(costs_ms)
+    """Token by token, with any tree and any vocabulary."""
+    sampling, policy = GREEDY, Policy(costs_ms)
     for seed, head in enumerate((tuned_head(target), MTPHead(target))):
         # A prompt that repeats itself, so that looking up finds something.
         prompt = random_ids(20, seed=seed) * 2
@@ -87,7 +86,7 @@ def test_trees_branch_and_are_followed(llama: Target) -> None:
     """Where verifying is free, trees branch and rounds keep drafts: the test above is not of chains."""
     backend, policy, prompt = Engine().backend(llama, tuned_head(llama)), Policy(FLAT), random_ids(8, seed=1)
     backend.prefill(prompt)
-    policy.start(prompt)
+    policy.start(prompt, GREEDY, None)
     tree = policy.plan(backend, 5, 100)
     assert 4 < len(tree.tokens) <= MAX_NODES
     assert len(set(tree.parents)) < len(tree.parents)
@@ -116,10 +115,14 @@ def test_the_context_is_filled_and_not_passed(llama: Target) -> None:
 
 def test_follow_by_hand() -> None:
     """A tree 7 -> (8 -> 9, 5); the target says 8, 9, then 4, or leaves earlier."""
-    tree = Tree([7, 8, 5, 9], [-1, 0, 0, 1], [None] * 4, 1.0)
-    assert follow(tree, {0: 8, 1: 9, 3: 4}.__getitem__) == ([0, 1, 3], 4)
-    assert follow(tree, {0: 5, 2: 8}.__getitem__) == ([0, 2], 8)
-    assert follow(tree, {0: 6}.__getitem__) == ([0], 6)
+    tree = Tree([Node(token, -1, 0, 1.0) for token in (7, 8, 5, 9)], [-1, 0, 0, 1])
+
+    def path(choices: dict[int, int]) -> tuple[list[int], int]:
+        return follow(tree, lambda place: (tree.child(place, choices[place]), choices[place]))
+
+    assert path({0: 8, 1: 9, 3: 4}) == ([0, 1, 3], 4)
+    assert path({0: 5, 2: 8}) == ([0, 2], 8)
+    assert path({0: 6}) == ([0], 6)
 
 
 def test_estimates_follow_what_was_verified() -> None:

@@ -14,6 +14,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
 from fastmtp.decode.plain import plain
+from fastmtp.decode.planned import Plans
 from fastmtp.decode.policy import MAX_DEPTH, Policy
 from fastmtp.decode.speculative import Round, adaptive, speculative
 from fastmtp.models.info import TargetInfo
@@ -32,6 +33,7 @@ class Result:
     verified: int  # tokens in all target forwards after the prefill
     prefill_seconds: float
     decode_seconds: float
+    plans: Plans | None = None  # what a policy chose in its rounds
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,7 +82,7 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         answer = _Answer(self._target, self._max_new_tokens, self._stop)
         accepted: list[int] = []
-        verified = 0
+        verified, planned = 0, []
         started = first = time.perf_counter()
         for settled in self._rounds():
             used = answer.extend(settled.tokens)
@@ -90,6 +92,8 @@ class Generation:
                 # The end of the answer cuts its last round: what lies beyond was verified for nothing.
                 accepted.append(used - 1)
                 verified += 1 + settled.drafted
+                if settled.planned is not None:
+                    planned.append(settled.planned)
             if piece := answer.take():
                 yield piece
             if answer.stopped:
@@ -105,6 +109,7 @@ class Generation:
             verified=verified,
             prefill_seconds=first - started,
             decode_seconds=ended - first,
+            plans=Plans.of(planned),
         )
 
     def run(self) -> Result:

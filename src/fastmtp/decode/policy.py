@@ -3,20 +3,30 @@
 Nodes come from the head, best-first by estimated acceptance (after EAGLE-2, arXiv 2406.16858), and from the text
 itself. A round's cost is known (Costs) and its gain estimated, so each decision is one comparison: expected tokens
 against milliseconds times the rate of tokens that decoding has anyway (Dinkelbach's way to the best ratio).
+
+Greedily, a tree is pruned once it has grown. Where tokens are drawn, the head's are drawn too, so how many follow a
+node is decided before they are known, and all of them are verified: else their law would be another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend, Candidates
 from fastmtp.decode.costs import Costs
 from fastmtp.decode.estimates import Estimates, confidence_bin
 from fastmtp.decode.lookup import Lookup
+from fastmtp.decode.tree import Node, Tree, add, part
+from fastmtp.models.calibration import Calibration, Line, calibrated
+from fastmtp.sampling import Dice, Guess, guess_law, without
 
 # The largest tree, its depth, the candidates of a node, and the nodes of one level that the head goes on from.
 MAX_NODES, MAX_DEPTH, WIDTH, BEAM = 16, 8, 4, 4
+# The head's likeliest tokens, among which the candidates of a node are drawn.
+DRAWN_AMONG = 32
 # A candidate that is less likely is not worth being thought about.
 LEAST = 0.02
 # After so many plain rounds drafting is tried again.
@@ -25,28 +35,19 @@ PROBE = 32
 NEWEST, NEWEST_HIT = 0.02, 0.04
 # Deeper nodes share the estimates of this depth.
 DEEPEST_BIN = 4
+# How likely the first of several draws is kept, by the share of the likeliest token, and the next ones against it.
+LATER_DRAWS = (1.0, 0.35, 0.23, 0.17)
 
 
 @dataclass
-class Node:
-    """A token of a tree; its estimate is the probability that it is reached and accepted."""
+class _Learned:
+    """Running estimates for one way to choose tokens."""
 
-    token: int
-    parent: int
-    depth: int
-    estimate: float
-    bin: Hashable = None
-    children: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Tokens to verify, the sequence's next one first, and for each the one before it (-1: the sequence)."""
-
-    tokens: list[int]
-    parents: list[int]
-    bins: list[Hashable]
-    milliseconds: float
+    rate: float
+    estimates: Estimates = field(default_factory=Estimates)
+    # By depth, how often one of the head's candidates is right where the text's is not; hopeful at first.
+    hits: list[float] = field(default_factory=lambda: [0.6] * (MAX_DEPTH + 2))
+    plain_rounds: int = 0
 
 
 class Policy:
@@ -55,114 +56,174 @@ class Policy:
     What it has learned stays when another sequence starts.
     """
 
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
+    def __init__(self, costs: Costs, calibration: Calibration | None = None) -> None:
+        self._forward_ms = [costs.forward(count) for count in range(MAX_NODES + 1)]
         self._draft_ms = costs.draft_ms[min(costs.draft_ms)]
-        self._plain_rate = 1 / costs.forward(1)
-        self._rate = self._plain_rate
-        self._estimates = Estimates()
-        # By depth, how often one of a node's candidates is right; hopeful at first, so that it is tried.
-        self._hits = [0.6] * (MAX_DEPTH + 1)
-        self._plain_rounds = 0
-        self._lookup = Lookup()
+        # What planning itself takes for a level, a running mean.
+        self._planning_ms = 0.05
+        self._calibration = calibration or Calibration()
+        self._learned: dict[SamplingConfig, _Learned] = {}
+        self.start([], SamplingConfig(), None)
 
-    def start(self, prompt: Sequence[int]) -> None:
+    def start(self, prompt: Sequence[int], sampling: SamplingConfig, dice: Dice | None) -> None:
+        """A new sequence; at a temperature drafts are drawn with the dice."""
+        self._sampling, self._dice = sampling, dice
+        way = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        self._now = self._learned.setdefault(way, _Learned(1 / self._forward_ms[1]))
         self._lookup = Lookup()
         self._lookup.extend(prompt)
 
     def plan(self, backend: Backend, token: int, room: int) -> Tree:
         """A tree after `token`, of at most `room` tokens."""
+        started = time.perf_counter()
+        self._engine_seconds = 0.0
         self._lookup.extend([token])
-        nodes = [Node(token, -1, 0, 1.0)]
-        self._look_up(nodes)
-        levels = self._draft(backend, nodes)
-        return self._select(nodes, levels, min(room, MAX_NODES))
+        nodes, room = [Node(token, -1, 0, 1.0)], min(room, MAX_NODES)
+        self._look_up(nodes, room)
+        levels = self._draft(backend, nodes, room)
+        chosen = range(len(nodes)) if self._drawn else self._worthwhile(nodes, room)
+        if levels:
+            own_ms = 1e3 * (time.perf_counter() - started - self._engine_seconds)
+            self._planning_ms += NEWEST * (own_ms / levels - self._planning_ms)
+        return part(nodes, chosen, levels, self._forward_ms[len(chosen)] + levels * self._level_ms)
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
         """Take what verification found: the path of nodes that stay."""
-        self._lookup.extend([tree.tokens[node] for node in path[1:]])
-        kept = set(path)
-        for node, parent in enumerate(tree.parents):
-            if parent in kept:
-                self._estimates.learn(tree.bins[node], node in kept)
-        # Every node of the path but the last has a child that was kept; the last one's children, if any, missed.
-        tried = len(path) - (path[-1] not in tree.parents)
-        for depth in range(1, tried + 1):
-            self._hits[depth] += NEWEST_HIT * ((depth < len(path)) - self._hits[depth])
-        self._rate += NEWEST * (len(path) / tree.milliseconds - self._rate)
-        self._rate = max(self._rate, self._plain_rate)
+        self._lookup.extend([tree.nodes[place].token for place in path[1:]])
+        now = self._now
+        for depth, place in enumerate(path, 1):
+            hit = depth < len(path)
+            for child in tree.after(place):
+                kept = hit and child == path[depth]
+                for bin_of in tree.nodes[child].bins:
+                    now.estimates.learn(bin_of, kept)
+                if kept and self._drawn:
+                    # The draws after it were not tried.
+                    break
+            if tree.nodes[place].asked and not (hit and tree.nodes[path[depth]].from_text):
+                now.hits[depth] += NEWEST_HIT * (hit - now.hits[depth])
+        now.rate += NEWEST * (len(path) / tree.milliseconds - now.rate)
+        now.rate = max(now.rate, 1 / self._forward_ms[1])
 
-    def _look_up(self, nodes: list[Node]) -> None:
+    @property
+    def _level_ms(self) -> float:
+        return self._draft_ms + self._planning_ms
+
+    @property
+    def _drawn(self) -> bool:
+        return self._sampling.temperature > 0
+
+    def _worth(self, estimate: float, count: int, room: int) -> bool:
+        """Whether one token more is worth verifying beside `count` others."""
+        return count < room and estimate > self._now.rate * (self._forward_ms[count + 1] - self._forward_ms[count])
+
+    def _look_up(self, nodes: list[Node], room: int) -> None:
         size, tokens = self._lookup.continuation(MAX_DEPTH)
         parent = 0
         for depth, token in enumerate(tokens, 1):
-            bin_of = ("lookup", size, min(depth, DEEPEST_BIN))
-            said = 0.3 if depth == 1 else 0.6
-            parent = _add(nodes, parent, token, self._estimates.probability(bin_of, said), bin_of)
+            bin_of = ("text", size, min(depth, DEEPEST_BIN))
+            chance = self._now.estimates.probability(bin_of, 0.3 if depth == 1 else 0.6)
+            if self._drawn:
+                if not self._worth(nodes[parent].estimate * chance, len(nodes), room):
+                    break
+                nodes[parent].guesses.append(Guess(token, {token: 1.0}))
+            parent = add(nodes, parent, token, chance, bin_of, True)
 
-    def _draft(self, backend: Backend, nodes: list[Node]) -> int:
+    def _draft(self, backend: Backend, nodes: list[Node], room: int) -> int:
         """Ask the head, a level at a time while that pays; returns the number of levels."""
-        pays = self._hits[1] > self._rate * self._draft_ms
-        self._plain_rounds = 0 if pays else self._plain_rounds + 1
-        if not pays and self._plain_rounds % PROBE:
+        now, best, levels = self._now, [0], 0
+        pays = self._gain(nodes, best, 1) > now.rate * self._level_ms
+        now.plain_rounds = 0 if pays else now.plain_rounds + 1
+        if now.plain_rounds % PROBE:
             return 0
-        fresh = self._grow(nodes, 0, backend.start_tree(nodes[0].token, WIDTH))
-        drafted = {0: 0}
-        levels = 1
-        while fresh and levels < MAX_DEPTH:
-            best = sorted(fresh, key=lambda index: -nodes[index].estimate)[:BEAM]
-            best = [index for index in best if nodes[index].estimate > 0.25 * nodes[best[0]].estimate]
-            gain = sum(nodes[index].estimate for index in best) * self._hits[levels + 1]
-            if gain <= self._rate * self._draft_ms:
+        places = {0: 0}
+        while best and levels < MAX_DEPTH:
+            if levels and self._gain(nodes, best, levels + 1) <= now.rate * self._level_ms:
                 break
-            parents = [drafted[nodes[index].parent] for index in best]
-            for index in best:
-                drafted[index] = len(drafted)
-            found = backend.extend_tree(parents, [nodes[index].token for index in best], WIDTH)
-            fresh = [
-                child
-                for index, candidates in zip(best, found, strict=True)
-                for child in self._grow(nodes, index, candidates)
-            ]
+            found = self._ask(backend, nodes, best, places)
             levels += 1
+            for index, candidates in zip(best, found, strict=True):
+                nodes[index].asked = True
+                if self._drawn:
+                    self._draw(nodes, index, candidates, room)
+                else:
+                    self._name(nodes, index, candidates)
+            open_ = {child: _open(nodes, child) for index in best for child in nodes[index].children.values()}
+            best = sorted(open_, key=open_.__getitem__, reverse=True)[:BEAM]
+            best = [index for index in best if open_[index] > 0.25 * open_[best[0]]]
         return levels
 
-    def _grow(self, nodes: list[Node], parent: int, candidates: Candidates) -> list[int]:
-        """Add a node's candidates; returns where they are."""
+    def _gain(self, nodes: list[Node], level: Sequence[int], depth: int) -> float:
+        """Tokens that the head's candidates after these nodes are expected to bring beside the text's."""
+        return sum(_open(nodes, index) for index in level) * self._now.hits[depth]
+
+    def _ask(
+        self, backend: Backend, nodes: list[Node], level: Sequence[int], places: dict[int, int]
+    ) -> list[Candidates]:
+        """The head's candidates after each node; `places` are those of the nodes in the head's own tree."""
+        width = DRAWN_AMONG if self._drawn else WIDTH
+        started = time.perf_counter()
+        if level == [0]:
+            found = [backend.start_tree(nodes[0].token, width)]
+        else:
+            parents = [places[nodes[index].parent] for index in level]
+            for index in level:
+                places[index] = len(places)
+            found = backend.extend_tree(parents, [nodes[index].token for index in level], width)
+        self._engine_seconds += time.perf_counter() - started
+        return found
+
+    def _name(self, nodes: list[Node], parent: int, candidates: Candidates) -> None:
+        """Add a node's candidates."""
         depth = nodes[parent].depth + 1
-        added = []
+        line = _line(self._calibration.greedy, depth)
         for token, confidence in zip(candidates.tokens, candidates.confidences, strict=True):
             if nodes[parent].estimate * confidence < LEAST:
                 break
-            bin_of = (min(depth, DEEPEST_BIN), confidence_bin(confidence))
-            added.append(_add(nodes, parent, token, self._estimates.probability(bin_of, confidence), bin_of))
-        return added
+            bin_of = ("head", min(depth, DEEPEST_BIN), confidence_bin(confidence))
+            chance = self._now.estimates.probability(bin_of, calibrated(line, confidence))
+            add(nodes, parent, token, chance, bin_of, False)
 
-    def _select(self, nodes: list[Node], levels: int, room: int) -> Tree:
+    def _draw(self, nodes: list[Node], parent: int, candidates: Candidates, room: int) -> None:
+        """Draw candidates without replacement, as many as are worth verifying, after the text's own."""
+        assert self._dice is not None
+        node, estimates = nodes[parent], self._now.estimates
+        depth = node.depth + 1
+        line = _line(self._calibration.drawn, depth)
+        law = guess_law(candidates.tokens, candidates.confidences, self._sampling)
+        top, left = max(law.values()), _open(nodes, parent)
+        for guess in node.guesses:
+            law = without(law, guess.token)
+        for rank, share in enumerate(LATER_DRAWS):
+            bin_of = ("draw", min(depth, DEEPEST_BIN), rank, confidence_bin(top))
+            chance = estimates.probability(bin_of, share * calibrated(line, top))
+            if not law or not self._worth(left * chance, len(nodes), room):
+                break
+            token = list(law)[self._dice.among(list(law.values()))]
+            node.guesses.append(Guess(token, law))
+            # What it is decides whether to go on from it, no longer whether it is verified.
+            drawn_bin = ("drawn", min(depth, DEEPEST_BIN), min(rank, 1), confidence_bin(law[token]))
+            likely = estimates.probability(drawn_bin, chance + (1 - chance) * law[token])
+            index = add(nodes, parent, token, left / node.estimate * likely, drawn_bin, False)
+            nodes[index].bins.append(bin_of)
+            left *= 1 - chance
+            law = without(law, token)
+
+    def _worthwhile(self, nodes: list[Node], room: int) -> list[int]:
         """The nodes that are worth their place in the verification, best first."""
         order = sorted(range(len(nodes)), key=lambda index: -nodes[index].estimate)
         chosen = order[:1]
-        for index in order[1:room]:
-            extra_ms = self._costs.forward(len(chosen) + 1) - self._costs.forward(len(chosen))
-            if nodes[index].estimate <= self._rate * extra_ms:
+        for index in order[1:]:
+            if not self._worth(nodes[index].estimate, len(chosen), room):
                 break
             chosen.append(index)
-        places = {-1: -1} | {index: place for place, index in enumerate(chosen)}
-        return Tree(
-            tokens=[nodes[index].token for index in chosen],
-            parents=[places[nodes[index].parent] for index in chosen],
-            bins=[nodes[index].bin for index in chosen],
-            milliseconds=self._costs.forward(len(chosen)) + levels * self._draft_ms,
-        )
+        return chosen
 
 
-def _add(nodes: list[Node], parent: int, token: int, conditional: float, bin_of: Hashable) -> int:
-    """Where the node is; one that another source has named already is as likely as the hopeful one says."""
-    found = nodes[parent].children.get(token)
-    estimate = nodes[parent].estimate * min(conditional, 0.995)
-    if found is None:
-        found = nodes[parent].children[token] = len(nodes)
-        nodes.append(Node(token, parent, nodes[parent].depth + 1, estimate, bin_of))
-    elif estimate > nodes[found].estimate:
-        nodes[found].estimate, nodes[found].bin = estimate, bin_of
-    return found
+def _open(nodes: Sequence[Node], index: int) -> float:
+    """Probability that a node is reached, and that none of its children is what follows."""
+    return nodes[index].estimate - sum(nodes[child].estimate for child in nodes[index].children.values())
+
+
+def _line(lines: Sequence[Line], depth: int) -> Line:
+    return lines[min(depth, len(lines)) - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,19 +10,22 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend, Draft
-from fastmtp.decode.policy import Policy, Tree
-from fastmtp.sampling import accept, accept_greedy, choose, probabilities
+from fastmtp.decode.planned import Planned
+from fastmtp.decode.policy import Policy
+from fastmtp.decode.tree import Tree
+from fastmtp.sampling import Dice, accept, accept_greedy, accept_one, choose, probabilities
 
 
 @dataclass(frozen=True)
 class Round:
     """One target forward: the tokens it settled, and how many tokens were drafted for it.
 
-    All but the last of the tokens are accepted drafts.
+    All but the last of the tokens are accepted drafts. `planned` is there if a policy planned it.
     """
 
     tokens: list[int]
     drafted: int
+    planned: Planned | None = None
 
     @property
     def accepted(self) -> int:
@@ -58,44 +62,50 @@ def adaptive(
 ) -> Iterator[Round]:
     """`speculative` with trees that a policy plans.
 
-    The tree is settled before the target's tokens are drawn, one after each node, and followed as long as they are
-    in it. So whatever the tree, every token has the target's own distribution (naive sampling in SpecInfer, arXiv
-    2305.09781), and is even the token that `plain` draws with the same generator.
+    Greedy output is that of `plain`; at a temperature every token has the distribution that `plain` draws from.
     """
+    dice = Dice(generator)
     token = choose(backend.prefill(prompt), sampling, generator)
     yield Round([token], 0)
-    policy.start(prompt)
+    policy.start(prompt, sampling, dice)
     while (length := len(backend.tokens)) < backend.context_limit:
+        started = time.perf_counter()
         tree = policy.plan(backend, token, backend.context_limit - length)
-        path, token = follow(tree, _picks(backend, tree, sampling, generator))
+        path, token = follow(tree, _verify(backend, tree, sampling, dice))
         backend.keep(path)
         policy.learn(tree, path)
-        yield Round([*(tree.tokens[node] for node in path[1:]), token], len(tree.tokens) - 1)
+        planned = Planned.of(tree, path, 1e3 * (time.perf_counter() - started))
+        yield Round([*(tree.nodes[place].token for place in path[1:]), token], len(tree.nodes) - 1, planned)
 
 
-def follow(tree: Tree, pick: Callable[[int], int]) -> tuple[list[int], int]:
-    """The path from node 0 on that the target's own tokens take, and the token after it.
+# After a node: the place of the node that comes next, or None where the path ends, and the target's token.
+Step = tuple[int | None, int]
+
+
+def follow(tree: Tree, step: Callable[[int], Step]) -> tuple[list[int], int]:
+    """The path from the first node on that the target takes, and the token after it.
 
     Args:
-        pick: the target's token after a node; asked for once for each node of the path.
+        step: asked for once for each node of the path.
     """
-    after = {step: node for node, step in enumerate(zip(tree.parents, tree.tokens, strict=True))}
     path = [0]
     while True:
-        token = pick(path[-1])
-        node = after.get((path[-1], token))
-        if node is None:
+        place, token = step(path[-1])
+        if place is None:
             return path, token
-        path.append(node)
+        path.append(place)
 
 
-def _picks(
-    backend: Backend, tree: Tree, sampling: SamplingConfig, generator: torch.Generator
-) -> Callable[[int], int]:
-    """Verify a tree: the target's token after each node."""
-    is_chain = tree.parents == list(range(-1, len(tree.parents) - 1))
-    parents = None if is_chain else tree.parents
+def _verify(backend: Backend, tree: Tree, sampling: SamplingConfig, dice: Dice) -> Callable[[int], Step]:
+    """One forward of the target over a tree."""
+    parents = None if tree.is_chain else tree.parents
     if sampling.temperature == 0:
-        return backend.choices(tree.tokens, parents).__getitem__
+        choices = backend.choices(tree.tokens, parents)
+        return lambda place: (tree.child(place, choices[place]), choices[place])
     logits_MV = backend.verify(tree.tokens, parents)
-    return lambda node: choose(logits_MV[node], sampling, generator)
+
+    def drawn(place: int) -> Step:
+        kept, token = accept_one(tree.nodes[place].guesses, probabilities(logits_MV[place], sampling), dice)
+        return (None if kept is None else tree.after(place)[kept]), token
+
+    return drawn

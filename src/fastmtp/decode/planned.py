@@ -1,0 +1,98 @@
+"""What a policy chose, and what came of it: one round's figures, and an answer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastmtp.decode.tree import Tree
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A round. A token that the text and the head both name counts as the text's."""
+
+    levels: int  # of the head's tree
+    depth: int  # of the tree that was verified
+    from_text: int
+    from_head: int
+    accepted_from_text: int
+    accepted_from_head: int
+    expected_ms: float
+    measured_ms: float
+
+    @classmethod
+    def of(cls, tree: Tree, path: Sequence[int], measured_ms: float) -> Planned:
+        drafted, kept = tree.nodes[1:], [tree.nodes[place] for place in path[1:]]
+        from_text = sum(node.from_text for node in drafted)
+        accepted_from_text = sum(node.from_text for node in kept)
+        return cls(
+            levels=tree.levels,
+            depth=max(node.depth for node in tree.nodes),
+            from_text=from_text,
+            from_head=len(drafted) - from_text,
+            accepted_from_text=accepted_from_text,
+            accepted_from_head=len(kept) - accepted_from_text,
+            expected_ms=tree.milliseconds,
+            measured_ms=measured_ms,
+        )
+
+
+@dataclass(frozen=True)
+class Plans:
+    """An answer's rounds: how many of each kind, and means and sums over all of them."""
+
+    plain: int
+    head: int
+    text: int
+    both: int
+    mean_levels: float
+    mean_depth: float
+    mean_verified: float
+    drafted_from_head: int
+    drafted_from_text: int
+    accepted_from_head: int
+    accepted_from_text: int
+    expected_ms: float
+    measured_ms: float
+
+    @classmethod
+    def of(cls, rounds: Iterable[Planned]) -> Plans | None:
+        """None if there were none."""
+        listed = list(rounds)
+        if not listed:
+            return None
+        kinds = [(one.from_head > 0, one.from_text > 0) for one in listed]
+
+        def total(name: str) -> Any:
+            return sum(getattr(one, name) for one in listed)
+
+        return cls(
+            plain=kinds.count((False, False)),
+            head=kinds.count((True, False)),
+            text=kinds.count((False, True)),
+            both=kinds.count((True, True)),
+            mean_levels=total("levels") / len(listed),
+            mean_depth=total("depth") / len(listed),
+            mean_verified=1 + (total("from_head") + total("from_text")) / len(listed),
+            drafted_from_head=total("from_head"),
+            drafted_from_text=total("from_text"),
+            accepted_from_head=total("accepted_from_head"),
+            accepted_from_text=total("accepted_from_text"),
+            expected_ms=total("expected_ms"),
+            measured_ms=total("measured_ms"),
+        )
+
+    def lines(self) -> list[str]:
+        """For a reader."""
+        rounds = self.plain + self.head + self.text + self.both
+        return [
+            f"rounds     {rounds}: {self.plain} plain, {self.head} from the head, {self.text} from the text, "
+            f"{self.both} from both",
+            f"a round    {self.mean_levels:.1f} draft steps, {self.mean_depth:.1f} deep, "
+            f"{self.mean_verified:.1f} tokens verified",
+            f"accepted   {self.accepted_from_head} of {self.drafted_from_head} from the head, "
+            f"{self.accepted_from_text} of {self.drafted_from_text} from the text",
+            f"time       {self.measured_ms / rounds:.2f} ms a round, {self.expected_ms / rounds:.2f} expected",
+        ]
