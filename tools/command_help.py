@@ -19,11 +19,11 @@ def pages(command: click.Command, context: click.Context) -> Iterator[str]:
     for name in command.list_commands(context):
         inner = command.get_command(context, name)
         assert inner is not None
-        yield from pages(inner, click.Context(inner, info_name=name, parent=context, max_content_width=_WIDTH))
+        yield from pages(inner, click.Context(inner, info_name=name, parent=context))
 
 
 def text() -> str:
-    context = click.Context(commands, info_name="fastmtp", terminal_width=_WIDTH, max_content_width=_WIDTH)
+    context = click.Context(commands, info_name="fastmtp", terminal_width=_WIDTH, **commands.context_settings)
     opening = "# Commands\n\nMade from the commands themselves: `make docs`.\n"
     return "\n".join([opening, *pages(commands, context)])
 
