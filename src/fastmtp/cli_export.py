@@ -82,13 +82,16 @@ def verify_export(directory: Path, as_json: bool) -> None:
     """Run an export, DIRECTORY, in its engine, and compare acceptance and text; exit code 1 if they differ."""
     from dataclasses import asdict
 
+    from fastmtp.export.package import read_manifest
     from fastmtp.export.verify import verify
 
     found = verify(directory)
     how = f"{found.replayed_by}: {found.identical} of {found.answers} answers identical with and without the head"
     if found.acceptance:
         how += ", kept by step " + " / ".join(f"{100 * share:.1f}" for share in found.acceptance) + " %"
-    summary = how if found.replayed_by else "files read back; the engine is not installed, so nothing was replayed"
+    extra = {"llama.cpp": "; pip install 'fastmtp[llama-cpp]' to run it"}
+    without = extra.get(read_manifest(directory)["engine"], "")
+    summary = how if found.replayed_by else f"files read back, nothing replayed{without}"
     finish(as_json, asdict(found), "\n".join([summary, *(f"  {problem}" for problem in found.problems)]))
     if found.problems:
         raise click.exceptions.Exit(1)

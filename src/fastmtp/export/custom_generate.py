@@ -55,13 +55,15 @@ def write(job: Job, directory: Path) -> None:
 
 def guide(job: Job) -> str:
     place = repr(job.source.place)
+    loading = place
     if job.source.gguf is not None:
         place += f", gguf_file={job.source.gguf.name!r}"
+        loading = f"{place}, quantization_config=GgufConfig(dequantize=True)"
     return f"""## Use
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer{", GgufConfig" if job.source.gguf else ""}
     tokenizer = AutoTokenizer.from_pretrained({place})
-    model = AutoModelForCausalLM.from_pretrained({place})
+    model = AutoModelForCausalLM.from_pretrained({loading})
     prompt = [{{"role": "user", "content": "Why is the sky blue?"}}]
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -71,7 +73,7 @@ def guide(job: Job) -> str:
 `trust_remote_code` lets transformers run `custom_generate/generate.py`, which needs torch, transformers and
 safetensors. Greedy answers are those of plain `generate`, sampled ones have its distribution. It takes the
 arguments of `generate`, for one sequence at a time, and besides `mtp_steps=K`, `mtp_rounds=LIST` (gets the number
-of kept drafts of each round) and `mtp_head=DIRECTORY` if this directory was moved."""
+of kept drafts of each round) and `mtp_head=` its new place if this directory was moved."""
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
