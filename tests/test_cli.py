@@ -184,6 +184,9 @@ def test_vocab_build_and_show(model: Path, head: Path, tmp_path: Path, monkeypat
         run(*common_answer, own, "--draft-vocabulary", used) for used in ("growing", "listed", "full", "own")
     ]
     assert all(answer["tokens"] == answers[0]["tokens"] for answer in answers)
+    unknown = ["generate", "x", "--target", str(model), "--head", str(own), "--draft-vocabulary", "fr"]
+    error = CliRunner().invoke(commands, unknown).exception
+    assert "has no list 'fr' for --draft-vocabulary; there are growing" in str(error)
     check_lists_of_a_file(model, head.parent / "data", tmp_path, texts)
     (tmp_path / "long.txt").write_text("aaaa bbbb cccc\n" * 3000)
     long = ["--head", str(own), "--text", f"own={tmp_path / 'long.txt'}", "--json"]
@@ -224,10 +227,6 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
         (["generate", "x", "--target", "./nowhere"], "./nowhere: no such model"),
         (["generate", "x", "--target", "{model}", "--head", "nowhere"], "nowhere: no such head directory"),
         (["generate", "x", "--target", "{model}", "--draft", "chain:2"], "no head ships for this target"),
-        (
-            ["generate", "x", "--draft-vocabulary", "fr"],
-            "has no list 'fr' for --draft-vocabulary; there are growing",
-        ),
         (["generate", "x", "--target", "{model}", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "x", "--target", "{model}", "--device", "cuda"], "no usable GPU"),
         (["generate", "x", "--engine", "torch", "--dtype", "int8"], "--dtype int8 is the native engine's"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,8 @@ def test_greedy_text(target: Target, tmp_path: Path, lists: VocabularyLists) -> 
 
 def test_drafts_are_kept(tmp_path: Path) -> None:
     """A model that says what its head says, since neither attends, keeps every draft: a forward settles K + 1."""
-    target = tiny_target("llama")
-    lists = VocabularyLists({})
-    place = exported(target, tmp_path, lists)
+    target = copy.deepcopy(tiny_target("llama"))
+    place = exported(target, tmp_path, VocabularyLists({}))
     head = Head(target.model, str(place / custom_generate.FILE))
     _silence(target, head)
     rounds: list[int] = []

@@ -114,9 +114,6 @@ class Head(nn.Module):
         attention.config._attn_implementation = "sdpa"
         self.load_state_dict(tensors)
         self.to(weight.device, weight.dtype).eval().requires_grad_(False)
-        # transformers 5.24 gave the argument another name.
-        arguments = inspect.signature(self.layer.forward).parameters
-        self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
 
     def forward(self, states_1TH: Tensor, embeddings_1TH: Tensor, rotary: Any, cache: Any) -> Tensor:
         """The next states; the cache grows by T."""
@@ -129,7 +126,7 @@ class Head(nn.Module):
             self.input_proj(joined),
             position_embeddings=rotary(states_1TH, positions_T[None], *kind),
             attention_mask=mask_TL[None, None],
-            **{self.cache_argument: cache},
+            **_cache_of(self.layer, cache),
         )
         final: Tensor = self.final_norm(hidden_1TH)
         return final
@@ -206,7 +203,8 @@ class Decoding:
 
     def _forward(self, ids_1T: Tensor) -> Tensor:
         """States after the final norm; the cache grows by T."""
-        outputs = self.model.base_model(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
+        base = self.model.base_model
+        outputs = base(input_ids=ids_1T, use_cache=True, **_cache_of(base, self.cache))
         states: Tensor = outputs.last_hidden_state
         return states
 
@@ -231,6 +229,11 @@ class Decoding:
         return bool(torch.rand((), device=p_1V.device) * q_1V[0, draft] < p_1V[0, draft])
 
 
+def _cache_of(module: nn.Module, cache: Any) -> dict[str, Any]:
+    # transformers 5.24 gave the argument another name.
+    return {"cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values": cache}
+
+
 def _crop(cache: Any, length: int) -> None:
     # Every version of transformers takes the number of tokens to remove, as a negative one.
     if (beyond := cache.get_seq_length() - length) > 0:
@@ -238,15 +241,13 @@ def _crop(cache: Any, length: int) -> None:
 
 
 def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
-    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+    mask, cache = inputs.get("attention_mask"), inputs.get("cache", inputs.get("past_key_values"))
     if input_ids.shape[0] != 1 or config.num_beams > 1:
         raise ValueError("the MTP head drafts for one sequence at a time: give a batch of 1, and no beams")
     if mask is not None and not bool(mask.all()):
         raise ValueError("the prompt is padded; a batch of 1 needs no padding")
     if inputs.get("inputs_embeds") is not None or (cache is not None and cache.get_seq_length() > 0):
-        raise ValueError(
-            "inputs_embeds, and past_key_values of an earlier call, are not supported with the MTP head"
-        )
+        raise ValueError("inputs_embeds, and the cache of an earlier call, are not supported with the MTP head")
     if config.output_scores or config.output_logits or config.output_hidden_states or config.output_attentions:
         raise ValueError(
             "output_scores, output_logits, output_hidden_states and output_attentions are not supported"
