@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from fastmtp.cli import commands, main
+from fastmtp.models.calibration import FILE
+from fastmtp.models.shipped import shipped_head
 from tests.conftest import tiny_target
 
 TRAIN = ["--held-out", "2", "--batch-tokens", "400", "--draft-vocabulary", "100", "--draft-steps", "2"]
@@ -76,6 +79,79 @@ def test_chat_remembers(model: Path, head: Path) -> None:
     assert two.exit_code == one.exit_code == 0
     assert two.stderr.count("tokens/s") == 2
     assert two.stdout.split(">")[2] != one.stdout.split(">")[1]
+
+
+def test_verbose_says_what_was_drafted(model: Path, head: Path) -> None:
+    """Rounds by source, depth, accepted, milliseconds expected and measured: the figures of the JSON document."""
+    common = ["--target", str(model), "--head", str(head), "--max-new-tokens", "30", "--verbose"]
+    result = CliRunner().invoke(commands, ["generate", "hello hello hello", *common])
+    rounds, a_round, accepted, time, summary = result.stderr.splitlines()
+    kinds = re.fullmatch(
+        r"rounds     (\d+): (\d+) plain, (\d+) from the head, (\d+) from the text, (\d+) from both", rounds
+    )
+    assert kinds is not None
+    total, *each = map(int, kinds.groups())
+    assert 0 < total == sum(each) <= 30
+    assert re.fullmatch(r"a round    [\d.]+ draft steps, [\d.]+ deep, [\d.]+ tokens verified", a_round)
+    counts = re.fullmatch(r"accepted   (\d+) of (\d+) from the head, (\d+) of (\d+) from the text", accepted)
+    assert counts is not None
+    from_head, of_head, from_text, of_text = map(int, counts.groups())
+    assert from_head <= of_head and from_text <= of_text
+    # Every round keeps its drafts and one token more, and the prompt gives the first.
+    assert 1 + total + from_head + from_text >= 30
+    assert re.fullmatch(r"time       [\d.]+ ms a round, [\d.]+ expected", time)
+    assert "tokens/s" in summary
+    plainly = CliRunner().invoke(commands, ["generate", "hello", *common, "--draft", "plain"])
+    assert "rounds" not in plainly.stderr
+    two = CliRunner().invoke(commands, ["chat", *common], input="first\nsecond\n\n")
+    assert two.stderr.count("rounds     ") == two.stderr.count("expected") == 2
+
+
+def test_head_calibrate(model: Path, head: Path, tmp_path: Path) -> None:
+    """A file that decoding reads, replaced by the next run; output is as before, and damage is named."""
+    own, data = tmp_path / "head", tmp_path / "data"
+    shutil.copytree(head, own)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"tell me about {n}" for n in range(16)))
+    drawn = ["--greedy-share", "0.5", "--seed", "3", "--max-new-tokens", "40"]
+    run("distill", model, "--out", data, "--prompts", tmp_path / "prompts.txt", "--json", *drawn)
+    arguments = ["head", "calibrate", "--target", str(model), "--head", str(own), "--data", str(data)]
+    (own / FILE).write_text("{")
+    result = CliRunner().invoke(commands, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["exchanges"] == {"fitted_on": 8, "kept_aside": 8}
+    lines = {(one["law"], one["step"]): one["line"] for one in found["steps"]}
+    assert {("greedy", 1), ("drawn", 1)} <= lines.keys()
+    for one in found["steps"]:
+        assert one["log_loss"][1] <= one["log_loss"][0]
+        for bins in one["curves"]:
+            assert len(bins) == 10
+            assert sum(each["weight"] for each in bins) == pytest.approx(one["drafts"])
+    stored = json.loads((own / FILE).read_text())
+    for law in ("greedy", "drawn"):
+        # A step that nothing was said of stays as said.
+        assert stored[law] == [lines.get((law, step), [1.0, 0.0]) for step in (1, 2)]
+    assert set(map(tuple, lines.values())) != {(1.0, 0.0)}
+    assert stored["provenance"]["data"].keys() == {"data/shard-00000.parquet"}
+    answers = [
+        run("generate", model, "--head", own, "hello", "--max-new-tokens", "30", "--json", "--draft", draft)
+        for draft in ("auto", "plain")
+    ]
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    told = CliRunner().invoke(commands, arguments)
+    assert "fitted on 8 answers, tested on 8" in told.stdout
+    assert "0.9 to 1.0" in told.stdout
+
+    (own / FILE).write_text("{}")
+    refused = CliRunner().invoke(commands, ["generate", "hello", "--target", str(model), "--head", str(own)])
+    assert "calibration.json: format_version must be 1" in str(refused.exception)
+
+
+def test_what_was_trained_on_does_not_calibrate(model: Path, head: Path) -> None:
+    arguments = ["--target", str(model), "--head", str(head), "--data", str(head.parent / "data")]
+    refused = CliRunner().invoke(commands, ["head", "calibrate", *arguments])
+    assert "data: the head was trained on it" in str(refused.exception)
+    assert not (head / FILE).exists()
 
 
 def test_vanilla_is_trained_beside(model: Path, head: Path, tmp_path: Path) -> None:
@@ -252,6 +328,14 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
         (["distill", "--target", "{model}", "--out", "x", "--mix", "poetry=1"], "there is no kind 'poetry'"),
         (["data", "show", "nowhere"], "nowhere/provenance.json: no such file"),
         (["data", "clean", "nowhere", "--out", "x"], "nowhere/provenance.json: no such file"),
+        (
+            ["head", "calibrate", "--head", "nowhere", "--data", "x"],
+            "nowhere: no such head directory",
+        ),
+        (
+            ["head", "calibrate", "--head", str(shipped_head("smollm2")), "--data", "nowhere"],
+            "nowhere/provenance.json: no such file",
+        ),
         (["train", "--config", "none.toml", "--data", "x", "--out", "x"], "no such configuration file"),
     ],
 )

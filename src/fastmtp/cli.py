@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,13 @@ from fastmtp.session import (
     finish,
     json_option,
     open_target,
+)
+
+if TYPE_CHECKING:
+    from fastmtp.decode.generation import Result
+
+_verbose_option = click.option(
+    "--verbose", is_flag=True, help="say after an answer what was drafted, and what came of it"
 )
 
 
@@ -76,7 +83,7 @@ for command in (
 @settings_options(SamplingConfig)
 @click.option("--max-new-tokens", type=int, default=512, show_default=True)
 @click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
-@click.option("--verbose", is_flag=True, help="say afterwards what was drafted, and what came of it")
+@_verbose_option
 @click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
 @json_option
 def generate(
@@ -125,8 +132,8 @@ def generate(
     }
     if not as_json:
         click.echo()
-    if verbose and result.plans is not None:
-        click.echo("\n".join(result.plans.lines()), err=True)
+    if verbose:
+        _tell_plans(result)
     finish(as_json, facts, described(result, draft), to_stderr=True)
 
 
@@ -135,11 +142,13 @@ def generate(
 @decoding_options
 @settings_options(SamplingConfig)
 @click.option("--max-new-tokens", type=int, default=512, show_default=True, help="for each answer")
+@_verbose_option
 def chat(
     target: str,
     options: EngineOptions,
     drafting: DraftOptions,
     max_new_tokens: int,
+    verbose: bool,
     **settings: Any,
 ) -> None:
     """Talk to the model; the cache is kept between turns. An empty line or Ctrl-D ends the conversation."""
@@ -162,8 +171,16 @@ def chat(
         for piece in generation:
             click.echo(piece, nl=False)
         click.echo("\n")
+        if verbose:
+            _tell_plans(generation.result)
         click.echo(click.style(described(generation.result, draft), dim=True), err=True)
         messages.append({"role": "assistant", "content": generation.result.text})
+
+
+def _tell_plans(result: Result) -> None:
+    """What a policy drafted for an answer; of chains and plain steps there is nothing to tell."""
+    if result.plans is not None:
+        click.echo("\n".join(result.plans.lines()), err=True)
 
 
 def _ask() -> str:

@@ -18,6 +18,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.policy import MAX_NODES, PROBE, Policy
 from fastmtp.decode.speculative import Round, adaptive, follow
 from fastmtp.decode.tree import Node, Tree
+from fastmtp.models.calibration import Calibration
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from tests.conftest import random_ids
@@ -40,18 +41,19 @@ def decoded(rounds: Iterator[Round], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("costs_ms", "ids"),
+    ("costs_ms", "ids", "calibration"),
     [
-        (FLAT, None),
-        (STEEP, None),
-        (FLAT, list(range(16))),
+        (FLAT, None, Calibration()),
+        (STEEP, None, Calibration()),
+        (FLAT, list(range(16)), Calibration()),
+        (FLAT, None, Calibration(greedy=[(0.5, 1.5), (-0.5, 3.0)], drawn=[(1.0, 0.0)] * 2)),
     ],
 )
 def test_greedy_output_is_plain_output(
-    engine: Engine, target: Target, costs_ms: Costs, ids: list[int] | None
+    engine: Engine, target: Target, costs_ms: Costs, ids: list[int] | None, calibration: Calibration
 ) -> None:
-    """Token by token, with any tree and any vocabulary."""
-    sampling, policy = GREEDY, Policy(costs_ms)
+    """Token by token, with any tree and any vocabulary, whatever the head's word is taken for."""
+    sampling, policy = GREEDY, Policy(costs_ms, calibration)
     for seed, head in enumerate((tuned_head(target), MTPHead(target))):
         # A prompt that repeats itself, so that looking up finds something.
         prompt = random_ids(20, seed=seed) * 2

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastmtp.config import DistillConfig
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.models.info import TargetInfo
 from fastmtp.models.info import tokenizer_sha256 as sha256_of
@@ -115,6 +116,12 @@ def check_tokenizer(directories: Iterable[Path], target: TargetInfo) -> None:
 def target_of(directory: Path) -> str:
     """The target that a data directory was distilled from, as it was called then."""
     return str(read_json(directory / "provenance.json").get("target"))
+
+
+def distilled_with(directory: Path) -> DistillConfig:
+    """The settings that the answers of a data directory were made with, also if it is a cleaned copy."""
+    facts = read_json(directory / "provenance.json")
+    return DistillConfig(**(facts.get("distilled_with") or facts["settings"]))
 
 
 def exchange_count(directory: Path) -> int:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtp.files import read_json
+from fastmtp.files import read_json, write_json
 
 FILE = "calibration.json"
+FORMAT_VERSION = 1
 # Probabilities are kept so far from 0 and 1.
 EDGE = 1e-4
 
@@ -30,8 +31,13 @@ class Calibration:
     greedy: Sequence[Line] = (AS_SAID,)
     drawn: Sequence[Line] = (AS_SAID,)
 
-    def as_json(self) -> dict[str, Any]:
-        return {kind: [list(line) for line in lines] for kind, lines in vars(self).items()}
+    def save(self, directory: Path, provenance: dict[str, Any]) -> None:
+        """Into a head directory, in place of the one that is there."""
+        write_json(
+            directory / FILE,
+            {"format_version": FORMAT_VERSION, **vars(self), "provenance": provenance},
+            indent=None,
+        )
 
 
 def calibrated(line: Line, said: float) -> float:
@@ -50,6 +56,8 @@ def read_calibration(directory: Path) -> Calibration:
     if not path.is_file():
         return Calibration()
     stored = read_json(path)
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}")
     try:
         laws = {
             kind: [(float(scale), float(shift)) for scale, shift in stored[kind]] for kind in ("greedy", "drawn")
