@@ -71,24 +71,31 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
     read_head(directory, manifest)
-    if (version := installed()) is None:
-        return Verification(None)
+    return Verification(None) if installed() is None else replayed(directory, manifest)
+
+
+def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) -> Verification:
+    """A replay by our plugin, or by vLLM's own MiMo model.
+
+    Raises:
+        ValueError: vLLM failed.
+    """
     steps = int(manifest["head"]["draft_steps"])
     model = directory / _TARGET if (directory / _TARGET).is_dir() else manifest["target"]["source"]
     target = describe(manifest["target"]["source"])
     asked, ends = prompts(target), sorted(target.end_ids)
     plain = replay(str(model), asked, ends)
-    drafted = replay(str(model), asked, ends, head=directory, draft_steps=steps)
+    drafted = replay(str(model), asked, ends, head=directory, draft_steps=steps, own_model=own_model)
     texts = [target.decode(answer) for answer in drafted["answers"]]
     kept = [Acceptance(rounds, tuple(counts)) for rounds, counts in drafted["kept"]]
     identical = sum(a == b for a, b in zip(plain["answers"], drafted["answers"], strict=True))
     problems = []
     if identical < (len(texts) if drafted["dtype"] == "float32" else len(texts) / 2):
         problems.append(f"only {identical} of {len(texts)} answers are the same with and without the head")
-    if not any(part.rounds for part in kept):
-        return Verification(f"vLLM {version}", problems=["vLLM drafted nothing"])
+    if not any(sum(part.kept) for part in kept):
+        problems.append("vLLM kept no draft")
     return Verification(
-        f"vLLM {version}, {drafted['dtype']}",
+        f"vLLM {installed()}, {drafted['dtype']}",
         Acceptance.total(kept).cumulative,
         len(texts),
         identical,
@@ -114,7 +121,6 @@ def replay(
     head: Path | None = None,
     draft_steps: int = 0,
     own_model: bool = False,
-    vocabulary: str = ALL,
 ) -> dict[str, Any]:
     """Greedy answers by vLLM, in a process of its own.
 
@@ -125,7 +131,6 @@ def replay(
         head: an export; None decodes plainly.
         draft_steps: K.
         own_model: draft by vLLM's own MiMo model, not by our plugin.
-        vocabulary: what the environment variable of the plugin can be.
     Returns:
         answers as token ids; kept, by answer the number of rounds and in how many the first k drafts were kept;
         seconds of all answers; dtype.
@@ -142,7 +147,7 @@ def replay(
         "overrides": {"num_nextn_predict_layers": 1} if own_model else {},
     }
     # Without names that it may load, vLLM loads every plugin there is.
-    surroundings = {**os.environ, "VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: vocabulary}
+    surroundings = {**os.environ, "VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
     command = [sys.executable, "-m", "fastmtp.export.vllm_process"]
     done = subprocess.run(
         command, input=json.dumps(request), capture_output=True, text=True, errors="replace", env=surroundings

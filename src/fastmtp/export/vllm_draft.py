@@ -1,8 +1,7 @@
 """The draft model of exports in vLLM: fastmtp's head around vLLM's own layer of the target's architecture.
 
-The interface is that of vLLM 0.32's mimo_mtp.py. Beside that one it has q and k norms and heads of any size, leaves
-the embedding at position 0 as it is, stays unquantised on a quantised target, needs nothing of the target's
-configuration, and drafts from a part of the vocabulary.
+The interface is that of vLLM 0.32's mimo_mtp.py. What that one has not: q and k norms and heads of any size, the
+embedding at position 0, an unquantised head on a quantised target, and a part of the vocabulary.
 
 Shapes: N positions, H hidden, V vocabulary, D draft vocabulary.
 """
