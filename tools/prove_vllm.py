@@ -54,7 +54,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**LARGE_HEADS),
-    "gemma3": Gemma3TextConfig(**LARGE_HEADS, sliding_window=WINDOW, layer_types=["sliding_attention"]),
+    # Without a layer of each kind it has no rope for the other.
+    "gemma3": Gemma3TextConfig(
+        **{**LARGE_HEADS, "num_hidden_layers": 2},
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 
 
@@ -98,7 +103,9 @@ def prove(name: str, head: Path, out: Path, options: dict[str, str], *, own_mode
 
 
 def make(config: PreTrainedConfig, out: Path) -> tuple[Path, Path]:
-    """A random model of one layer, and a head that is that layer: it lacks only the first token's key and value.
+    """A random model whose last layer alone does something, and a head that is that layer.
+
+    So the head knows what the model will say, but for the first token's key and value, and for the model's window.
 
     Embeddings have unit length per element, so the head's norm of them changes nothing.
     """
@@ -111,6 +118,9 @@ def make(config: PreTrainedConfig, out: Path) -> tuple[Path, Path]:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 2 / parameter.shape[1] ** 0.5)
+        for layer in model.model.layers[:-1]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
         rows = model.model.embed_tokens.weight
         rows.div_(rows.pow(2).mean(-1, keepdim=True).sqrt() * scale)
     model.save_pretrained(out / "model")
