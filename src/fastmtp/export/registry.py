@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 MODULES = {
     "llama.cpp": "fastmtp.export.llama_cpp",
+    "vllm": "fastmtp.export.vllm",
+    "sglang": "fastmtp.export.sglang",
     "transformers": "fastmtp.export.custom_generate",
     "checkpoint": "fastmtp.export.checkpoint",
 }

@@ -25,7 +25,11 @@ def verify(directory: Path) -> Verification:
         FileNotFoundError, ValueError: not an export, or its files are damaged.
     """
     manifest = read_manifest(directory)
-    found = engine_named(manifest["engine"]).verify(directory, manifest)
+    return compared(manifest, engine_named(manifest["engine"]).verify(directory, manifest))
+
+
+def compared(manifest: Mapping[str, Any], found: Verification) -> Verification:
+    """With what differs between acceptance in a replay and at export."""
     if not found.acceptance or not manifest["measured"]:
         return found
     before, now, tolerance = _comparable(manifest["measured"], found)

@@ -1,0 +1,72 @@
+"""A target that is a GGUF file as a Hugging Face directory, for engines that serve nothing else."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastmtp.export.job import Job
+from fastmtp.files import write_json
+from fastmtp.models.weights import whole
+
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SHARD_BYTES = 4 << 30
+
+
+def check(job: Job) -> None:
+    """Raises ValueError if the target cannot be written as it was asked for."""
+    kind = job.options.get("type")
+    if job.source.gguf is None:
+        if kind is not None:
+            raise ValueError(f"--type is for a target in a GGUF file; {job.target.source} is served as it is")
+        return
+    if kind not in (None, *TYPES):
+        raise ValueError(f"--type is {kind}; a Hugging Face directory can be {', '.join(TYPES)}")
+    if getattr(job.weights, "rope_factors", None) is not None:
+        raise ValueError(
+            f"{job.target.source}: has rope factors, which are not written here; give the model's Hugging Face "
+            "directory as --target"
+        )
+
+
+def write_target(job: Job, directory: Path) -> None:
+    """Write configuration, tokenizer and weights, so many gigabytes at a time.
+
+    Raises:
+        ValueError: the disk has too little room.
+    """
+    dtype = TYPES[str(job.options.get("type", "BF16"))]
+    size = sum(math.prod(shape) for shape in job.weights.shapes().values()) * dtype.itemsize
+    if size > (free := shutil.disk_usage(directory.parent).free):
+        raise ValueError(f"{directory.parent}: {size / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
+    directory.mkdir()
+    job.target.tokenizer.save_pretrained(directory)
+    values = {**job.config.to_diff_dict(), "architectures": [job.target.architecture]}
+    values |= {"dtype": str(dtype).removeprefix("torch."), "eos_token_id": sorted(job.target.end_ids)}
+    write_json(directory / "config.json", values)
+    places: dict[str, str] = {}
+    for number, names in enumerate(_shards(job, dtype.itemsize), 1):
+        file = f"model-{number:05}.safetensors"
+        tensors = {name: torch.from_numpy(whole(job.weights, name)).to(dtype) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _shards(job: Job, item_bytes: int) -> Iterator[list[str]]:
+    """The names of the tensors of each file."""
+    shard: list[str] = []
+    size = 0
+    for name, shape in job.weights.shapes().items():
+        wanted = math.prod(shape) * item_bytes
+        if shard and size + wanted > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += wanted
+    yield shard

@@ -1,0 +1,103 @@
+"""A head as a model directory of architecture MiMo: vLLM and SGLang put its MTP layer on other targets too.
+
+    e = embedding of token t + 1, zero at t = 0;  s = the target's state at t after its final norm
+    s' = final_layernorm(block(input_proj([hidden_layernorm(s), token_layernorm(e)])))
+
+and s' takes the place of s at the next step. The block is Qwen2's, whose q, k and v have biases: those that a head
+lacks are written as zeros. Read from vLLM 0.32's and SGLang 0.5.23's mimo_mtp.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from fastmtp.export.job import Job
+from fastmtp.models.info import raise_problems
+from fastmtp.models.layers import FULL
+from fastmtp.models.state_dict import MIMO, State, from_head, keys_of, places, to_head
+
+FILE = "model.safetensors"
+_KINDS = ("llama", "mistral", "qwen2")
+_WITH_BIAS = ("layer.self_attn.q_proj", "layer.self_attn.k_proj", "layer.self_attn.v_proj")
+
+
+def problems(job: Job) -> list[str]:
+    """Why the engines' own MiMo block cannot run this head; none if it can."""
+    config = job.config
+    if job.kind not in _KINDS:
+        return [f"{job.kind}: a MiMo block is like {', '.join(_KINDS)}"]
+    found = [
+        f"{name}: a MiMo block has no such tensor"
+        for name in job.tensors
+        if name.endswith(".bias") and name.removesuffix(".bias") not in _WITH_BIAS
+    ]
+    if config.hidden_act != "silu":
+        found.append(f"hidden_act {config.hidden_act}: a MiMo block has silu")
+    if head_size(config) * int(config.num_attention_heads) != int(config.hidden_size):
+        found.append(f"head_dim {head_size(config)}: a MiMo block has hidden_size / num_attention_heads")
+    return found
+
+
+def tensors(job: Job) -> State:
+    """The head under MiMo's keys; with every bias that a MiMo block has, if it is one."""
+    ours = {name: tensor.contiguous() for name, tensor in job.tensors.items()}
+    if not problems(job):
+        for module in _WITH_BIAS:
+            weight = ours[f"{module}.weight"]
+            ours.setdefault(f"{module}.bias", torch.zeros(weight.shape[0], dtype=weight.dtype))
+    return from_head(MIMO, places(MIMO, shapes(ours), ()), ours)
+
+
+def config(job: Job) -> dict[str, Any]:
+    """config.json: the target's shapes, and a name that makes the engines take the directory for an MTP head."""
+    values: dict[str, Any] = job.config.to_diff_dict()
+    # The head attends to everything, whatever the target's layers do.
+    if hasattr(job.config, "sliding_window"):
+        values |= {"use_sliding_window": False, "sliding_window": None}
+    if values.get("layer_types"):
+        values["layer_types"] = [FULL] * int(job.config.num_hidden_layers)
+    dtype = str(job.tensors["input_proj.weight"].dtype).removeprefix("torch.")
+    return {**values, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "dtype": dtype}
+
+
+def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a head, by our names.
+
+    Raises:
+        FileNotFoundError, ValueError: the file, or one of the tensors, is not there or damaged.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the export is not whole")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+    found = places(MIMO, dict.fromkeys(names, (0,)), ())
+    raise_problems(
+        f"{path}: is not whole:", [f"missing tensor {key}" for key in keys_of(found.values()) if key not in stored]
+    )
+    return to_head(MIMO, found, stored)
+
+
+def shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+
+def declared_kind(job: Job) -> str:
+    """What the target's own configuration calls it; `Job.kind` is what it runs as."""
+    if job.source.gguf is not None:
+        return job.kind
+    return str(PreTrainedConfig.get_config_dict(job.source.place)[0].get("model_type"))
+
+
+def head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

