@@ -165,8 +165,8 @@ Target: `{job.target.source}` ({job.target.architecture}). Head: `{job.head.name
 
 ## Back and again
 
-`fastmtp import DIR --out HEAD` gives {exact} back; `fastmtp verify-export DIR` reads the files, runs the export where
-its engine is installed, and compares acceptance and text.
+`fastmtp import DIR --out HEAD` gives {exact} back; `fastmtp verify-export DIR` reads the files, runs the export
+where its engine is installed, and compares acceptance and text.
 """
 
 
