@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -14,7 +15,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -25,6 +25,20 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         tokens, elapsed = task.fields["tokens"], task.elapsed or 0.0
         return Text(f"{tokens / elapsed:,.0f} tokens/s" if tokens and elapsed > 1 else "")
+
+
+class _Left(ProgressColumn):
+    """Time left, by the rate so far, but no more than `most` seconds from the start."""
+
+    def __init__(self, most: float | None) -> None:
+        super().__init__()
+        self._most = most
+
+    def render(self, task: Task) -> Text:
+        left = [] if task.time_remaining is None else [task.time_remaining]
+        if self._most is not None:
+            left.append(max(0.0, self._most - (task.elapsed or 0.0)))
+        return Text(str(timedelta(seconds=int(min(left)))) if left else "-:--:--")
 
 
 class Bar:
@@ -42,8 +56,15 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, total: int, done: int = 0, *, hidden: bool = False) -> Iterator[Bar]:
-    """A progress bar with the rate in tokens a second and the time left; `done` units came from an earlier run."""
+def bar(
+    title: str, total: int, done: int = 0, *, seconds: float | None = None, hidden: bool = False
+) -> Iterator[Bar]:
+    """A progress bar with the rate in tokens a second and the time left.
+
+    Args:
+        done: units that came from an earlier run.
+        seconds: after which the work ends, whatever is done by then.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -51,7 +72,7 @@ def bar(title: str, total: int, done: int = 0, *, hidden: bool = False) -> Itera
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(seconds),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=hidden) as progress:

@@ -90,7 +90,7 @@ def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts
         decode, width = partial(decode_batch, engine), config.slots
     summary = DistillSummary()
     started = time.monotonic()
-    with bar("distill", total, total - len(remaining)) as progress:
+    with bar("distill", total, total - len(remaining), seconds=60 * config.minutes or None) as progress:
         try:
             for exchange in _exchanges(target, decode, width, config, work, turn):
                 writer.add(exchange)
