@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 
@@ -55,6 +56,12 @@ CHAT_TEMPLATE = (
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests keep in a cache is not the user's."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Tests press Ctrl-C, which a shell's background jobs ignore, and their children too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
