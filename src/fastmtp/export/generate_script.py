@@ -114,6 +114,7 @@ class Head(nn.Module):
         attention.config._attn_implementation = "sdpa"
         self.load_state_dict(tensors)
         self.to(weight.device, weight.dtype).eval().requires_grad_(False)
+        self.cache_argument = _cache_argument(self.layer)
 
     def forward(self, states_1TH: Tensor, embeddings_1TH: Tensor, rotary: Any, cache: Any) -> Tensor:
         """The next states; the cache grows by T."""
@@ -126,7 +127,7 @@ class Head(nn.Module):
             self.input_proj(joined),
             position_embeddings=rotary(states_1TH, positions_T[None], *kind),
             attention_mask=mask_TL[None, None],
-            **_cache_of(self.layer, cache),
+            **{self.cache_argument: cache},
         )
         final: Tensor = self.final_norm(hidden_1TH)
         return final
@@ -145,6 +146,7 @@ class Decoding:
     def __init__(self, model: Any, head: Head, processors: Any, sampling: bool) -> None:
         self.model, self.head, self.processors, self.sampling = model, head, processors, sampling
         self.cache, self.head_cache = DynamicCache(), DynamicCache()
+        self.cache_argument = _cache_argument(model.base_model)
         self.drafted = 0
 
     def rounds(self, ids_1T: Tensor, steps: int) -> Any:
@@ -203,8 +205,7 @@ class Decoding:
 
     def _forward(self, ids_1T: Tensor) -> Tensor:
         """States after the final norm; the cache grows by T."""
-        base = self.model.base_model
-        outputs = base(input_ids=ids_1T, use_cache=True, **_cache_of(base, self.cache))
+        outputs = self.model.base_model(input_ids=ids_1T, use_cache=True, **{self.cache_argument: self.cache})
         states: Tensor = outputs.last_hidden_state
         return states
 
@@ -229,9 +230,9 @@ class Decoding:
         return bool(torch.rand((), device=p_1V.device) * q_1V[0, draft] < p_1V[0, draft])
 
 
-def _cache_of(module: nn.Module, cache: Any) -> dict[str, Any]:
+def _cache_argument(module: nn.Module) -> str:
     # transformers 5.24 gave the argument another name.
-    return {"cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values": cache}
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def _crop(cache: Any, length: int) -> None:
