@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastmtp.export.job import Job
-from fastmtp.models.info import raise_problems
+from fastmtp.models.info import head_size, raise_problems
 from fastmtp.models.weights import Floats, whole
 
 ARCHITECTURE = "glm4moe"
@@ -73,7 +73,7 @@ def check(job: Job) -> None:
         problems.append(f"rope_type {rope}: {ARCHITECTURE} has default and linear")
     if job.config.hidden_act != "silu":
         problems.append(f"hidden_act {job.config.hidden_act}: {ARCHITECTURE} has silu")
-    if _rotated(job) < _head_size(job):
+    if _rotated(job) < head_size(job.config):
         problems.append(f"partial_rotary_factor: {ARCHITECTURE} here turns whole heads")
     names = target_names(job)
     problems += [f"{name}: {ARCHITECTURE} has no such tensor" for name, place in names.items() if place is None]
@@ -83,7 +83,7 @@ def check(job: Job) -> None:
 def keys(job: Job) -> dict[str, tuple[Any, gguf.GGUFValueType]]:
     """What llama.cpp must know of the model besides its tokenizer."""
     config, integer, real = job.config, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
-    layers, head_size, rope = int(config.num_hidden_layers), _head_size(job), config.rope_parameters
+    layers, size, rope = int(config.num_hidden_layers), head_size(config), config.rope_parameters
     expert = _expert(job)
     values: dict[str, tuple[Any, gguf.GGUFValueType]] = {
         "block_count": (layers + 1, integer),
@@ -94,10 +94,10 @@ def keys(job: Job) -> dict[str, tuple[Any, gguf.GGUFValueType]]:
         "feed_forward_length": (int(config.intermediate_size), integer),
         "attention.head_count": (int(config.num_attention_heads), integer),
         "attention.head_count_kv": (int(config.num_key_value_heads), integer),
-        "attention.key_length": (head_size, integer),
-        "attention.value_length": (head_size, integer),
+        "attention.key_length": (size, integer),
+        "attention.value_length": (size, integer),
         "attention.layer_norm_rms_epsilon": (float(config.rms_norm_eps), real),
-        "rope.dimension_count": (head_size, integer),
+        "rope.dimension_count": (size, integer),
         "rope.freq_base": (float(rope["rope_theta"]), real),
         "leading_dense_block_count": (layers, integer),
         "expert_count": (1, integer),
@@ -213,10 +213,5 @@ def _expert(job: Job) -> int:
     return math.gcd(int(job.config.intermediate_size), _BLOCK)
 
 
-def _head_size(job: Job) -> int:
-    config = job.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def _rotated(job: Job) -> int:
-    return int(_head_size(job) * float(job.config.rope_parameters.get("partial_rotary_factor", 1.0)))
+    return int(head_size(job.config) * float(job.config.rope_parameters.get("partial_rotary_factor", 1.0)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastmtp.export.job import Job
-from fastmtp.models.info import raise_problems
+from fastmtp.models.info import head_size, raise_problems
 from fastmtp.models.layers import FULL
 from fastmtp.models.state_dict import MIMO, State, from_head, keys_of, places, to_head
 
@@ -97,7 +97,3 @@ def declared_kind(job: Job) -> str:
     if job.source.gguf is not None:
         return job.kind
     return str(PreTrainedConfig.get_config_dict(job.source.place)[0].get("model_type"))
-
-
-def head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -20,6 +20,11 @@ GATHERED = 16
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 @dataclass(frozen=True)
 class TargetIdentity:
     """What a head depends on; two targets with equal identities can share a head's files."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from fastmtp.models.info import head_size
 from fastmtp.models.source import Source, gguf_reader
 
 Floats = NDArray[np.float32]
@@ -94,7 +95,7 @@ class GgufWeights:
     def __init__(self, path: Path, config: Any) -> None:
         reader = gguf_reader(path)
         self._architecture = reader.fields["general.architecture"].contents()
-        self._head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self._head_size = head_size(config)
         architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
         names = gguf.get_tensor_name_map(architectures[self._architecture], config.num_hidden_layers)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
