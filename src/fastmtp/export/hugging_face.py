@@ -14,6 +14,7 @@ from fastmtp.export.job import Job
 from fastmtp.files import write_json
 from fastmtp.models.weights import whole
 
+TARGET = "target"
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SHARD_BYTES = 4 << 30
 
@@ -34,12 +35,20 @@ def check(job: Job) -> None:
         )
 
 
-def write_target(job: Job, directory: Path) -> None:
-    """Write configuration, tokenizer and weights, so many gigabytes at a time.
+def served(job: Job) -> str:
+    """What an engine serves, for an export's README."""
+    return job.source.place if job.source.gguf is None else f"DIR/{TARGET}"
+
+
+def write_target(job: Job, export: Path) -> None:
+    """Write a GGUF target's configuration, tokenizer and weights into an export, so many gigabytes at a time.
 
     Raises:
         ValueError: the disk has too little room.
     """
+    if job.source.gguf is None:
+        return
+    directory = export / TARGET
     dtype = TYPES[str(job.options.get("type", "BF16"))]
     size = sum(math.prod(shape) for shape in job.weights.shapes().values()) * dtype.itemsize
     if size > (free := shutil.disk_usage(directory.parent).free):

@@ -36,12 +36,11 @@ def write(job: Job, directory: Path) -> None:
     write_json(directory / "config.json", mimo_layout.config(job))
     for name, ids in _maps(job).items():
         torch.save(ids, directory / _file(name))
-    if job.source.gguf is not None:
-        hugging_face.write_target(job, directory / "target")
+    hugging_face.write_target(job, directory)
 
 
 def guide(job: Job) -> str:
-    target = "DIR/target" if job.source.gguf is not None else job.source.place
+    target = hugging_face.served(job)
     maps = _maps(job)
     use = f" \\\n      --speculative-token-map DIR/{_file(_ALL)}" if maps else ""
     choice = (

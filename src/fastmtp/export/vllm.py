@@ -34,7 +34,6 @@ CONVENTION = (
 )
 DRAFTS_FROM = "union"
 
-_TARGET = "target"
 # In the path of a draft model vLLM takes these for another method, whatever `method` says.
 _OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
@@ -46,12 +45,11 @@ def write(job: Job, directory: Path) -> None:
         tensors[LISTS + name] = torch.tensor(ids, dtype=torch.int64)
     save_file(tensors, directory / mimo_layout.FILE, metadata={"format": "pt"})
     write_json(directory / "config.json", {**mimo_layout.config(job), MARK: 1})
-    if job.source.gguf is not None:
-        hugging_face.write_target(job, directory / _TARGET)
+    hugging_face.write_target(job, directory)
 
 
 def guide(job: Job) -> str:
-    target = f"DIR/{_TARGET}" if job.source.gguf is not None else job.source.place
+    target = hugging_face.served(job)
     draft = f'{{"method": "mtp", "model": "DIR", "num_speculative_tokens": {job.draft_steps}}}'
     return f"""## Use
 
@@ -81,7 +79,8 @@ def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) ->
         ValueError: vLLM failed.
     """
     steps = int(manifest["head"]["draft_steps"])
-    model = directory / _TARGET if (directory / _TARGET).is_dir() else manifest["target"]["source"]
+    own = directory / hugging_face.TARGET
+    model = own if own.is_dir() else manifest["target"]["source"]
     target = describe(manifest["target"]["source"])
     asked, ends = prompts(target), sorted(target.end_ids)
     plain = replay(str(model), asked, ends)
