@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastmtp.config import TrainConfig
+from fastmtp.models.target import throughput_dtype
+from fastmtp.train.muon import Muon
 
 
 def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -17,8 +19,8 @@ def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
     others = [parameter for parameter in head.parameters() if parameter.ndim != 2]
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        # match_rms_adamw makes one learning rate fit both optimisers.
-        large: Optimizer = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        dtype = throughput_dtype(matrices[0].device)
+        large: Optimizer = Muon(matrices, lr=rate, weight_decay=decay, dtype=dtype)
     else:
         large = torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
     return [large, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]

@@ -1,0 +1,50 @@
+"""Our Muon is PyTorch's, in an arithmetic that can be chosen."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fastmtp.train.muon import Muon, orthogonalized
+
+SHAPES = [(8, 24), (24, 8), (16, 16)]
+
+
+def trained(optimizer: Optimizer, matrices: list[nn.Parameter]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        optimizer.step()
+    return matrices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steps_are_those_of_pytorch(dtype: torch.dtype) -> None:
+    """In bfloat16 bit for bit, in float32 but for bfloat16's rounding."""
+    torch.manual_seed(0)
+    start = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    ours, theirs = deepcopy(start), deepcopy(start)
+    trained(Muon(ours, lr=0.02, weight_decay=0.1, dtype=dtype), ours)
+    trained(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), theirs)
+    for before, mine, other in zip(start, ours, theirs, strict=True):
+        moved = (other - before).norm()
+        assert (mine - other).norm() <= (0 if dtype == torch.bfloat16 else 0.02 * moved)
+        assert moved > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalized_keeps_the_singular_vectors(shape: tuple[int, int]) -> None:
+    """All singular values come near one, and U and V stay: U^T X V is diagonal."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    given = matrix.clone()
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = u.T @ orthogonalized(matrix) @ vh.T
+    assert torch.equal(matrix, given)
+    assert values.diagonal().min() > 0.3 and values.diagonal().max() < 1.5
+    assert (values - values.diagonal().diag()).abs().max() < 1e-4
