@@ -15,7 +15,7 @@ from fastmtp.models.native import NativeTarget
 
 
 class NativeForward:
-    """One text after the other: on a CPU twice as fast as PyTorch, and the very states that decoding will see."""
+    """One text after the other: up to twice as fast as PyTorch on a CPU, and the states that decoding will see."""
 
     def __init__(self, target: NativeTarget) -> None:
         self._target = target
