@@ -59,7 +59,7 @@ def test_greedy_output_is_plain_output(
         prompt = random_ids(20, seed=seed) * 2
         backend = engine.backend(target, head, ids)
         rounds = adaptive(backend, prompt, policy, GREEDY, torch.Generator())
-        assert decoded(rounds, 60) == plain_tokens(engine, target, prompt, 60)
+        assert decoded(rounds, 40) == plain_tokens(engine, target, prompt, 40)
 
 
 def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
