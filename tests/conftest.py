@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fastmtp.decode import costs
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import Reference
 from fastmtp.train.forward import TorchForward
@@ -31,6 +32,8 @@ from tests.engines import ENGINES, Engine
 
 # Matrices this small are faster on one core, and tests beside other work stay quick.
 torch.set_num_threads(1)
+# Plans need no exact costs here.
+costs._REPEATS = 1
 
 VOCABULARY = 300
 COMMON = {

@@ -6,9 +6,14 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import get_args
 
+import torch
+
+from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Batch
+from fastmtp.decode.plain import plain
 from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.decode.torch_batch import TorchBatch
@@ -53,6 +58,17 @@ class Engine:
 ENGINES = {"torch": Engine()}
 if NATIVE:
     ENGINES |= {f"native-{weight_type}": Engine(weight_type) for weight_type in get_args(WeightType)}
+
+
+def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: int) -> list[int]:
+    """What the plain loop writes greedily."""
+    return list(_plain_tokens(engine, target, tuple(prompt), count))
+
+
+@cache
+def _plain_tokens(engine: Engine, target: Target, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Decoded once for all the ways of drafting that are compared with it."""
+    return tuple(islice(plain(engine.backend(target), prompt, SamplingConfig(), torch.Generator()), count))
 
 
 @cache

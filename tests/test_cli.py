@@ -329,7 +329,7 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
         (["data", "show", "nowhere"], "nowhere/provenance.json: no such file"),
         (["data", "clean", "nowhere", "--out", "x"], "nowhere/provenance.json: no such file"),
         (
-            ["head", "calibrate", "--head", "nowhere", "--data", "x"],
+            ["head", "calibrate", "--target", "{model}", "--head", "nowhere", "--data", "x"],
             "nowhere: no such head directory",
         ),
         (

@@ -78,7 +78,7 @@ def test_second_token_has_the_targets_law_given_the_first() -> None:
     p1, p2, q = (probabilities(torch.randn(4, generator=generator), config) for _ in range(3))
     p_KV = torch.stack([p1, p2, p2])
     counts = torch.zeros(4, 4)
-    rounds = 40_000
+    rounds = 10_000
     for _ in range(rounds):
         drafted = [draw(q, generator), draw(q, generator)]
         kept, token = accept(drafted, [q, q], p_KV, generator)

@@ -19,7 +19,7 @@ from fastmtp.models.target import Target
 from fastmtp.sampling import probabilities
 from fastmtp.vocabulary.draft import PLACES
 from tests.conftest import random_ids, tiny_target
-from tests.engines import Engine
+from tests.engines import Engine, plain_tokens
 
 GREEDY = SamplingConfig()
 
@@ -41,10 +41,6 @@ def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every:
 
     backend.draft = draft  # type: ignore[method-assign]
     return backend
-
-
-def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: int) -> list[int]:
-    return list(islice(plain(engine.backend(target), prompt, GREEDY, torch.Generator()), count))
 
 
 def speculative_tokens(backend: SequenceBackend, prompt: Sequence[int], steps: int, count: int) -> list[int]:

@@ -118,6 +118,7 @@ def decoded_acceptance(backend: Backend, prompt: list[int], steps: int) -> Accep
     return Acceptance.of(accepted, steps)
 
 
+@cache
 def greedy_text(target: Target, seed: int) -> list[int]:
     prompt = random_ids(8, seed=seed)
     return [*prompt, *islice(plain(TorchBackend(target), prompt, GREEDY, torch.Generator()), 40)]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from copy import deepcopy
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +37,11 @@ CONFIG = TrainConfig(
 
 
 def exchanges(target: Target, count: int = 30) -> list[Exchange]:
+    return list(_exchanges(target, count))
+
+
+@cache
+def _exchanges(target: Target, count: int) -> tuple[Exchange, ...]:
     rows = []
     for index in range(count):
         prompt = random_ids(4 + index % 5, seed=index)
@@ -43,18 +49,20 @@ def exchanges(target: Target, count: int = 30) -> list[Exchange]:
         answer = list(islice(tokens, 16 + index % 7))
         mask = [False] * len(prompt) + [True] * len(answer)
         rows.append(Exchange(index, "test", "", "", True, prompt + answer, mask))
-    return rows
+    return tuple(rows)
 
 
 def losses(trainer: Trainer, steps: int | None = None) -> list[list[float]]:
     return [done.losses for done in islice(trainer.train(), steps)]
 
 
-@pytest.mark.parametrize("objective", ["kl", "tv", "lk", "cross_entropy"])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    ("objective", "optimizer"),
+    [("kl", "muon"), ("kl", "adamw"), ("tv", "muon"), ("lk", "adamw"), ("cross_entropy", "muon")],
+)
 def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_path: Path, llama: Target) -> None:
     """Many passes over a little text: every step's loss falls, and drafts of that text get accepted."""
-    changes = {"epochs": 20.0, "objective": objective, "optimizer": optimizer}
+    changes = {"epochs": 20.0, "evaluate_every": 1000, "objective": objective, "optimizer": optimizer}
     data = exchanges(llama)
     trainer = Trainer(llama, data, None, TrainConfig(**{**vars(CONFIG), **changes}), tmp_path)
     before = acceptance(trainer, data)
