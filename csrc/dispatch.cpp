@@ -11,12 +11,15 @@ namespace fastmtp {
 #ifdef FASTMTP_X86
 extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels;
 #endif
+#ifdef FASTMTP_AVXVNNI
+extern const Kernels avxvnni_kernels;
+#endif
 extern const Kernels portable_kernels;
 
 namespace {
 
 struct Available {
-  const Kernels* tables[5] = {};
+  const Kernels* tables[6] = {};
 
   Available() {
     int count = 0;
@@ -28,6 +31,9 @@ struct Available {
                         __builtin_cpu_supports("avx512vnni");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512bf16_kernels;
     if (avx512) tables[count++] = &avx512_kernels;
+#ifdef FASTMTP_AVXVNNI
+    if (avx2 && __builtin_cpu_supports("avxvnni")) tables[count++] = &avxvnni_kernels;
+#endif
     if (avx2) tables[count++] = &avx2_kernels;
 #endif
     tables[count] = &portable_kernels;

@@ -21,7 +21,7 @@ inline Bytes load_pairs(const uint16_t* p) { return load_bytes(reinterpret_cast<
 
 // Lanes * 16 of the head's dimensions: the values of tokens begin..end - 1 (both even) by their weights.
 template <int Count, int Lanes>
-void weigh(const Query* queries, const uint16_t (*weights)[kPageTokens], const uint16_t* values, int width, int begin,
+void weigh(const Query* queries, const Factor (*weights)[kPageTokens], const uint16_t* values, int width, int begin,
            int end, int start, const uint8_t* next) {
   Floats total[Count][Lanes];
   for (int i = 0; i < Count; i++)
@@ -46,7 +46,7 @@ inline int held_at(const Query& query, const PageView& page, int place) {
 
 // Goes on from what `weigh` left with the values from place `shared` (even) on, which lie in the order of a tree: the
 // same pairs in the same order as if they lay in that of positions.
-inline void weigh_path(const Query& query, const uint16_t* weights, const PageView& page, int width, int shared) {
+inline void weigh_path(const Query& query, const Factor* weights, const PageView& page, int width, int shared) {
   const auto value = [&](int place) {
     const int held = held_at(query, page, place), in_page = held % kPageTokens;
     return (held < kPageTokens ? page.values : page.next_values) + size_t(in_page / 2) * width * 2 + in_page % 2;
@@ -68,7 +68,7 @@ inline void weigh_path(const Query& query, const uint16_t* weights, const PageVi
 
 // Scores of the keys in blocks first..last - 1, `Together` blocks at a time.
 template <int Count, int Together>
-inline void score(const uint16_t (*queries)[Count][2], const uint16_t* keys, int size, int first, int last,
+inline void score(const Factor (*queries)[Count][2], const uint16_t* keys, int size, int first, int last,
                   float (*scores)[kPageTokens], const uint8_t* next) {
   for (int block = first; block < last; block += Together) {
     Floats total[Together][Count];
@@ -88,9 +88,10 @@ inline void score(const uint16_t (*queries)[Count][2], const uint16_t* keys, int
 
 template <int Count>
 void attend_tile(const Query* queries, const PageView& page, int size, const uint8_t* next) {
-  constexpr int kTogether = Count <= 4 ? 2 : 1;  // enough chains of additions to hide their latency
+  // Enough chains of additions to hide their latency.
+  constexpr int kTogether = kSums >= 2 * Count ? 2 : 1;
   float scores[Count][kPageTokens];
-  uint16_t weights[Count][kPageTokens];
+  Factor weights[Count][kPageTokens];
   // What is seen ends at `end`, and what holds it at `held`.
   int begin = kPageTokens, end = 0, held = 0;
   for (int i = 0; i < Count; i++) {
@@ -104,11 +105,11 @@ void attend_tile(const Query* queries, const PageView& page, int size, const uin
   const auto blocks = [](int places) { return round_up(places, kLanes * kTogether) / kLanes; };
   const int last = held > 0 ? blocks(held < kPageTokens ? held : kPageTokens) : first;
   // One row after another: the multiplications find the next query at a fixed distance.
-  alignas(64) uint16_t together[kLargestHead / 2][Count][2];
+  alignas(64) Factor together[kLargestHead / 2][Count][2];
   for (int d = 0; d < size; d += 2)
     for (int i = 0; i < Count; i++) {
-      together[d / 2][i][0] = queries[i].q[d];
-      together[d / 2][i][1] = queries[i].q[d + 1];
+      together[d / 2][i][0] = factor(queries[i].q[d]);
+      together[d / 2][i][1] = factor(queries[i].q[d + 1]);
     }
   const int width = round_up(size, kLanes);
   score<Count, kTogether>(together, page.keys, size, first, last, scores, next);
@@ -140,9 +141,8 @@ void attend_tile(const Query* queries, const PageView& page, int size, const uin
     for (int block = first; block < last; block++) {
       const Floats shifted = sub(load(scores[i] + block * kLanes), splat(top));
       const Floats weight = inside(exponential(shifted), block, 0.0f);
-      store_bf16(weights[i] + block * kLanes, weight);
       // The sum is that of the rounded weights, so that they add up to one.
-      total = add(total, load_bf16(weights[i] + block * kLanes));
+      total = add(total, store_factors(weights[i] + block * kLanes, weight));
     }
     queries[i].partial[0] = top;
     queries[i].partial[1] = sum(total);
@@ -151,12 +151,13 @@ void attend_tile(const Query* queries, const PageView& page, int size, const uin
   const int shared = page.tree > 0 ? page.tree / 2 * 2 : 0;
   end = round_up(end < shared ? end : shared, 2);
   int start = 0;
-  if constexpr (Count <= 4)
+  if constexpr (kSums >= 4 * Count)
     for (; start + 4 * kLanes <= width; start += 4 * kLanes)
       weigh<Count, 4>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
-  for (; start + 2 * kLanes <= width; start += 2 * kLanes)
-    weigh<Count, 2>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
-  if (start < width)
+  if constexpr (kSums >= 2 * Count)
+    for (; start + 2 * kLanes <= width; start += 2 * kLanes)
+      weigh<Count, 2>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
+  for (; start < width; start += kLanes)
     weigh<Count, 1>(queries, weights, page.values, width, begin, end, start, next + 2 * page_numbers(size));
   for (int i = 0; i < Count; i++) weigh_path(queries[i], weights[i], page, width, shared);
 }
@@ -170,7 +171,9 @@ void attend_count(const Query* queries, int count, const PageView& page, int siz
 }
 
 void attend(const Query* queries, int count, const PageView& page, int size, const void* next) {
-  attend_count<kTileQueries>(queries, count, page, size, static_cast<const uint8_t*>(next));
+  for (int first = 0; first < count; first += kQueries)
+    attend_count<kQueries>(queries + first, count - first < kQueries ? count - first : kQueries, page, size,
+                           static_cast<const uint8_t*>(next));
 }
 
 void merge(float* total, const float* part, int size) {

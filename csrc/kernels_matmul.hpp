@@ -6,22 +6,45 @@ namespace {
 
 constexpr size_t kAhead = 16 * 1024;
 
-// How far ahead of a kilobyte of weights to fetch. One block is one stream with its successors, and many rows keep
-// the processor from looking ahead itself: kAhead. Several blocks together: what follows in each of them, and at their
-// ends the beginnings of the next ones.
+// One of the passes over a block, each for some of the rows.
+struct Pass {
+  int index, count;
+};
+
+// What one pass over a block fetches meanwhile: its share of what lies kAhead of the block, with which that is one
+// stream. So memory is read all the time, and not during the first pass alone.
+class Ahead {
+ public:
+  Ahead(const PackedView& w, int block, int lines, Pass pass)
+      : next_(w.data + block * w.block_bytes + kAhead + w.block_bytes * pass.index / pass.count),
+        step_(w.block_bytes / (size_t(lines) * pass.count)) {}
+
+  // To be called for each line of weights.
+  void fetch() {
+    prefetch(next_);
+    next_ += step_;
+  }
+
+ private:
+  const uint8_t* next_;
+  size_t step_;
+};
+
+// How far ahead of a kilobyte of weights to fetch where several blocks go together: what follows in each of them, and
+// at their ends the beginnings of the next ones.
 template <int Blocks>
 inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
   constexpr size_t kPart = kGroup * kLanes;
-  if (Blocks == 1) return kAhead;
   return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
 }
 
 template <int Rows, int Blocks>
-void int8_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const uint8_t* scales = weights + size_t(w.groups) * kGroup * kLanes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
+  Ahead one_stream(w, block, w.groups * kGroup / 4, pass);
   Floats total[Blocks][Rows];
   for (int b = 0; b < Blocks; b++)
     for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
@@ -30,11 +53,11 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, floa
     Ints sums[Blocks][Rows];
     for (int b = 0; b < Blocks; b++)
       for (int m = 0; m < Rows; m++) sums[b][m] = dot_start(x.sums[(row + m) * x.groups + g]);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
         const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
-        prefetch(place + ahead);
+        Blocks == 1 ? one_stream.fetch() : prefetch(place + ahead);
         const Bytes four = load_bytes(place);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
       }
@@ -57,31 +80,31 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, floa
 }
 
 template <int Rows>
-void int4_block(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+void int4_block(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
   const int groups = 2 * w.groups;
+  Ahead one_stream(w, block, groups * (kHalf / 8 + 1), pass);
   Floats total[Rows];
   for (int m = 0; m < Rows; m++) total[m] = splat(0.0f);
   for (int g = 0; g < groups; g++) {
-    Ints sums[Rows];
-    for (int m = 0; m < Rows; m++) sums[m] = dot_start(0);
-#pragma GCC unroll 4
+    SmallInts sums[Rows] = {};
+#pragma GCC unroll kUnroll
     for (int k = 0; k < kHalf; k += 8) {
-      prefetch(weights + kAhead);
+      one_stream.fetch();
       const Bytes eight = load_bytes(weights), low = low_nibbles(eight), high = high_nibbles(eight);
       for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], low, values + m * width + k);
       for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], high, values + m * width + k + 4);
       weights += 4 * kLanes;
     }
-    prefetch(weights + kAhead);
+    one_stream.fetch();
     const auto* scales = reinterpret_cast<const uint16_t*>(weights);
     const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
     for (int m = 0; m < Rows; m++) {
       const int place = (row + m) * groups + g;
       const Floats all = splat(static_cast<float>(x.sums[place]));
-      const Floats product = fma(to_floats(sums[m]), step, mul(all, least));
+      const Floats product = fma(to_floats(to_ints(sums[m])), step, mul(all, least));
       total[m] = fma(product, splat(x.scales[place]), total[m]);
     }
     weights += 4 * kLanes;
@@ -92,20 +115,21 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, float
 }
 
 template <int Rows, int Blocks>
-void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const uint16_t* values = x.bf16_row(row);
   const size_t width = size_t(x.groups) * kGroup;
+  Ahead one_stream(w, block, w.groups * kGroup / 2, pass);
   Floats total[Blocks][Rows];
   for (int b = 0; b < Blocks; b++)
     for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
   for (int g = 0; g < 2 * w.groups; g++) {
     const size_t ahead = prefetch_distance<Blocks>(w, g, 2 * w.groups);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup / 2; k += 2) {
       for (int b = 0; b < Blocks; b++) {
         const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
-        prefetch(place + ahead);
+        Blocks == 1 ? one_stream.fetch() : prefetch(place + ahead);
         const Bytes two = load_bytes(place);
         for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
       }
@@ -120,37 +144,46 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, floa
 }
 
 template <int Rows, int Blocks>
-void blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+void blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   if (w.type == Type::int8)
-    int8_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+    int8_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
   else if (w.type == Type::bf16)
-    bf16_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+    bf16_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
   else
-    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, out + b * kLanes, stride);
+    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, pass, out + b * kLanes, stride);
 }
 
 // Some blocks for `rows` rows, Rows or fewer.
 template <int Rows, int Blocks>
-void tile(const PackedView& w, const Operand& x, int row, int rows, int block, float* out, int stride) {
+void tile(const PackedView& w, const Operand& x, int row, int rows, int block, Pass pass, float* out, int stride) {
   if (rows == Rows)
-    blocks<Rows, Blocks>(w, x, row, block, out, stride);
+    blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
   else if constexpr (Rows > 1)
-    tile<Rows - 1, Blocks>(w, x, row, rows, block, out, stride);
+    tile<Rows - 1, Blocks>(w, x, row, rows, block, pass, out, stride);
+}
+
+template <int Rows>
+void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out, int stride) {
+  // With few rows several blocks go together: more streams from memory at once, and registers are free.
+  constexpr int kTogether = 4, kFew = (Rows + 1) / kTogether;
+  int block = first_block;
+  if (rows <= kFew)
+    for (; block + kTogether <= last_block; block += kTogether)
+      tile<kFew, kTogether>(w, x, 0, rows, block, {0, 1}, out + block * kLanes, stride);
+  for (; block < last_block; block++)
+    for (int row = 0; row < rows; row += Rows) {
+      const int count = rows - row < Rows ? rows - row : Rows;
+      const Pass pass{row / Rows, (rows + Rows - 1) / Rows};
+      tile<Rows, 1>(w, x, row, count, block, pass, out + size_t(row) * stride + block * kLanes, stride);
+    }
 }
 
 void matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
             int stride) {
-  // With few rows several blocks go together: more streams from memory at once, and registers are free.
-  constexpr int kTogether = 4, kFew = kTileRows / 4;
-  int block = first_block;
-  if (rows <= kFew)
-    for (; block + kTogether <= last_block; block += kTogether)
-      tile<kFew, kTogether>(w, x, 0, rows, block, out + block * kLanes, stride);
-  for (; block < last_block; block++)
-    for (int row = 0; row < rows; row += kTileRows) {
-      const int count = rows - row < kTileRows ? rows - row : kTileRows;
-      tile<kTileRows, 1>(w, x, row, count, block, out + size_t(row) * stride + block * kLanes, stride);
-    }
+  if (w.type == Type::int8)
+    tiles<kInt8TileRows>(w, x, rows, first_block, last_block, out, stride);
+  else
+    tiles<kTileRows>(w, x, rows, first_block, last_block, out, stride);
 }
 
 // The orthonormal Walsh-Hadamard transform of a group, which makes its outliers small (see matrix.hpp).
@@ -176,11 +209,11 @@ inline void spread(Floats x[kGroup / kLanes]) {
   x[3] = mul(sub(b, d), eighth);
 }
 
-// Rounds a group to steps of a 127th of its largest number.
-template <int Count>
+// Rounds a group to steps of a 127th of the largest that `size` finds in it.
+template <int Count, Floats (&size)(Floats)>
 void quantize(Floats* lanes, int8_t* values, float& scale, int32_t& sum_of_values) {
-  Floats most = abs(lanes[0]), total = splat(0.0f);
-  for (int i = 1; i < Count; i++) most = max(most, abs(lanes[i]));
+  Floats most = size(lanes[0]), total = splat(0.0f);
+  for (int i = 1; i < Count; i++) most = max(most, size(lanes[i]));
   const float top = largest(most), inverse = top > 1e-30f ? 127.0f / top : 0.0f;
   for (int i = 0; i < Count; i++) {
     const Floats rounded = nearest(mul(lanes[i], splat(inverse)));
@@ -213,12 +246,12 @@ void convert(Type type, const float* x, int size, const Operand& operand, int ro
     const size_t place = size_t(row) * operand.groups + g;
     if (type == Type::int8) {
       spread(lanes);
-      quantize<kGroup / kLanes>(lanes, values, operand.scales[place], operand.sums[place]);
+      quantize<kGroup / kLanes, room>(lanes, values, operand.scales[place], operand.sums[place]);
       continue;
     }
     for (int half = 0; half < 2; half++)
-      quantize<kHalf / kLanes>(lanes + half * kHalf / kLanes, values + half * kHalf, operand.scales[2 * place + half],
-                               operand.sums[2 * place + half]);
+      quantize<kHalf / kLanes, abs>(lanes + half * kHalf / kLanes, values + half * kHalf,
+                                    operand.scales[2 * place + half], operand.sums[2 * place + half]);
   }
 }
 

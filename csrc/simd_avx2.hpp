@@ -1,4 +1,5 @@
-// Sixteen lanes in two AVX2 registers; the meaning of each function is given in simd_portable.hpp.
+// Sixteen lanes in two AVX2 registers, with AVX-VNNI's products where the compiler may use them; the meaning of each
+// function is given in simd_portable.hpp.
 #pragma once
 
 #include <immintrin.h>
@@ -8,7 +9,7 @@
 
 namespace {
 
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kInt8TileRows = 3, kUnroll = 2, kQueries = 4, kSums = 4;
 
 struct Floats {
   __m256 low, high;
@@ -87,13 +88,15 @@ inline Floats load_bf16(const uint16_t* p) {
   };
   return {wide(load_eight(p)), wide(load_eight(p + 8))};
 }
+// A bf16 in the upper half of each word; the lower halves are to be ignored.
+inline __m256i rounded_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
 inline void store_bf16(uint16_t* p, Floats x) {
-  const auto rounded = [](__m256 values) {
-    const __m256i bits = _mm256_castps_si256(values);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  };
-  const __m256i packed = _mm256_packus_epi32(rounded(x.low), rounded(x.high));
+  const __m256i low = _mm256_srli_epi32(rounded_bf16(x.low), 16), high = _mm256_srli_epi32(rounded_bf16(x.high), 16);
+  const __m256i packed = _mm256_packus_epi32(low, high);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 inline void store_int8(int8_t* p, Floats x) {
@@ -116,40 +119,84 @@ inline int32_t word_at(const void* p) {
   return word;
 }
 
-inline Ints dot_start(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+// Weights are multiplied as they are stored, w + 128; starting at -128 * sum(x) takes that out again.
+inline Ints dot_start(int32_t sum_of_x) {
+  const __m256i start = _mm256_set1_epi32(-128 * sum_of_x);
+  return {start, start};
+}
+#ifdef __AVXVNNI__
+inline Floats room(Floats x) { return abs(x); }
 inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
-  // maddubs multiplies unsigned by signed into 16 bits: |x| * (w * sign(x)) stays below 2 * 127 * 127.
-  const __m256i four = _mm256_set1_epi32(word_at(x)), size = _mm256_abs_epi8(four);
-  const auto half = [&](__m256i sum, __m256i stored) {
-    const __m256i signed_weights = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
-    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(signed_weights, four));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  };
-  return {half(total.low, weights.low), half(total.high, weights.high)};
+  const __m256i four = _mm256_set1_epi32(word_at(x));
+  return {_mm256_dpbusd_avx_epi32(total.low, weights.low, four),
+          _mm256_dpbusd_avx_epi32(total.high, weights.high, four)};
 }
-
-inline Bytes low_nibbles(Bytes x) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
-}
-inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
-inline Ints dot4_small(Ints total, Bytes weights, const int8_t* x) {
+#else
+// maddubs adds the products of neighbours in 16 bits, which hold 255 * (|x0| + |x1|) where |x0| + |x1| is at most 128:
+// 127 steps before each of the two is rounded.
+inline Floats room(Floats x) { return add(abs(x), swap<1>(abs(x))); }
+inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   const __m256i four = _mm256_set1_epi32(word_at(x)), ones = _mm256_set1_epi16(1);
   const auto half = [&](__m256i sum, __m256i w) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, four), ones));
   };
   return {half(total.low, weights.low), half(total.high, weights.high)};
 }
+#endif
 
-inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
-  const __m256i pair = _mm256_set1_epi32(word_at(x)), mask = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
-  const __m256 x0 = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
-  const __m256 x1 = _mm256_castsi256_ps(_mm256_and_si256(pair, mask));
+inline Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
+}
+inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
+#ifdef __AVXVNNI__
+using SmallInts = Ints;
+inline Ints to_ints(SmallInts x) { return x; }
+inline SmallInts dot4_small(SmallInts total, Bytes weights, const int8_t* x) { return dot4(total, weights, x); }
+#else
+struct SmallInts {  // two sums of 16 bits in each lane
+  __m256i low, high;
+};
+inline Ints to_ints(SmallInts x) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(x.low, ones), _mm256_madd_epi16(x.high, ones)};
+}
+inline SmallInts dot4_small(SmallInts total, Bytes weights, const int8_t* x) {
+  const __m256i four = _mm256_set1_epi32(word_at(x));
+  return {_mm256_add_epi16(total.low, _mm256_maddubs_epi16(weights.low, four)),
+          _mm256_add_epi16(total.high, _mm256_maddubs_epi16(weights.high, four))};
+}
+#endif
+
+inline __m256 upper_halves(__m256i x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+inline __m256 lower_halves(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+inline Floats dot2(Floats total, Bytes weights, __m256 x0, __m256 x1) {
   const auto half = [&](__m256 sum, __m256i stored) {
-    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(stored, 16)), x0, sum);
-    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(stored, mask)), x1, sum);
+    return _mm256_fmadd_ps(upper_halves(stored), x1, _mm256_fmadd_ps(lower_halves(stored), x0, sum));
   };
   return {half(total.low, weights.low), half(total.high, weights.high)};
+}
+inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
+  const __m256i pair = _mm256_set1_epi32(word_at(x));
+  return dot2(total, weights, lower_halves(pair), upper_halves(pair));
+}
+
+using Factor = float;
+inline Factor factor(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline Floats store_factors(Factor* p, Floats x) {
+  const Floats rounded{upper_halves(rounded_bf16(x.low)), upper_halves(rounded_bf16(x.high))};
+  store(p, rounded);
+  return rounded;
+}
+inline Floats dot2(Floats total, Bytes weights, const Factor* x) {
+  return dot2(total, weights, _mm256_broadcast_ss(x), _mm256_broadcast_ss(x + 1));
 }
 
 }  // namespace

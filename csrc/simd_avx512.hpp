@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 8, kInt8TileRows = 8, kUnroll = 16, kQueries = 8, kSums = 16;
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -74,6 +74,7 @@ inline int32_t word_at(const void* p) {
   return word;
 }
 
+inline Floats room(Floats x) { return abs(x); }
 // vpdpbusd takes unsigned weights: w + 128 is what is stored, and starting at -128 * sum(x) takes that out again.
 inline Ints dot_start(int32_t sum_of_x) { return _mm512_set1_epi32(-128 * sum_of_x); }
 inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
@@ -82,7 +83,9 @@ inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
 
 inline Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
-inline Ints dot4_small(Ints total, Bytes weights, const int8_t* x) { return dot4(total, weights, x); }
+using SmallInts = Ints;
+inline Ints to_ints(SmallInts x) { return x; }
+inline SmallInts dot4_small(SmallInts total, Bytes weights, const int8_t* x) { return dot4(total, weights, x); }
 
 inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
   const __m512i x2 = _mm512_set1_epi32(word_at(x));
@@ -95,6 +98,13 @@ inline Floats dot2(Floats total, Bytes weights, const uint16_t* x) {
   total = fma(even, _mm512_castsi512_ps(_mm512_slli_epi32(x2, 16)), total);
   return fma(odd, _mm512_castsi512_ps(_mm512_and_si512(x2, high)), total);
 #endif
+}
+
+using Factor = uint16_t;
+inline Factor factor(uint16_t bf16) { return bf16; }
+inline Floats store_factors(Factor* p, Floats x) {
+  store_bf16(p, x);
+  return load_bf16(p);
 }
 
 }  // namespace

@@ -7,7 +7,10 @@
 
 namespace {
 
-constexpr int kTileRows = 4;  // rows that one pass over a weight block serves; more would not fit in registers
+// Rows that one pass over a weight block serves, and rounds of its loop together; more would not fit in registers.
+constexpr int kTileRows = 4, kInt8TileRows = 4, kUnroll = 16;
+// Queries that one pass over keys and values serves, and sums that it keeps in registers, of sixteen lanes each.
+constexpr int kQueries = 4, kSums = 4;
 
 struct Floats {
   float lane[16];
@@ -109,6 +112,9 @@ inline Floats to_floats(Ints x) {
   return each([&](int i) { return static_cast<float>(x.lane[i]); });
 }
 
+// What must not exceed 127 steps when int8 weights are to be multiplied.
+inline Floats room(Floats x) { return abs(x); }
+
 // Weights are stored as w + 128. dot4 adds, for each of sixteen outputs, four products w * x to `total`, which
 // begins as dot_start(the sum of all x).
 inline Ints dot_start(int32_t) { return {}; }
@@ -128,8 +134,11 @@ inline Bytes high_nibbles(Bytes x) {
   for (uint8_t& byte : x.byte) byte >>= 4;
   return x;
 }
-// dot4 for bytes of at most 15 that are the weights themselves; its total begins as dot_start(0).
-inline Ints dot4_small(Ints total, const Bytes& weights, const int8_t* x) {
+// dot4 for bytes of at most 15 that are the weights themselves; its total begins at zeros, and has room for kHalf x of
+// any size.
+using SmallInts = Ints;
+inline Ints to_ints(SmallInts x) { return x; }
+inline SmallInts dot4_small(SmallInts total, const Bytes& weights, const int8_t* x) {
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 4; j++) total.lane[i] += weights.byte[4 * i + j] * static_cast<int32_t>(x[j]);
   return total;
@@ -151,6 +160,14 @@ inline Floats dot2(Floats total, const Bytes& weights, const uint16_t* x) {
     total.lane[i] += product(words[i] & 0xffff0000u, x[1]);
   }
   return total;
+}
+
+// Numbers rounded to bf16, in the form that dot2 multiplies fastest.
+using Factor = uint16_t;
+inline Factor factor(uint16_t bf16) { return bf16; }
+inline Floats store_factors(Factor* p, Floats x) {  // returns them rounded
+  store_bf16(p, x);
+  return load_bf16(p);
 }
 
 }  // namespace
