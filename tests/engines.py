@@ -73,7 +73,8 @@ def _plain_tokens(engine: Engine, target: Target, prompt: tuple[int, ...], count
 
 @cache
 def native_target(target: Target, weight_type: WeightType) -> NativeTarget:
-    return convert(target, weight_type)
+    """On one thread, which is faster for a model this small."""
+    return convert(target, weight_type, threads=1)
 
 
 def convert(target: Target, weight_type: WeightType, threads: int = 2) -> NativeTarget:
