@@ -151,8 +151,8 @@ def test_the_largest_products_fit(kernels: str, kind: _native.Type, sign: int) -
 
 
 def test_kinds_of_kernels_agree(kind: _native.Type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They differ in how often they round, not in what they compute; in int8, AVX2 also rounds inputs to wider steps,
-    by less than a half on random ones."""
+    """They differ in how often they round, not in what they compute; in int8 AVX2 rounds inputs to wider steps too,
+    at most twice as wide."""
     matrix, states = packed(kind, normal(48, 256)), normal(9, 256, seed=3)
     found = []
     for name in KERNELS:
