@@ -183,7 +183,8 @@ def test_head_that_equals_the_target_is_always_accepted() -> None:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     # Untied, else every token would predict itself.
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    weights = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    model.lm_head.weight = torch.nn.Parameter(weights)
     target = Target(model, source.tokenizer, "memoryless")
     head = MTPHead(target)
     with torch.no_grad():
