@@ -89,7 +89,7 @@ inline void score(const Factor (*queries)[Count][2], const uint16_t* keys, int s
 template <int Count>
 void attend_tile(const Query* queries, const PageView& page, int size, const uint8_t* next) {
   // Enough chains of additions to hide their latency.
-  constexpr int kTogether = kSums >= 2 * Count ? 2 : 1;
+  constexpr int kTogether = kSums >= 4 * Count ? 2 : 1;
   float scores[Count][kPageTokens];
   Factor weights[Count][kPageTokens];
   // What is seen ends at `end`, and what holds it at `held`.
