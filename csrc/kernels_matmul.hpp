@@ -6,29 +6,18 @@ namespace {
 
 constexpr size_t kAhead = 16 * 1024;
 
-// One of the passes over a block, each for some of the rows.
-struct Pass {
-  int index, count;
+// What one pass over a block, for some of the rows, fetches meanwhile: from `start` behind the block's begin on, `step`
+// bytes for each line of weights. The passes share what lies kAhead of the block, with which that is one stream; so
+// memory is read all the time, and not during the first pass alone.
+struct Ahead {
+  size_t start, step;
 };
 
-// What one pass over a block fetches meanwhile: its share of what lies kAhead of the block, with which that is one
-// stream. So memory is read all the time, and not during the first pass alone.
-class Ahead {
- public:
-  Ahead(const PackedView& w, int block, int lines, Pass pass)
-      : next_(w.data + block * w.block_bytes + kAhead + w.block_bytes * pass.index / pass.count),
-        step_(w.block_bytes / (size_t(lines) * pass.count)) {}
-
-  // To be called for each line of weights.
-  void fetch() {
-    prefetch(next_);
-    next_ += step_;
-  }
-
- private:
-  const uint8_t* next_;
-  size_t step_;
-};
+// How many lines of weights, and in int4 of scales, a pass goes over.
+inline size_t lines_of(const PackedView& w) {
+  const int lines = w.type == Type::int8 ? kGroup / 4 : w.type == Type::bf16 ? kGroup / 2 : 2 * (kHalf / 8 + 1);
+  return size_t(w.groups) * lines;
+}
 
 // How far ahead of a kilobyte of weights to fetch where several blocks go together: what follows in each of them, and
 // at their ends the beginnings of the next ones.
@@ -39,17 +28,17 @@ inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
 }
 
 template <int Rows, int Blocks>
-void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
+void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const uint8_t* scales = weights + size_t(w.groups) * kGroup * kLanes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
-  Ahead one_stream(w, block, w.groups * kGroup / 4, pass);
+  const uint8_t* next = weights + ahead.start;
   Floats total[Blocks][Rows];
   for (int b = 0; b < Blocks; b++)
     for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
   for (int g = 0; g < w.groups; g++) {
-    const size_t ahead = prefetch_distance<Blocks>(w, g, w.groups);
+    const size_t distance = prefetch_distance<Blocks>(w, g, w.groups);
     Ints sums[Blocks][Rows];
     for (int b = 0; b < Blocks; b++)
       for (int m = 0; m < Rows; m++) sums[b][m] = dot_start(x.sums[(row + m) * x.groups + g]);
@@ -57,7 +46,8 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Pass
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
         const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
-        Blocks == 1 ? one_stream.fetch() : prefetch(place + ahead);
+        prefetch(Blocks == 1 ? next : place + distance);
+        next += ahead.step;
         const Bytes four = load_bytes(place);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
       }
@@ -80,25 +70,27 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Pass
 }
 
 template <int Rows>
-void int4_block(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
+void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
   const int groups = 2 * w.groups;
-  Ahead one_stream(w, block, groups * (kHalf / 8 + 1), pass);
+  const uint8_t* next = weights + ahead.start;
   Floats total[Rows];
   for (int m = 0; m < Rows; m++) total[m] = splat(0.0f);
   for (int g = 0; g < groups; g++) {
     SmallInts sums[Rows] = {};
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kHalf; k += 8) {
-      one_stream.fetch();
+      prefetch(next);
+      next += ahead.step;
       const Bytes eight = load_bytes(weights), low = low_nibbles(eight), high = high_nibbles(eight);
       for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], low, values + m * width + k);
       for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], high, values + m * width + k + 4);
       weights += 4 * kLanes;
     }
-    one_stream.fetch();
+    prefetch(next);
+    next += ahead.step;
     const auto* scales = reinterpret_cast<const uint16_t*>(weights);
     const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
     for (int m = 0; m < Rows; m++) {
@@ -115,21 +107,22 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, Pass 
 }
 
 template <int Rows, int Blocks>
-void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
+void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const uint16_t* values = x.bf16_row(row);
   const size_t width = size_t(x.groups) * kGroup;
-  Ahead one_stream(w, block, w.groups * kGroup / 2, pass);
+  const uint8_t* next = weights + ahead.start;
   Floats total[Blocks][Rows];
   for (int b = 0; b < Blocks; b++)
     for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
   for (int g = 0; g < 2 * w.groups; g++) {
-    const size_t ahead = prefetch_distance<Blocks>(w, g, 2 * w.groups);
+    const size_t distance = prefetch_distance<Blocks>(w, g, 2 * w.groups);
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup / 2; k += 2) {
       for (int b = 0; b < Blocks; b++) {
         const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
-        Blocks == 1 ? one_stream.fetch() : prefetch(place + ahead);
+        prefetch(Blocks == 1 ? next : place + distance);
+        next += ahead.step;
         const Bytes two = load_bytes(place);
         for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
       }
@@ -144,37 +137,39 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Pass
 }
 
 template <int Rows, int Blocks>
-void blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
+void blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
   if (w.type == Type::int8)
-    int8_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
+    int8_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
   else if (w.type == Type::bf16)
-    bf16_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
+    bf16_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
   else
-    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, pass, out + b * kLanes, stride);
+    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, ahead, out + b * kLanes, stride);
 }
 
 // Some blocks for `rows` rows, Rows or fewer.
 template <int Rows, int Blocks>
-void tile(const PackedView& w, const Operand& x, int row, int rows, int block, Pass pass, float* out, int stride) {
+void tile(const PackedView& w, const Operand& x, int row, int rows, int block, Ahead ahead, float* out, int stride) {
   if (rows == Rows)
-    blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
+    blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
   else if constexpr (Rows > 1)
-    tile<Rows - 1, Blocks>(w, x, row, rows, block, pass, out, stride);
+    tile<Rows - 1, Blocks>(w, x, row, rows, block, ahead, out, stride);
 }
 
 template <int Rows>
 void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out, int stride) {
   // With few rows several blocks go together: more streams from memory at once, and registers are free.
   constexpr int kTogether = 4, kFew = (Rows + 1) / kTogether;
+  const int passes = (rows - 1) / Rows + 1;
+  const size_t share = w.block_bytes / passes, step = share / lines_of(w);
   int block = first_block;
   if (rows <= kFew)
     for (; block + kTogether <= last_block; block += kTogether)
-      tile<kFew, kTogether>(w, x, 0, rows, block, {0, 1}, out + block * kLanes, stride);
+      tile<kFew, kTogether>(w, x, 0, rows, block, {kAhead, step}, out + block * kLanes, stride);
   for (; block < last_block; block++)
-    for (int row = 0; row < rows; row += Rows) {
-      const int count = rows - row < Rows ? rows - row : Rows;
-      const Pass pass{row / Rows, (rows + Rows - 1) / Rows};
-      tile<Rows, 1>(w, x, row, count, block, pass, out + size_t(row) * stride + block * kLanes, stride);
+    for (int pass = 0; pass < passes; pass++) {
+      const int row = pass * Rows, count = rows - row < Rows ? rows - row : Rows;
+      tile<Rows, 1>(w, x, row, count, block, {kAhead + pass * share, step},
+                    out + size_t(row) * stride + block * kLanes, stride);
     }
 }
 
