@@ -131,6 +131,10 @@ inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   return {_mm256_dpbusd_avx_epi32(total.low, weights.low, four),
           _mm256_dpbusd_avx_epi32(total.high, weights.high, four)};
 }
+
+using SmallInts = Ints;
+inline Ints to_ints(SmallInts x) { return x; }
+inline SmallInts dot4_small(SmallInts total, Bytes weights, const int8_t* x) { return dot4(total, weights, x); }
 #else
 // maddubs adds the products of neighbours in 16 bits, which hold 255 * (|x0| + |x1|) where |x0| + |x1| is at most 128:
 // 127 steps before each of the two is rounded.
@@ -142,18 +146,7 @@ inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   };
   return {half(total.low, weights.low), half(total.high, weights.high)};
 }
-#endif
 
-inline Bytes low_nibbles(Bytes x) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
-}
-inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
-#ifdef __AVXVNNI__
-using SmallInts = Ints;
-inline Ints to_ints(SmallInts x) { return x; }
-inline SmallInts dot4_small(SmallInts total, Bytes weights, const int8_t* x) { return dot4(total, weights, x); }
-#else
 struct SmallInts {  // two sums of 16 bits in each lane
   __m256i low, high;
 };
@@ -167,6 +160,12 @@ inline SmallInts dot4_small(SmallInts total, Bytes weights, const int8_t* x) {
           _mm256_add_epi16(total.high, _mm256_maddubs_epi16(weights.high, four))};
 }
 #endif
+
+inline Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
+}
+inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)}); }
 
 inline __m256 upper_halves(__m256i x) {
   return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
