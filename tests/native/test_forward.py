@@ -67,8 +67,9 @@ def test_bf16_logits_are_the_references(kernels: str, target: Target) -> None:
 
 
 def test_int8_logits_are_near_the_references(kernels: str, target: Target) -> None:
-    """Tiny random models amplify rounding as no trained one does; still the direction is kept."""
-    assert similarity(target, "int8").min() > 0.95
+    """Tiny random models amplify rounding, which has wider steps with AVX2 alone, as no trained one does; still the
+    direction is kept."""
+    assert similarity(target, "int8").min() > (0.95 if kernels == "avx2" else 0.97)
 
 
 def test_int4_logits_are_near_the_references(kernels: str, target: Target) -> None:
