@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 console = Console(stderr=True)
@@ -31,7 +32,7 @@ class _Left(ProgressColumn):
     """Time left, by the rate so far, but no more than `most` seconds from the start."""
 
     def __init__(self, most: float | None) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._most = most
 
     def render(self, task: Task) -> Text:
@@ -65,12 +66,13 @@ def bar(
         done: units that came from an earlier run.
         seconds: after which the work ends, whatever is done by then.
     """
+    # Where the terminal is narrow the bar gives way, not the figures.
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
+        BarColumn(bar_width=None, table_column=Column(max_width=24)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
         _Left(seconds),
         TextColumn("{task.fields[note]}"),
