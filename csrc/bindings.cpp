@@ -1,10 +1,12 @@
 // The extension module: weights are filled from Python, forward passes run without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <stdexcept>
 
 #include "bandwidth.hpp"
@@ -193,10 +195,12 @@ NB_MODULE(_native, m) {
   m.def("target_forward",
         [](Runtime& runtime, const Stack& stack, const Matrix& embedding, float embedding_scale,
            const std::vector<Cache*>& caches, const Numbers& starts, const Numbers& counts, const Numbers& tokens,
-           Output states, const Numbers& parents) {
+           Output states, const Numbers& parents, std::optional<Output> last_inputs) {
           auto segments = segments_of(stack, caches, starts, counts, tokens.size());
           check_tokens(tokens.data(), tokens.size(), embedding);
           require(states.shape(0) == tokens.size() && int(states.shape(1)) == stack.shape.hidden, "states must be [tokens, hidden]");
+          require(!last_inputs || (last_inputs->shape(0) == tokens.size() && int(last_inputs->shape(1)) == stack.shape.hidden),
+                  "last inputs must be [tokens, hidden]");
           require(parents.empty() || (caches.size() == 1 && parents.size() == tokens.size()), "a tree is one sequence's, with a parent for each token");
           require(parents.size() <= kPageTokens, kTreeTooLarge);
           for (size_t i = 0; i < parents.size(); i++)
@@ -204,10 +208,12 @@ NB_MODULE(_native, m) {
           const Tree tree(starts[0], parents);
           if (!tree.is_chain()) segments[0].tree = &tree;
           nb::gil_scoped_release release;
-          target_forward(runtime, stack, {embedding, embedding_scale}, segments, tokens.data(), states.data());
+          target_forward(runtime, stack, {embedding, embedding_scale}, segments, tokens.data(), states.data(),
+                         last_inputs ? last_inputs->data() : nullptr);
         },
         nb::arg("runtime"), nb::arg("stack"), nb::arg("embedding"), nb::arg("embedding_scale"), nb::arg("caches"),
-        nb::arg("starts"), nb::arg("counts"), nb::arg("tokens"), nb::arg("states"), nb::arg("parents") = Numbers());
+        nb::arg("starts"), nb::arg("counts"), nb::arg("tokens"), nb::arg("states"), nb::arg("parents") = Numbers(),
+        nb::arg("last_inputs") = nb::none());
 
   m.def("head_forward",
         [](Runtime& runtime, const Stack& stack, const Projection& projection, const Matrix& embedding,

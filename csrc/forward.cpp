@@ -46,7 +46,7 @@ class Pass {
   float* branch(int m) { return runtime_.branch.get() + size_t(m) * branch_stride; }
 
   // From `branch`, taken as the input [M, H], through all layers and the final norm.
-  void run(Team& team, float* states) {
+  void run(Team& team, float* states, float* last_inputs = nullptr) {
     set_angles(team);
     const Gains none, *out_norm = &none;
     int index = 0;
@@ -54,6 +54,8 @@ class Pass {
       team.each(rows, [&](int m) {
         if (index == 0) std::fill_n(x(m), shape_.hidden, 0.0f);
         add_branch(team, m, *out_norm);
+        if (last_inputs && &layer == &stack_.layers.back())
+          std::copy_n(x(m), shape_.hidden, last_inputs + size_t(m) * shape_.hidden);
         convert_norm(team, layer.input_norm, layer.query_key_value, m);
       });
       runtime_.matmul(team, layer.query_key_value, rows, wide(0), wide_stride_);
@@ -187,12 +189,12 @@ void embed(const Embedding& embedding, int token, int hidden, float* out) {
 }  // namespace
 
 void target_forward(Runtime& runtime, const Stack& stack, const Embedding& embedding,
-                    const std::vector<Segment>& segments, const int32_t* tokens, float* states) {
+                    const std::vector<Segment>& segments, const int32_t* tokens, float* states, float* last_inputs) {
   std::lock_guard<std::recursive_mutex> lock(runtime.busy);
   Pass pass(runtime, stack, segments, stack.shape.hidden);
   with_team(runtime.threads, runtime.barrier, [&](Team team) {
     team.each(pass.rows, [&](int m) { embed(embedding, tokens[m], stack.shape.hidden, pass.branch(m)); });
-    pass.run(team, states);
+    pass.run(team, states, last_inputs);
   });
 }
 

@@ -11,9 +11,10 @@
 
 namespace fastmtp {
 
-// The target's states [M, H] after its final norm.
+// The target's states [M, H] after its final norm, and if wanted what its last layer was given, [M, H].
 void target_forward(Runtime& runtime, const Stack& stack, const Embedding& embedding,
-                    const std::vector<Segment>& segments, const int32_t* tokens, float* states);
+                    const std::vector<Segment>& segments, const int32_t* tokens, float* states,
+                    float* last_inputs = nullptr);
 
 // The MTP head's states [M, H] after its final norm, from the states before and the tokens that follow them.
 void head_forward(Runtime& runtime, const Stack& stack, const Projection& projection, const Embedding& embedding,

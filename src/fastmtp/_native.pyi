@@ -107,6 +107,7 @@ def target_forward(
     tokens: Sequence[int],
     states: NDArray[Any],
     parents: Sequence[int] = (),
+    last_inputs: NDArray[Any] | None = None,
 ) -> None: ...
 def head_forward(
     runtime: Runtime,

@@ -27,13 +27,19 @@ def test_padding_changes_nothing(target: Target) -> None:
 
 @pytest.mark.skipif(not NATIVE, reason="the native engine was not built")
 def test_the_native_engines_states(target: Target) -> None:
-    """Those of PyTorch but for rounding to bfloat16, for texts of several calls too, and whatever came before."""
+    """Those of PyTorch but for rounding to bfloat16, for texts of several calls too, and whatever came before.
+
+    What the last layer is given as well, and asking for it changes no state.
+    """
     from fastmtp.train.native_forward import NativeForward
 
-    found = NativeForward(convert(target, "bfloat16"))(TEXTS)
-    for expected_TH, states_TH in zip(TorchForward(target)(TEXTS), found, strict=True):
-        assert states_TH.shape == expected_TH.shape
-        assert float((states_TH - expected_TH).norm() / expected_TH.norm()) < 0.1
+    torch_forward, native_forward = TorchForward(target), NativeForward(convert(target, "bfloat16"))
+    for text, states_TH in zip(TEXTS, native_forward(TEXTS), strict=True):
+        again_TH, given_TH = native_forward.with_last_inputs(text)
+        assert torch.equal(again_TH, states_TH)
+        for found, expected in zip((states_TH, given_TH), torch_forward.with_last_inputs(text), strict=True):
+            assert found.shape == expected.shape
+            assert float((found - expected).norm() / expected.norm()) < 0.1
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native engine was not built")

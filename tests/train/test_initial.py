@@ -9,7 +9,7 @@ import torch
 from fastmtp.models.head import MTPHead
 from fastmtp.models.layers import causal_masks
 from fastmtp.models.target import Target
-from fastmtp.train.forward import text_states
+from fastmtp.train.forward import TorchForward, text_states
 from fastmtp.train.initial import RIDGE, fit_input_projection
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids
@@ -37,7 +37,7 @@ def inputs_and_wanted(target: Target, head: MTPHead) -> tuple[torch.Tensor, torc
 def test_input_projection_is_the_least_squares_one(target: Target) -> None:
     """For every family: the solution of the weighted problem, computed another way from states made by hand."""
     head = MTPHead(target)
-    fit_input_projection(head, target, [[5], *TEXTS])
+    fit_input_projection(head, target, [[5], *TEXTS], TorchForward(target))
     with torch.no_grad():
         inputs, wanted = (part.double() for part in inputs_and_wanted(target, head))
         weights = wanted.pow(2).mean(-1, keepdim=True).rsqrt()
@@ -53,7 +53,7 @@ def test_training_starts_there_and_goes_on_from_a_checkpoint(tmp_path: Path, lla
     data = exchanges(llama)
     trainer = Trainer(llama, data, None, CONFIG, tmp_path / "a")
     fitted = MTPHead(llama)
-    fit_input_projection(fitted, llama, trainer._texts)
+    fit_input_projection(fitted, llama, trainer._texts, TorchForward(llama))
     assert torch.equal(trainer.head.input_proj.weight, fitted.input_proj.weight)
     for _ in trainer.train():
         pass

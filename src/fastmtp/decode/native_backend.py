@@ -164,11 +164,13 @@ def forward(
     starts: list[int],
     tokens: Sequence[Sequence[int]],
     parents: Sequence[int] = (),
+    last_inputs_TH: States | None = None,
 ) -> States:
     """The target's states [T, H] of the tokens of one or more sequences, each from a position of its own on.
 
     Args:
         parents: where one sequence's tokens are a tree (models/trees.py).
+        last_inputs_TH: filled with what the last layer is given.
     Raises:
         MemoryError: a cache cannot grow; the caches are as they were.
     """
@@ -176,7 +178,7 @@ def forward(
         reserve(cache, start + len(own))
     states_TH = np.empty((sum(map(len, tokens)), int(target.config.hidden_size)), np.float32)
 
-    def run(starts: list[int], tokens: Sequence[Sequence[int]], states_TH: States) -> None:
+    def run(starts: list[int], tokens: Sequence[Sequence[int]], begin: int, end: int) -> None:
         _native.target_forward(
             target.runtime,
             target.stack,
@@ -186,15 +188,16 @@ def forward(
             starts,
             [len(own) for own in tokens],
             [token for own in tokens for token in own],
-            states_TH,
+            states_TH[begin:end],
             parents,
+            None if last_inputs_TH is None else last_inputs_TH[begin:end],
         )
 
     if len(caches) > 1 or parents:
-        run(starts, tokens, states_TH)
+        run(starts, tokens, 0, len(states_TH))
         return states_TH
     for begin, end in _chunks(len(tokens[0])):
-        run([starts[0] + begin], [tokens[0][begin:end]], states_TH[begin:end])
+        run([starts[0] + begin], [tokens[0][begin:end]], begin, end)
     return states_TH
 
 

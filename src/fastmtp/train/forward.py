@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class Forward(Protocol):
         """The states [T, H] of each text."""
         ...
 
+    def with_last_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The states [T, H] of a text, and what the target's last layer was given [T, H]."""
+        ...
+
 
 class TorchForward:
     """All texts together, filled up to the longest."""
@@ -44,6 +48,18 @@ class TorchForward:
         ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True)
         states_BTH = text_states(self._target, ids_BT.to(self._target.device))
         return [states_TH[: len(text)] for states_TH, text in zip(states_BTH, texts, strict=True)]
+
+    def with_last_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+        given: list[Tensor] = []
+
+        def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            given.append(positional[0] if positional else named["hidden_states"])
+
+        hook = self._target.model.model.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return self([text])[0], given[0][0]
+        finally:
+            hook.remove()
 
 
 def text_states(target: Target, ids_BT: Tensor) -> Tensor:

@@ -6,14 +6,12 @@ Shapes: T tokens, N positions, H hidden, I = 2 H inputs of `input_proj`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
-from fastmtp.train.forward import TorchForward
+from fastmtp.train.forward import Forward
 
 # Some fifty positions for each of a small model's unknowns; more changes little.
 TOKENS = 60000
@@ -22,25 +20,25 @@ RIDGE = 1e-2
 
 
 @torch.no_grad()
-def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence[int]]) -> None:
+def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence[int]], forward: Forward) -> None:
     """Set `input_proj` so that the head's layer, which is the target's last one, gets what it knows.
 
     Least squares from a state and the embedding of the next token to the target's own input of its last layer at
     that next token. So an untrained head already drafts: it lacks only what the layers below would have read.
     """
-    forward, seen = TorchForward(target), 0
+    seen = 0
     size = head.input_proj.in_features
     squares_II = torch.zeros(size, size, device=target.device)
     products_IH = torch.zeros(size, size // 2, device=target.device)
     for text in texts:
         if len(text) < 2:
             continue
-        state_TH, wanted_TH = _states_and_last_inputs(forward, target, text)
+        state_TH, wanted_TH = (part.to(target.device).float() for part in forward.with_last_inputs(text))
         after = torch.tensor(list(text[1:]), device=target.device)
         inputs_NI = torch.cat(
-            [head.hidden_norm(state_TH[:-1].float()), head.token_norm(target.embed(after).float())], dim=-1
+            [head.hidden_norm(state_TH[:-1]), head.token_norm(target.embed(after).float())], dim=-1
         ).float()
-        wanted_NH = wanted_TH[1:].float()
+        wanted_NH = wanted_TH[1:]
         # The layer begins with a norm, so it is the direction that counts: not the few tokens with huge states.
         weighted_NI = inputs_NI / wanted_NH.pow(2).mean(-1, keepdim=True).clamp(min=1e-6)
         squares_II += weighted_NI.T @ inputs_NI
@@ -50,17 +48,3 @@ def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence
             break
     ridge_II = RIDGE * squares_II.diagonal().mean() * torch.eye(size, device=target.device)
     head.input_proj.weight.copy_(torch.linalg.solve(squares_II + ridge_II, products_IH).T)
-
-
-def _states_and_last_inputs(forward: TorchForward, target: Target, text: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The target's states [T, H] of a text, and what its last layer was given [T, H]."""
-    given: list[Tensor] = []
-
-    def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        given.append(positional[0] if positional else named["hidden_states"])
-
-    hook = target.model.model.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        return forward([text])[0], given[0][0]
-    finally:
-        hook.remove()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,3 +28,8 @@ class NativeForward:
 
     def __call__(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         return [torch.from_numpy(forward(self._target, [self._cache], [0], [text])) for text in texts]
+
+    def with_last_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+        given_TH = np.empty((len(text), int(self._target.config.hidden_size)), np.float32)
+        states_TH = forward(self._target, [self._cache], [0], [text], last_inputs_TH=given_TH)
+        return torch.from_numpy(states_TH), torch.from_numpy(given_TH)

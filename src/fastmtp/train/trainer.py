@@ -135,7 +135,7 @@ class Trainer:
         self.step = 0
         if not self._resume() and init is None:
             with self.clock("first weights"):
-                fit_input_projection(self.head, target, self._texts)
+                fit_input_projection(self.head, target, self._texts, self._forward)
 
     @property
     def steps(self) -> int:
