@@ -101,7 +101,8 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
     steps, text = 3, greedy_text(target, seed)
     prompt, head = text[:8], tuned_head(target)
     ids_D = None if draft_ids is None else torch.tensor(draft_ids)
-    replayed = replay(agreement(head, target, reference(target, text), ids_D, steps).same_TK, len(prompt))
+    found = agreement(head, target, reference(target, text), ids_D, steps, len(prompt))
+    replayed = replay(found.same_TK, len(prompt))
     assert replayed == decoded_acceptance(Engine().backend(target, head, draft_ids, 0), prompt, steps)
 
 

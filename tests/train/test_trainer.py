@@ -141,8 +141,9 @@ def test_best_head_is_kept(tmp_path: Path, llama: Target) -> None:
     trainer = Trainer(llama, exchanges(llama), None, CONFIG, tmp_path)
     losses(trainer)
     measured = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    trainer.best_head()
-    assert trainer.measure().acceptance.tau == max(row["tau"] for row in measured if "tau" in row)
+    _, best = trainer.best()
+    assert best == trainer.measure()
+    assert best.acceptance.tau == max(row["tau"] for row in measured if "tau" in row)
 
 
 def test_the_start_is_a_candidate(tmp_path: Path, llama: Target) -> None:
@@ -155,7 +156,7 @@ def test_the_start_is_a_candidate(tmp_path: Path, llama: Target) -> None:
     trainer.best_tau = 4.0  # as if nothing that follows came near
     for _ in steps:
         pass
-    assert all(torch.equal(value, begun[name]) for name, value in trainer.best_head().state_dict().items())
+    assert all(torch.equal(value, begun[name]) for name, value in trainer.best()[0].state_dict().items())
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 0
     assert rows[0]["tau"] == trainer.start_tau

@@ -66,16 +66,21 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(
-    head: MTPHead, target: Target, text: Reference, draft_ids_D: Tensor | None, draft_steps: int
+    head: MTPHead,
+    target: Target,
+    text: Reference,
+    draft_ids_D: Tensor | None,
+    draft_steps: int,
+    answer_start: int = 1,
 ) -> Agreement:
-    """How far the head agrees with the target along a text."""
+    """How far the head agrees with the target along a text; before the answer nothing is compared."""
     ids, states_TH = text.ids, text.states_TH
     ids_1T = torch.tensor([list(ids)], device=target.device)
     outputs = recursion(head, target, ids_1T, states_TH[None], draft_steps)
     rows = None if draft_ids_D is None else target.lm_head.weight[draft_ids_D]
     same_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
     overlap_TK = torch.zeros(len(ids), draft_steps)
-    for seen in torch.split(torch.arange(len(ids), device=target.device), CHUNK):
+    for seen in torch.split(torch.arange(answer_start, len(ids), device=target.device), CHUNK):
         # Everything is lined up by the last token seen: t + k for draft k of the chain at t.
         choice_N = text.choices_T[seen]
         p_ND = (target.logits(states_TH[seen], rows).float() - text.log_totals_T[seen, None]).exp()

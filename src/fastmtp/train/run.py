@@ -87,8 +87,7 @@ def train_head(
                 console.print(_measured(done.step, done.held_out))
     seconds = time.monotonic() - started
     processes.wait()
-    head = trainer.best_head()
-    measured = trainer.measure()
+    head, measured = trainer.best()
     held_out = measured.acceptance
     facts = {
         "target": target.source,

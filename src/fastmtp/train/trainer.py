@@ -164,7 +164,9 @@ class Trainer:
         parts, expected = [], []
         with self._autocast(), self.clock("measuring"):
             for text, start in self._references(trained):
-                found = agreement(self.head, self.target, text, self._objective.draft_ids_D, self._measure_steps)
+                found = agreement(
+                    self.head, self.target, text, self._objective.draft_ids_D, self._measure_steps, start
+                )
                 parts.append(replay(found.same_TK, start))
                 expected.append(found.expected(start))
         shares = [sum(share) / len(expected) for share in zip(*expected, strict=True)]
@@ -183,11 +185,11 @@ class Trainer:
             ]
         return self._texts_measured[trained]
 
-    def best_head(self) -> MTPHead:
-        """The head with the highest held-out acceptance length so far."""
+    def best(self) -> tuple[MTPHead, Measured]:
+        """The head with the highest held-out acceptance length so far, and what was measured of it."""
         best = load_checkpoint(self._best_path, self.target.device)
         self.head.load_state_dict(best["head"])
-        return self.head
+        return self.head, Measured(Acceptance(best["rounds"], tuple(best["kept"])), best["expected"])
 
     def _optimize(self) -> tuple[list[float], int]:
         """One optimiser step; returns the mean loss of each draft step, and the number of tokens."""
@@ -263,7 +265,8 @@ class Trainer:
             if held_out.acceptance.tau > self.best_tau:
                 self.best_tau = held_out.acceptance.tau
                 if self._processes.first:
-                    save_checkpoint(self._best_path, {"head": self.head.state_dict(), "step": self.step})
+                    found = {**asdict(held_out.acceptance), "expected": held_out.expected}
+                    save_checkpoint(self._best_path, {"head": self.head.state_dict(), **found})
         if self._metrics is not None:
             self._metrics.write(self.step, figures)
 
