@@ -45,14 +45,14 @@ def line(benchmark: str, name: str, fast_seconds: float, **changes: Any) -> dict
         "rounds": [],
         "verified": {"1": 8},
         "draft_steps": 0,
-        "seconds": {"draft": 0.0, "verify": 0.08, "keep": 0.0},
+        "seconds": {"prompt": 0.0, "draft": 0.0, "verify": 0.08, "keep": 0.0},
     }
     fast = plain | {
         "decode_seconds": fast_seconds,
         "rounds": [4, 4],
         "verified": {"4": 2},
         "draft_steps": 6,
-        "seconds": {"draft": 0.006, "verify": 0.024, "keep": 0.0},
+        "seconds": {"prompt": 0.0, "draft": 0.006, "verify": 0.024, "keep": 0.0},
     }
     cells = {"plain": plain, "fast": fast | changes}
     return {
@@ -89,7 +89,7 @@ def test_prediction_is_what_the_costs_say() -> None:
     found = summarize([line("a", "1", 0.03)], OWN, "fast", greedy=True)["mean"]
     assert found["predicted_speedup"] == pytest.approx(found["speedup"]) == pytest.approx(80 / 30)
     assert found["measured_over_predicted"] == pytest.approx({"verify": 1.0, "draft": 1.0})
-    assert found["split"] == pytest.approx({"draft": 0.2, "verify": 0.8, "keep": 0.0, "rest": 0.0})
+    assert found["split"] == pytest.approx({"prompt": 0.0, "draft": 0.2, "verify": 0.8, "keep": 0.0, "rest": 0.0})
 
 
 def test_a_failed_cell_costs_itself_only() -> None:
@@ -249,6 +249,17 @@ def test_the_law_of_drafted_output(pair: list[Own]) -> None:
 
     wrong = Greedy("wrong", pair[0].backend, pair[0]._target, 3)
     assert audit.sampled(pair[0], [wrong], prompts, 100, sampling)["p_values"]["wrong"] < audit.FALSE_ALARMS
+
+
+def test_reading_the_prompt_is_no_drafting(pair: list[Own], llama: Target) -> None:
+    """The first drafts of every answer, before which the head reads the prompt, are timed apart and not counted."""
+    plain, chain = pair
+    prompt = llama.encode_chat([{"role": "user", "content": "one two one two"}])
+    for _ in range(2):
+        found = chain.answer(prompt, 12, SamplingConfig())
+        assert found.seconds["prompt"] > 0
+        assert found.draft_steps == 3 * (sum(found.verified.values()) - 1)
+    assert plain.answer(prompt, 12, SamplingConfig()).seconds["prompt"] == 0
 
 
 def test_transformers_decodes_the_same(pair: list[Own], llama: Target, tmp_path: Path) -> None:

@@ -96,12 +96,13 @@ def whole_answers(document: Document) -> Grid:
 
 
 def time_split(document: Document) -> Grid:
-    head = ["", "draft", "verify", "rest", "speedup predicted", "measured", "verify cost", "draft cost"]
+    head = ["", "prompt", "draft", "verify", "rest", "speedup predicted", "measured", "verify cost", "draft cost"]
     rows = []
     for name, figures in document["competitors"].items():
         if "split" in figures:
             split, over = figures["split"], figures["measured_over_predicted"]
-            parts = [_percent(share) for share in (split["draft"], split["verify"], split["keep"] + split["rest"])]
+            shares = (split.get("prompt", 0.0), split["draft"], split["verify"], split["keep"] + split["rest"])
+            parts = [_percent(share) for share in shares]
             predicted = [_times(figures["predicted_speedup"]), _times(figures["speedup"])]
             rows.append([name, *parts, *predicted, _number(over["verify"]), _number(over.get("draft"))])
     return Grid("where the decoding time goes (cost: times what was timed apart)", head, rows)
@@ -169,6 +170,8 @@ def _prediction(mean: Document) -> str:
     parts = [f"verification took {over['verify']:.2f} times what was timed"]
     if "draft" in over:
         parts.append(f"drafting {over['draft']:.2f} times")
+    if "prompt" in mean["split"]:
+        parts.append(f"the head read prompts in {_percent(mean['split']['prompt'])} of the time")
     return f"{said}: {', '.join(parts)}, and {_percent(mean['split']['rest'])} of the time is neither"
 
 

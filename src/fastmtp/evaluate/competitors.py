@@ -34,7 +34,7 @@ class Answer:
     rounds: list[int] = field(default_factory=list)  # tokens that each round settled, after the first token
     verified: dict[int, int] = field(default_factory=dict)  # forwards by their tokens
     draft_steps: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # draft, verify, keep
+    seconds: dict[str, float] = field(default_factory=dict)  # by measured.PARTS
 
     @property
     def length(self) -> int:

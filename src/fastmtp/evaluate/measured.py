@@ -13,6 +13,9 @@ from torch import Tensor
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend, Candidates, Draft
 
+# Where the time goes: in the first call for drafts the head reads the prompt, which is a cost of its own.
+PARTS = ("prompt", "draft", "verify", "keep")
+
 _T = TypeVar("_T")
 
 
@@ -24,8 +27,9 @@ class MeasuredBackend:
         self.forget()
 
     def forget(self) -> None:
-        self.seconds = {"draft": 0.0, "verify": 0.0, "keep": 0.0}
-        # Forwards by the tokens that each verified; draft steps or levels of draft trees.
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._prompt_read = False
+        # Forwards by the tokens that each verified; draft steps or levels of draft trees, after the first call.
         self.verified: Counter[int] = Counter()
         self.draft_steps = 0
         # Tokens that each round settled.
@@ -70,16 +74,20 @@ class MeasuredBackend:
         self._timed("keep", lambda: self._backend.keep(nodes))
 
     def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
-        self.draft_steps += steps
-        return self._timed("draft", lambda: self._backend.draft(token, steps, sampling, generator))
+        return self._drafting(steps, lambda: self._backend.draft(token, steps, sampling, generator))
 
     def start_tree(self, token: int, width: int) -> Candidates:
-        self.draft_steps += 1
-        return self._timed("draft", lambda: self._backend.start_tree(token, width))
+        return self._drafting(1, lambda: self._backend.start_tree(token, width))
 
     def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        self.draft_steps += 1
-        return self._timed("draft", lambda: self._backend.extend_tree(parents, tokens, width))
+        return self._drafting(1, lambda: self._backend.extend_tree(parents, tokens, width))
+
+    def _drafting(self, steps: int, run: Callable[[], _T]) -> _T:
+        if not self._prompt_read:
+            self._prompt_read = True
+            return self._timed("prompt", run)
+        self.draft_steps += steps
+        return self._timed("draft", run)
 
     def _timed(self, part: str, run: Callable[[], _T]) -> _T:
         started = time.perf_counter()

@@ -10,9 +10,7 @@ import jinja2
 from fastmtp.evaluate import bench_report
 from fastmtp.evaluate.bench_report import Document
 from fastmtp.evaluate.competitors import PLAIN
-
-# Parts of the decoding time, in the order in which they are stacked.
-_PARTS = ("draft", "verify", "keep", "rest")
+from fastmtp.evaluate.measured import PARTS
 
 
 def page(documents: Sequence[Document]) -> str:
@@ -52,7 +50,11 @@ def _run(document: Document) -> dict[str, Any]:
             ]
         ),
         "steps": _steps(document),
-        "splits": [(name, [(part, 100 * split[part]) for part in _PARTS]) for name, split in splits.items()],
+        # Runs of earlier versions have no share of the prompt.
+        "splits": [
+            (name, [(part, 100 * split.get(part, 0.0)) for part in (*PARTS, "rest")])
+            for name, split in splits.items()
+        ],
         "samples": document["samples"],
         "versions": [(name, found["version"]) for name, found in competitors.items()],
         "grids": [*bench_report.grids(document), bench_report.speedups(document)],

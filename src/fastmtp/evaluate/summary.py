@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastmtp.evaluate.bench import length
 from fastmtp.evaluate.competitors import PLAIN
+from fastmtp.evaluate.measured import PARTS
 
 Line = Mapping[str, Any]
 Figures = dict[str, Any]
@@ -98,7 +99,7 @@ def _drafting(cells: Sequence[Figures], facts: Figures) -> Figures:
         return {"tau": None}
     rounds = [settled for cell in cells for settled in cell["rounds"]]
     seconds = sum(cell["decode_seconds"] for cell in cells)
-    parts = {part: sum(cell["seconds"][part] for cell in cells) for part in ("draft", "verify", "keep")}
+    parts = {part: sum(cell["seconds"][part] for cell in cells) for part in PARTS}
     verified: Counter[int] = Counter()
     for cell in cells:
         verified.update({int(count): forwards for count, forwards in cell["verified"].items()})
