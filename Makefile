@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/fastmtp demo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check src tests tools
