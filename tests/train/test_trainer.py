@@ -164,8 +164,10 @@ def test_the_start_is_a_candidate(tmp_path: Path, llama: Target) -> None:
 
 
 def test_too_little_data(tmp_path: Path, llama: Target) -> None:
-    with pytest.raises(ValueError, match="held_out keeps 3 of them"):
-        Trainer(llama, exchanges(llama, 3), None, CONFIG, tmp_path)
+    """One exchange is measured on, whatever `held_out` says; there must be another to train on."""
+    with pytest.raises(ValueError, match="a single exchange"):
+        Trainer(llama, exchanges(llama, 1), None, CONFIG, tmp_path / "one")
+    assert len(Trainer(llama, exchanges(llama, 2), None, CONFIG, tmp_path / "two")._texts) == 1
 
 
 def test_killed_run_goes_on(tmp_path: Path) -> None:

@@ -95,11 +95,8 @@ class Trainer:
             FileNotFoundError: there is no head in `init`.
             ValueError: too little data, a head that does not fit, or the checkpoint of another run is there.
         """
-        if len(exchanges) <= config.held_out:
-            raise ValueError(
-                f"the data has {len(exchanges)} exchanges, and held_out keeps {config.held_out} of them; "
-                "distill more, or lower held_out"
-            )
+        if len(exchanges) < 2:
+            raise ValueError("the data has a single exchange, and one is kept aside to measure on; distill more")
         self.target = target
         self.config = config
         self._measure_steps = measure_steps or config.draft_steps
@@ -111,9 +108,10 @@ class Trainer:
             self.head.to(target.device)
         self.clock = Stopwatch(target.device)
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
-        self._held_out = shuffled[: config.held_out]
-        self._texts = [exchange.ids[: config.max_length] for exchange in shuffled[config.held_out :]]
-        self._masks = [exchange.answer_mask[: config.max_length] for exchange in shuffled[config.held_out :]]
+        kept_aside = min(config.held_out, max(1, len(shuffled) // 10))
+        self._held_out, trained = shuffled[:kept_aside], shuffled[kept_aside:]
+        self._texts = [exchange.ids[: config.max_length] for exchange in trained]
+        self._masks = [exchange.answer_mask[: config.max_length] for exchange in trained]
         self._objective = Objective(config.objective, target, draft_ids)
         self._optimizers = make_optimizers(self.head, config)
         # Sizes differ from batch to batch, so they are no constants of the compiled code.
