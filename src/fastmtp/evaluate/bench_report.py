@@ -101,8 +101,10 @@ def time_split(document: Document) -> Grid:
     for name, figures in document["competitors"].items():
         if "split" in figures:
             split, over = figures["split"], figures["measured_over_predicted"]
-            shares = (split.get("prompt", 0.0), split["draft"], split["verify"], split["keep"] + split["rest"])
-            parts = [_percent(share) for share in shares]
+            # Runs of earlier versions have no share of the prompt.
+            prompt = _percent(split["prompt"]) if "prompt" in split else ""
+            shares = (split["draft"], split["verify"], split["keep"] + split["rest"])
+            parts = [prompt, *(_percent(share) for share in shares)]
             predicted = [_times(figures["predicted_speedup"]), _times(figures["speedup"])]
             rows.append([name, *parts, *predicted, _number(over["verify"]), _number(over.get("draft"))])
     return Grid("where the decoding time goes (cost: times what was timed apart)", head, rows)

@@ -50,9 +50,8 @@ def _run(document: Document) -> dict[str, Any]:
             ]
         ),
         "steps": _steps(document),
-        # Runs of earlier versions have no share of the prompt.
         "splits": [
-            (name, [(part, 100 * split.get(part, 0.0)) for part in (*PARTS, "rest")])
+            (name, [(part, 100 * split[part]) for part in (*PARTS, "rest") if part in split])
             for name, split in splits.items()
         ],
         "samples": document["samples"],
