@@ -20,6 +20,8 @@ from rich.table import Column
 from rich.text import Text
 
 console = Console(stderr=True)
+# Where the terminal is narrow the bar gives way, not the figures.
+_WHOLE = Column(no_wrap=True)
 
 
 class _Rate(ProgressColumn):
@@ -32,7 +34,7 @@ class _Left(ProgressColumn):
     """Time left, by the rate so far, but no more than `most` seconds from the start."""
 
     def __init__(self, most: float | None) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
+        super().__init__(table_column=_WHOLE)
         self._most = most
 
     def render(self, task: Task) -> Text:
@@ -66,13 +68,12 @@ def bar(
         done: units that came from an earlier run.
         seconds: after which the work ends, whatever is done by then.
     """
-    # Where the terminal is narrow the bar gives way, not the figures.
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None, table_column=Column(max_width=24)),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        _Rate(table_column=Column(no_wrap=True)),
-        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=_WHOLE),
+        _Rate(table_column=_WHOLE),
+        TimeElapsedColumn(table_column=_WHOLE),
         TextColumn("left"),
         _Left(seconds),
         TextColumn("{task.fields[note]}"),
