@@ -99,7 +99,8 @@ def _drafting(cells: Sequence[Figures], facts: Figures) -> Figures:
         return {"tau": None}
     rounds = [settled for cell in cells for settled in cell["rounds"]]
     seconds = sum(cell["decode_seconds"] for cell in cells)
-    parts = {part: sum(cell["seconds"][part] for cell in cells) for part in PARTS}
+    # A run that an earlier version began has cells without the prompt's part.
+    parts = {part: sum(cell["seconds"].get(part, 0.0) for cell in cells) for part in PARTS}
     verified: Counter[int] = Counter()
     for cell in cells:
         verified.update({int(count): forwards for count, forwards in cell["verified"].items()})
