@@ -161,7 +161,7 @@ class TrainConfig:
     batch_tokens: int = setting(2048, "tokens in one optimiser step")
     max_length: int = setting(768, "longer exchanges are cut here")
     held_out: int = setting(64, "exchanges kept aside to measure acceptance on, at most a tenth of all")
-    evaluate_every: int = setting(100, "steps between two measurements on the held-out exchanges")
+    evaluate_every: int = setting(200, "steps between two measurements on the held-out exchanges")
     checkpoint_every: int = setting(100, "steps between two checkpoints")
     compile: bool = setting(False, "compile the head with torch.compile; worth its minute in long runs")
     seed: int = setting(0, "seed of the order of the data")

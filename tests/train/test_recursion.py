@@ -20,7 +20,7 @@ from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import agreement, replay
 from fastmtp.train.forward import text_states
-from fastmtp.train.recursion import chain_mask, recursion
+from fastmtp.train.recursion import STRIDE, chain_mask, recursion, trained_starts
 from tests.conftest import random_ids, reference, tiny_target
 from tests.engines import Engine
 
@@ -69,14 +69,24 @@ def test_per_step_pattern_sees_its_own_step_only(llama: Target) -> None:
         torch.testing.assert_close(outputs[step - 1], alone)
 
 
+def test_chains_that_go_on_are_the_same_chains(target: Target) -> None:
+    """Which chains go on changes nothing in them; over STRIDE optimiser steps every start has its turn once."""
+    head, ids = MTPHead(target), torch.tensor([random_ids(20), random_ids(20, seed=1)])
+    states = text_states(target, ids)
+    everywhere = recursion(head, target, ids, states, 3)
+    turns = [trained_starts(20, step, ids.device) for step in range(STRIDE)]
+    assert sorted(torch.cat(turns).tolist()) == list(range(20))
+    for starts_S in turns:
+        first, *later = recursion(head, target, ids, states, 3, starts_S=starts_S)
+        torch.testing.assert_close(first, everywhere[0])
+        for some, all_of_them in zip(later, everywhere[1:], strict=True):
+            torch.testing.assert_close(some, all_of_them[:, starts_S], atol=1e-5, rtol=1e-4)
+
+
 def test_chain_mask_by_hand() -> None:
-    """Step 3 over three tokens: the step-1 prefix, then each chain's own keys of steps 2 and 3."""
-    expected = [
-        [1, 0, 0, 1, 0, 0, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 1, 0],
-        [1, 1, 1, 0, 0, 1, 0, 0, 1],
-    ]
-    assert chain_mask(3, 3, torch.device("cpu"))[0, 0].long().tolist() == expected
+    """Step 3 of the chains from 0 and 2 of three tokens: the step-1 prefix, then each one's keys of steps 2, 3."""
+    expected = [[1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 1]]
+    assert chain_mask(torch.tensor([0, 2]), 3, 3)[0, 0].long().tolist() == expected
 
 
 def test_padding_changes_nothing(llama: Target) -> None:

@@ -1,6 +1,7 @@
 """From the head's states to losses and gradients, with few logits alive at a time.
 
-Shapes: B batch, T tokens, N = B T positions, H hidden, D draft vocabulary, V vocabulary, K draft steps.
+Shapes: B batch, T tokens, S starts of longer chains, N = B T positions, H hidden, D draft vocabulary, V vocabulary,
+K draft steps.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class Objective:
     def __call__(
         self,
         outputs: list[Tensor],
+        starts_S: Tensor,
         batch: Batch,
         states_BTH: Tensor,
         total: Callable[[list[Tensor]], None],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Mean loss of each step [K], and its gradients by the head's states, [B, T, H] each.
+        """Mean loss of each step [K], and its gradients by the head's states, shaped as these.
 
         Both are this process's part of what the whole batch gives.
 
@@ -50,36 +52,34 @@ class Objective:
         at t that is t + k. So all steps share one reference.
 
         Args:
-            outputs: the head's states [B, T, H] after each step.
+            outputs: the head's states after each step, [B, T, H] and [B, S, H] after the first.
+            starts_S: where the chains start that go on after it.
             states_BTH: the target's states.
             total: replaces tensors by their sums over all processes.
         """
-        references = self._references(batch, states_BTH)
-        valid_BT, steps = self._valid(batch), range(1, len(outputs) + 1)
-        counted = [valid_BT & (torch.arange(valid_BT.shape[1], device=valid_BT.device) >= k) for k in steps]
-        counts = [seen_BT.sum() for seen_BT in counted]
+        references, valid_BT = self._references(batch, states_BTH), self._valid(batch)
+        everywhere = torch.arange(valid_BT.shape[1], device=valid_BT.device)
+        starts = [everywhere, *[starts_S] * (len(outputs) - 1)]
+        rows_KN = torch.stack([_rows(valid_BT, starts[k - 1], k) for k in range(1, len(outputs) + 1)])
+        counts = list((rows_KN >= 0).sum(1))
         total(counts)
-        weights, states, gradients = [], [], []
-        for k, output_BTH in zip(steps, outputs, strict=True):
-            weights.append((counted[k - 1] / counts[k - 1].clamp(min=1)).flatten())
-            states.append(output_BTH.detach().to(self._target.dtype).roll(k, 1).flatten(0, 1))
-            gradients.append(torch.zeros_like(states[-1], dtype=output_BTH.dtype))
+        states = [output.detach().to(self._target.dtype).flatten(0, 1) for output in outputs]
+        gradients = [torch.zeros_like(output).flatten(0, 1) for output in outputs]
         losses_K = torch.zeros(len(outputs), device=valid_BT.device)
-        for part in torch.split(valid_BT.flatten().nonzero()[:, 0], CHUNK):
+        for part in torch.split(_grouped(rows_KN), CHUNK):
             reference = references[part]
             if not self._on_tokens:
                 reference = log_probabilities(self._target.logits(reference, self._rows_DH))
-            for k, (state_NH, weight_N) in enumerate(zip(states, weights, strict=True)):
-                logits_ND = self._target.logits(state_NH[part], self._rows_DH)
-                loss_N, gradient_ND = self._loss(logits_ND, reference)
-                losses_K[k] += torch.dot(loss_N, weight_N[part])
+            for k, row_N in enumerate(rows_KN[:, part]):
+                counted = row_N >= 0
+                row_N = row_N[counted]
+                logits_ND = self._target.logits(states[k][row_N], self._rows_DH)
+                loss_N, gradient_ND = self._loss(logits_ND, reference if counted.all() else reference[counted])
+                weight = 1 / counts[k].clamp(min=1)
+                losses_K[k] += weight * loss_N.sum()
                 gradient_NH = gradient_ND.to(self._rows_DH.dtype) @ self._rows_DH
-                gradients[k][part] = (weight_N[part, None] * gradient_NH).to(gradients[k].dtype)
-        back = [
-            gradient_NH.view_as(output).roll(-k, 1)
-            for k, (gradient_NH, output) in enumerate(zip(gradients, outputs, strict=True), 1)
-        ]
-        return losses_K, back
+                gradients[k][row_N] = (weight * gradient_NH).to(gradients[k].dtype)
+        return losses_K, [part.view_as(output) for part, output in zip(gradients, outputs, strict=True)]
 
     def _references(self, batch: Batch, states_BTH: Tensor) -> Tensor:
         """By last token seen: the target's state [N, H], or the next token's place in the draft vocabulary [N]."""
@@ -94,3 +94,21 @@ class Objective:
         valid_BT = batch.answer_BT.roll(-1, 1) & (self._place_V[batch.ids_BT.roll(-1, 1)] >= 0)
         valid_BT[:, -1] = False
         return valid_BT
+
+
+def _rows(valid_BT: Tensor, starts_S: Tensor, step: int) -> Tensor:
+    """By last token seen [N]: the row of the step's B S states that has seen just this; -1 where none counts."""
+    texts, tokens = valid_BT.shape
+    inside_S = starts_S[starts_S + step < tokens]
+    rows_BT = torch.full((texts, tokens), -1, device=valid_BT.device)
+    firsts_B1 = torch.arange(texts, device=valid_BT.device)[:, None] * len(starts_S)
+    rows_BT[:, inside_S + step] = firsts_B1 + torch.arange(len(inside_S), device=valid_BT.device)
+    return rows_BT.where(valid_BT, -1).flatten()
+
+
+def _grouped(rows_KN: Tensor) -> Tensor:
+    """The positions that a step counts; those of the same steps together, so that a chunk's products are whole."""
+    powers_K1 = 2 ** torch.arange(len(rows_KN), device=rows_KN.device)[:, None]
+    kind_N = ((rows_KN >= 0) * powers_K1).sum(0)
+    order = kind_N.argsort(stable=True)
+    return order[kind_N[order] > 0]

@@ -1,6 +1,6 @@
 """The head applied K times at every position at once, attending as it does at inference.
 
-Shapes: B batch, T tokens, K draft steps, H hidden. A chain starts at every position.
+Shapes: B batch, T tokens, S starts of longer chains, K draft steps, H hidden. A chain starts at every position.
 
 At inference the draft cache holds step-1 keys for the settled prefix and the running chain's own keys after
 them. So step k of the chain that starts at t attends to the step-1 keys of positions up to t, and to the keys
@@ -18,6 +18,10 @@ from torch.nn.functional import pad
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 
+# One chain in so many is trained beyond its first step. A text has as many second and third steps as first ones, at
+# the same cost each, and much less to teach by them.
+STRIDE = 3
+
 
 class ChainCache:
     """Keys and values of the steps so far, one step after the other along the token axis."""
@@ -32,11 +36,16 @@ class ChainCache:
         return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
 
 
-def chain_mask(tokens: int, step: int, device: torch.device) -> Tensor:
-    """What step `step` of each chain sees of the steps so far: [1, 1, T, step * T] of bool."""
-    own_TT = torch.eye(tokens, dtype=torch.bool, device=device)
-    prefix_TT = torch.ones_like(own_TT).tril()
-    return torch.cat([prefix_TT, *[own_TT] * (step - 1)], dim=1)[None, None]
+def trained_starts(tokens: int, optimizer_step: int, device: torch.device) -> Tensor:
+    """Where the chains start that go on after their first step, [S]: every third position, in turn."""
+    return torch.arange(optimizer_step % STRIDE, tokens, STRIDE, device=device)
+
+
+def chain_mask(starts_S: Tensor, tokens: int, step: int) -> Tensor:
+    """What step `step` of the chains sees of the steps so far: [1, 1, S, T + (step - 1) S] of bool."""
+    prefix_ST = torch.arange(tokens, device=starts_S.device) <= starts_S[:, None]
+    own_SS = torch.eye(len(starts_S), dtype=torch.bool, device=starts_S.device)
+    return torch.cat([prefix_ST, *[own_SS] * (step - 1)], dim=1)[None, None]
 
 
 def recursion(
@@ -46,28 +55,32 @@ def recursion(
     states_BTH: Tensor,
     draft_steps: int,
     *,
+    starts_S: Tensor | None = None,
     per_step: bool = False,
 ) -> list[Tensor]:
-    """The head's states [B, T, H] after steps 1..K of the chains that start at every position.
+    """The head's states after step 1 of the chains that start at every position, [B, T, H], and after steps 2..K
+    of those that go on, [B, S, H].
 
     Step k of the chain at t takes the token at t + k, and its state scores the token at t + k + 1. Past the
     end of the ids it takes token 0: what comes out there means nothing.
 
     Args:
-        per_step: let step k attend to step k's own keys only; for comparison.
+        starts_S: where the chains start that go on; None is everywhere.
+        per_step: let step k attend to step k's own keys only, all chains going on; for comparison.
     """
     tokens = ids_BT.shape[1]
     embeddings = target.embed(pad(ids_BT, (0, draft_steps)))
-    positions = torch.arange(tokens, device=ids_BT.device)[None]
+    starts = torch.arange(tokens, device=ids_BT.device)
     cache = ChainCache()
     outputs: list[Tensor] = []
     state_BTH = states_BTH
     for step in range(1, draft_steps + 1):
+        if step == 2 and starts_S is not None:
+            starts, state_BTH = starts_S, state_BTH[:, starts_S]
         # Attention's own default is the causal mask of step 1.
-        mask = None if step == 1 or per_step else chain_mask(tokens, step, ids_BT.device)
-        rotation = target.rotations(positions + step - 1)
-        state_BTH = head(
-            state_BTH, embeddings[:, step : step + tokens], rotation, mask, None if per_step else cache
-        )
+        mask = None if step == 1 or per_step else chain_mask(starts, tokens, step)
+        rotation = target.rotations((starts + step - 1)[None])
+        inputs = embeddings[:, starts + step]
+        state_BTH = head(state_BTH, inputs, rotation, mask, None if per_step else cache)
         outputs.append(state_BTH)
     return outputs

@@ -33,7 +33,7 @@ from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.processes import Processes
-from fastmtp.train.recursion import recursion
+from fastmtp.train.recursion import recursion, trained_starts
 from fastmtp.train.states import StateCache
 
 
@@ -192,7 +192,9 @@ class Trainer:
     def _optimize(self) -> tuple[list[float], int]:
         """One optimiser step; returns the mean loss of each draft step, and the number of tokens."""
         batch, states_BTH = self._batch(self._order[self.step])
-        draft_steps = self.config.draft_steps
+        draft_steps, per_step = self.config.draft_steps, self.config.pattern == "per_step"
+        length, device = batch.ids_BT.shape[1], batch.ids_BT.device
+        starts_S = torch.arange(length, device=device) if per_step else trained_starts(length, self.step, device)
         with self._autocast(), self.clock("head"):
             outputs = self._recursion(
                 self.head,
@@ -200,10 +202,11 @@ class Trainer:
                 batch.ids_BT,
                 states_BTH,
                 draft_steps,
-                per_step=self.config.pattern == "per_step",
+                starts_S=starts_S,
+                per_step=per_step,
             )
         with self.clock("losses"):
-            losses_K, gradients = self._objective(outputs, batch, states_BTH, self._processes.sum)
+            losses_K, gradients = self._objective(outputs, starts_S, batch, states_BTH, self._processes.sum)
         alphas = step_weights(draft_steps, self.config.beta)
         with self.clock("head, backward"):
             torch.autograd.backward(
