@@ -63,6 +63,7 @@ class Objective:
         rows_KN = torch.stack([_rows(valid_BT, starts[k - 1], k) for k in range(1, len(outputs) + 1)])
         counts = list((rows_KN >= 0).sum(1))
         total(counts)
+        weights = [1 / count.clamp(min=1) for count in counts]
         states = [output.detach().to(self._target.dtype).flatten(0, 1) for output in outputs]
         gradients = [torch.zeros_like(output).flatten(0, 1) for output in outputs]
         losses_K = torch.zeros(len(outputs), device=valid_BT.device)
@@ -75,10 +76,9 @@ class Objective:
                 row_N = row_N[counted]
                 logits_ND = self._target.logits(states[k][row_N], self._rows_DH)
                 loss_N, gradient_ND = self._loss(logits_ND, reference if counted.all() else reference[counted])
-                weight = 1 / counts[k].clamp(min=1)
-                losses_K[k] += weight * loss_N.sum()
+                losses_K[k] += weights[k] * loss_N.sum()
                 gradient_NH = gradient_ND.to(self._rows_DH.dtype) @ self._rows_DH
-                gradients[k][row_N] = (weight * gradient_NH).to(gradients[k].dtype)
+                gradients[k][row_N] = (weights[k] * gradient_NH).to(gradients[k].dtype)
         return losses_K, [part.view_as(output) for part, output in zip(gradients, outputs, strict=True)]
 
     def _references(self, batch: Batch, states_BTH: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class Trainer:
         """One optimiser step; returns the mean loss of each draft step, and the number of tokens."""
         batch, states_BTH = self._batch(self._order[self.step])
         draft_steps, per_step = self.config.draft_steps, self.config.pattern == "per_step"
-        length, device = batch.ids_BT.shape[1], batch.ids_BT.device
+        length, device = batch.ids_BT.shape[1], self.target.device
         starts_S = torch.arange(length, device=device) if per_step else trained_starts(length, self.step, device)
         with self._autocast(), self.clock("head"):
             outputs = self._recursion(
