@@ -102,9 +102,8 @@ def time_split(document: Document) -> Grid:
         if "split" in figures:
             split, over = figures["split"], figures["measured_over_predicted"]
             # Runs of earlier versions have no share of the prompt.
-            prompt = _percent(split["prompt"]) if "prompt" in split else ""
-            shares = (split["draft"], split["verify"], split["keep"] + split["rest"])
-            parts = [prompt, *(_percent(share) for share in shares)]
+            shares = (split.get("prompt"), split["draft"], split["verify"], split["keep"] + split["rest"])
+            parts = [_percent(share) for share in shares]
             predicted = [_times(figures["predicted_speedup"]), _times(figures["speedup"])]
             rows.append([name, *parts, *predicted, _number(over["verify"]), _number(over.get("draft"))])
     return Grid("where the decoding time goes (cost: times what was timed apart)", head, rows)
@@ -264,8 +263,8 @@ def _between(edges: Sequence[float] | None) -> str:
     return f" ({_interval(edges)})" if edges else ""
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _share_of(counts: dict[str, int] | None, part: str) -> str:
