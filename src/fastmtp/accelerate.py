@@ -12,7 +12,8 @@ from typing import Any
 from fastmtp.files import read_json, write_json
 
 STATE = "accelerate.json"
-# Shares of the prefill's tokens a second that answering (in batches) and training reach; measured on two cores.
+# Shares of the prefill's tokens a second that answering (in batches) and training reach, on two cores with matrix
+# units. Without such units prefill is slower and both reach half of it.
 _ANSWERED, _TRAINED = 0.2, 0.3
 # Reading the model again and again, the lists, the benchmark and the export take some minutes (of a short run a
 # share), and a share of the budget.
