@@ -4,6 +4,12 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef FASTMTP_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.hpp"
 
 namespace fastmtp {
@@ -14,12 +20,26 @@ extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels;
 #ifdef FASTMTP_AVXVNNI
 extern const Kernels avxvnni_kernels;
 #endif
+#ifdef FASTMTP_AMX
+extern const Kernels amx_kernels;
+#endif
 extern const Kernels portable_kernels;
 
 namespace {
 
+#ifdef FASTMTP_AMX
+// Whether the processor has AMX with int8, and Linux lets this process use its tiles.
+bool may_use_tiles() {
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kInt8)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 struct Available {
-  const Kernels* tables[6] = {};
+  const Kernels* tables[7] = {};
 
   Available() {
     int count = 0;
@@ -29,7 +49,11 @@ struct Available {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512bf16_kernels;
+    const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef FASTMTP_AMX
+    if (avx512bf16 && may_use_tiles()) tables[count++] = &amx_kernels;
+#endif
+    if (avx512bf16) tables[count++] = &avx512bf16_kernels;
     if (avx512) tables[count++] = &avx512_kernels;
 #ifdef FASTMTP_AVXVNNI
     if (avx2 && __builtin_cpu_supports("avxvnni")) tables[count++] = &avxvnni_kernels;

@@ -173,8 +173,20 @@ void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int
     }
 }
 
+}  // namespace
+
+#ifdef __AMX_INT8__
+#include "kernels_amx.hpp"
+#endif
+
+namespace {
+
 void matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
             int stride) {
+#ifdef __AMX_INT8__
+  if (w.type == Type::int8 && rows >= kLeastAmxRows)
+    return amx_matmul(w, x, rows, first_block, last_block, out, stride);
+#endif
   if (w.type == Type::int8)
     tiles<kInt8TileRows>(w, x, rows, first_block, last_block, out, stride);
   else

@@ -9,8 +9,6 @@ from functools import cache
 from itertools import islice
 from typing import get_args
 
-import torch
-
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Batch
 from fastmtp.decode.plain import plain
@@ -68,7 +66,7 @@ def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: i
 @cache
 def _plain_tokens(engine: Engine, target: Target, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
     """Decoded once for all the ways of drafting that are compared with it."""
-    return tuple(islice(plain(engine.backend(target), prompt, SamplingConfig(), torch.Generator()), count))
+    return tuple(islice(plain(engine.backend(target), prompt, SamplingConfig()), count))
 
 
 @cache

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from fastmtp.models.calibration import FILE
 
 from fastmtp.cli import commands, main
-from fastmtp.models.calibration import FILE
 from fastmtp.models.shipped import shipped_head
 from tests.conftest import tiny_target
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from fastmtp.cli import commands
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.native_backend import NativeBackend, forward, scores
 from fastmtp.decode.plain import plain
@@ -49,7 +50,7 @@ def test_replayed_acceptance_is_the_decoders() -> None:
             TorchBackend(target, head, vocabulary, places=0),
             target,
             prompt,
-            draft=steps,
+            drafter=Chain(steps),
             sampling=SamplingConfig(),
             max_new_tokens=80,
         ).run()
@@ -94,10 +95,10 @@ def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
     compared = different = rounds = 0
     for number, passage in enumerate(passages(1000)):
         prompt = target.encode_chat([{"role": "user", "content": f"{tasks[number % len(tasks)]}\n\n{passage}"}])
-        expected = list(islice(plain(backend, prompt, SamplingConfig(), torch.Generator()), 512))
+        expected = list(islice(plain(backend, prompt, SamplingConfig()), 512))
         backend.reset()
         found: list[int] = []
-        for one in speculative(backend, prompt, 1 + number % 8, SamplingConfig(), torch.Generator()):
+        for one in speculative(backend, prompt, Chain(1 + number % 8), SamplingConfig()):
             found += one.tokens
             rounds += 1
             if len(found) >= len(expected):

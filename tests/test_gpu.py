@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.torch_backend import TorchBackend
@@ -35,11 +35,18 @@ def test_speculative_is_plain_is_the_cpus(family: str) -> None:
     target, prompt = on_gpu(family), random_ids(30)
     backend = TorchBackend(target, MTPHead(target), VocabularyLists.of(range(100)))
     answers = [
-        Generation(backend, target, prompt, draft=steps, sampling=SamplingConfig(), max_new_tokens=40)
-        for steps in (0, 3)
+        Generation(
+            backend,
+            target,
+            prompt,
+            drafter=drafter,
+            sampling=SamplingConfig(),
+            max_new_tokens=40,
+        )
+        for drafter in (None, Chain(3))
     ]
     tokens = [answer.run().tokens for answer in answers]
-    cpu = plain(TorchBackend(tiny_target(family)), prompt, SamplingConfig(), torch.Generator())
+    cpu = plain(TorchBackend(tiny_target(family)), prompt, SamplingConfig())
     assert tokens[0] == tokens[1] == list(islice(cpu, len(tokens[0])))
 
 

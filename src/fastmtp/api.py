@@ -12,8 +12,8 @@ from fastmtp.session import EngineName, EngineOptions, open_target
 
 if TYPE_CHECKING:
     from fastmtp.decode.backend import Backend
+    from fastmtp.decode.drafter import Drafter
     from fastmtp.decode.generation import Generation, Result
-    from fastmtp.decode.policy import Policy
     from fastmtp.models.info import TargetInfo
 
 # A question, or a conversation: {"role": "user" or "assistant" or "system", "content": text} for each message.
@@ -45,17 +45,16 @@ def load(
     """
     loaded = open_target(target, EngineOptions(engine, dtype, device, threads))
     chosen = DraftOptions(None if head is None else Path(head), draft, draft_vocabulary)
-    backend, how = open_backend(loaded, target, chosen)
-    return Model(loaded, backend, how)
+    return Model(loaded, *open_backend(loaded, target, chosen))
 
 
 class Model:
     """A loaded target that answers one prompt at a time; what two prompts begin with is computed once."""
 
-    def __init__(self, target: TargetInfo, backend: Backend, draft: int | Policy) -> None:
+    def __init__(self, target: TargetInfo, backend: Backend, drafter: Drafter | None) -> None:
         self.target = target
         self.backend = backend
-        self._draft = draft
+        self._drafter = drafter
 
     def generate(
         self,
@@ -97,7 +96,7 @@ class Model:
             self.backend,
             self.target,
             self.target.encode(prompt) if raw and isinstance(prompt, str) else self.target.encode_chat(messages),
-            draft=self._draft,
+            drafter=self._drafter,
             sampling=sampling or SamplingConfig(),
             max_new_tokens=max_new_tokens,
             stop=stop,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.cli_accelerate import accelerate
-from fastmtp.cli_bench import bench, bench_engine, demo, report
+from fastmtp.cli_bench import bench, bench_engine, demo, replay, report
 from fastmtp.cli_data import data, distill
 from fastmtp.cli_export import export, import_, verify_export
 from fastmtp.cli_head import head as head_commands
@@ -68,6 +68,7 @@ for command in (
     demo,
     bench,
     report,
+    replay,
     bench_engine,
     export,
     import_,
@@ -104,13 +105,13 @@ def generate(
     from fastmtp.decode.generation import Generation
 
     loaded = open_target(target, options)
-    backend, draft = open_backend(loaded, target, drafting)
+    backend, drafter = open_backend(loaded, target, drafting)
     ids = loaded.encode(text) if raw else loaded.encode_chat([{"role": "user", "content": text}])
     generation = Generation(
         backend,
         loaded,
         ids,
-        draft=draft,
+        drafter=drafter,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=stop,
@@ -134,7 +135,7 @@ def generate(
         click.echo()
     if verbose:
         _tell_plans(result)
-    finish(as_json, facts, described(result, draft), to_stderr=True)
+    finish(as_json, facts, described(result), to_stderr=True)
 
 
 @commands.command()
@@ -156,7 +157,7 @@ def chat(
     from fastmtp.decode.generation import Generation
 
     loaded = open_target(target, options)
-    backend, draft = open_backend(loaded, target, drafting)
+    backend, drafter = open_backend(loaded, target, drafting)
     messages: list[dict[str, str]] = []
     while text := _ask():
         messages.append({"role": "user", "content": text})
@@ -164,7 +165,7 @@ def chat(
             backend,
             loaded,
             loaded.encode_chat(messages),
-            draft=draft,
+            drafter=drafter,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
         )
@@ -173,7 +174,7 @@ def chat(
         click.echo("\n")
         if verbose:
             _tell_plans(generation.result)
-        click.echo(click.style(described(generation.result, draft), dim=True), err=True)
+        click.echo(click.style(described(generation.result), dim=True), err=True)
         messages.append({"role": "assistant", "content": generation.result.text})
 
 

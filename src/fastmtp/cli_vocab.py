@@ -128,11 +128,11 @@ def _fastest(name: str, head: Path, least: int, console: Console) -> SizeOf:
     everything = range(loaded.vocabulary_size)
     with console.status("timing draft steps"):
         drafting = {size: backend_of(decoding, head, VocabularyLists.of(everything[:size]))[0] for size in sizes}
-        timed = costs.measure([steps + 1], drafting, steps, loaded.vocabulary_size)
+        timed = costs.of_chains(drafting, steps, loaded.vocabulary_size)
 
     def size_of(ranking: Ranking) -> int:
         with console.status(f"acceptance by size, {ranking.label}"):
-            points = curve(mtp_head, loaded, forward, ranking, timed, steps)
+            points = curve(mtp_head, loaded, forward, ranking, timed)
         best = max(points, key=lambda point: point.speed)
         table = figures_table(ranking.label, ["covers", "tau", "ms a draft step", "speed against all tokens"])
         for point in points:

@@ -16,7 +16,7 @@ import click
 if TYPE_CHECKING:
     from fastmtp.decode.backend import Backend
     from fastmtp.decode.costs import Costs
-    from fastmtp.decode.policy import Policy
+    from fastmtp.decode.drafter import Drafter
     from fastmtp.models.info import TargetInfo
     from fastmtp.session import Command
     from fastmtp.vocabulary.lists import VocabularyLists
@@ -72,10 +72,11 @@ def decoding_options(command: Command) -> Command:
     )(decorated)
 
 
-def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, int | Policy]:
-    """An engine with the head that was asked for or ships with the target, and what to draft."""
-    from fastmtp.decode.policy import Policy
-    from fastmtp.models.calibration import read_calibration
+def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, Drafter | None]:
+    """An engine with the head that was asked for or ships with the target, and its drafter; None is plain."""
+    from fastmtp.decode import estimates
+    from fastmtp.decode.adaptive import Adaptive
+    from fastmtp.decode.drafter import Chain
     from fastmtp.models.shipped import shipped_head
 
     steps, directory = drafting.steps(), drafting.head or shipped_head(name)
@@ -84,21 +85,23 @@ def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple
             raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
         if steps is None:
             click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
-        return backend_of(target, None)[0], 0
+        return backend_of(target, None)[0], None
     backend, _ = backend_of(target, directory, drafting.draft_vocabulary)
     if steps is not None:
-        return backend, steps
-    return backend, Policy(_costs(backend, target), read_calibration(directory))
+        return backend, Chain(steps)
+    return backend, Adaptive(costs_of_backend(backend, target), estimates.load(directory))
 
 
-def _costs(backend: Backend, target: TargetInfo) -> Costs:
+def costs_of_backend(backend: Backend, target: TargetInfo) -> Costs:
     """What rounds cost here; timed once for an engine, a model and a machine, and kept."""
     from fastmtp.decode import costs
     from fastmtp.provenance import machine
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmtp"
     version = importlib.metadata.version("fastmtp")
-    facts = [version, machine(), backend.name, target.source, target.identity.tokenizer_sha256, backend.draft_size]
+    timed = [costs.TOGETHER, costs.CONTEXT, costs.LONG_CONTEXT]
+    model = [target.source, target.identity.tokenizer_sha256, backend.draft_size]
+    facts = [version, machine(), backend.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return costs.of_backend(backend, target.vocabulary_size, cache / f"costs-{fingerprint[:16]}.json", fingerprint)
 

@@ -48,10 +48,10 @@ def own_competitor(
     """One of our ways to decode, as `drafting` says."""
     from fastmtp.evaluate.competitors import Own
 
-    backend, draft = open_backend(target, target_name, drafting)
-    if not draft and drafting.draft != "plain":
+    backend, drafter = open_backend(target, target_name, drafting)
+    if drafter is None and drafting.draft != "plain":
         raise ValueError(f"{target_name}: there is no head to compare with plain decoding; give --head DIR")
-    return Own(name, backend, target, draft, show)
+    return Own(name, backend, target, drafter, show)
 
 
 def lineup(

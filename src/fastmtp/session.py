@@ -16,7 +16,6 @@ import click
 if TYPE_CHECKING:
     from fastmtp.decode.backend import Batch
     from fastmtp.decode.generation import Result
-    from fastmtp.decode.policy import Policy
     from fastmtp.models.info import TargetInfo
     from fastmtp.models.target import Target
     from fastmtp.train.forward import Forward
@@ -176,7 +175,7 @@ def open_batch(name: str, options: EngineOptions) -> Batch:
     return NativeBatch(target)
 
 
-def described(result: Result, draft: int | Policy) -> str:
+def described(result: Result) -> str:
     """An answer's statistics in one line."""
     reasons = {
         "end": "",
@@ -185,7 +184,7 @@ def described(result: Result, draft: int | Policy) -> str:
         "context": ", context is full",
     }
     verified = result.verified / max(1, result.acceptance.rounds)
-    tau = f", tau {result.acceptance.tau:.2f}, {verified:.1f} verified a round" if draft else ", plain"
+    tau = f", tau {result.acceptance.tau:.2f}, {verified:.1f} verified a round" if result.plans else ", plain"
     return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s{tau}{reasons[result.stopped]}"
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.decode.torch_backend import TorchBackend
@@ -29,13 +30,13 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
 
 
 def expected(target: Target, prompt: list[int]) -> list[int]:
-    return list(islice(plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator()), LENGTH))
+    return list(islice(plain(TorchBackend(target), prompt, SamplingConfig()), LENGTH))
 
 
 def test_speculative_is_plain(target: Target) -> None:
     prompt = random_ids(9)
     backend = TorchBackend(target, MTPHead(target))
-    rounds = speculative(backend, prompt, 3, SamplingConfig(), torch.Generator())
+    rounds = speculative(backend, prompt, Chain(3), SamplingConfig())
     tokens = [token for step in islice(rounds, LENGTH) for token in step.tokens]
     assert tokens[:LENGTH] == expected(target, prompt)
 

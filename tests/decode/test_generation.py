@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-import torch
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round
@@ -27,7 +27,7 @@ class Told(Generation):
             TorchBackend(target),
             target,
             [1],
-            draft=0,
+            drafter=None,
             sampling=GREEDY,
             max_new_tokens=1000,
             stop=stop,
@@ -75,7 +75,7 @@ def test_statistics(llama: Target) -> None:
     """Rounds times tau are the tokens after the first one; speeds are positive."""
     head = MTPHead(llama)
     generation = Generation(
-        TorchBackend(llama, head), llama, random_ids(5), draft=2, sampling=GREEDY, max_new_tokens=20
+        TorchBackend(llama, head), llama, random_ids(5), drafter=Chain(2), sampling=GREEDY, max_new_tokens=20
     )
     result = generation.run()
     assert result.acceptance.rounds * result.acceptance.tau == pytest.approx(len(result.tokens) - 1)
@@ -91,7 +91,7 @@ def test_same_seed_same_answer(llama: Target) -> None:
             TorchBackend(llama, MTPHead(llama)),
             llama,
             random_ids(5),
-            draft=3,
+            drafter=Chain(3),
             sampling=SamplingConfig(temperature=1.0, seed=seed),
             max_new_tokens=20,
         )
@@ -117,7 +117,7 @@ def test_bad_requests(llama: Target, prompt: list[int], limit: int, stop: tuple[
             TorchBackend(llama),
             llama,
             prompt,
-            draft=0,
+            drafter=None,
             sampling=GREEDY,
             max_new_tokens=limit,
             stop=stop,
@@ -128,5 +128,5 @@ def test_plain_draws_from_the_law_it_is_given(llama: Target) -> None:
     """The oracle at top-k 1 is greedy, whatever the temperature."""
     prompt = random_ids(6)
     sampled = SamplingConfig(temperature=2.0, top_k=1)
-    streams = [plain(TorchBackend(llama), prompt, one, torch.Generator()) for one in (sampled, GREEDY)]
+    streams = [plain(TorchBackend(llama), prompt, one) for one in (sampled, GREEDY)]
     assert list(islice(streams[0], 15)) == list(islice(streams[1], 15))

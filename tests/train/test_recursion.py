@@ -12,6 +12,7 @@ import torch
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.decode.torch_backend import TorchBackend
@@ -119,7 +120,7 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
 def decoded_acceptance(backend: Backend, prompt: list[int], steps: int) -> Acceptance:
     """Of the rounds that write the 40 tokens after the prompt."""
     accepted, settled = [], 1
-    rounds = speculative(backend, prompt, steps, GREEDY, torch.Generator())
+    rounds = speculative(backend, prompt, Chain(steps), GREEDY)
     for one in islice(rounds, 1, None):
         used = min(len(one.tokens), 40 - settled)
         accepted.append(used - 1)
@@ -132,7 +133,7 @@ def decoded_acceptance(backend: Backend, prompt: list[int], steps: int) -> Accep
 @cache
 def greedy_text(target: Target, seed: int) -> list[int]:
     prompt = random_ids(8, seed=seed)
-    return [*prompt, *islice(plain(TorchBackend(target), prompt, GREEDY, torch.Generator()), 40)]
+    return [*prompt, *islice(plain(TorchBackend(target), prompt, GREEDY), 40)]
 
 
 @cache
@@ -202,9 +203,9 @@ def test_head_that_equals_the_target_is_always_accepted() -> None:
         size = target.config.hidden_size
         head.input_proj.weight[:, :size] = 0
     prompt = random_ids(7)
-    rounds = list(islice(speculative(TorchBackend(target, head), prompt, 5, GREEDY, torch.Generator()), 1, 11))
+    rounds = list(islice(speculative(TorchBackend(target, head), prompt, Chain(5), GREEDY), 1, 11))
     assert [one.accepted for one in rounds] == [5] * 10
-    expected = list(islice(plain(TorchBackend(target), prompt, GREEDY, torch.Generator()), 61))
+    expected = list(islice(plain(TorchBackend(target), prompt, GREEDY), 61))
     assert [token for one in rounds for token in one.tokens] == expected[1:]
     assert len(set(expected)) > 3
 

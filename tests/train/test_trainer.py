@@ -45,7 +45,7 @@ def _exchanges(target: Target, count: int) -> tuple[Exchange, ...]:
     rows = []
     for index in range(count):
         prompt = random_ids(4 + index % 5, seed=index)
-        tokens = plain(TorchBackend(target), prompt, SamplingConfig(), torch.Generator())
+        tokens = plain(TorchBackend(target), prompt, SamplingConfig())
         answer = list(islice(tokens, 16 + index % 7))
         mask = [False] * len(prompt) + [True] * len(answer)
         rows.append(Exchange(index, "test", "", "", True, prompt + answer, mask))

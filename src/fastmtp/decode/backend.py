@@ -1,4 +1,4 @@
-"""The small protocol that an engine implements, and what a draft is.
+"""The small protocol that an engine implements.
 
 Tokens that are verified or drafted together are a chain or a tree (models/trees.py).
 Shapes: M tokens verified together, N nodes drafted together, R sequences, D draft vocabulary, V vocabulary.
@@ -10,19 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from fastmtp.config import SamplingConfig
 from fastmtp.models.info import TargetInfo
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Drafted tokens, and for each the distribution [V] that it was drawn from; none at temperature 0."""
-
-    tokens: list[int]
-    distributions_V: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,24 +23,35 @@ class Candidates:
     confidences: list[float]
 
 
-class Backend(Protocol):
-    """One sequence in one engine. `tokens` are those whose keys and values the target's cache holds."""
+class HeadBackend(Protocol):
+    """What a drafter sees of a sequence: its tokens, whose keys and values are cached, and the head."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    def draft(self, token: int, steps: int) -> list[int]:
+        """The head's likeliest `steps` tokens to follow `token`, the sequence's next token, not yet cached."""
+        ...
+
+    def start_tree(self, token: int, width: int) -> Candidates:
+        """Begin a draft tree with `token` as for `draft`, as node 0; `width` candidates, or all, to follow it."""
+        ...
+
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        """Add N tokens, each after a node of an earlier call, as the next nodes; candidates to follow each."""
+        ...
+
+
+class Backend(HeadBackend, Protocol):
+    """One sequence in one engine."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def device(self) -> torch.device:
-        """Where logits are, and where draws are made."""
-        ...
-
-    @property
     def draft_size(self) -> int:
         """How many tokens a draft step scores now."""
         ...
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
 
     @property
     def context_limit(self) -> int: ...
@@ -76,18 +77,6 @@ class Backend(Protocol):
 
     def keep(self, nodes: Sequence[int]) -> None:
         """Of the tokens of the last `verify` keep only these, which are a path from the sequence on, by index."""
-        ...
-
-    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
-        """Draft `steps` tokens to follow `token`, the next token of the sequence, which is not yet cached."""
-        ...
-
-    def start_tree(self, token: int, width: int) -> Candidates:
-        """Begin a draft tree with `token` as for `draft`, as node 0; `width` candidates, or all, to follow it."""
-        ...
-
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        """Add N tokens, each after a node of an earlier call, as the next nodes; candidates to follow each."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Which tokens may follow the nodes of a draft tree, from the draft logits: the general way.
 
-Shapes: N nodes, D draft vocabulary, V vocabulary, W candidates of a node.
+Shapes: N nodes, D draft vocabulary, W candidates of a node.
 """
 
 from __future__ import annotations
@@ -29,11 +29,3 @@ def likeliest(logits_ND: Tensor, ids_D: Tensor | None, width: int) -> list[Candi
     return [
         Candidates(own[:count], said[:count]) for own, said, count in zip(tokens, confidences, counts, strict=True)
     ]
-
-
-def over_vocabulary(q: Tensor, ids_D: Tensor | None, vocabulary_size: int) -> Tensor:
-    """Draft distributions [..., D] over the full vocabulary, [..., V]: zero outside the draft vocabulary."""
-    if ids_D is None:
-        return q
-    # A token can have two places for a while, after other lists were chosen.
-    return q.new_zeros(*q.shape[:-1], vocabulary_size).index_add(-1, ids_D, q)

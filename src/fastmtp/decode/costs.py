@@ -12,16 +12,14 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 
-from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
 from fastmtp.files import read_json, write_json
 
 # Tokens verified together, of which a backend's forwards are timed.
 TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
-# Tokens of context while it is timed.
-CONTEXT = 128
+# Tokens of context while it is timed; a forward is timed at both, as attention takes longer in a long text.
+CONTEXT, LONG_CONTEXT = 128, 1024
 _REPEATS = 5
 
 # Runs something, and says how many seconds it took.
@@ -30,34 +28,44 @@ Task = Callable[[], float]
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds of a forward by the tokens verified in it, of a draft step by its vocabulary's size."""
+    """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows."""
 
-    forward_ms: dict[int, float]
-    draft_ms: dict[int, float]
+    forward_ms: dict[int, dict[int, float]]
+    ask_ms: float
 
-    def forward(self, tokens: int) -> float:
-        return _between(self.forward_ms, tokens)
+    def forward(self, tokens: int, context: int = CONTEXT) -> float:
+        """Linear in the context, beyond what was timed too, and in the tokens between what was timed."""
+        (short, times), *longer = sorted(self.forward_ms.items())
+        near = _between(times, tokens)
+        if not longer:
+            return near
+        long, times = longer[-1]
+        # A short text is not cheaper than was timed: noise could make it so.
+        return near + (max(context, short) - short) / (long - short) * max(0.0, _between(times, tokens) - near)
 
-    def draft(self, size: int) -> float:
-        return _between(self.draft_ms, size)
 
-    def round_ms(self, draft_steps: int, size: int) -> float:
-        """K drafts from a vocabulary of this size and their verification; linear between what was timed."""
-        return self.forward(draft_steps + 1) + draft_steps * self.draft(size)
+@dataclass(frozen=True)
+class ChainCosts:
+    """Milliseconds of verifying K drafts, and of a step of a draft chain by its vocabulary's size."""
+
+    draft_steps: int
+    verify_ms: float
+    step_ms: dict[int, float]
+
+    def round_ms(self, size: int) -> float:
+        return self.verify_ms + self.draft_steps * self.step_ms[size]
 
 
-def measure(together: Sequence[int], drafting: dict[int, Backend], steps: int, vocabulary_size: int) -> Costs:
-    """Time an engine.
+def of_chains(drafting: dict[int, Backend], steps: int, vocabulary_size: int) -> ChainCosts:
+    """Time chains of K drafts.
 
     Args:
-        together: numbers of tokens to verify in a forward.
         drafting: backends with a head, by the size of their draft vocabularies.
-        steps: K of the chains that are timed.
     """
     ids = some_ids(vocabulary_size, CONTEXT)
-    first = next(iter(drafting.values()))
-    forwards = {count: forward_task(first, ids, count) for count in together}
-    return _timed_in_turn(forwards, {size: draft_task(own, ids, steps) for size, own in drafting.items()})
+    verify = forward_task(next(iter(drafting.values())), ids, steps + 1)
+    found = least_ms({0: verify} | {size: draft_task(own, ids, steps) for size, own in drafting.items()}, _REPEATS)
+    return ChainCosts(steps, found.pop(0), found)
 
 
 def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint: str) -> Costs:
@@ -70,24 +78,29 @@ def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint:
     except (FileNotFoundError, ValueError):
         kept = {}
     if not kept:
-        ids = some_ids(vocabulary_size, CONTEXT)
-        forwards = {count: forward_task(backend, ids, count) for count in TOGETHER}
-        kept = asdict(_timed_in_turn(forwards, {backend.draft_size: level_task(backend, ids)}))
+        kept = asdict(_timed(backend, vocabulary_size))
         write_json(cache, {fingerprint: kept})
-    return Costs(*({int(number): ms for number, ms in kept[kind].items()} for kind in ("forward_ms", "draft_ms")))
+    by_context = {
+        int(context): {int(count): ms for count, ms in times.items()}
+        for context, times in kept["forward_ms"].items()
+    }
+    return Costs(by_context, kept["ask_ms"])
 
 
-def _timed_in_turn(forwards: dict[int, Task], drafts: dict[int, Task]) -> Costs:
-    found = [
-        ({number: task() for number, task in forwards.items()}, {number: task() for number, task in drafts.items()})
-        for _ in range(_REPEATS)
-    ]
-    forward_times, draft_times = zip(*found, strict=True)
-    return Costs(_least_ms(forward_times), _least_ms(draft_times))
+def _timed(backend: Backend, vocabulary_size: int) -> Costs:
+    contexts = [CONTEXT] if backend.context_limit < LONG_CONTEXT + 2 * max(TOGETHER) else [CONTEXT, LONG_CONTEXT]
+    by_context = {}
+    for context in contexts:
+        ids = some_ids(vocabulary_size, context)
+        by_context[context] = least_ms({count: forward_task(backend, ids, count) for count in TOGETHER}, _REPEATS)
+    asking = ask_task(backend, some_ids(vocabulary_size, CONTEXT))
+    return Costs(by_context, least_ms({0: asking}, _REPEATS)[0])
 
 
-def _least_ms(turns: Sequence[dict[int, float]]) -> dict[int, float]:
-    return {number: 1e3 * min(turn[number] for turn in turns) for number in turns[0]}
+def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
+    """The least milliseconds of each of several tasks, which take turns."""
+    turns = [{number: task() for number, task in tasks.items()} for _ in range(repeats)]
+    return {number: 1e3 * min(turn[number] for turn in turns) for number in tasks}
 
 
 def forward_task(backend: Backend, context: Sequence[int], count: int) -> Task:
@@ -107,24 +120,23 @@ def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Task:
     def run() -> float:
         # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
         backend.prefill(context)
-        return timed(lambda: backend.draft(context[0], steps, SamplingConfig(), torch.Generator())) / steps
+        return timed(lambda: backend.draft(context[0], steps)) / steps
 
     run()
     return lambda: median(run() for _ in range(5))
 
 
-def level_task(backend: Backend, context: Sequence[int]) -> Task:
-    """Seconds of one level of a draft tree, of four nodes or one with four candidates each."""
+def ask_task(backend: Backend, context: Sequence[int]) -> Task:
+    """Seconds of asking the head for four candidates, at one of four nodes along a path."""
 
-    def levels() -> None:
+    def path() -> None:
         found = backend.start_tree(context[0], 4)
-        for level in range(3):
-            parents = [0] * len(found.tokens) if level == 0 else [1 + 4 * (level - 1)] * len(found.tokens)
-            found = backend.extend_tree(parents, found.tokens, 4)[0]
+        for node in range(3):
+            found = backend.extend_tree([node], found.tokens[:1], 4)[0]
 
     def run() -> float:
         backend.prefill(context)
-        return timed(levels) / 4
+        return timed(path) / 4
 
     run()
     return lambda: median(run() for _ in range(5))

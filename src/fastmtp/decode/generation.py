@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from tokenizers.decoders import DecodeStream
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
 from fastmtp.decode.backend import Backend
+from fastmtp.decode.drafter import Drafter
 from fastmtp.decode.plain import plain
 from fastmtp.decode.planned import Plans
-from fastmtp.decode.policy import MAX_DEPTH, Policy
-from fastmtp.decode.speculative import Round, adaptive, speculative
+from fastmtp.decode.speculative import Round, speculative
 from fastmtp.models.info import TargetInfo
 
 StopReason = Literal["end", "stop_string", "length", "context"]
@@ -33,7 +32,7 @@ class Result:
     verified: int  # tokens in all target forwards after the prefill
     prefill_seconds: float
     decode_seconds: float
-    plans: Plans | None = None  # what a policy chose in its rounds
+    plans: Plans | None = None  # what was drafted in its rounds
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,7 +51,7 @@ class Generation:
         target: TargetInfo,
         prompt: Sequence[int],
         *,
-        draft: int | Policy,
+        drafter: Drafter | None,
         sampling: SamplingConfig,
         max_new_tokens: int,
         stop: Sequence[str] = (),
@@ -60,7 +59,7 @@ class Generation:
         """Prepare an answer.
 
         Args:
-            draft: K, the length of every draft chain; 0 decodes plainly; a policy drafts trees as they pay.
+            drafter: None decodes plainly.
             stop: the answer ends before the first of these strings.
         Raises:
             ValueError: the prompt is empty or fills the context, or a limit is below 1.
@@ -76,7 +75,7 @@ class Generation:
         if any(not text for text in stop):
             raise ValueError("a stop string is empty")
         self._backend, self._target, self._prompt = backend, target, list(prompt)
-        self._draft, self._sampling = draft, sampling
+        self._drafter, self._sampling = drafter, sampling
         self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
 
     def __iter__(self) -> Iterator[str]:
@@ -105,7 +104,7 @@ class Generation:
             tokens=answer.tokens,
             text=answer.text,
             stopped=answer.stopped or "context",
-            acceptance=Acceptance.of(accepted, self._draft if isinstance(self._draft, int) else MAX_DEPTH),
+            acceptance=Acceptance.of(accepted, self._drafter.depth if self._drafter else 0),
             verified=verified,
             prefill_seconds=first - started,
             decode_seconds=ended - first,
@@ -119,13 +118,9 @@ class Generation:
         return self.result
 
     def _rounds(self) -> Iterator[Round]:
-        generator = torch.Generator(self._backend.device).manual_seed(self._sampling.seed)
-        if isinstance(self._draft, Policy):
-            return adaptive(self._backend, self._prompt, self._draft, self._sampling, generator)
-        if self._draft:
-            return speculative(self._backend, self._prompt, self._draft, self._sampling, generator)
-        tokens = plain(self._backend, self._prompt, self._sampling, generator)
-        return (Round([token], 0) for token in tokens)
+        if self._drafter is not None:
+            return speculative(self._backend, self._prompt, self._drafter, self._sampling)
+        return (Round([token], 0) for token in plain(self._backend, self._prompt, self._sampling))
 
 
 class _Answer:

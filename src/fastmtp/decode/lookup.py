@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Longest and shortest run of tokens that is looked up.
-LONGEST, SHORTEST = 4, 2
+# Longest and shortest run of tokens that is looked up, and how far a run that is found is followed back.
+LONGEST, SHORTEST, FOLLOWED = 4, 2, 24
 
 
 class Lookup:
@@ -28,9 +28,18 @@ class Lookup:
             self.tokens.append(token)
 
     def continuation(self, limit: int) -> tuple[int, list[int]]:
-        """Length of the longest run that was found, and up to `limit` tokens that followed it last time."""
+        """Up to `limit` tokens that followed the end of the text last time, and how many tokens before them agree.
+
+        It is the last place of the longest run of up to LONGEST tokens; agreement is counted up to FOLLOWED.
+        """
         for size in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
             end = self._ends.get(tuple(self.tokens[-size:]))
             if end is not None:
-                return size, self.tokens[end : end + limit]
+                return self._agreement(end, size), self.tokens[end : end + limit]
         return 0, []
+
+    def _agreement(self, end: int, size: int) -> int:
+        tokens, most = self.tokens, min(FOLLOWED, end)
+        while size < most and tokens[end - size - 1] == tokens[-size - 1]:
+            size += 1
+        return size

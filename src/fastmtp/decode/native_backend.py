@@ -41,7 +41,6 @@ class NativeBackend(SequenceBackend[States]):
         """Start with an empty sequence; the last two as for `SequenceBackend`."""
         size, hidden = target.vocabulary_size, int(target.config.hidden_size)
         super().__init__(
-            device=torch.device("cpu"),
             context_limit=target.context_limit,
             vocabulary_size=size,
             no_states=np.empty((0, hidden), np.float32) if head else None,
@@ -79,7 +78,7 @@ class NativeBackend(SequenceBackend[States]):
     def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
         return _native.choices(self._target.runtime, self._target.lm_head, self._append(tokens, parents))
 
-    def _greedy_chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
+    def _chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
         drafter, last = self._ready(start, states_TH, inputs, steps)
         return drafter.chain(*last, self._draft_rows(), steps)
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
 from fastmtp.sampling import choose
 
 
-def plain(
-    backend: Backend, prompt: Sequence[int], sampling: SamplingConfig, generator: torch.Generator
-) -> Iterator[int]:
+def plain(backend: Backend, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
     """Tokens that follow the prompt, without end, until the context is full."""
-    token = choose(backend.prefill(prompt), sampling, generator)
+    token = choose(backend.prefill(prompt), sampling, len(prompt))
     yield token
-    while len(backend.tokens) < backend.context_limit:
+    while (length := len(backend.tokens)) < backend.context_limit:
         if sampling.temperature == 0:
             token = backend.choices([token])[0]
         else:
-            token = choose(backend.verify([token])[0], sampling, generator)
+            token = choose(backend.verify([token])[0], sampling, length + 1)
         yield token

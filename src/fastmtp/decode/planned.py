@@ -1,4 +1,4 @@
-"""What a policy chose, and what came of it: one round's figures, and an answer's."""
+"""What was drafted, and what came of it: one round's figures, and an answer's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Planned:
     from_head: int
     accepted_from_text: int
     accepted_from_head: int
-    expected_ms: float
+    expected_ms: float  # 0 where nothing was expected
     measured_ms: float
 
     @classmethod
@@ -94,5 +94,6 @@ class Plans:
             f"{self.mean_verified:.1f} tokens verified",
             f"accepted   {self.accepted_from_head} of {self.drafted_from_head} from the head, "
             f"{self.accepted_from_text} of {self.drafted_from_text} from the text",
-            f"time       {self.measured_ms / rounds:.2f} ms a round, {self.expected_ms / rounds:.2f} expected",
+            f"time       {self.measured_ms / rounds:.2f} ms a round"
+            + (f", {self.expected_ms / rounds:.2f} expected" if self.expected_ms else ""),
         ]

@@ -7,18 +7,15 @@ engine's own kind of array.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Candidates, Draft
-from fastmtp.decode.candidates import over_vocabulary
-from fastmtp.sampling import draw, greedy, probabilities
+from fastmtp.decode.backend import Candidates
+from fastmtp.sampling import greedy
 from fastmtp.vocabulary.draft import DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -36,7 +33,6 @@ class SequenceBackend(ABC, Generic[States]):
     def __init__(
         self,
         *,
-        device: torch.device,
         context_limit: int,
         vocabulary_size: int,
         no_states: States | None,
@@ -50,7 +46,6 @@ class SequenceBackend(ABC, Generic[States]):
             draft_vocabulary: lists of the tokens that the draft step scores; None, or none of them, is all.
             places: how many tokens of its own text a sequence may add to them.
         """
-        self.device = device
         self.context_limit = context_limit
         self._vocabulary_size = vocabulary_size
         self._vocabulary: DraftVocabulary | None = None
@@ -137,23 +132,11 @@ class SequenceBackend(ABC, Generic[States]):
             self._settle([tokens[node] for node in nodes], states_TH[list(nodes)])
         self._added = len(nodes)
 
-    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
+    def draft(self, token: int, steps: int) -> list[int]:
         assert steps >= 1
-        start, states_TH, inputs = self._waiting(token)
-        distributions: list[Tensor] = []
-        if sampling.temperature == 0:
-            drafted = self._greedy_chain(start, states_TH, inputs, steps)
-        else:
-            ids_D = self._draft_ids()
-
-            def choice(logits_D: Tensor) -> int:
-                q_D = probabilities(logits_D, sampling)
-                distributions.append(over_vocabulary(q_D, ids_D, self._vocabulary_size))
-                return draw(q_D, generator)
-
-            drafted = self._chain(start, states_TH, inputs, steps, choice)
+        drafted = self._chain(*self._waiting(token), steps)
         self._caught_up()
-        return Draft(drafted, distributions)
+        return drafted
 
     def start_tree(self, token: int, width: int) -> Candidates:
         root = self._start_tree(*self._waiting(token), width)
@@ -173,27 +156,18 @@ class SequenceBackend(ABC, Generic[States]):
         assert self._states_TH is not None
         self._drafted, self._states_TH = len(self._tokens), self._states_TH[:0]
 
-    def _chain(
-        self,
-        start: int,
-        states_TH: States,
-        inputs: Sequence[int],
-        steps: int,
-        choice: Callable[[Tensor], int],
-    ) -> list[int]:
-        """Drafted tokens, each chosen from its logits [D], from the states and tokens at `start` on."""
+    def _chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
+        """The likeliest tokens, one after the other, from the states and tokens at `start` on; an engine may have a
+        faster way.
+        """
         drafted: list[int] = []
         for _ in range(steps):
             states_TH = self._head_forward(start, states_TH, inputs)[-1:]
             start += len(inputs)
-            place = choice(self._draft_logits(states_TH)[0])
+            place = greedy(self._draft_logits(states_TH))[0]
             drafted.append(place if self._vocabulary is None else self._vocabulary.token(place))
             inputs = drafted[-1:]
         return drafted
-
-    def _greedy_chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
-        """`_chain` that takes the likeliest token; an engine may have a faster way."""
-        return self._chain(start, states_TH, inputs, steps, lambda logits_D: greedy(logits_D[None])[0])
 
     def _append(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> States:
         """States [T, H] of new tokens; they are the sequence's unless they are a tree."""
@@ -219,13 +193,6 @@ class SequenceBackend(ABC, Generic[States]):
         self._drafted = min(length, self._drafted)
         if self._states_TH is not None:
             self._states_TH = self._states_TH[: length - self._drafted]
-
-    def _draft_ids(self) -> Tensor | None:
-        """The token of each draft logit, [D]; None if they are the target's own."""
-        if self._vocabulary is None:
-            return None
-        ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
-        return ids_D.to(self.device, torch.long)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

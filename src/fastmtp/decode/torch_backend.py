@@ -36,13 +36,13 @@ class TorchBackend(SequenceBackend[Tensor]):
     ) -> None:
         """Start with an empty sequence; the last two as for `SequenceBackend`."""
         super().__init__(
-            device=target.device,
             context_limit=target.context_limit,
             vocabulary_size=target.vocabulary_size,
             no_states=target.lm_head.weight.new_empty(0, int(target.config.hidden_size)) if head else None,
             draft_vocabulary=draft_vocabulary,
             places=places,
         )
+        self.device = target.device
         self._target = target
         self._head = head
         # Rows of the draft step, and their tokens; rows of the sequence's own tokens, filled as they come.
@@ -109,6 +109,13 @@ class TorchBackend(SequenceBackend[Tensor]):
             return self._target.logits(states_TH)
         own_rows_GH = self._own_rows_GH[: len(self._vocabulary.own_ids)]
         return torch.cat([self._target.logits(states_TH, rows) for rows in (self._rows_DH, own_rows_GH)], dim=-1)
+
+    def _draft_ids(self) -> Tensor | None:
+        """The token of each draft logit, [D]; None if they are the target's own."""
+        if self._vocabulary is None:
+            return None
+        ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
+        return ids_D.to(self.device, torch.long)
 
     @torch.inference_mode()
     def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:

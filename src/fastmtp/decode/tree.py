@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastmtp.sampling import Guess
+from fastmtp.decode.estimates import Bin
 
 
 @dataclass
@@ -17,14 +17,10 @@ class Node:
     depth: int
     estimate: float
     # Where what becomes of it is counted, and whether the text named it (it may not have been alone).
-    bins: list[Hashable] = field(default_factory=list)
+    bins: list[Bin] = field(default_factory=list)
     from_text: bool = False
     # Nodes by token.
     children: dict[int, int] = field(default_factory=dict)
-    # Where tokens are drawn: what the children were drawn from, in the order in which they are tried.
-    guesses: list[Guess] = field(default_factory=list)
-    # Whether the head was asked what follows.
-    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,18 +52,20 @@ class Tree:
         return [child for child, parent in enumerate(self.parents) if parent == place]
 
 
-def add(nodes: list[Node], parent: int, token: int, conditional: float, bin_of: Hashable, from_text: bool) -> int:
-    """Where the node is; one that another source has named already is as likely as the hopeful one says."""
-    found = nodes[parent].children.get(token)
+def add(nodes: list[Node], parent: int, token: int, conditional: float, bin_of: Bin | None, from_text: bool) -> int:
+    """Append a node, whose probability if its parent is reached is given; returns its index."""
+    nodes[parent].children[token] = len(nodes)
     estimate = nodes[parent].estimate * min(conditional, 0.995)
-    if found is None:
-        found = nodes[parent].children[token] = len(nodes)
-        nodes.append(Node(token, parent, nodes[parent].depth + 1, estimate))
-    node = nodes[found]
-    node.estimate = max(node.estimate, estimate)
-    node.bins.append(bin_of)
-    node.from_text |= from_text
-    return found
+    bins = [] if bin_of is None else [bin_of]
+    nodes.append(Node(token, parent, nodes[parent].depth + 1, estimate, bins, from_text))
+    return len(nodes) - 1
+
+
+def scale(nodes: list[Node], index: int, factor: float) -> None:
+    """Change the estimates of a node and of all after it."""
+    nodes[index].estimate *= factor
+    for child in nodes[index].children.values():
+        scale(nodes, child, factor)
 
 
 def part(nodes: Sequence[Node], chosen: Sequence[int], levels: int, milliseconds: float) -> Tree:

@@ -177,21 +177,13 @@ def _prediction(mean: Document) -> str:
 
 
 def _audit_remarks(document: Document) -> list[str]:
-    audit = document["audit"]
-    if "differences" in audit:
-        total = document["identical"]["total"] if document["identical"] else 0
-        margins = [difference["margin"] for difference in audit["differences"]]
-        if not margins:
-            return []
-        return [
-            f"{len(margins)} of {total} answers leave plain decoding's ({_percent(len(margins) / total)}); "
-            f"there the target's margin between its first two tokens is at most {max(margins):.2g} (logits)"
-        ]
+    margins = [difference["margin"] for difference in document["audit"]["differences"]]
+    total = document["identical"]["total"] if document["identical"] else 0
+    if not margins:
+        return []
     return [
-        f"law of {name}: p = {p:.3f} over {audit['prompts']} prompts x {audit['samples']} draws of "
-        f"{audit['sample_tokens']} tokens; {'same' if p >= audit['false_alarm_rate'] else 'DIFFERENT'} at a "
-        f"false-alarm rate of {audit['false_alarm_rate']}"
-        for name, p in audit["p_values"].items()
+        f"{len(margins)} of {total} answers leave plain decoding's ({_percent(len(margins) / total)}); "
+        f"there the target's margin between its first two tokens is at most {max(margins):.2g} (logits)"
     ]
 
 

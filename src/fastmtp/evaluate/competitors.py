@@ -12,9 +12,9 @@ from typing import Protocol
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
-from fastmtp.decode.costs import TOGETHER, Task, draft_task, forward_task, level_task, some_ids
+from fastmtp.decode.costs import TOGETHER, ask_task, draft_task, forward_task, least_ms, some_ids
+from fastmtp.decode.drafter import Chain, Drafter
 from fastmtp.decode.generation import Generation
-from fastmtp.decode.policy import Policy
 from fastmtp.evaluate.measured import MeasuredBackend
 from fastmtp.models.info import TargetInfo
 
@@ -61,7 +61,7 @@ class Own:
         name: str,
         backend: Backend,
         target: TargetInfo,
-        draft: int | Policy,
+        drafter: Drafter | None,
         show: Callable[[str], None] | None = None,
     ) -> None:
         """Wrap a backend; `show` gets each piece of text as it comes."""
@@ -69,7 +69,7 @@ class Own:
         self.version = f"fastmtp {importlib.metadata.version('fastmtp')}, {backend.name}"
         self.reference = None if name == PLAIN else PLAIN
         self.backend = backend
-        self._backend, self._target, self._draft = MeasuredBackend(backend), target, draft
+        self._backend, self._target, self._drafter = MeasuredBackend(backend), target, drafter
         self._show = show
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
@@ -86,7 +86,7 @@ class Own:
             text=result.text,
             prefill_seconds=result.prefill_seconds,
             decode_seconds=result.decode_seconds,
-            rounds=_cut(self._backend.rounds, len(result.tokens) - 1) if self._draft else [],
+            rounds=_cut(self._backend.rounds, len(result.tokens) - 1) if self._drafter else [],
             verified=dict(self._backend.verified),
             draft_steps=self._backend.draft_steps,
             seconds=dict(self._backend.seconds),
@@ -104,7 +104,7 @@ class Own:
             self._backend,
             self._target,
             prompt,
-            draft=self._draft,
+            drafter=self._drafter,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
         )
@@ -112,19 +112,17 @@ class Own:
     def forward_ms(self, context: int) -> dict[str, float]:
         """Milliseconds of a forward by its tokens, after so many tokens of context; the least of some turns."""
         ids = some_ids(self._target.vocabulary_size, context)
-        return _least_ms({str(count): forward_task(self._backend, ids, count) for count in TOGETHER})
+        found = least_ms({count: forward_task(self._backend, ids, count) for count in TOGETHER}, _REPEATS)
+        return {str(count): milliseconds for count, milliseconds in found.items()}
 
     def draft_ms(self, context: int) -> float:
         """Milliseconds of a draft step, or of a level of a tree; 0 if nothing is drafted."""
         ids = some_ids(self._target.vocabulary_size, context)
-        if isinstance(self._draft, Policy):
-            return _least_ms({"draft": level_task(self._backend, ids)})["draft"]
-        return _least_ms({"draft": draft_task(self._backend, ids, self._draft)})["draft"] if self._draft else 0.0
-
-
-def _least_ms(tasks: dict[str, Task]) -> dict[str, float]:
-    turns = [{name: 1e3 * task() for name, task in tasks.items()} for _ in range(_REPEATS)]
-    return {name: min(turn[name] for turn in turns) for name in tasks}
+        if self._drafter is None:
+            return 0.0
+        chain = isinstance(self._drafter, Chain)
+        task = draft_task(self._backend, ids, self._drafter.depth) if chain else ask_task(self._backend, ids)
+        return least_ms({0: task}, _REPEATS)[0]
 
 
 def _cut(rounds: Sequence[int], tokens: int) -> list[int]:

@@ -9,8 +9,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from fastmtp.config import SamplingConfig
-from fastmtp.evaluate import audit
+from fastmtp.evaluate.audit import with_margins
 from fastmtp.evaluate.bench import length
 from fastmtp.evaluate.competitors import PLAIN, Competitor, Own
 from fastmtp.evaluate.drift import STEADY, spread
@@ -25,18 +24,17 @@ def document(
     lines: Sequence[dict[str, Any]],
     competitors: Sequence[Competitor],
     main: str,
-    sampling: SamplingConfig,
-    samples: int,
     target: TargetInfo,
+    *,
+    greedy: bool,
     **facts: Any,
 ) -> dict[str, Any]:
     """Figures, the audit, the machine's steadiness, and answers to look at.
 
     Args:
-        samples: draws of the audit at a temperature, for each prompt and competitor.
+        greedy: whether answers are comparable beyond our own engine, whose draws at a temperature are its own.
         facts: what the caller knows of the run; taken over as they are.
     """
-    greedy = sampling.temperature == 0
     # Costs are timed where the answers were, so that they can be compared.
     context = int(median(len(line["prompt"]) + length(line["cells"][PLAIN]) // 2 for line in lines))
     forward_ms = competitors[0].forward_ms(context) if isinstance(competitors[0], Own) else {}
@@ -44,7 +42,7 @@ def document(
     known = {
         competitor.name: {
             "version": competitor.version,
-            "reference": competitor.reference,
+            "reference": competitor.reference if greedy or isinstance(competitor, Own) else None,
             **(
                 {"costs": {"forward_ms": forward_ms, "draft_ms": competitor.draft_ms(context)}}
                 if isinstance(competitor, Own)
@@ -53,7 +51,7 @@ def document(
         }
         for competitor in competitors
     }
-    summary = summarize(lines, known, main, greedy=greedy)
+    summary = summarize(lines, known, main)
     for name, figures in summary["competitors"].items():
         figures.update({key: known[name].get(key) for key in ("version", "reference", "costs")})
     return {
@@ -63,7 +61,7 @@ def document(
         **facts,
         **summary,
         "costs_context": context,
-        "audit": _audited(lines, owns, known, sampling, samples),
+        "audit": {"differences": with_margins(differences(lines, known), lines, owns[0].backend)},
         "steadiness": _steadiness(lines),
         "samples": list(_views(lines, main, target)) if main != PLAIN else [],
         "answers": [_compact(line) for line in lines],
@@ -81,20 +79,6 @@ def read_document(path: Path) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         raise ValueError(f"{path}: not a document of `fastmtp bench` of this version (format {FORMAT!r})")
     return found
-
-
-def _audited(
-    lines: Sequence[dict[str, Any]],
-    owns: Sequence[Own],
-    known: dict[str, Any],
-    sampling: SamplingConfig,
-    samples: int,
-) -> dict[str, Any]:
-    if sampling.temperature > 0:
-        drafting = [own for own in owns if own.name != PLAIN]
-        return audit.sampled(owns[0], drafting, audit.sample_prompts(lines), samples, sampling)
-    by_key = {line["key"]: line for line in lines}
-    return {"differences": audit.with_margins(differences(lines, known), by_key, owns[0].backend)}
 
 
 def _steadiness(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

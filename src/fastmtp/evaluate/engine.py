@@ -14,12 +14,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-import torch
-
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.costs import CONTEXT, Task, draft_task, forward_task, level_task, some_ids, timed
+from fastmtp.decode.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.native_backend import NativeBackend
 from fastmtp.decode.native_batch import NativeBatch
 from fastmtp.decode.plain import plain
@@ -157,7 +156,7 @@ def _draft_tasks(
     for size in sizes:
         backend = NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0)
         tasks[f"draft {size}"] = draft_task(backend, context, steps)
-        tasks[f"level {size}"] = level_task(backend, context)
+        tasks[f"level {size}"] = ask_task(backend, context)
     return tasks
 
 
@@ -216,11 +215,11 @@ def _rounds(target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists 
     prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
     for _ in range(_REPEATS):
-        tokens = plain(backend, prompt, SamplingConfig(), torch.Generator())
+        tokens = plain(backend, prompt, SamplingConfig())
         expected = [next(tokens)]
         plain_seconds = timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
         backend.reset()
-        rounds = speculative(backend, prompt, draft_steps, SamplingConfig(), torch.Generator())
+        rounds = speculative(backend, prompt, Chain(draft_steps), SamplingConfig())
         settled = [next(rounds)]
         before = target.runtime.matmul_seconds
         seconds = timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.costs import Costs
+from fastmtp.decode.costs import ChainCosts
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import CHUNK, Reference, replay
@@ -40,15 +40,13 @@ def sizes_for(vocabulary_size: int, least: int) -> list[int]:
     return [*(size for size in SIZES if least < size < vocabulary_size), vocabulary_size]
 
 
-def curve(
-    head: MTPHead, target: Target, forward: Forward, ranking: Ranking, costs: Costs, draft_steps: int
-) -> list[SizePoint]:
+def curve(head: MTPHead, target: Target, forward: Forward, ranking: Ranking, costs: ChainCosts) -> list[SizePoint]:
     """Predicted speed by size, the sizes being those whose draft step was timed; tau / round time.
 
     Raises:
         ValueError: no text of this label was kept aside.
     """
-    sizes = sorted(costs.draft_ms)
+    sizes = sorted(costs.step_ms)
     found: list[list[Acceptance]] = []
     for ids, start in ranking.samples:
         text = ids[:MAX_LENGTH]
@@ -56,14 +54,14 @@ def curve(
             continue
         states_TH = forward([text])[0].to(target.device, target.dtype)
         reference = Reference.of(target, text, states_TH)
-        same_STK = same_by_size(head, target, reference, ranking.ids, sizes, draft_steps)
+        same_STK = same_by_size(head, target, reference, ranking.ids, sizes, costs.draft_steps)
         found.append([replay(same_TK, max(1, start)) for same_TK in same_STK])
     if not found:
         raise ValueError(f"no text of {ranking.label!r} was kept aside; add --data or --text, or give --size N")
     taus = [Acceptance.total(parts).tau for parts in zip(*found, strict=True)]
-    speeds = [tau / costs.round_ms(draft_steps, size) for size, tau in zip(sizes, taus, strict=True)]
+    speeds = [tau / costs.round_ms(size) for size, tau in zip(sizes, taus, strict=True)]
     return [
-        SizePoint(size, float(ranking.coverage[size]), tau, costs.draft_ms[size], speed / speeds[-1])
+        SizePoint(size, float(ranking.coverage[size]), tau, costs.step_ms[size], speed / speeds[-1])
         for size, tau, speed in zip(sizes, taus, speeds, strict=True)
     ]
 

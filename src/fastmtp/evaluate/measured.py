@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Backend, Candidates, Draft
+from fastmtp.decode.backend import Backend, Candidates
 
 # Where the time goes: in the first call for drafts the head reads the prompt, which is a cost of its own.
 PARTS = ("prompt", "draft", "verify", "keep")
@@ -38,10 +36,6 @@ class MeasuredBackend:
     @property
     def name(self) -> str:
         return self._backend.name
-
-    @property
-    def device(self) -> torch.device:
-        return self._backend.device
 
     @property
     def draft_size(self) -> int:
@@ -73,8 +67,8 @@ class MeasuredBackend:
         self.rounds.append(len(nodes))
         self._timed("keep", lambda: self._backend.keep(nodes))
 
-    def draft(self, token: int, steps: int, sampling: SamplingConfig, generator: torch.Generator) -> Draft:
-        return self._drafting(steps, lambda: self._backend.draft(token, steps, sampling, generator))
+    def draft(self, token: int, steps: int) -> list[int]:
+        return self._drafting(steps, lambda: self._backend.draft(token, steps))
 
     def start_tree(self, token: int, width: int) -> Candidates:
         return self._drafting(1, lambda: self._backend.start_tree(token, width))

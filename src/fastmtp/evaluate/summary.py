@@ -25,17 +25,16 @@ _RESAMPLES = 2000
 _STEPS = 8
 
 
-def summarize(lines: Sequence[Line], competitors: Mapping[str, Figures], main: str, *, greedy: bool) -> Figures:
+def summarize(lines: Sequence[Line], competitors: Mapping[str, Figures], main: str) -> Figures:
     """Figures of each competitor, by benchmark and as means; `main` is the one that the headline is about.
 
     Args:
         competitors: by name `reference`, and for our own `costs`.
-        greedy: whether answers must be those of the reference.
     """
     names = list(dict.fromkeys(line["benchmark"] for line in lines))
     of = {name: [line for line in lines if line["benchmark"] == name] for name in names}
     by_benchmark = {
-        name: {other: _figures(found, other, facts, greedy) for other, facts in competitors.items()}
+        name: {other: _figures(found, other, facts) for other, facts in competitors.items()}
         for name, found in of.items()
     }
     resampled = {other: _resampled(list(of.values()), other) for other in competitors}
@@ -62,7 +61,7 @@ def summarize(lines: Sequence[Line], competitors: Mapping[str, Figures], main: s
 
 
 def differences(lines: Sequence[Line], competitors: Mapping[str, Figures]) -> list[Figures]:
-    """Where greedy answers of our own leave their reference's: the line's key, who, and the place of the token."""
+    """Where answers of our own leave their reference's: the line's key, who, and the place of the token."""
     found = []
     for line in lines:
         for name, facts in competitors.items():
@@ -73,7 +72,7 @@ def differences(lines: Sequence[Line], competitors: Mapping[str, Figures]) -> li
     return found
 
 
-def _figures(lines: Sequence[Line], name: str, facts: Figures, greedy: bool) -> Figures:
+def _figures(lines: Sequence[Line], name: str, facts: Figures) -> Figures:
     """One competitor on one benchmark."""
     cells = [cell for line in lines if "error" not in (cell := line["cells"][name])]
     both = [(line["cells"][name], line["cells"][PLAIN]) for line in lines if _answered(line, name)]
@@ -87,7 +86,7 @@ def _figures(lines: Sequence[Line], name: str, facts: Figures, greedy: bool) -> 
         "speedup": speed / plain_speed if speed and plain_speed else None,
         "first_token_ms": 1e3 * float(np.median([cell["prefill_seconds"] for cell in cells])) if cells else None,
         "tokens_per_second_with_prefill": _speed_with_prefill(cells),
-        "identical": _identical(lines, name, facts) if greedy else None,
+        "identical": _identical(lines, name, facts),
         "right": {"right": sum(judged), "total": len(judged)} if judged else None,
         **_drafting(cells, facts),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.backend import Backend
+from fastmtp.decode.drafter import Chain
 from fastmtp.decode.generation import Generation
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.package import Measured
@@ -26,7 +27,7 @@ def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabu
             backend,
             target,
             ids,
-            draft=draft_steps,
+            drafter=Chain(draft_steps),
             sampling=SamplingConfig(temperature=0.0),
             max_new_tokens=NEW_TOKENS,
         )

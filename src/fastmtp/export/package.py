@@ -17,13 +17,14 @@ from fastmtp.export.engines import Engine
 from fastmtp.export.job import Job
 from fastmtp.export.registry import MODULES, engine_named
 from fastmtp.files import file_sha256, read_json, replacing, write_json
-from fastmtp.models import calibration, head_format
+from fastmtp.decode import estimates
+from fastmtp.models import head_format
 from fastmtp.provenance import provenance
 
 FORMAT_VERSION = 1
 MANIFEST = "export.json"
 # What a head directory holds besides tensors, kept so that `import` gives the same head back.
-_KEPT = ("config.json", "vocabulary.json", calibration.FILE, "provenance.json")
+_KEPT = ("config.json", "vocabulary.json", estimates.FILE, "provenance.json")
 
 
 @dataclass(frozen=True)

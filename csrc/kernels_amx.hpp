@@ -1,0 +1,113 @@
+// int8 products in AMX tiles: a group of 64 inputs of sixteen outputs is one tile as it lies in memory, and up to
+// sixteen rows cost what one does. Sums of whole numbers are exact, and what follows is done in the order of
+// int8_blocks, so a row has the same bits as there. Part of kernels_matmul.hpp.
+#pragma once
+
+namespace {
+
+// Fewer rows are faster without tiles.
+constexpr int kLeastAmxRows = 3;
+
+// How far ahead weights are fetched, into the first-level cache.
+constexpr size_t kTileAhead = 3 * 1024;
+
+// Tile 0 holds rows, tiles 1 and 2 weights of up to two blocks, tiles 3 and 4 their sums. Compilers want literals.
+#define FASTMTP_PRODUCT(weights, place, sums, out) \
+  do {                                             \
+    _tile_zero(sums);                              \
+    _tile_loadd(weights, place, 64);               \
+    _tile_dpbsud(sums, 0, weights);                \
+    _tile_stored(sums, out, 64);                   \
+  } while (false)
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  explicit TileConfig(int count) {
+    for (int tile = 0; tile < 8; tile++) {
+      row_bytes[tile] = kGroup;
+      rows[tile] = uint8_t(tile == 1 || tile == 2 ? kLanes : count);
+    }
+  }
+};
+
+template <int Rows, int Blocks>
+void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
+  constexpr size_t kTile = kGroup * kLanes;
+  const uint8_t* weights = w.data + block * w.block_bytes;
+  const int8_t* values = x.int8_row(row);
+  const size_t width = size_t(x.groups) * kGroup;
+  // Two groups take turns, so that one is stored while another is loaded.
+  alignas(64) int32_t sums[2][Blocks][Rows][kLanes];
+  Floats total[Blocks][Rows];
+  for (int b = 0; b < Blocks; b++)
+    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+
+  const auto multiply = [&](int g) {
+    _tile_loadd(0, values + size_t(g) * kGroup, width);
+    for (int b = 0; b < Blocks; b++) {
+      const uint8_t* place = weights + b * w.block_bytes + g * kTile;
+      // At a block's end the one after those that go together.
+      const bool within = g * kTile + kTileAhead < w.block_bytes;
+      const uint8_t* next = place + kTileAhead + (within ? 0 : (Blocks - 1) * w.block_bytes);
+      for (size_t line = 0; line < kTile; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
+      int32_t* const to = sums[g % 2][b][0];
+      if (b == 0) FASTMTP_PRODUCT(1, place, 3, to);
+      if (b == 1) FASTMTP_PRODUCT(2, place, 4, to);
+    }
+  };
+  const auto accumulate = [&](int g) {
+    for (int b = 0; b < Blocks; b++) {
+      const uint8_t* scales = weights + b * w.block_bytes + w.groups * kTile;
+      const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales) + g * kLanes);
+      for (int m = 0; m < Rows; m++) {
+        const size_t place = size_t(row + m) * x.groups + g;
+        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), dot_start(x.sums[place]));
+        total[b][m] = fma(to_floats(sum), mul(scale, splat(x.scales[place])), total[b][m]);
+      }
+    }
+  };
+  multiply(0);
+  for (int g = 1; g < w.groups; g++) {
+    multiply(g);
+    accumulate(g - 1);
+  }
+  accumulate(w.groups - 1);
+  for (int b = 0; b < Blocks; b++) {
+    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
+    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+  }
+}
+
+// Some blocks for `rows` rows, Rows or fewer.
+template <int Rows, int Blocks>
+void amx_tile(const PackedView& w, const Operand& x, int row, int rows, int block, float* out, int stride) {
+  if (rows == Rows)
+    amx_blocks<Rows, Blocks>(w, x, row, block, out, stride);
+  else if constexpr (Rows > 1)
+    amx_tile<Rows - 1, Blocks>(w, x, row, rows, block, out, stride);
+}
+
+void amx_matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
+                int stride) {
+  for (int row = 0; row < rows; row += kLanes) {
+    const int count = rows - row < kLanes ? rows - row : kLanes;
+    const TileConfig config(count);
+    asm volatile("" : : "r"(&config) : "memory");  // GCC thinks that the next line reads eight bytes
+    _tile_loadconfig(&config);
+    float* of_row = out + size_t(row) * stride;
+    int block = first_block;
+    // As many blocks together as there are registers for their totals.
+    if (count <= kLanes / 2)
+      for (; block + 2 <= last_block; block += 2)
+        amx_tile<kLanes / 2, 2>(w, x, row, count, block, of_row + block * kLanes, stride);
+    for (; block < last_block; block++)
+      amx_tile<kLanes, 1>(w, x, row, count, block, of_row + block * kLanes, stride);
+  }
+  _tile_release();
+}
+
+}  // namespace

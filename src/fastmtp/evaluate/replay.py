@@ -1,0 +1,161 @@
+"""Any drafter on recorded answers, by the costs of a machine: the same figures every time, in a second.
+
+Beside the drafters two bounds. In hindsight: each round drafts from the same candidates, but knows which are right,
+and how far to go. Oracle: each round verifies the right tokens, which cost nothing to find.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastmtp.decode.adaptive import MAX_DEPTH, MAX_NODES, PLANNING_MS, WIDTH, Adaptive
+from fastmtp.decode.costs import Costs
+from fastmtp.decode.drafter import Chain, Drafter
+from fastmtp.decode.estimates import Counts, Estimates
+from fastmtp.decode.lookup import Lookup
+from fastmtp.decode.speculative import follow
+from fastmtp.evaluate.recording import Recorded, Recording
+from fastmtp.sampling import race
+
+CHAINS = (1, 2, 3, 4, 5)
+HINDSIGHT, ORACLE = "hindsight", "oracle"
+# Context is no limit here.
+_ROOM = MAX_NODES + 1
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Sums over answers. `missed`: nodes after which a drafter asked the head and the recording does not say."""
+
+    plain_ms: float = 0.0
+    milliseconds: float = 0.0
+    tokens: int = 0
+    rounds: int = 0
+    verified: int = 0
+    asked: int = 0
+    missed: int = 0
+
+    def __add__(self, other: Replayed) -> Replayed:
+        return Replayed(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def speedup(self) -> float:
+        return self.plain_ms / self.milliseconds
+
+    @property
+    def tau(self) -> float:
+        return self.tokens / self.rounds
+
+
+def compare(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> dict[str, dict[str, Replayed]]:
+    """By drafter and benchmark: chains, `auto`, and the bounds."""
+    ways: dict[str, Callable[[Recording], Replayed]] = {}
+    for steps in CHAINS:
+        ways[f"chain:{steps}"] = _with(Chain(steps), costs)
+    ways["auto"] = _with(Adaptive(costs, known), costs)
+    ways[HINDSIGHT] = lambda recording: hindsight(recording, costs)
+    ways[ORACLE] = lambda recording: oracle(recording, costs)
+    found: dict[str, dict[str, Replayed]] = {}
+    for name, way in ways.items():
+        by_benchmark: dict[str, Replayed] = defaultdict(Replayed)
+        for recording in recordings:
+            by_benchmark[recording.benchmark] += way(recording)
+        found[name] = dict(by_benchmark)
+    return found
+
+
+def fit(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> Estimates:
+    """What `auto` learns from these answers: the counts of its drafts, over all ways to choose tokens."""
+    drafter = Adaptive(costs, known)
+    for recording in recordings:
+        replay(recording, drafter, costs)
+    total: Counts = defaultdict(lambda: [0.0, 0.0])
+    for learned in drafter.learned.values():
+        for bin_of, counts in learned.estimates.counts.items():
+            total[bin_of] = [one + other for one, other in zip(total[bin_of], counts, strict=True)]
+    return Estimates(dict(total))
+
+
+def replay(recording: Recording, drafter: Drafter, costs: Costs) -> Replayed:
+    """One answer's rounds after its first token."""
+    backend, text = Recorded(recording), recording.prompt + recording.answer
+    drafter.start(recording.prompt, recording.sampling)
+    planning_ms = 0.0 if isinstance(drafter, Chain) else PLANNING_MS
+    total = Replayed()
+    while (length := len(backend.tokens)) < len(text) - 1:
+        tree = drafter.propose(backend, text[length], _ROOM)
+        right = [*text[length + 1 :], -1]
+        path, _ = follow(tree, lambda node, tree=tree, right=right: right[tree.nodes[node].depth])  # type: ignore[misc]
+        milliseconds = costs.forward(len(tree.nodes), length) + tree.levels * (costs.ask_ms + planning_ms)
+        plain_ms = len(path) * costs.forward(1, length)
+        total += Replayed(plain_ms, milliseconds, len(path), 1, len(tree.nodes), tree.levels)
+        backend.tokens += [tree.nodes[index].token for index in path]
+        drafter.learn(tree, path)
+    return total + Replayed(missed=backend.missed)
+
+
+def hindsight(recording: Recording, costs: Costs) -> Replayed:
+    """The fastest rounds that draft right candidates only: of the text, or of the head, asked as far as they go."""
+    lookup, reach = Lookup(), []
+    lookup.extend(recording.prompt)
+    for index, token in enumerate(recording.answer[:-1]):
+        lookup.extend([token])
+        following = recording.answer[index + 1 :]
+        from_text = _common(lookup.continuation(MAX_DEPTH)[1], following)
+        reach.append((from_text, _right_of_head(recording, index)))
+    ask_ms = costs.ask_ms + PLANNING_MS
+
+    def drafting_ms(index: int, drafts: int) -> float | None:
+        from_text, from_head = reach[index]
+        if drafts <= from_text:
+            return 0.0
+        return drafts * ask_ms if drafts <= from_head else None
+
+    return _fastest(recording, costs, drafting_ms)
+
+
+def oracle(recording: Recording, costs: Costs) -> Replayed:
+    """The fastest rounds if drafts were always right, and free."""
+    return _fastest(recording, costs, lambda index, drafts: 0.0)
+
+
+def _fastest(recording: Recording, costs: Costs, drafting_ms: Callable[[int, int], float | None]) -> Replayed:
+    """Dynamic programming from the end: the best number of drafts at each token, where `drafting_ms` allows it."""
+    last, start = len(recording.answer) - 1, len(recording.prompt)
+    best = [Replayed() for _ in range(last + 1)]
+    for index in reversed(range(last)):
+        options = []
+        for drafts in range(min(MAX_NODES, last - index)):
+            ms = drafting_ms(index, drafts)
+            if ms is not None:
+                ms += costs.forward(drafts + 1, start + index)
+                plain_ms = (drafts + 1) * costs.forward(1, start + index)
+                options.append(best[index + drafts + 1] + Replayed(plain_ms, ms, drafts + 1, 1, drafts + 1))
+        best[index] = min(options, key=lambda option: option.milliseconds)
+    return best[0]
+
+
+def _right_of_head(recording: Recording, index: int) -> int:
+    """How many tokens after one of the answer are among the head's candidates, one after the other."""
+    said, place = recording.said[index], len(recording.prompt) + index + 1
+    for depth, token in enumerate(recording.answer[index + 1 :][:MAX_DEPTH]):
+        found = said.get(tuple(recording.answer[index + 1 :][:depth]))
+        if (
+            found is None
+            or token not in race(found.tokens, found.confidences, recording.sampling, place + depth)[0][:WIDTH]
+        ):
+            return depth
+    return min(MAX_DEPTH, len(recording.answer) - index - 1)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    return next(
+        (place for place, (one, two) in enumerate(zip(left, right, strict=False)) if one != two),
+        min(len(left), len(right)),
+    )
+
+
+def _with(drafter: Drafter, costs: Costs) -> Callable[[Recording], Replayed]:
+    return lambda recording: replay(recording, drafter, costs)

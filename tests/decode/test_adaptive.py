@@ -1,0 +1,242 @@
+"""Trees that pay, and output that does not depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode import costs
+from fastmtp.decode.adaptive import MAX_DEPTH, MAX_NODES, PROBE, Adaptive, Mean
+from fastmtp.decode.backend import Candidates
+from fastmtp.decode.costs import Costs
+from fastmtp.decode.drafter import Chain
+from fastmtp.decode.lookup import FOLLOWED, Lookup
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import Round, follow, speculative
+from fastmtp.decode.tree import Node, Tree, add, scale
+from fastmtp.models.head import MTPHead
+from fastmtp.models.target import Target
+from tests.conftest import random_ids
+from tests.engines import Engine, plain_tokens
+from tests.train.test_recursion import tuned_head
+
+GREEDY = SamplingConfig()
+# Forwards that cost the same up to 16 tokens, and ones whose every token costs as much as the first.
+FLAT = Costs({128: {1: 5.0, 16: 5.001}}, 0.1)
+STEEP = Costs({128: {1: 5.0, 16: 80.0}}, 20.0)
+# As on a processor: eight tokens cost one and a half times one.
+USUAL = Costs({128: {1: 5.0, 8: 7.5, 16: 14.0}}, 0.2)
+
+
+def decoded(rounds: Iterator[Round], count: int) -> list[int]:
+    tokens: list[int] = []
+    for one in rounds:
+        tokens += one.tokens
+        if len(tokens) >= count:
+            break
+    return tokens[:count]
+
+
+@pytest.mark.parametrize(("costs_ms", "ids"), [(FLAT, None), (STEEP, None), (USUAL, None), (FLAT, list(range(16)))])
+def test_greedy_output_is_plain_output(
+    engine: Engine, target: Target, costs_ms: Costs, ids: list[int] | None
+) -> None:
+    """Token by token, with any tree and any vocabulary."""
+    drafter = Adaptive(costs_ms)
+    for seed, head in enumerate((tuned_head(target), MTPHead(target))):
+        # A prompt that repeats itself, so that looking up finds something.
+        prompt = random_ids(20, seed=seed) * 2
+        rounds = speculative(engine.backend(target, head, ids), prompt, drafter, GREEDY)
+        assert decoded(rounds, 40) == plain_tokens(engine, target, prompt, 40)
+
+
+def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
+    """Along the likeliest tokens a tree is the chain that is drafted alone, whatever other nodes are beside it."""
+    head, prompt = tuned_head(target), random_ids(20)
+    backend, steps = engine.backend(target, head), 4
+    backend.prefill(prompt)
+    chain = backend.draft(7, steps)
+    backend = engine.backend(target, head)
+    backend.prefill(prompt)
+    found, likeliest, nodes = backend.start_tree(7, 3), 0, 1
+    along = [found.tokens[0]]
+    for _ in range(steps - 1):
+        # The likeliest token comes last among its siblings, so that slots and positions differ.
+        siblings = found.tokens[::-1]
+        found = backend.extend_tree([likeliest] * 3, siblings, 3)[-1]
+        nodes += 3
+        likeliest = nodes - 1
+        along.append(found.tokens[0])
+        assert found.confidences == sorted(found.confidences, reverse=True)
+    assert along == chain
+
+
+def test_trees_branch_and_are_followed(llama: Target) -> None:
+    """Where verifying is free, trees branch and rounds keep drafts: the test above is not of chains."""
+    backend, drafter, prompt = Engine().backend(llama, tuned_head(llama)), Adaptive(FLAT), random_ids(8, seed=1)
+    backend.prefill(prompt)
+    drafter.start(prompt, GREEDY)
+    tree = drafter.propose(backend, 5, 100)
+    assert 4 < len(tree.tokens) <= MAX_NODES
+    assert len(set(tree.parents)) < len(tree.parents)
+    assert all(parent < node for node, parent in enumerate(tree.parents))
+    backend.reset()
+    rounds = islice(speculative(backend, prompt, drafter, GREEDY), 1, 12)
+    assert sum(one.accepted for one in rounds) > 5
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 9])
+def test_a_tree_fits_the_room(llama: Target, room: int) -> None:
+    """With one token of room nothing is drafted."""
+    backend, prompt = Engine().backend(llama, tuned_head(llama)), random_ids(8) * 2
+    for drafter in (Adaptive(FLAT), Chain(5)):
+        backend.prefill(prompt)
+        drafter.start(prompt, GREEDY)
+        assert 1 <= len(drafter.propose(backend, 5, room).nodes) <= room
+
+
+class Told:
+    """A HeadBackend whose text is known and whose head says, with some confidence, the right token or a wrong one."""
+
+    def __init__(self, text: Sequence[int], right: bool, confidence: float) -> None:
+        self.tokens: list[int] = []
+        self._text, self._right, self._confidence = text, right, confidence
+
+    def draft(self, token: int, steps: int) -> list[int]:
+        raise AssertionError
+
+    def start_tree(self, token: int, width: int) -> Candidates:
+        self._depths = [0]
+        return self._said(0)
+
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        new = [self._depths[parent] + 1 for parent in parents]
+        self._depths += new
+        return [self._said(depth) for depth in new]
+
+    def _said(self, depth: int) -> Candidates:
+        following = self._text[len(self.tokens) + depth + 1]
+        return Candidates([following if self._right else (following + 1) % 1000], [self._confidence])
+
+
+def trees_of(right: bool, confidence: float, rounds: int) -> list[Tree]:
+    """What is proposed round after round on a text that never repeats itself."""
+    text = [index % 997 for index in range(20_000)]
+    backend, drafter, trees = Told(text, right, confidence), Adaptive(USUAL), []
+    drafter.start([], GREEDY)
+    for _ in range(rounds):
+        # A counter, so that looking up finds nothing for the first 997 tokens.
+        length = len(backend.tokens)
+        tree = drafter.propose(backend, text[length], 100)
+        path, _ = follow(tree, lambda node, tree=tree, at=length: text[at + tree.nodes[node].depth + 1])  # type: ignore[misc]
+        backend.tokens += [tree.nodes[node].token for node in path]
+        drafter.learn(tree, path)
+        trees.append(tree)
+    return trees
+
+
+def test_a_head_that_is_always_wrong_ends_with_plain_rounds() -> None:
+    """However sure of itself it is: then it is asked once in PROBE rounds."""
+    last = trees_of(right=False, confidence=0.9, rounds=600)[-2 * PROBE :]
+    assert sum(len(tree.nodes) > 1 for tree in last) <= 2
+    assert 0 < sum(tree.levels > 0 for tree in last) <= 4
+
+
+def test_a_head_that_is_always_right_ends_with_deep_trees() -> None:
+    """However unsure of itself it is."""
+    last = trees_of(right=True, confidence=0.4, rounds=110)[-5:]
+    assert all(max(node.depth for node in tree.nodes) == MAX_DEPTH for tree in last)
+
+
+def test_what_does_not_pay_is_not_drafted(llama: Target) -> None:
+    """Where a draft step costs more than it can bring, rounds are plain, with a try now and then."""
+    backend, drafter = Engine().backend(llama, MTPHead(llama)), Adaptive(STEEP)
+    rounds = speculative(backend, random_ids(8), drafter, SamplingConfig(temperature=1.5))
+    drafted = [one.drafted for one in islice(rounds, 1, 1 + 2 * PROBE)]
+    assert sum(count > 0 for count in drafted) <= 4
+
+
+def test_the_context_is_filled_and_not_passed(llama: Target) -> None:
+    backend, prompt = Engine().backend(llama, tuned_head(llama)), random_ids(llama.context_limit - 9)
+    rounds = speculative(backend, prompt, Adaptive(FLAT), GREEDY)
+    tokens = [token for one in rounds for token in one.tokens]
+    assert len(prompt) + len(tokens) > llama.context_limit
+    assert len(backend.tokens) == llama.context_limit
+    assert tokens == list(islice(plain(Engine().backend(llama), prompt, GREEDY), len(tokens)))
+
+
+def test_follow_by_hand() -> None:
+    """A tree 7 -> (8 -> 9, 5); the target says 8, 9, then 4, or leaves earlier."""
+    tree = Tree([Node(token, -1, 0, 1.0) for token in (7, 8, 5, 9)], [-1, 0, 0, 1])
+    assert follow(tree, {0: 8, 1: 9, 3: 4}.__getitem__) == ([0, 1, 3], 4)
+    assert follow(tree, {0: 5, 2: 8}.__getitem__) == ([0, 2], 8)
+    assert follow(tree, {0: 6}.__getitem__) == ([0], 6)
+
+
+def test_estimates_of_a_tree_by_hand() -> None:
+    """A node's estimate is its own chance times its parent's, and follows a change of it."""
+    nodes = [Node(7, -1, 0, 1.0)]
+    first = add(nodes, 0, 8, 0.5, ("text", 1, 0, 2), True)
+    second = add(nodes, first, 9, 0.4, None, False)
+    assert (first, second) == (1, 2)
+    assert [node.estimate for node in nodes] == [1.0, 0.5, 0.2]
+    scale(nodes, first, 0.5)
+    assert [node.estimate for node in nodes] == [1.0, 0.25, 0.1]
+    assert nodes[1].bins == [("text", 1, 0, 2)]
+    assert nodes[2].bins == []
+
+
+def test_a_running_mean_by_hand() -> None:
+    """Of few values the mean with the start's weight, later exponential."""
+    mean = Mean(1.0, 1, 0.25)
+    for value in (3.0, 2.0, 6.0, 3.0):
+        mean.learn(value)
+    assert mean.value == pytest.approx(0.75 * ((1 + 3 + 2 + 6) / 4) + 0.25 * 3)
+
+
+def test_lookup_is_what_a_search_finds() -> None:
+    """The last place where the longest ending run was before, what followed it, and how far back both agree."""
+    drawn = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens, lookup = [*drawn, *drawn[100:140]], Lookup()
+    for end in range(1, len(tokens) + 1):
+        lookup.extend([tokens[end - 1]])
+        found: tuple[int, list[int]] = (0, [])
+        for size in (2, 3, 4):
+            places = [at for at in range(size, end) if tokens[at - size : at] == tokens[end - size : end]]
+            if end > size and places:
+                at = places[-1]
+                same = [tokens[at - back : at] == tokens[end - back : end] for back in range(1, min(at, FOLLOWED) + 1)]
+                found = sum(same), tokens[at:end][:5]
+        assert lookup.continuation(5) == found
+    assert found[0] == FOLLOWED
+
+
+def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept under their fingerprint, and timed again for another one, or where the file is damaged."""
+    backend, path = Engine().backend(llama, MTPHead(llama)), tmp_path / "costs.json"
+    timed = costs.of_backend(backend, llama.vocabulary_size, path, "a")
+    assert all(ms > 0 for times in timed.forward_ms.values() for ms in times.values())
+    assert timed.ask_ms > 0
+    assert costs.of_backend(backend, llama.vocabulary_size, path, "a") == timed
+    monkeypatch.setattr(costs, "_timed", lambda *_: FLAT)
+    assert costs.of_backend(backend, llama.vocabulary_size, path, "b") == FLAT
+    path.write_text("{")
+    assert costs.of_backend(backend, llama.vocabulary_size, path, "b") == FLAT
+
+
+def test_costs_by_tokens_and_context() -> None:
+    """Linear between and beyond what was timed, and never less than in a short text."""
+    timed = Costs({128: {1: 4.0, 3: 6.0}, 1152: {1: 6.0, 3: 5.0}}, 0.1)
+    assert timed.forward(2) == 5.0
+    assert timed.forward(1, 1152) == 6.0
+    assert timed.forward(1, 640) == 5.0
+    assert timed.forward(1, 2176) == 8.0
+    assert timed.forward(1, 0) == 4.0
+    assert timed.forward(3, 1152) == 6.0
+    assert replace(timed, forward_ms={128: {1: 4.0, 3: 6.0}}).forward(3, 4000) == 6.0
