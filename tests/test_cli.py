@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fastmtp.models.calibration import FILE
 
 from fastmtp.cli import commands, main
 from fastmtp.models.shipped import shipped_head
@@ -107,51 +106,33 @@ def test_verbose_says_what_was_drafted(model: Path, head: Path) -> None:
     assert two.stderr.count("rounds     ") == two.stderr.count("expected") == 2
 
 
-def test_head_calibrate(model: Path, head: Path, tmp_path: Path) -> None:
-    """A file that decoding reads, replaced by the next run; output is as before, and damage is named."""
-    own, data = tmp_path / "head", tmp_path / "data"
+def test_record_replay_and_fit(model: Path, head: Path, tmp_path: Path) -> None:
+    """A benchmark's answers replayed; what is learned of them goes into the head, and changes no output."""
+    own, suite, recorded = tmp_path / "head", tmp_path / "prompts.jsonl", tmp_path / "recorded.gz"
     shutil.copytree(head, own)
-    (tmp_path / "prompts.txt").write_text("\n".join(f"tell me about {n}" for n in range(16)))
-    drawn = ["--greedy-share", "0.5", "--seed", "3", "--max-new-tokens", "40"]
-    run("distill", model, "--out", data, "--prompts", tmp_path / "prompts.txt", "--json", *drawn)
-    arguments = ["head", "calibrate", "--target", str(model), "--head", str(own), "--data", str(data)]
-    (own / FILE).write_text("{")
-    result = CliRunner().invoke(commands, [*arguments, "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["exchanges"] == {"fitted_on": 8, "kept_aside": 8}
-    lines = {(one["law"], one["step"]): one["line"] for one in found["steps"]}
-    assert {("greedy", 1), ("drawn", 1)} <= lines.keys()
-    for one in found["steps"]:
-        assert one["log_loss"][1] <= one["log_loss"][0]
-        for bins in one["curves"]:
-            assert len(bins) == 10
-            assert sum(each["weight"] for each in bins) == pytest.approx(one["drafts"])
-    stored = json.loads((own / FILE).read_text())
-    for law in ("greedy", "drawn"):
-        # A step that nothing was said of stays as said.
-        assert stored[law] == [lines.get((law, step), [1.0, 0.0]) for step in (1, 2)]
-    assert set(map(tuple, lines.values())) != {(1.0, 0.0)}
-    assert stored["provenance"]["data"].keys() == {"data/shard-00000.parquet"}
+    suite.write_text('{"turns": ["one two one two", "three"]}\n{"turns": ["four five"]}\n')
+    run("bench", model, "--head", own, "--suite", suite, "--max-new-tokens", 24, "--record", recorded, "--json")
+    found: Any = run("replay", model, recorded, "--head", own, "--json")
+    assert set(found["speedups"]) == {*(f"chain:{steps}" for steps in range(1, 6)), "auto", "hindsight", "oracle"}
+    assert found["speedups"]["auto"] <= found["speedups"]["hindsight"] <= found["speedups"]["oracle"]
+    assert found["replayed"]["auto"]["prompts"]["tokens"] == 3 * 23
+    told = CliRunner().invoke(commands, ["replay", str(recorded), "--target", str(model), "--head", str(own), "--fit"])
+    assert told.exit_code == 0, told.output
+    assert f"3 answers; estimates written into {own}" in told.stdout
+    assert "prompts" in told.stderr
+    stored = json.loads((own / "estimates.json").read_text())
+    assert stored["counts"]
+    assert stored["provenance"]["recordings"].keys() == {"recorded.gz"}
     answers = [
         run("generate", model, "--head", own, "hello", "--max-new-tokens", "30", "--json", "--draft", draft)
         for draft in ("auto", "plain")
     ]
     assert answers[0]["tokens"] == answers[1]["tokens"]
-    told = CliRunner().invoke(commands, arguments)
-    assert "fitted on 8 answers, tested on 8" in told.stdout
-    assert "0.9 to 1.0" in told.stdout
-
-    (own / FILE).write_text("{}")
+    (own / "estimates.json").write_text("{}")
     refused = CliRunner().invoke(commands, ["generate", "hello", "--target", str(model), "--head", str(own)])
-    assert "calibration.json: format_version must be 1" in str(refused.exception)
-
-
-def test_what_was_trained_on_does_not_calibrate(model: Path, head: Path) -> None:
-    arguments = ["--target", str(model), "--head", str(head), "--data", str(head.parent / "data")]
-    refused = CliRunner().invoke(commands, ["head", "calibrate", *arguments])
-    assert "data: the head was trained on it" in str(refused.exception)
-    assert not (head / FILE).exists()
+    assert "estimates.json: format_version must be 1" in str(refused.exception)
+    refused = CliRunner().invoke(commands, ["replay", str(recorded), "--target", str(model), "--fit"])
+    assert "give --head DIR" in str(refused.exception)
 
 
 def test_vanilla_is_trained_beside(model: Path, head: Path, tmp_path: Path) -> None:
@@ -200,13 +181,12 @@ def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
 
 
 def test_bench_at_a_temperature_against_others(model: Path, head: Path, tmp_path: Path) -> None:
-    """The law is tested instead of the tokens; who is named and cannot take part costs the exit code."""
+    """Drawn answers are plain decoding's too; who is named and cannot take part costs the exit code."""
     common = ["bench", "--target", str(model), "--head", str(head), "--limit", "1", "--max-new-tokens", "6"]
-    drawn = [*common, "--temperature", "0.8", "--top-k", "5", "--audit-samples", "20", "--against", "chain:2@full"]
+    drawn = [*common, "--temperature", "0.8", "--top-k", "5", "--against", "chain:2@full"]
     found = CliRunner().invoke(commands, [*drawn, "--json"])
     assert found.exit_code == 0, found.output
-    audit = json.loads(found.stdout)["audit"]
-    assert set(audit["p_values"]) == {"auto", "chain:2@full"}
+    assert json.loads(found.stdout)["identical"] == {"same": 14, "total": 14}
     lost = CliRunner().invoke(commands, [*common, "--against", "llama.cpp:Q8_0"])
     assert lost.exit_code == 1
     assert "llama.cpp:Q8_0 did not take part" in lost.output

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from fastmtp.decode.costs import Costs
+from fastmtp.decode.costs import ChainCosts
 from fastmtp.evaluate.list_sizes import curve, same_by_size, sizes_for
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import replay
@@ -38,20 +38,19 @@ def test_curve(llama: Target) -> None:
     counted = coverage(Counter(text), RANKING)
     ranking = Ranking("en", RANKING, counted, [(text, 8), (text[:9], 8)])
     head, forward = tuned_head(llama), TorchForward(llama)
-    costs = Costs({4: 5.0}, {20: 1.0, 150: 2.0, VOCABULARY: 5.0})
-    points = curve(head, llama, forward, ranking, costs, 3)
+    costs = ChainCosts(3, 5.0, {20: 1.0, 150: 2.0, VOCABULARY: 5.0})
+    points = curve(head, llama, forward, ranking, costs)
     assert [point.size for point in points] == SIZES
     assert [point.coverage for point in points] == [counted[size] for size in SIZES]
     for point, round_ms in zip(points, (8, 11, 20), strict=True):
         assert point.speed == pytest.approx(point.tau / points[-1].tau * 20 / round_ms)
-    free = curve(head, llama, forward, ranking, Costs({4: 5.0}, dict.fromkeys(SIZES, 1.0)), 3)
+    free = curve(head, llama, forward, ranking, ChainCosts(3, 5.0, dict.fromkeys(SIZES, 1.0)))
     assert max(free, key=lambda point: (point.speed, point.size)).size == VOCABULARY
     with pytest.raises(ValueError, match="no text of 'en' was kept aside"):
-        curve(head, llama, forward, Ranking("en", RANKING, counted, []), costs, 3)
+        curve(head, llama, forward, Ranking("en", RANKING, counted, []), costs)
 
 
 def test_sizes_and_costs() -> None:
-    """Above what is always listed, and the whole vocabulary; costs between two that were timed lie between them."""
+    """Above what is always listed, and the whole vocabulary; a round is its verification and its steps."""
     assert sizes_for(5000, 2048) == [3072, 4096, 5000]
-    costs = Costs({1: 2.0, 4: 5.0}, {100: 1.0, 300: 2.0})
-    assert costs.round_ms(2, 200) == pytest.approx(4 + 2 * 1.5)
+    assert ChainCosts(2, 4.0, {100: 1.0, 300: 2.0}).round_ms(300) == 8.0

@@ -69,7 +69,15 @@ def scale(nodes: list[Node], index: int, factor: float) -> None:
 
 
 def part(nodes: Sequence[Node], chosen: Sequence[int], levels: int, milliseconds: float) -> Tree:
-    """The tree of chosen nodes, each after its parent."""
-    places = {-1: -1} | {index: place for place, index in enumerate(chosen)}
-    parents = [places[nodes[index].parent] for index in chosen]
-    return Tree([nodes[index] for index in chosen], parents, levels, milliseconds)
+    """The tree of nodes that are chosen, the likeliest first, each after its parent.
+
+    The likeliest path comes first: if it is accepted, its keys and values are in their place already.
+    """
+    path = [0]
+    for index in chosen[1:]:
+        if nodes[index].parent == path[-1]:
+            path.append(index)
+    order = [*path, *(index for index in chosen if index not in path)]
+    places = {-1: -1} | {index: place for place, index in enumerate(order)}
+    parents = [places[nodes[index].parent] for index in order]
+    return Tree([nodes[index] for index in order], parents, levels, milliseconds)
