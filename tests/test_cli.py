@@ -116,12 +116,14 @@ def test_record_replay_and_fit(model: Path, head: Path, tmp_path: Path) -> None:
     assert set(found["speedups"]) == {*(f"chain:{steps}" for steps in range(1, 6)), "auto", "hindsight", "oracle"}
     assert found["speedups"]["auto"] <= found["speedups"]["hindsight"] <= found["speedups"]["oracle"]
     assert found["replayed"]["auto"]["prompts"]["tokens"] == 3 * 23
-    told = CliRunner().invoke(commands, ["replay", str(recorded), "--target", str(model), "--head", str(own), "--fit"])
+    told = CliRunner().invoke(
+        commands, ["replay", str(recorded), "--target", str(model), "--head", str(own), "--fit"]
+    )
     assert told.exit_code == 0, told.output
     assert f"3 answers; estimates written into {own}" in told.stdout
     assert "prompts" in told.stderr
     stored = json.loads((own / "estimates.json").read_text())
-    assert stored["counts"]
+    assert stored["format_version"] == 1
     assert stored["provenance"]["recordings"].keys() == {"recorded.gz"}
     answers = [
         run("generate", model, "--head", own, "hello", "--max-new-tokens", "30", "--json", "--draft", draft)
@@ -308,14 +310,8 @@ def check_lists_of_a_file(model: Path, data: Path, directory: Path, texts: list[
         (["distill", "--target", "{model}", "--out", "x", "--mix", "poetry=1"], "there is no kind 'poetry'"),
         (["data", "show", "nowhere"], "nowhere/provenance.json: no such file"),
         (["data", "clean", "nowhere", "--out", "x"], "nowhere/provenance.json: no such file"),
-        (
-            ["head", "calibrate", "--target", "{model}", "--head", "nowhere", "--data", "x"],
-            "nowhere: no such head directory",
-        ),
-        (
-            ["head", "calibrate", "--head", str(shipped_head("smollm2")), "--data", "nowhere"],
-            "nowhere/provenance.json: no such file",
-        ),
+        (["replay", "nowhere.gz"], "nowhere.gz: no such recording"),
+        (["replay", __file__], "test_cli.py: is no recording"),
         (["train", "--config", "none.toml", "--data", "x", "--out", "x"], "no such configuration file"),
     ],
 )

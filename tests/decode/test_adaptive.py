@@ -102,7 +102,7 @@ def test_a_tree_fits_the_room(llama: Target, room: int) -> None:
 
 
 class Told:
-    """A HeadBackend whose text is known and whose head says, with some confidence, the right token or a wrong one."""
+    """A known text, and a head that names, with some confidence, the right token or a wrong one."""
 
     def __init__(self, text: Sequence[int], right: bool, confidence: float) -> None:
         self.tokens: list[int] = []
@@ -125,10 +125,10 @@ class Told:
         return Candidates([following if self._right else (following + 1) % 1000], [self._confidence])
 
 
-def trees_of(right: bool, confidence: float, rounds: int) -> list[Tree]:
+def trees_of(right: bool, confidence: float, rounds: int, costs_ms: Costs) -> list[Tree]:
     """What is proposed round after round on a text that never repeats itself."""
     text = [index % 997 for index in range(20_000)]
-    backend, drafter, trees = Told(text, right, confidence), Adaptive(USUAL), []
+    backend, drafter, trees = Told(text, right, confidence), Adaptive(costs_ms), []
     drafter.start([], GREEDY)
     for _ in range(rounds):
         # A counter, so that looking up finds nothing for the first 997 tokens.
@@ -143,14 +143,14 @@ def trees_of(right: bool, confidence: float, rounds: int) -> list[Tree]:
 
 def test_a_head_that_is_always_wrong_ends_with_plain_rounds() -> None:
     """However sure of itself it is: then it is asked once in PROBE rounds."""
-    last = trees_of(right=False, confidence=0.9, rounds=600)[-2 * PROBE :]
+    last = trees_of(right=False, confidence=0.9, rounds=600, costs_ms=USUAL)[-2 * PROBE :]
     assert sum(len(tree.nodes) > 1 for tree in last) <= 2
     assert 0 < sum(tree.levels > 0 for tree in last) <= 4
 
 
 def test_a_head_that_is_always_right_ends_with_deep_trees() -> None:
     """However unsure of itself it is."""
-    last = trees_of(right=True, confidence=0.4, rounds=110)[-5:]
+    last = trees_of(right=True, confidence=0.4, rounds=110, costs_ms=FLAT)[-5:]
     assert all(max(node.depth for node in tree.nodes) == MAX_DEPTH for tree in last)
 
 
@@ -211,7 +211,9 @@ def test_lookup_is_what_a_search_finds() -> None:
             places = [at for at in range(size, end) if tokens[at - size : at] == tokens[end - size : end]]
             if end > size and places:
                 at = places[-1]
-                same = [tokens[at - back : at] == tokens[end - back : end] for back in range(1, min(at, FOLLOWED) + 1)]
+                same = [
+                    tokens[at - back : at] == tokens[end - back : end] for back in range(1, min(at, FOLLOWED) + 1)
+                ]
                 found = sum(same), tokens[at:end][:5]
         assert lookup.continuation(5) == found
     assert found[0] == FOLLOWED

@@ -62,7 +62,7 @@ def test_no_drafter_passes_the_bounds(recorded: tuple[Target, Recording]) -> Non
     _, one = recorded
     compared = replay.compare([one], COSTS, Estimates())
     speedups = {name: by_benchmark["kind"].speedup for name, by_benchmark in compared.items()}
-    assert max(speed for name, speed in speedups.items() if name.startswith("chain")) > 1
+    assert compared["chain:3"]["kind"].tau > 1
     assert speedups["auto"] <= speedups[replay.HINDSIGHT] <= speedups[replay.ORACLE]
 
 
@@ -111,7 +111,7 @@ def test_what_is_no_recording_is_named(tmp_path: Path, data: bytes | None) -> No
     path = tmp_path / "some.gz"
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises((ValueError, FileNotFoundError), match="some.gz: "):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"some\.gz: "):
         list(recording.load(path))
 
 
