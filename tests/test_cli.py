@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner
 
 from fastmtp.cli import commands, main
-from fastmtp.models.shipped import shipped_head
 from tests.conftest import tiny_target
 
 TRAIN = ["--held-out", "2", "--batch-tokens", "400", "--draft-vocabulary", "100", "--draft-steps", "2"]
