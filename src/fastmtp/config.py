@@ -33,9 +33,11 @@ class SamplingConfig:
     seed: int = setting(0, "seed of every random draw")
 
     def __post_init__(self) -> None:
-        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        drawn = 1e-4 <= self.temperature < math.inf
+        _check(self.temperature == 0 or drawn, "temperature", self.temperature, "0 (greedy), or 0.0001 or more")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class Learned:
     rate: Mean  # tokens a millisecond
     # By depth of what it is asked for: what asking the head brings, less what verifying that costs, a unit of
     # probability that it is needed.
-    worth: list[Mean] = field(default_factory=lambda: [Mean(0.5, 10, NEWEST_WORTH) for _ in range(MAX_DEPTH + 2)])
+    worth: list[Mean] = field(default_factory=lambda: [Mean(0.5, 10, NEWEST_WORTH) for _ in range(MAX_DEPTH + 1)])
     rounds_without_head: int = 0
 
 

@@ -18,9 +18,9 @@ from fastmtp.files import read_json, write_json
 
 # Tokens verified together, of which a backend's forwards are timed.
 TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
-# Tokens of context while it is timed; a forward is timed at both, as attention takes longer in a long text.
-CONTEXT, LONG_CONTEXT = 128, 1024
-_REPEATS = 5
+# Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
+CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
+_REPEATS, _RUNS = 5, 3
 
 # Runs something, and says how many seconds it took.
 Task = Callable[[], float]
@@ -88,11 +88,14 @@ def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint:
 
 
 def _timed(backend: Backend, vocabulary_size: int) -> Costs:
-    contexts = [CONTEXT] if backend.context_limit < LONG_CONTEXT + 2 * max(TOGETHER) else [CONTEXT, LONG_CONTEXT]
+    contexts = {CONTEXT: TOGETHER}
+    if backend.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
+        contexts[LONG_CONTEXT] = LONG_TOGETHER
     by_context = {}
-    for context in contexts:
+    for context, together in contexts.items():
         ids = some_ids(vocabulary_size, context)
-        by_context[context] = least_ms({count: forward_task(backend, ids, count) for count in TOGETHER}, _REPEATS)
+        tasks = {count: forward_task(backend, ids, count, _RUNS) for count in together}
+        by_context[context] = least_ms(tasks, _REPEATS)
     asking = ask_task(backend, some_ids(vocabulary_size, CONTEXT))
     return Costs(by_context, least_ms({0: asking}, _REPEATS)[0])
 
@@ -103,15 +106,15 @@ def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
     return {number: 1e3 * min(turn[number] for turn in turns) for number in tasks}
 
 
-def forward_task(backend: Backend, context: Sequence[int], count: int) -> Task:
-    """Seconds of one forward over `count` tokens, with the choices after them."""
+def forward_task(backend: Backend, context: Sequence[int], count: int, runs: int = 5) -> Task:
+    """Seconds of one forward over `count` tokens, with the choices after them; the median of some runs."""
 
     def run() -> float:
         backend.prefill(context)
         return timed(lambda: backend.choices(context[:count]))
 
     run()
-    return lambda: median(run() for _ in range(5))
+    return lambda: median(run() for _ in range(runs))
 
 
 def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Task:
