@@ -100,7 +100,7 @@ def costs_of_backend(backend: Backend, target: TargetInfo) -> Costs:
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmtp"
     version = importlib.metadata.version("fastmtp")
-    timed = [costs.TOGETHER, costs.CONTEXT, costs.LONG_TOGETHER, costs.LONG_CONTEXT]
+    timed: list[Any] = [costs.TOGETHER, costs.CONTEXT, costs.LONG_TOGETHER, costs.LONG_CONTEXT]
     model = [target.source, target.identity.tokenizer_sha256, backend.draft_size]
     facts = [version, machine(), backend.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -88,10 +88,10 @@ def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint:
 
 
 def _timed(backend: Backend, vocabulary_size: int) -> Costs:
-    contexts = {CONTEXT: TOGETHER}
+    contexts: dict[int, Sequence[int]] = {CONTEXT: TOGETHER}
     if backend.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
         contexts[LONG_CONTEXT] = LONG_TOGETHER
-    by_context = {}
+    by_context: dict[int, dict[int, float]] = {}
     for context, together in contexts.items():
         ids = some_ids(vocabulary_size, context)
         tasks = {count: forward_task(backend, ids, count, _RUNS) for count in together}
