@@ -28,12 +28,12 @@ extern const Kernels portable_kernels;
 namespace {
 
 #ifdef FASTMTP_AMX
-// Whether the processor has AMX with int8, and Linux lets this process use its tiles.
+// Whether the processor has AMX with int8 and bf16, and Linux lets this process use its tiles.
 bool may_use_tiles() {
-  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl(2)
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kInt8)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif

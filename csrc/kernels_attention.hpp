@@ -86,47 +86,39 @@ inline void score(const Factor (*queries)[Count][2], const uint16_t* keys, int s
   }
 }
 
-template <int Count>
-void attend_tile(const Query* queries, const PageView& page, int size, const uint8_t* next) {
-  // Enough chains of additions to hide their latency.
-  constexpr int kTogether = kSums >= 4 * Count ? 2 : 1;
-  float scores[Count][kPageTokens];
-  Factor weights[Count][kPageTokens];
-  // What is seen ends at `end`, and what holds it at `held`.
-  int begin = kPageTokens, end = 0, held = 0;
-  for (int i = 0; i < Count; i++) {
+// The places of a page that some queries see; what holds them ends at `held`, which may be in the page after it.
+struct Range {
+  int begin, end, held;
+};
+
+inline Range seen_by(const Query* queries, int count, const PageView& page) {
+  Range seen{kPageTokens, 0, 0};
+  for (int i = 0; i < count; i++) {
     if (queries[i].begin >= queries[i].end) continue;
-    if (queries[i].begin < begin) begin = queries[i].begin;
-    if (queries[i].end > end) end = queries[i].end;
+    if (queries[i].begin < seen.begin) seen.begin = queries[i].begin;
+    if (queries[i].end > seen.end) seen.end = queries[i].end;
     const int last = held_at(queries[i], page, queries[i].end - 1);
-    if (last >= held) held = last + 1;
+    if (last >= seen.held) seen.held = last + 1;
   }
-  const int first = begin / (kLanes * kTogether) * kTogether;
-  const auto blocks = [](int places) { return round_up(places, kLanes * kTogether) / kLanes; };
-  const int last = held > 0 ? blocks(held < kPageTokens ? held : kPageTokens) : first;
-  // One row after another: the multiplications find the next query at a fixed distance.
-  alignas(64) Factor together[kLargestHead / 2][Count][2];
-  for (int d = 0; d < size; d += 2)
-    for (int i = 0; i < Count; i++) {
-      together[d / 2][i][0] = factor(queries[i].q[d]);
-      together[d / 2][i][1] = factor(queries[i].q[d + 1]);
+  return seen;
+}
+
+// Puts scores, of a page and the one after it, which lie in the order of a tree's nodes, in that of positions: a score
+// does not depend on where the key lies. What has not been moved yet lies behind what has been.
+inline void by_position(const Query* queries, int count, const PageView& page, float (*scores)[kPageTokens],
+                        const float (*beyond)[kPageTokens]) {
+  const int moved = page.tree > 0 ? page.tree : 0;
+  for (int i = 0; i < count; i++)
+    for (int t = moved > queries[i].begin ? moved : queries[i].begin; t < queries[i].end; t++) {
+      const int place = held_at(queries[i], page, t);
+      scores[i][t] = place < kPageTokens ? scores[i][place] : beyond[i][place - kPageTokens];
     }
-  const int width = round_up(size, kLanes);
-  score<Count, kTogether>(together, page.keys, size, first, last, scores, next);
-  if (page.tree < end) {
-    float beyond[Count][kPageTokens];
-    if (held > kPageTokens)
-      score<Count, kTogether>(together, page.next_keys, size, 0, blocks(held - kPageTokens), beyond, next);
-    // A score does not depend on where the key lies; from here on all goes by position. What has not been moved
-    // yet lies behind what has been.
-    const int moved = page.tree > 0 ? page.tree : 0;
-    for (int i = 0; i < Count; i++)
-      for (int t = moved > queries[i].begin ? moved : queries[i].begin; t < queries[i].end; t++) {
-        const int place = held_at(queries[i], page, t);
-        scores[i][t] = place < kPageTokens ? scores[i][place] : beyond[i][place - kPageTokens];
-      }
-  }
-  for (int i = 0; i < Count; i++) {
+}
+
+// The weights of blocks first..last - 1, exp(score - largest), and of each query the largest score and their sum.
+inline void soften(const Query* queries, int count, int first, int last, const float (*scores)[kPageTokens],
+                   Factor (*weights)[kPageTokens]) {
+  for (int i = 0; i < count; i++) {
     const auto inside = [&](Floats x, int block, float other) {
       const int from = queries[i].begin - block * kLanes, to = queries[i].end - block * kLanes;
       if (from <= 0 && to >= kLanes) return x;
@@ -147,6 +139,35 @@ void attend_tile(const Query* queries, const PageView& page, int size, const uin
     queries[i].partial[0] = top;
     queries[i].partial[1] = sum(total);
   }
+}
+
+template <int Count>
+void attend_tile(const Query* queries, const PageView& page, int size, const uint8_t* next) {
+  // Enough chains of additions to hide their latency.
+  constexpr int kTogether = kSums >= 4 * Count ? 2 : 1;
+  float scores[Count][kPageTokens];
+  Factor weights[Count][kPageTokens];
+  const Range seen = seen_by(queries, Count, page);
+  int begin = seen.begin, end = seen.end;
+  const int held = seen.held, first = begin / (kLanes * kTogether) * kTogether;
+  const auto blocks = [](int places) { return round_up(places, kLanes * kTogether) / kLanes; };
+  const int last = held > 0 ? blocks(held < kPageTokens ? held : kPageTokens) : first;
+  // One row after another: the multiplications find the next query at a fixed distance.
+  alignas(64) Factor together[kLargestHead / 2][Count][2];
+  for (int d = 0; d < size; d += 2)
+    for (int i = 0; i < Count; i++) {
+      together[d / 2][i][0] = factor(queries[i].q[d]);
+      together[d / 2][i][1] = factor(queries[i].q[d + 1]);
+    }
+  const int width = round_up(size, kLanes);
+  score<Count, kTogether>(together, page.keys, size, first, last, scores, next);
+  if (page.tree < end) {
+    float beyond[Count][kPageTokens];
+    if (held > kPageTokens)
+      score<Count, kTogether>(together, page.next_keys, size, 0, blocks(held - kPageTokens), beyond, next);
+    by_position(queries, Count, page, scores, beyond);
+  }
+  soften(queries, Count, first, last, scores, weights);
   begin = begin / 2 * 2;
   const int shared = page.tree > 0 ? page.tree / 2 * 2 : 0;
   end = round_up(end < shared ? end : shared, 2);
@@ -170,7 +191,18 @@ void attend_count(const Query* queries, int count, const PageView& page, int siz
     attend_count<Count - 1>(queries, count, page, size, next);
 }
 
+}  // namespace
+
+#ifdef __AMX_BF16__
+#include "kernels_attention_amx.hpp"
+#endif
+
+namespace {
+
 void attend(const Query* queries, int count, const PageView& page, int size, const void* next) {
+#ifdef __AMX_BF16__
+  if (size % kChunk == 0) return amx_attend(queries, count, page, size, static_cast<const uint8_t*>(next));
+#endif
   for (int first = 0; first < count; first += kQueries)
     attend_count<kQueries>(queries + first, count - first < kQueries ? count - first : kQueries, page, size,
                            static_cast<const uint8_t*>(next));

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from fastmtp import _native
 from fastmtp.decode.native_backend import States, forward
+from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.native import NativeTarget, WeightType
 from fastmtp.models.target import Target
 from fastmtp.models.trees import paths
-from tests.conftest import random_ids
-from tests.engines import native_target
+from tests.conftest import COMMON, byte_tokenizer, random_ids
+from tests.engines import convert, native_target
 from tests.native.conftest import native_of
 from tests.trees import random_tree
 
@@ -64,6 +68,54 @@ def test_in_every_kind_of_kernels(kernels: str, weight_type: WeightType) -> None
     found = states(one, text, tokens, parents)
     assert np.array_equal(found, states(more, text, tokens, parents))
     assert np.array_equal(found, plain_states(one, text, tokens, parents))
+
+
+@cache
+def with_heads_of(size: int) -> Target:
+    """Half of its layers see a window; heads of 32, 64, 96, ... fill the tiles of processors that have them."""
+    torch.manual_seed(0)
+    kinds = ["full_attention", "sliding_attention"]
+    sizes = {
+        "head_dim": size,
+        "num_hidden_layers": 2,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
+    config = Gemma3TextConfig(
+        **{**COMMON, **sizes},
+        sliding_window=40,
+        layer_types=kinds,
+        tie_word_embeddings=False,
+        query_pre_attn_scalar=size,
+    )
+    model = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+    return Target(model, byte_tokenizer(), f"heads of {size}")
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_heads_that_fill_tiles(kernels: str, size: int) -> None:
+    """The same, with every kind of kernels; and they compute the same but for rounding."""
+    target = with_heads_of(size)
+    native = convert(target, "bfloat16", threads=1)
+    for context in (3, 31, 200, 250, 530):
+        text = random_ids(context, seed=9)
+        for nodes in (2, 7, 16):
+            parents, tokens = random_tree(nodes, 31 * context + nodes)
+            found = states(native, text, tokens, parents)
+            assert np.array_equal(found, plain_states(native, text, tokens, parents)), (context, nodes, parents)
+        alone = [forward(native, [filled(native, text)], [context], [tokens[:1]])]
+        together = forward(native, [filled(native, text)], [context], [tokens])
+        assert np.array_equal(alone[0][0], together[0])
+    with torch.no_grad():
+        expected = target.forward(torch.tensor([text]), KVCache())[0].numpy()
+    whole = forward(native, [native.stack.new_cache()], [0], [text])
+    scale = np.abs(expected).mean()
+    assert np.abs(whole - expected).mean() < 0.05 * scale
 
 
 @pytest.mark.parametrize("context", [3, 250])
