@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def test_missing_file(tmp_path: Path) -> None:
     ("kind", "change"),
     [
         (SamplingConfig, {"temperature": -1.0}),
+        (SamplingConfig, {"temperature": 1e-39}),
+        (SamplingConfig, {"temperature": math.nan}),
+        (SamplingConfig, {"temperature": math.inf}),
+        (SamplingConfig, {"seed": 2**64}),
+        (SamplingConfig, {"seed": -1}),
         (SamplingConfig, {"top_p": 0.0}),
         (SamplingConfig, {"top_k": -1}),
         (DistillConfig, {"slots": 0}),
