@@ -20,7 +20,7 @@ def test_public_names() -> None:
 
 
 def test_heads_of_the_embedded_model() -> None:
-    """The head, with what its drafts were worth, and the one of one step that it is compared with, on the same lists."""
+    """The head, with what its drafts were worth, and the one of one step beside it, on the same lists."""
     shipped, vanilla = shipped_head("smollm2"), vanilla_head("smollm2")
     assert shipped is not None
     assert vanilla is not None
