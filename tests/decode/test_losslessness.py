@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -256,6 +257,27 @@ def test_continued_conversation_reuses_the_cache_without_a_trace(engine: Engine,
         drafted = _drafts(backend, second)
         assert drafted == _drafts(engine.backend(target, head), second)
         assert list(islice(plain(backend, second, GREEDY), 15)) == expected
+
+
+def test_a_second_turn_feeds_its_new_tokens_only(engine: Engine, llama: Target) -> None:
+    """What a conversation has in common with the one before is not computed again, but for its last tokens."""
+    first = random_ids(60, seed=1)
+    backend, fed = engine.backend(llama, MTPHead(llama)), list[int]()
+    really = backend._forward
+
+    def forward(start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Any:
+        fed.append(len(tokens))
+        return really(start, tokens, parents)
+
+    backend._forward = forward  # type: ignore[method-assign]
+    answer = speculative_tokens(backend, first, 3, 10)
+    fed.clear()
+    backend.prefill([*first, *answer, *random_ids(5, seed=2)])
+    # The last rounds may have gone beyond the tokens that were taken, and the last token is known but not cached.
+    assert sum(fed) <= 5 + 3 + 2
+    fed.clear()
+    backend.prefill([*first[:30], *random_ids(4, seed=3)])
+    assert sum(fed) <= 4 + 2
 
 
 def _drafts(backend: SequenceBackend, prompt: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from copy import deepcopy
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
 from fastmtp.config import SamplingConfig, TrainConfig
 from fastmtp.decode.plain import plain
@@ -21,7 +23,7 @@ from fastmtp.models.target import Target
 from fastmtp.train.acceptance import agreement
 from fastmtp.train.batches import batch_order, make_batch
 from fastmtp.train.forward import text_states
-from fastmtp.train.recursion import STRIDE, recursion
+from fastmtp.train.recursion import STRIDE, recursion, trained_starts
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, reference, tiny_target
 
@@ -72,6 +74,55 @@ def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_pat
     for k in range(3):
         assert history[-1][k] < (0.9 if slow else 0.7) * history[0][k]
     assert acceptance(trainer, data) > before + (0.02 if slow else 0.05)
+
+
+def test_a_step_follows_the_gradient_of_the_weighted_loss(
+    tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sum alpha_k L_k, the L_k written out, by autograd (FastMTP, equations 2 and 3)."""
+    trainer = Trainer(llama, exchanges(llama), None, CONFIG, tmp_path)
+    head = deepcopy(trainer.head)
+    batch, states = trainer._batch(trainer._order[0])
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, _: found.extend(one.grad.clone() for one in parameters),
+    )
+    trainer._optimize()
+    texts, length = batch.ids_BT.shape
+    starts = trained_starts(length, 0, llama.device)
+    outputs = recursion(head, llama, batch.ids_BT, states, 3, starts_S=starts)
+    total = torch.zeros(())
+    for k, (alpha, output) in enumerate(zip((1 / 1.96, 0.6 / 1.96, 0.36 / 1.96), outputs, strict=True), 1):
+        begins = list(range(length)) if k == 1 else starts.tolist()
+        places = [
+            (text, row, begin + k)
+            for text in range(texts)
+            for row, begin in enumerate(begins)
+            if begin + k < length and batch.inside_BT[text, begin + k]
+        ]
+        wanted = llama.logits(torch.stack([states[text, seen] for text, _, seen in places])).log_softmax(-1)
+        said = llama.logits(torch.stack([output[text, row] for text, row, _ in places])).log_softmax(-1)
+        total = total + alpha * kl_div(said, wanted, reduction="batchmean", log_target=True)
+    expected = torch.autograd.grad(total, list(head.parameters()))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine(tmp_path: Path, llama: Target) -> None:
+    """In every group of every optimizer, at every step of a run."""
+    trainer = Trainer(llama, exchanges(llama), None, TrainConfig(**{**vars(CONFIG), "warmup": 0.2}), tmp_path)
+    steps = trainer.steps
+    warm = math.ceil(0.2 * steps)
+    for done in trainer.train():
+        step = done.step - 1
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        expected = CONFIG.learning_rate * ((step + 1) / warm if step < warm else cosine)
+        rates = [group["lr"] for optimizer in trainer._optimizers for group in optimizer.param_groups]
+        assert len(rates) == 2
+        assert rates == pytest.approx([expected] * 2)
 
 
 def acceptance(trainer: Trainer, data: list[Exchange]) -> float:
