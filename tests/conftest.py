@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fastmtp.decode import costs
+from fastmtp.files import cache_directory
 from fastmtp.models.target import Target
 from fastmtp.train.acceptance import Reference
 from fastmtp.train.forward import TorchForward
@@ -57,8 +58,11 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What tests keep in a cache is not the user's."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """What tests keep in a cache is not the user's; the embedded model's file is, where it is there."""
+    models, own = cache_directory().glob("*.gguf"), tmp_path_factory.mktemp("cache")
+    for path in models:
+        (own / path.name).symlink_to(path)
+    os.environ["FASTMTP_CACHE"] = str(own)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmtp.files import read_json, replacing, write_json
+from fastmtp.files import cache_directory, read_json, replacing, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -53,3 +53,15 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
     (left_behind / "half").touch()
     write_json(tmp_path / "a", {})
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def test_there_is_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own variable goes before the system's, and that before the home directory's."""
+    monkeypatch.delenv("FASTMTP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "fastmtp"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_directory() == Path("/elsewhere/fastmtp")
+    monkeypatch.setenv("FASTMTP_CACHE", "/own")
+    assert cache_directory() == Path("/own")

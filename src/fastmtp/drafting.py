@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,16 +94,16 @@ def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple
 def costs_of_backend(backend: Backend, target: TargetInfo) -> Costs:
     """What rounds cost here; timed once for an engine, a model and a machine, and kept."""
     from fastmtp.decode import costs
+    from fastmtp.files import cache_directory
     from fastmtp.progress import console
     from fastmtp.provenance import machine
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastmtp"
     version = importlib.metadata.version("fastmtp")
     timed: list[Any] = [costs.TOGETHER, costs.CONTEXT, costs.LONG_TOGETHER, costs.LONG_CONTEXT]
     model = [target.source, target.identity.tokenizer_sha256, backend.draft_size]
     facts = [version, machine(), backend.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    path = cache / f"costs-{fingerprint[:16]}.json"
+    path = cache_directory() / f"costs-{fingerprint[:16]}.json"
     with console.status("timing forwards and drafts, once for this model and machine"):
         return costs.of_backend(backend, target.vocabulary_size, path, fingerprint)
 

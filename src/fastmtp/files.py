@@ -1,14 +1,22 @@
-"""Writing so that a reader never sees half a file, and hashing what was written."""
+"""Where things are kept, writing so that a reader never sees half a file, and hashing what was written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def cache_directory() -> Path:
+    """Where fastmtp keeps what it can make or fetch again: $FASTMTP_CACHE, or else in the user's cache directory."""
+    if own := os.environ.get("FASTMTP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmtp"
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmtp.files import replacing
-from fastmtp.models.embedded import cache_directory
+from fastmtp.files import cache_directory, replacing
 
 Row = dict[str, Any]
 

@@ -11,8 +11,7 @@ import gguf
 import numpy as np
 
 from fastmtp.evaluate.process import EngineProcess
-from fastmtp.files import replacing
-from fastmtp.models.embedded import cache_directory
+from fastmtp.files import cache_directory, replacing
 from fastmtp.models.source import gguf_reader
 
 TYPES = ("Q8_0", "BF16", "Q4_0")

