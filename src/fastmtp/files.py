@@ -13,7 +13,7 @@ from typing import Any
 
 
 def cache_directory() -> Path:
-    """Where fastmtp keeps what it can make or fetch again: $FASTMTP_CACHE, or else in the user's cache directory."""
+    """Where fastmtp keeps what it can make or fetch again: $FASTMTP_CACHE, or else in the user's own."""
     if own := os.environ.get("FASTMTP_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmtp"
