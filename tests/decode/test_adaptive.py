@@ -148,6 +148,13 @@ def test_a_head_that_is_always_wrong_ends_with_plain_rounds() -> None:
     assert 0 < sum(tree.levels > 0 for tree in last) <= 4
 
 
+@pytest.mark.parametrize("confidence", [0.3, 0.6, 0.9])
+def test_a_useless_head_costs_little(confidence: float) -> None:
+    """After 128 rounds decoding has lost a twelfth at most, whatever the head says of itself."""
+    trees = trees_of(right=False, confidence=confidence, rounds=128, costs_ms=USUAL)
+    assert sum(tree.milliseconds for tree in trees) < 128 * USUAL.forward(1) * 12 / 11
+
+
 def test_a_head_that_is_always_right_ends_with_deep_trees() -> None:
     """However unsure of itself it is."""
     last = trees_of(right=True, confidence=0.4, rounds=110, costs_ms=FLAT)[-5:]

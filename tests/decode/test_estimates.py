@@ -13,6 +13,7 @@ from fastmtp.decode.estimates import (
     CONFIDENCES,
     FILE,
     PRIOR_DRAFTS,
+    PROMISED,
     TEXT_FIRST,
     TEXT_NEXT,
     Estimates,
@@ -28,9 +29,11 @@ def test_a_source_is_believed_until_its_drafts_are_counted() -> None:
     assert estimates.of_head(1, 0.5) == 0.5
     for right in (True, False, False, False):
         estimates.learn(head_bin(1, 0.5), right)
-    assert estimates.of_head(1, 0.5) == pytest.approx((0.5 * PRIOR_DRAFTS + 1) / (PRIOR_DRAFTS + 4))
-    assert estimates.of_head(2, 0.5) == 0.5
-    assert estimates.of_head(1, 0.7) == 0.7
+    # Four drafts of about 0.55 promised 2.2 right ones, and one was; so the head's word counts for less elsewhere too.
+    kept = (PROMISED + 1) / (PROMISED + 2.2)
+    assert estimates.of_head(1, 0.5) == pytest.approx((kept * 0.5 * PRIOR_DRAFTS + 1) / (PRIOR_DRAFTS + 4))
+    assert estimates.of_head(2, 0.5) == pytest.approx(kept * 0.5)
+    assert estimates.of_head(1, 0.7) == pytest.approx(kept * 0.7)
     assert estimates.of_text(1, 4) == TEXT_FIRST
     assert estimates.of_text(2, 4) == TEXT_NEXT
     for _ in range(5000):
@@ -48,6 +51,14 @@ def test_the_heads_word_changes_the_texts() -> None:
     assert estimates.of_both(2, 3, TEXT_FIRST) == pytest.approx(estimates.of_text(2, 3))
 
 
+def test_a_head_that_keeps_more_than_it_promises_is_believed_as_it_is() -> None:
+    """Its bins alone say so: what it says in general is not multiplied."""
+    estimates = Estimates()
+    for _ in range(50):
+        estimates.learn(head_bin(1, 0.3), True)
+    assert estimates.of_head(3, 0.6) == 0.6
+
+
 def test_bins_have_the_edges_that_they_name() -> None:
     assert [head_bin(1, edge)[2] for edge in CONFIDENCES] == list(range(1, len(CONFIDENCES) + 1))
     assert [text_bin(1, edge)[3] for edge in AGREEMENTS] == list(range(1, len(AGREEMENTS) + 1))
@@ -63,6 +74,10 @@ def test_what_comes_with_a_head_is_believed_up_to_a_limit(tmp_path: Path) -> Non
     known = module.load(tmp_path)
     assert known.counts[text_bin(1, 4)] == [3.0, 4.0]
     assert known.counts[head_bin(1, 0.5)] == pytest.approx([0.75 * BELIEVED, BELIEVED])
+    for _ in range(9):
+        found.learn(head_bin(2, 0.3), True)
+    module.save(found, tmp_path, {"made": "by a test"})
+    assert module.load(tmp_path).counts.keys() == {head_bin(1, 0.5), head_bin(2, 0.3), text_bin(1, 4)}
     copied = known.copy()
     copied.learn(text_bin(1, 4), True)
     assert known.counts[text_bin(1, 4)] == [3.0, 4.0]

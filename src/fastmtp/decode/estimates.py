@@ -19,6 +19,8 @@ FORMAT_VERSION = 1
 PRIOR_DRAFTS = 20.0
 # Of a bin that comes with a head, as many drafts are believed at most.
 BELIEVED = 40.0
+# The head's word is believed as a whole at first as if so many drafts had come true that it promised.
+PROMISED = 3.0
 # Edges of the bins of the head's confidence, and of the number of tokens that agree before one of the text.
 CONFIDENCES = (0.02, 0.05, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 AGREEMENTS = (2, 3, 4, 5, 6, 8, 11, 16, 24)
@@ -26,6 +28,9 @@ AGREEMENTS = (2, 3, 4, 5, 6, 8, 11, 16, 24)
 DEEPEST = 4
 # Chances of a token of the text that the head was not asked about: the first, and those after a right one.
 TEXT_FIRST, TEXT_NEXT = 0.3, 0.6
+
+# What a head says in each bin of its confidence, about.
+_MIDDLES = [(low + high) / 2 for low, high in zip((0.0, *CONFIDENCES), (*CONFIDENCES, 1.0), strict=True)]
 
 # A source, and what tells its drafts apart.
 Bin = tuple[str, int, int, int]
@@ -48,6 +53,10 @@ def both_bin(depth: int, agreement: int, confidence: float) -> Bin:
     return "both", min(depth, DEEPEST), bisect(CONFIDENCES, confidence), bisect(AGREEMENTS, agreement)
 
 
+# Where all of the head's drafts are counted: those that were right, and those that it promised.
+PROMISES: Bin = ("promises", 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Estimates:
     """Counts by bin."""
@@ -55,7 +64,10 @@ class Estimates:
     counts: Counts = field(default_factory=dict)
 
     def of_head(self, depth: int, confidence: float) -> float:
-        return self._mean(head_bin(depth, confidence), confidence)
+        """Starts from the head's word, less where it is not kept in general: a useless head is known in some rounds."""
+        right, promised = self.counts.get(PROMISES, (0.0, 0.0))
+        kept = min(1.0, (PROMISED + right) / (PROMISED + promised))
+        return self._mean(head_bin(depth, confidence), kept * confidence)
 
     def of_text(self, depth: int, agreement: int) -> float:
         return self._mean(text_bin(depth, agreement), TEXT_FIRST if depth == 1 else TEXT_NEXT)
@@ -68,9 +80,14 @@ class Estimates:
 
     def learn(self, bin_of: Bin, right: bool) -> None:
         """A draft whose path was accepted was verified."""
-        counts = self.counts.setdefault(bin_of, [0.0, 0.0])
-        counts[0] += right
-        counts[1] += 1.0
+        source, _, confidence, _ = bin_of
+        counted = [(bin_of, 1.0)]
+        if source == "head":
+            counted.append((PROMISES, _MIDDLES[confidence]))
+        for name, weight in counted:
+            counts = self.counts.setdefault(name, [0.0, 0.0])
+            counts[0] += right
+            counts[1] += weight
 
     def copy(self) -> Estimates:
         return Estimates({bin_of: list(counts) for bin_of, counts in self.counts.items()})
@@ -82,7 +99,8 @@ class Estimates:
 
 def save(estimates: Estimates, directory: Path, provenance: Mapping[str, Any]) -> None:
     """Into a head's directory, in place of those that are there."""
-    named = {"/".join(map(str, bin_of)): counts for bin_of, counts in sorted(estimates.counts.items())}
+    kept = {bin_of: counts for bin_of, counts in estimates.counts.items() if bin_of != PROMISES}
+    named = {"/".join(map(str, bin_of)): counts for bin_of, counts in sorted(kept.items())}
     facts = {"format_version": FORMAT_VERSION, "counts": named, "provenance": dict(provenance)}
     write_json(directory / FILE, facts, indent=None)
 
