@@ -64,7 +64,7 @@ class Estimates:
     counts: Counts = field(default_factory=dict)
 
     def of_head(self, depth: int, confidence: float) -> float:
-        """Starts from the head's word, less if it is not kept in general: a useless head is known in some rounds."""
+        """Starts from the head's word, less if it is not kept in general: a useless head is soon known."""
         right, promised = self.counts.get(PROMISES, (0.0, 0.0))
         kept = min(1.0, (PROMISED + right) / (PROMISED + promised))
         return self._mean(head_bin(depth, confidence), kept * confidence)
