@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -142,10 +143,13 @@ def trees_of(right: bool, confidence: float, rounds: int, costs_ms: Costs) -> li
 
 
 def test_a_head_that_is_always_wrong_ends_with_plain_rounds() -> None:
-    """However sure of itself it is: then it is asked once in PROBE rounds."""
-    last = trees_of(right=False, confidence=0.9, rounds=600, costs_ms=USUAL)[-2 * PROBE :]
+    """However sure of itself it is; it is asked again ever more rarely, but is not forgotten."""
+    last = trees_of(right=False, confidence=0.9, rounds=900, costs_ms=USUAL)[100:]
     assert sum(len(tree.nodes) > 1 for tree in last) <= 2
-    assert 0 < sum(tree.levels > 0 for tree in last) <= 4
+    asked = [place for place, tree in enumerate(last) if tree.levels]
+    assert 3 <= len(asked) <= 5
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert all(after >= 1.9 * before for before, after in itertools.pairwise(gaps))
 
 
 @pytest.mark.parametrize("confidence", [0.3, 0.6, 0.9])

@@ -24,8 +24,8 @@ from fastmtp.sampling import race
 MAX_NODES, MAX_DEPTH, WIDTH = 16, 8, 4
 # A candidate that is less likely is not worth being thought about.
 LEAST = 0.02
-# After so many rounds without the head it is tried again.
-PROBE = 32
+# After so many rounds without the head it is tried again; after twice as many if that did not pay, and so on.
+PROBE, RAREST_PROBE = 32, 1024
 # Least share of the newest round in the running means: of the rate, and of what asking the head is worth.
 NEWEST_RATE, NEWEST_WORTH = 0.02, 0.04
 # What planning takes for each time that the head is asked, measured once (docs/experiments.md).
@@ -57,6 +57,7 @@ class Learned:
     # probability that it is needed.
     worth: list[Mean] = field(default_factory=lambda: [Mean(0.5, 10, NEWEST_WORTH) for _ in range(MAX_DEPTH + 1)])
     rounds_without_head: int = 0
+    probe_after: int = PROBE
 
 
 class Adaptive:
@@ -125,11 +126,14 @@ class Adaptive:
         now, place, node = self._now, len(backend.tokens) + 1, 0
         width = DRAWN_AMONG if self._sampling.temperature > 0 else WIDTH
         asked: list[tuple[int, float]] = []
-        probe = now.rounds_without_head + 1 == PROBE
+        probe = now.rounds_without_head + 1 == now.probe_after
         while nodes[node].depth < MAX_DEPTH:
             open_, depth = _open(nodes, node), nodes[node].depth + 1
-            if open_ * now.worth[depth].value <= now.rate.value * self._ask_ms and not (probe and not asked):
+            pays = open_ * now.worth[depth].value > now.rate.value * self._ask_ms
+            if not pays and (asked or not probe):
                 break
+            if not asked:
+                now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
             if asked:
                 found = backend.extend_tree([len(asked) - 1], [nodes[node].token], width)[0]
             else:
