@@ -11,15 +11,8 @@ constexpr int kLeastAmxRows = 3;
 // How far ahead weights are fetched, into the first-level cache.
 constexpr size_t kTileAhead = 3 * 1024;
 
-// Tile 0 holds rows, tiles 1 and 2 weights of up to two blocks, tiles 3 and 4 their sums. Compilers want literals.
-#define FASTMTP_PRODUCT(weights, place, sums, out) \
-  do {                                             \
-    _tile_zero(sums);                              \
-    _tile_loadd(weights, place, 64);               \
-    _tile_dpbsud(sums, 0, weights);                \
-    _tile_stored(sums, out, 64);                   \
-  } while (false)
-
+// Up to eight tiles: 2 and 3 have sixteen rows, of weights or of keys and values, the others as many as there are rows
+// of inputs.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -27,11 +20,23 @@ struct alignas(64) TileConfig {
 
   explicit TileConfig(int count) {
     for (int tile = 0; tile < 8; tile++) {
-      row_bytes[tile] = kGroup;
-      rows[tile] = uint8_t(tile == 1 || tile == 2 ? kLanes : count);
+      row_bytes[tile] = 64;
+      rows[tile] = uint8_t(tile == 2 || tile == 3 ? 16 : count);
     }
   }
 };
+
+// GCC's intrinsics do not say which memory they read.
+inline void commit(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
+// Rows are in tile 0; compilers want literals for the others.
+#define FASTMTP_PRODUCT(weights, place, sums, out) \
+  do {                                             \
+    _tile_zero(sums);                              \
+    _tile_loadd(weights, place, 64);               \
+    _tile_dpbsud(sums, 0, weights);                \
+    _tile_stored(sums, out, 64);                   \
+  } while (false)
 
 template <int Rows, int Blocks>
 void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
@@ -55,8 +60,8 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
       for (size_t line = 0; line < kTile; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
       int32_t* const to = sums[g % 2][b][0];
-      if (b == 0) FASTMTP_PRODUCT(1, place, 3, to);
-      if (b == 1) FASTMTP_PRODUCT(2, place, 4, to);
+      if (b == 0) FASTMTP_PRODUCT(2, place, 4, to);
+      if (b == 1) FASTMTP_PRODUCT(3, place, 5, to);
     }
   };
   const auto accumulate = [&](int g) {
@@ -96,7 +101,7 @@ void amx_matmul(const PackedView& w, const Operand& x, int rows, int first_block
   for (int row = 0; row < rows; row += kLanes) {
     const int count = rows - row < kLanes ? rows - row : kLanes;
     const TileConfig config(count);
-    asm volatile("" : : "r"(&config) : "memory");  // GCC thinks that the next line reads eight bytes
+    commit(&config);
     _tile_loadconfig(&config);
     float* of_row = out + size_t(row) * stride;
     int block = first_block;

@@ -9,22 +9,7 @@ namespace {
 // Tokens of one tile of values, and dimensions of one tile of queries.
 constexpr int kChunk = 32;
 
-// Tiles 0 and 1 hold queries or weights, 2 and 3 keys or values, 4 to 7 sums.
-struct alignas(64) AttentionTiles {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  explicit AttentionTiles(int queries) {
-    for (int tile = 0; tile < 8; tile++) {
-      row_bytes[tile] = 64;
-      rows[tile] = uint8_t(tile == 2 || tile == 3 ? 16 : queries);
-    }
-  }
-};
-
-// GCC's intrinsics do not say which memory tiles are loaded from.
-inline void commit(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+// Queries or weights are in tile 0, keys or values in 2 and 3, sums in 4 and 5 (TileConfig in kernels_amx.hpp).
 
 // Scores of the keys in blocks first..last - 1 (both even) for queries [.][size].
 void amx_score(const uint16_t* queries, const uint16_t* keys, int size, int first, int last,
@@ -105,7 +90,7 @@ void amx_attend(const Query* queries, int count, const PageView& page, int size,
   const int first = seen.begin / kChunk * 2, last = blocks(seen.held < kPageTokens ? seen.held : kPageTokens);
   for (int i = 0; i < count; i++) __builtin_memcpy(rows + i * size, queries[i].q, size * sizeof(uint16_t));
   __builtin_memset(totals, 0, count * size * sizeof(float));
-  const AttentionTiles tiles(count);
+  const TileConfig tiles(count);
   commit(&tiles);
   commit(rows);
   _tile_loadconfig(&tiles);

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.cli_accelerate import accelerate
-from fastmtp.cli_bench import bench, bench_engine, demo, replay, report
+from fastmtp.cli_bench import bench, bench_engine, demo, report
 from fastmtp.cli_data import data, distill
 from fastmtp.cli_export import export, import_, verify_export
 from fastmtp.cli_head import head as head_commands
+from fastmtp.cli_replay import replay
 from fastmtp.cli_train import train
 from fastmtp.cli_vocab import vocab
 from fastmtp.config import SamplingConfig, load_config
