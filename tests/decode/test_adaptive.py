@@ -20,7 +20,7 @@ from fastmtp.decode.drafter import Chain
 from fastmtp.decode.lookup import FOLLOWED, Lookup
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, follow, speculative
-from fastmtp.decode.tree import Node, Tree, add, scale
+from fastmtp.decode.tree import Node, Tree, add, part, scale
 from fastmtp.models.head import MTPHead
 from fastmtp.models.target import Target
 from tests.conftest import random_ids
@@ -201,6 +201,17 @@ def test_estimates_of_a_tree_by_hand() -> None:
     assert [node.estimate for node in nodes] == [1.0, 0.25, 0.1]
     assert nodes[1].bins == [("text", 1, 0, 2)]
     assert nodes[2].bins == []
+
+
+def test_the_likeliest_path_comes_first() -> None:
+    """Of nodes in the order of their estimates, and each after its parent."""
+    nodes = [Node(7, -1, 0, 1.0)]
+    sibling, first = add(nodes, 0, 5, 0.3, None, False), add(nodes, 0, 8, 0.6, None, False)
+    after, beside = add(nodes, first, 9, 0.9, None, False), add(nodes, first, 6, 0.1, None, False)
+    last = add(nodes, after, 4, 0.5, None, False)
+    tree = part(nodes, [0, first, after, sibling, last, beside], 3, 8.0)
+    assert tree.tokens == [7, 8, 9, 4, 5, 6]
+    assert tree.parents == [-1, 0, 1, 2, 0, 1]
 
 
 def test_a_running_mean_by_hand() -> None:
