@@ -180,7 +180,7 @@ def chat(
 
 
 def _tell_plans(result: Result) -> None:
-    """What a policy drafted for an answer; of chains and plain steps there is nothing to tell."""
+    """What was drafted for an answer; of plain steps there is nothing to tell."""
     if result.plans is not None:
         click.echo("\n".join(result.plans.lines()), err=True)
 
