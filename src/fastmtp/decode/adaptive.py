@@ -132,11 +132,10 @@ class Adaptive:
             pays = open_ * now.worth[depth].value > now.rate.value * self._ask_ms
             if not pays and (asked or not probe):
                 break
-            if not asked:
-                now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
             if asked:
                 found = backend.extend_tree([len(asked) - 1], [nodes[node].token], width)[0]
             else:
+                now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
                 found = backend.start_tree(nodes[0].token, width)
             asked.append((node, open_))
             self._name(nodes, node, found, agreement, place + nodes[node].depth)
