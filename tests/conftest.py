@@ -24,11 +24,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastmtp.decode import costs
+from fastmtp.engines import costs
+from fastmtp.engines.torch.forward import TorchForward
+from fastmtp.engines.torch.target import Target
 from fastmtp.files import cache_directory
-from fastmtp.models.target import Target
-from fastmtp.train.acceptance import Reference
-from fastmtp.train.forward import TorchForward
+from fastmtp.train.agreement import Reference
 from tests.engines import ENGINES, Engine
 
 # Matrices this small are faster on one core, and tests beside other work stay quick.

@@ -10,13 +10,13 @@ from itertools import islice
 from typing import get_args
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Batch
 from fastmtp.decode.plain import plain
-from fastmtp.decode.sequence import SequenceBackend
-from fastmtp.decode.torch_backend import TorchBackend
-from fastmtp.decode.torch_batch import TorchBatch
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
+from fastmtp.engines.protocol import Batch
+from fastmtp.engines.sequence import SequenceBackend
+from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 from fastmtp.models.weights import TensorWeights
 from fastmtp.vocabulary.draft import PLACES
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -24,9 +24,9 @@ from fastmtp.vocabulary.lists import VocabularyLists
 NATIVE = importlib.util.find_spec("fastmtp._native") is not None
 if NATIVE:
     from fastmtp import _native
-    from fastmtp.decode.native_backend import NativeBackend
-    from fastmtp.decode.native_batch import NativeBatch
-    from fastmtp.models.native import NativeHead, NativeTarget, WeightType
+    from fastmtp.engines.native.batch import NativeBatch
+    from fastmtp.engines.native.sequence import NativeBackend
+    from fastmtp.engines.native.target import NativeHead, NativeTarget, WeightType
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fastmtp import accelerate, cli_accelerate
+from fastmtp import accelerate
 from fastmtp.accelerate import Facts, Progress, Stage, plan
-from fastmtp.cli import commands
+from fastmtp.cli import accelerate as cli_accelerate
+from fastmtp.cli.main import commands
 from tests.conftest import tiny_target
 
 FACTS = Facts(prefill_per_second=2400.0, target_bytes=270_000_000)

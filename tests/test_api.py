@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastmtp import SamplingConfig, load
-from fastmtp.models.head_format import save_head
-from fastmtp.models.target import load_target
+from fastmtp.engines.torch.target import load_target
+from fastmtp.heads.format import save_head
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import tiny_target
 from tests.models.test_head import trained_looking_head

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fastmtp.cli import commands, main
+from fastmtp.cli.main import commands, main
 from tests.conftest import tiny_target
 
 TRAIN = ["--held-out", "2", "--batch-tokens", "400", "--draft-vocabulary", "100", "--draft-steps", "2"]
@@ -349,7 +349,7 @@ def test_the_module_runs() -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from fastmtp.cli import commands; import fastmtp; assert 'torch' not in sys.modules"
+    code = "import sys; from fastmtp.cli.main import commands; import fastmtp; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -365,7 +365,7 @@ def test_training_goes_on_where_it_stopped(model: Path, head: Path) -> None:
 def test_a_terminated_command_stops_as_with_ctrl_c() -> None:
     """From within, so that it comes while Python runs: a read that begins just then would not see it."""
     script = (
-        "import signal; from fastmtp import cli\n"
+        "import signal; from fastmtp.cli import main as cli\n"
         "cli.commands.main = lambda **_: signal.raise_signal(signal.SIGTERM)\n"
         "cli.main()\n"
     )

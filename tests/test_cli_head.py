@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from fastmtp.cli import commands
+from fastmtp.cli.main import commands
 from fastmtp.train.checkpoint import load_checkpoint
 from tests.checkpoints import make_checkpoint
 

@@ -13,22 +13,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fastmtp.cli import commands
+from fastmtp.cli.main import commands
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.generation import Generation
-from fastmtp.decode.native_backend import NativeBackend, forward, scores
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.decode.torch_backend import TorchBackend
 from fastmtp.distill.domains import language
+from fastmtp.engines.native.sequence import NativeBackend, forward, scores
+from fastmtp.engines.native.target import NativeTarget, WeightType, load_native_target
+from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.target import load_target
 from fastmtp.evaluate.prompts import short_prompts
-from fastmtp.models.head_format import load_head, load_native_head
-from fastmtp.models.native import NativeTarget, WeightType, load_native_target
-from fastmtp.models.shipped import shipped_head
+from fastmtp.heads.format import load_head, load_native_head
+from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.source import describe
-from fastmtp.models.target import load_target
-from fastmtp.train.acceptance import agreement, replay
+from fastmtp.train.agreement import agreement, replay
 from fastmtp.vocabulary.choosing import CHUNK, Chooser
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import merge_order, ranked, smoothed

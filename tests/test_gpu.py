@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
-from fastmtp.decode.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
-from fastmtp.decode.torch_backend import TorchBackend
-from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.distill.answers import distill
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids, tiny_target

@@ -7,9 +7,9 @@ import json
 import pytest
 
 import fastmtp
-from fastmtp.decode import estimates
+from fastmtp.decode.drafting import estimates
 from fastmtp.files import file_sha256
-from fastmtp.models.shipped import shipped_head, vanilla_head
+from fastmtp.heads.shipped import shipped_head, vanilla_head
 
 
 def test_public_names() -> None:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastmtp import sampling as module
 from fastmtp.config import SamplingConfig
-from fastmtp.sampling import candidates, choose, invert, race, support
+from fastmtp.decode import sampling as module
+from fastmtp.decode.sampling import candidates, choose, invert, race, support
 
 SETTINGS = [
     SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from fastmtp.session import EngineOptions, choose_engine
+from fastmtp.engines.open import EngineOptions, choose_engine
 
 
 @pytest.fixture(params=[True, False], ids=["built", "not-built"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-from fastmtp.cli import commands
+from fastmtp.cli.main import commands
 
 _WIDTH = 110
 

@@ -23,18 +23,18 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastmtp.drafting import backend_of
+from fastmtp.decode.drafting.open import backend_of
+from fastmtp.engines.torch.target import load_target
 from fastmtp.export import vllm
 from fastmtp.export.job import open_job
 from fastmtp.export.measure import measure
 from fastmtp.export.package import write_export
 from fastmtp.export.verify import compared
+from fastmtp.heads.format import save_head
+from fastmtp.heads.shipped import shipped_head
+from fastmtp.method.head import MTPHead
 from fastmtp.models.embedded import NAME
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import save_head
-from fastmtp.models.shipped import shipped_head
 from fastmtp.models.source import describe
-from fastmtp.models.target import load_target
 from fastmtp.vocabulary.lists import VocabularyLists
 
 STEPS = 3

@@ -1,3 +1,3 @@
-from fastmtp.cli import main
+from fastmtp.cli.main import main
 
 main()

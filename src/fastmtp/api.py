@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmtp.config import SamplingConfig
-from fastmtp.drafting import AUTO, GROWING, DraftOptions, open_backend
-from fastmtp.session import EngineName, EngineOptions, open_target
+from fastmtp.decode.drafting.open import AUTO, GROWING, DraftOptions, open_backend
+from fastmtp.engines.open import EngineName, EngineOptions, open_target
 
 if TYPE_CHECKING:
-    from fastmtp.decode.backend import Backend
-    from fastmtp.decode.drafter import Drafter
+    from fastmtp.decode.drafting.drafter import Drafter
     from fastmtp.decode.generation import Generation, Result
+    from fastmtp.engines.protocol import Backend
     from fastmtp.models.info import TargetInfo
 
 # A question, or a conversation: {"role": "user" or "assistant" or "system", "content": text} for each message.

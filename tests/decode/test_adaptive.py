@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode import costs
-from fastmtp.decode.adaptive import MAX_DEPTH, MAX_NODES, PROBE, Adaptive, Mean
-from fastmtp.decode.backend import Candidates
-from fastmtp.decode.costs import Costs
-from fastmtp.decode.drafter import Chain
-from fastmtp.decode.lookup import FOLLOWED, Lookup
+from fastmtp.decode.drafting.adaptive import MAX_DEPTH, MAX_NODES, PROBE, Adaptive, Mean
+from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.lookup import FOLLOWED, Lookup
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, follow, speculative
-from fastmtp.decode.tree import Node, Tree, add, part, scale
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
+from fastmtp.engines import costs
+from fastmtp.engines.costs import Costs
+from fastmtp.engines.protocol import Candidates
+from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Node, Tree, add, part, scale
+from fastmtp.method.head import MTPHead
 from tests.conftest import random_ids
 from tests.engines import Engine, plain_tokens
 from tests.train.test_recursion import tuned_head

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmtp.decode import estimates as module
-from fastmtp.decode.estimates import (
+from fastmtp.decode.drafting import estimates as module
+from fastmtp.decode.drafting.estimates import (
     AGREEMENTS,
     BELIEVED,
     CONFIDENCES,

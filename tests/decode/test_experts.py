@@ -11,13 +11,13 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch
-from fastmtp.decode.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.decode.torch_backend import TorchBackend
-from fastmtp.decode.torch_batch import TorchBatch
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target, load_target
+from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.target import Target, load_target
+from fastmtp.method.head import MTPHead
 from tests.checkpoints import make_checkpoint
 from tests.conftest import random_ids
 

@@ -7,13 +7,13 @@ from itertools import islice
 import pytest
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round
-from fastmtp.decode.torch_backend import TorchBackend
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 from tests.conftest import random_ids
 
 GREEDY = SamplingConfig()

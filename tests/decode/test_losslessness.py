@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.adaptive import Adaptive
-from fastmtp.decode.backend import Candidates
-from fastmtp.decode.costs import Costs
-from fastmtp.decode.drafter import Chain, Drafter
+from fastmtp.decode.drafting.adaptive import Adaptive
+from fastmtp.decode.drafting.drafter import Chain, Drafter
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
-from fastmtp.decode.sequence import SequenceBackend
 from fastmtp.decode.speculative import speculative
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
+from fastmtp.engines.costs import Costs
+from fastmtp.engines.protocol import Candidates
+from fastmtp.engines.sequence import SequenceBackend
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.draft import PLACES
 from tests.conftest import random_ids
 from tests.engines import Engine, plain_tokens

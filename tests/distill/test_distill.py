@@ -20,12 +20,12 @@ import torch
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch, is_looping
 from fastmtp.decode.plain import plain
-from fastmtp.decode.torch_batch import TorchBatch
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
 from fastmtp.distill.own_prompts import KINDS, opening
+from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.target import Target
 from fastmtp.models.info import tokenizer_sha256
-from fastmtp.models.target import Target
 from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fastmtp.cli import commands
+from fastmtp.cli.main import commands
 from fastmtp.config import DistillConfig
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, iter_exchanges

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from fastmtp.distill.dataset import Exchange
-from fastmtp.distill.report import statistics_report
 from fastmtp.distill.statistics import measure, spans
+from fastmtp.report.data import statistics_report
 from tests.conftest import tiny_target
 from tests.distill.test_clean import exchange, write
 

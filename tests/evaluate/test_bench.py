@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafter import Chain
-from fastmtp.evaluate import audit, bench_report, benchmarks
+from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.engines.torch.target import Target
+from fastmtp.evaluate import audit, benchmarks
 from fastmtp.evaluate.bench import Settings, run
 from fastmtp.evaluate.competitors import Answer, Own
 from fastmtp.evaluate.document import document
 from fastmtp.evaluate.journal import Journal
-from fastmtp.evaluate.page import page
 from fastmtp.evaluate.prompts import Conversation, builtin_conversations, suite
 from fastmtp.evaluate.quality import right
 from fastmtp.evaluate.summary import differences, summarize
-from fastmtp.evaluate.transformers_process import start
-from fastmtp.models.target import Target
+from fastmtp.others.transformers_process import start
+from fastmtp.report import bench as bench_report
+from fastmtp.report.page import page
 from tests.conftest import tiny_target
 from tests.engines import Engine
 from tests.models.test_head import trained_looking_head

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from fastmtp.decode.costs import ChainCosts
+from fastmtp.engines.costs import ChainCosts
+from fastmtp.engines.torch.forward import TorchForward
+from fastmtp.engines.torch.target import Target
 from fastmtp.evaluate.list_sizes import curve, same_by_size, sizes_for
-from fastmtp.models.target import Target
-from fastmtp.train.acceptance import replay
-from fastmtp.train.forward import TorchForward
+from fastmtp.train.agreement import replay
 from fastmtp.vocabulary.builder import Ranking
 from fastmtp.vocabulary.ranking import coverage
 from tests.conftest import VOCABULARY, reference

@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 import pytest
 
-from fastmtp.evaluate import llama_cpp
-from fastmtp.models.target import Target, load_target
+from fastmtp.engines.torch.target import Target, load_target
+from fastmtp.others import llama_cpp
 from tests.models.test_target import write_gguf
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.adaptive import MAX_NODES, PLANNING_MS, Adaptive
-from fastmtp.decode.costs import Costs
-from fastmtp.decode.drafter import Chain, Drafter
-from fastmtp.decode.estimates import Estimates
+from fastmtp.decode.drafting.adaptive import MAX_NODES, PLANNING_MS, Adaptive
+from fastmtp.decode.drafting.drafter import Chain, Drafter
+from fastmtp.decode.drafting.estimates import Estimates
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
+from fastmtp.engines.costs import Costs
+from fastmtp.engines.torch.target import Target
 from fastmtp.evaluate import recording, replay
 from fastmtp.evaluate.recording import Recorded, Recording
-from fastmtp.models.target import Target
 from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
 from tests.train.test_recursion import tuned_head

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from fastmtp.cli import commands
+from fastmtp.cli.main import commands
 from tests.checkpoints import make_checkpoint
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastmtp.cli import commands
-from fastmtp.export import gguf_file
+from fastmtp.cli.main import commands
+from fastmtp.engines.torch.target import Target, load_target
+from fastmtp.export.gguf import file as gguf_file
 from fastmtp.export.llama_cpp import replay
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import save_head
-from fastmtp.models.target import Target, load_target
+from fastmtp.heads.format import save_head
+from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import tiny_target
 from tests.models.test_target import write_gguf

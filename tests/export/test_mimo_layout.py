@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from fastmtp.cli import commands
+from fastmtp.cli.main import commands
+from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.export.vllm_plugin import LISTS
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import load_head, save_head
+from fastmtp.heads.format import load_head, save_head
+from fastmtp.method.head import MTPHead
 from fastmtp.models.layers import causal_mask
-from fastmtp.models.target import Target, load_target
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.checkpoints import make_checkpoint
 from tests.conftest import random_ids, tiny_target

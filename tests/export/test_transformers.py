@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
+from fastmtp.engines.torch.target import Target
 from fastmtp.export import custom_generate
 from fastmtp.export.generate_script import Decoding, Head, generate
 from fastmtp.export.job import Job
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import save_head
+from fastmtp.heads.format import save_head
+from fastmtp.method.head import MTPHead
 from fastmtp.models.source import Source
-from fastmtp.models.target import Target
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 

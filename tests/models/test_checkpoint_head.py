@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.target import load_target
+from fastmtp.heads.checkpoint import find_head, import_head, write_back
+from fastmtp.heads.format import load_head, save_head
+from fastmtp.method.head import MTPHead
+from fastmtp.method.recursion import ChainCache
 from fastmtp.models.checkpoint import Checkpoint
-from fastmtp.models.checkpoint_head import find_head, import_head, write_back
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import load_head, save_head
-from fastmtp.models.kv_cache import KVCache
 from fastmtp.models.layers import FULL, rotations
-from fastmtp.models.target import load_target
-from fastmtp.train.recursion import ChainCache
 from tests.checkpoints import KINDS, Made, make_checkpoint
 from tests.conftest import random_ids, tiny_target
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from gguf import GGUFWriter
 
-from fastmtp.models.kv_cache import KVCache
-from fastmtp.models.target import Target, load_target
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.target import Target, load_target
 from tests.conftest import byte_tokenizer, random_ids, tiny_target
 
 

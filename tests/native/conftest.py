@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from fastmtp import _native
-from fastmtp.models.native import NativeTarget, WeightType
+from fastmtp.engines.native.target import NativeTarget, WeightType
 from tests.conftest import tiny_target
 from tests.engines import convert
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fastmtp import _native
-from fastmtp.decode.native_backend import NativeBackend, forward, scores
-from fastmtp.models.head import MTPHead
-from fastmtp.models.kv_cache import KVCache
-from fastmtp.models.native import NativeTarget, WeightType
-from fastmtp.models.target import Target
+from fastmtp.engines.native.sequence import NativeBackend, forward, scores
+from fastmtp.engines.native.target import NativeTarget, WeightType
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 from tests.engines import convert, native_head, native_target

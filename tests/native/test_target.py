@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fastmtp import _native
-from fastmtp.decode import native_backend
-from fastmtp.decode.native_backend import NativeBackend, forward
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import load_native_head
-from fastmtp.models.native import NativeTarget, default_threads, load_native_target
-from fastmtp.models.target import Target, load_target
+from fastmtp.engines.native import sequence as native_backend
+from fastmtp.engines.native.sequence import NativeBackend, forward
+from fastmtp.engines.native.target import NativeTarget, default_threads, load_native_target
+from fastmtp.engines.torch.target import Target, load_target
+from fastmtp.heads.format import load_native_head
+from fastmtp.method.head import MTPHead
 from tests.conftest import random_ids, tiny_target
 from tests.engines import convert, native_head
 from tests.models.test_head import LISTS, save, trained_looking_head

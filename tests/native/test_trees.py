@@ -11,11 +11,11 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from fastmtp import _native
-from fastmtp.decode.native_backend import States, forward
-from fastmtp.models.kv_cache import KVCache
-from fastmtp.models.native import NativeTarget, WeightType
-from fastmtp.models.target import Target
-from fastmtp.models.trees import paths
+from fastmtp.engines.native.sequence import States, forward
+from fastmtp.engines.native.target import NativeTarget, WeightType
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.target import Target
+from fastmtp.engines.torch.trees import paths
 from tests.conftest import COMMON, byte_tokenizer, random_ids
 from tests.engines import convert, native_target
 from tests.native.conftest import native_of

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastmtp.config import TrainConfig
-from fastmtp.models.target import Target
-from fastmtp.train.forward import TorchForward
+from fastmtp.engines.torch.forward import TorchForward
+from fastmtp.engines.torch.target import Target
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids
 from tests.engines import NATIVE, convert
@@ -31,7 +31,7 @@ def test_the_native_engines_states(target: Target) -> None:
 
     What the last layer is given as well, and asking for it changes no state.
     """
-    from fastmtp.train.native_forward import NativeForward
+    from fastmtp.engines.native.forward import NativeForward
 
     torch_forward, native_forward = TorchForward(target), NativeForward(convert(target, "bfloat16"))
     for text, states_TH in zip(TEXTS, native_forward(TEXTS), strict=True):
@@ -45,7 +45,7 @@ def test_the_native_engines_states(target: Target) -> None:
 @pytest.mark.skipif(not NATIVE, reason="the native engine was not built")
 def test_training_on_them(tmp_path: Path, llama: Target) -> None:
     """The same run but for rounding, in memory and from disk."""
-    from fastmtp.train.native_forward import NativeForward
+    from fastmtp.engines.native.forward import NativeForward
 
     data, forward = exchanges(llama), NativeForward(convert(llama, "bfloat16"))
     expected = losses(Trainer(llama, data, None, CONFIG, tmp_path / "torch"), 3)

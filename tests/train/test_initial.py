@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from fastmtp.models.head import MTPHead
+from fastmtp.engines.torch.forward import TorchForward, text_states
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 from fastmtp.models.layers import causal_masks
-from fastmtp.models.target import Target
-from fastmtp.train.forward import TorchForward, text_states
 from fastmtp.train.initial import RIDGE, fit_input_projection
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmtp.config import TrainConfig
-from fastmtp.train.losses import DISTRIBUTION_LOSSES, LK_DECAY, log_probabilities, step_weights, token_loss
+from fastmtp.method.losses import DISTRIBUTION_LOSSES, LK_DECAY, log_probabilities, step_weights, token_loss
 from fastmtp.train.optimizers import rate_factor
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.forward import text_states
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
+from fastmtp.method.recursion import recursion
 from fastmtp.train import objective
 from fastmtp.train.batches import make_batch
-from fastmtp.train.forward import text_states
 from fastmtp.train.objective import Objective
-from fastmtp.train.recursion import recursion
 from tests.conftest import random_ids
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.target import Target
 from fastmtp.train.trainer import Trainer
 from tests.conftest import tiny_target
 from tests.train.test_trainer import CONFIG, exchanges, losses
@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 from copy import deepcopy
 from pathlib import Path
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
 from fastmtp.train.processes import Processes
 from tests.conftest import tiny_target

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.backend import Backend
-from fastmtp.decode.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.decode.torch_backend import TorchBackend
-from fastmtp.models.head import MTPHead
-from fastmtp.models.kv_cache import KVCache
-from fastmtp.models.target import Target
-from fastmtp.train.acceptance import agreement, replay
-from fastmtp.train.forward import text_states
-from fastmtp.train.recursion import STRIDE, chain_mask, recursion, trained_starts
+from fastmtp.engines.protocol import Backend
+from fastmtp.engines.torch.forward import text_states
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.acceptance import Acceptance
+from fastmtp.method.head import MTPHead
+from fastmtp.method.recursion import STRIDE, chain_mask, recursion, trained_starts
+from fastmtp.train.agreement import agreement, replay
 from tests.conftest import random_ids, reference, tiny_target
 from tests.engines import Engine
 

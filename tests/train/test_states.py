@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.forward import TorchForward, text_states
+from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
-from fastmtp.train.forward import TorchForward, text_states
 from fastmtp.train.processes import Processes
 from fastmtp.train.states import StateCache
 from fastmtp.train.trainer import Trainer

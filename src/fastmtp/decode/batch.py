@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Batch
-from fastmtp.sampling import candidates, invert
+from fastmtp.decode.sampling import candidates, invert
+from fastmtp.engines.protocol import Batch
 
 PREFILL_TOKENS = 8192
 LOOP_TOKENS = 64

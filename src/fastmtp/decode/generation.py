@@ -10,12 +10,12 @@ from typing import Literal
 from tokenizers.decoders import DecodeStream
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.backend import Backend
-from fastmtp.decode.drafter import Drafter
+from fastmtp.decode.drafting.drafter import Drafter
 from fastmtp.decode.plain import plain
 from fastmtp.decode.planned import Plans
 from fastmtp.decode.speculative import Round, speculative
+from fastmtp.engines.protocol import Backend
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.info import TargetInfo
 
 StopReason = Literal["end", "stop_string", "length", "context"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Backend
-from fastmtp.sampling import choose
+from fastmtp.decode.sampling import choose
+from fastmtp.engines.protocol import Backend
 
 
 def plain(backend: Backend, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastmtp.decode.tree import Tree
+from fastmtp.engines.tree import Tree
 
 
 @dataclass(frozen=True)

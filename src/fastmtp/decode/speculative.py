@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Backend
-from fastmtp.decode.drafter import Drafter
+from fastmtp.decode.drafting.drafter import Drafter
 from fastmtp.decode.planned import Planned
-from fastmtp.decode.tree import Tree
-from fastmtp.sampling import choose
+from fastmtp.decode.sampling import choose
+from fastmtp.engines.protocol import Backend
+from fastmtp.engines.tree import Tree
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from fastmtp.config import DistillConfig
-from fastmtp.decode.backend import Batch
 from fastmtp.decode.batch import Completion, Request, decode_batch
 from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
 from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
+from fastmtp.engines.protocol import Batch
 from fastmtp.models.info import TargetInfo, tokenizer_sha256
 from fastmtp.progress import bar
 from fastmtp.provenance import provenance

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastmtp.decode.backend import Backend
+from fastmtp.engines.protocol import Backend
 from fastmtp.evaluate.competitors import PLAIN
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Backend
-from fastmtp.decode.costs import TOGETHER, ask_task, draft_task, forward_task, least_ms, some_ids
-from fastmtp.decode.drafter import Chain, Drafter
+from fastmtp.decode.drafting.drafter import Chain, Drafter
 from fastmtp.decode.generation import Generation
+from fastmtp.engines.costs import TOGETHER, ask_task, draft_task, forward_task, least_ms, some_ids
+from fastmtp.engines.protocol import Backend
 from fastmtp.evaluate.measured import MeasuredBackend
 from fastmtp.models.info import TargetInfo
 

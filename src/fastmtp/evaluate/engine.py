@@ -16,20 +16,20 @@ from typing import Any
 
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
-from fastmtp.decode.drafter import Chain
-from fastmtp.decode.native_backend import NativeBackend
-from fastmtp.decode.native_batch import NativeBatch
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
+from fastmtp.decode.sampling import greedy
 from fastmtp.decode.speculative import Round, speculative
-from fastmtp.evaluate import llama_cpp
+from fastmtp.engines.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
+from fastmtp.engines.native.batch import NativeBatch
+from fastmtp.engines.native.sequence import NativeBackend
+from fastmtp.engines.native.target import NativeHead, NativeTarget
 from fastmtp.evaluate.prompts import short_prompts
-from fastmtp.models.native import NativeHead, NativeTarget
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
+from fastmtp.others import llama_cpp
 from fastmtp.progress import bar
 from fastmtp.provenance import machine
-from fastmtp.sampling import greedy
 from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmtp.decode.acceptance import Acceptance
-from fastmtp.decode.costs import ChainCosts
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
-from fastmtp.train.acceptance import CHUNK, Reference, replay
-from fastmtp.train.forward import Forward
-from fastmtp.train.recursion import recursion
+from fastmtp.engines.costs import ChainCosts
+from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.acceptance import Acceptance
+from fastmtp.method.head import MTPHead
+from fastmtp.method.recursion import recursion
+from fastmtp.train.agreement import CHUNK, Reference, replay
 from fastmtp.vocabulary.builder import Ranking
 
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536, 131072)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fastmtp.decode.backend import Backend, Candidates
+from fastmtp.engines.protocol import Backend, Candidates
 
 # Where the time goes: in the first call for drafts the head reads the prompt, which is a cost of its own.
 PARTS = ("prompt", "draft", "verify", "keep")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.evaluate import llama_cpp
 from fastmtp.evaluate.competitors import Answer
-from fastmtp.evaluate.process import EngineProcess
+from fastmtp.others import llama_cpp
+from fastmtp.others.process import EngineProcess
 
 LOOKUP_TOKENS = 10
 
@@ -34,7 +34,7 @@ class Transformers:
             "threads": threads,
             "lookup": LOOKUP_TOKENS if lookup else 0,
         }
-        self._process = EngineProcess("fastmtp.evaluate.transformers_process", settings, name)
+        self._process = EngineProcess("fastmtp.others.transformers_process", settings, name)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
         chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}

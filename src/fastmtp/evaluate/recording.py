@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.adaptive import MAX_DEPTH
-from fastmtp.decode.backend import Backend, Candidates
-from fastmtp.decode.drafter import DRAWN_AMONG
-from fastmtp.decode.lookup import Lookup
+from fastmtp.decode.drafting.adaptive import MAX_DEPTH
+from fastmtp.decode.drafting.drafter import DRAWN_AMONG
+from fastmtp.decode.drafting.lookup import Lookup
+from fastmtp.decode.sampling import race
+from fastmtp.engines.protocol import Backend, Candidates
 from fastmtp.evaluate.competitors import PLAIN
 from fastmtp.files import replacing
 from fastmtp.progress import bar
-from fastmtp.sampling import race
 
 FORMAT = "fastmtp recording 1"
 # Candidates of a node, and nodes of a level that the head goes on from, beside the text's and the right one.

@@ -10,14 +10,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastmtp.decode.adaptive import MAX_DEPTH, MAX_NODES, PLANNING_MS, WIDTH, Adaptive
-from fastmtp.decode.costs import Costs
-from fastmtp.decode.drafter import Chain, Drafter
-from fastmtp.decode.estimates import Counts, Estimates
-from fastmtp.decode.lookup import Lookup
+from fastmtp.decode.drafting.adaptive import MAX_DEPTH, MAX_NODES, PLANNING_MS, WIDTH, Adaptive
+from fastmtp.decode.drafting.drafter import Chain, Drafter
+from fastmtp.decode.drafting.estimates import Counts, Estimates
+from fastmtp.decode.drafting.lookup import Lookup
+from fastmtp.decode.sampling import race
 from fastmtp.decode.speculative import follow
+from fastmtp.engines.costs import Costs
 from fastmtp.evaluate.recording import Recorded, Recording
-from fastmtp.sampling import race
 
 CHAINS = (1, 2, 3, 4, 5)
 HINDSIGHT, ORACLE = "hindsight", "oracle"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmtp.export.engines import Manifest, Verification
 from fastmtp.export.job import Job
-from fastmtp.models.checkpoint_head import find_head, write_back
+from fastmtp.heads.checkpoint import find_head, write_back
 
 OPTIONS: tuple[str, ...] = ()
 CONVENTION = (

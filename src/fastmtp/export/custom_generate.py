@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastmtp.decode.acceptance import Acceptance
+from fastmtp.engines.torch.target import load_target
 from fastmtp.export import generate_script
 from fastmtp.export.engines import Manifest, Verification
 from fastmtp.export.generate_script import FILE
 from fastmtp.export.job import Job
 from fastmtp.export.measure import NEW_TOKENS, prompts
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.info import ALIASES, ONLY_TORCH, SUPPORTED
-from fastmtp.models.target import load_target
 
 OPTIONS: tuple[str, ...] = ()
 CONVENTION = (

@@ -26,8 +26,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastmtp.decode.acceptance import Acceptance
 from fastmtp.export.job import Job
+from fastmtp.method.acceptance import Acceptance
 
 Manifest = Mapping[str, Any]
 

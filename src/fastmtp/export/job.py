@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmtp.models.head_format import read_description, read_head_tensors
+from fastmtp.engines.torch.target import Target
+from fastmtp.heads.format import read_description, read_head_tensors
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
-from fastmtp.models.target import Target
 from fastmtp.models.weights import Weights, open_weights
 from fastmtp.vocabulary.lists import VocabularyLists
 

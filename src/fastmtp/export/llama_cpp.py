@@ -14,16 +14,16 @@ import gguf
 import torch
 from torch import Tensor
 
-from fastmtp.decode.acceptance import Acceptance
-from fastmtp.evaluate import llama_cpp
-from fastmtp.export import gguf_layout
 from fastmtp.export.engines import Manifest, Verification
-from fastmtp.export.gguf_file import write_gguf
-from fastmtp.export.gguf_tokenizer import tokenizer_keys
+from fastmtp.export.gguf import layout as gguf_layout
+from fastmtp.export.gguf.file import write_gguf
+from fastmtp.export.gguf.tokenizer import tokenizer_keys
 from fastmtp.export.job import Job
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.registry import GGUF_TYPES
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import describe, gguf_reader
+from fastmtp.others import llama_cpp
 
 OPTIONS = ("type", "split")
 CONVENTION = (
@@ -157,7 +157,7 @@ def replay(
         "least_probability": least_probability,
         "chats": chats,
     }
-    command = [sys.executable, "-m", "fastmtp.export.llama_cpp_process"]
+    command = [sys.executable, "-m", "fastmtp.others.llama_cpp_mtp_process"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         raise ValueError(f"{model}: llama.cpp failed: {done.stderr.strip()[-300:]}")

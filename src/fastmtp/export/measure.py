@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.backend import Backend
-from fastmtp.decode.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.generation import Generation
+from fastmtp.engines.protocol import Backend
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.package import Measured
 from fastmtp.models.info import TargetInfo

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmtp.decode import estimates
-from fastmtp.decode.acceptance import Acceptance
+from fastmtp.decode.drafting import estimates
 from fastmtp.export.engines import Engine
 from fastmtp.export.job import Job
 from fastmtp.export.registry import MODULES, engine_named
 from fastmtp.files import file_sha256, read_json, replacing, write_json
-from fastmtp.models import head_format
+from fastmtp.heads import format as head_format
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.provenance import provenance
 
 FORMAT_VERSION = 1

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmtp.decode.acceptance import Acceptance
 from fastmtp.export.engines import Verification
 from fastmtp.export.package import read_manifest
 from fastmtp.export.registry import engine_named
+from fastmtp.method.acceptance import Acceptance
 
 # Between equal texts the arithmetic moves a near-tie here and there, and engines end the last round differently;
 # between different ones chance moves acceptance by some points. A wrong convention costs tens of points.

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmtp.decode.acceptance import Acceptance
 from fastmtp.export import hugging_face, mimo_layout
 from fastmtp.export.engines import Manifest, Verification
 from fastmtp.export.job import Job
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.info import SUPPORTED
 from fastmtp.models.source import describe
 
@@ -147,7 +147,7 @@ def replay(
     }
     # Without names that it may load, vLLM loads every plugin there is.
     surroundings = {**os.environ, "VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
-    command = [sys.executable, "-m", "fastmtp.export.vllm_process"]
+    command = [sys.executable, "-m", "fastmtp.others.vllm_process"]
     done = subprocess.run(
         command, input=json.dumps(request), capture_output=True, text=True, errors="replace", env=surroundings
     )

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fastmtp.models.head import MTPHead
-from fastmtp.models.target import Target
-from fastmtp.train.forward import Forward
+from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
 
 # Some fifty positions for each of a small model's unknowns; more changes little.
 TOKENS = 60000

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.losses import CHUNK, DISTRIBUTION_LOSSES, log_probabilities, token_loss
 from fastmtp.train.batches import Batch
-from fastmtp.train.losses import CHUNK, DISTRIBUTION_LOSSES, log_probabilities, token_loss
 
 
 class Objective:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastmtp.config import TrainConfig
-from fastmtp.models.target import throughput_dtype
+from fastmtp.engines.torch.target import throughput_dtype
 from fastmtp.train.muon import Muon
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.target import Target
 
 Item = TypeVar("Item")
 

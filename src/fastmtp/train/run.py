@@ -10,11 +10,11 @@ from typing import Any
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import data_sha256, read_exchanges
-from fastmtp.models.head_format import check_free, read_vocabulary, save_head
-from fastmtp.models.target import Target
+from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.torch.target import Target
+from fastmtp.heads.format import check_free, read_vocabulary, save_head
 from fastmtp.progress import bar, console
 from fastmtp.provenance import provenance
-from fastmtp.train.forward import Forward
 from fastmtp.train.metrics import peak_memory_gb
 from fastmtp.train.processes import Processes
 from fastmtp.train.trainer import Measured, Trainer

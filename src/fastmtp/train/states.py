@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256, read_json, replacing, write_json
-from fastmtp.models.target import Target
 from fastmtp.progress import bar, console
-from fastmtp.train.forward import Forward
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256

@@ -17,23 +17,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.config import TrainConfig
-from fastmtp.decode.acceptance import Acceptance
 from fastmtp.distill.dataset import Exchange
+from fastmtp.engines.torch.forward import Forward, TorchForward
+from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256
-from fastmtp.models.head import MTPHead
-from fastmtp.models.head_format import load_head
-from fastmtp.models.target import Target
-from fastmtp.train.acceptance import Reference, agreement, replay
+from fastmtp.heads.format import load_head
+from fastmtp.method.acceptance import Acceptance
+from fastmtp.method.head import MTPHead
+from fastmtp.method.losses import step_weights
+from fastmtp.method.recursion import recursion, trained_starts
+from fastmtp.train.agreement import Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
-from fastmtp.train.forward import Forward, TorchForward
 from fastmtp.train.initial import fit_input_projection
-from fastmtp.train.losses import step_weights
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.processes import Processes
-from fastmtp.train.recursion import recursion, trained_starts
 from fastmtp.train.states import StateCache
 
 

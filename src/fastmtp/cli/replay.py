@@ -1,0 +1,64 @@
+"""`fastmtp replay`: what drafters would give on recorded answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from fastmtp.engines.open import EngineOptions, engine_options, finish, json_option, open_target
+
+
+@click.command()
+@click.argument("recordings", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FILE...")
+@engine_options
+@click.option("--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]")
+@click.option(
+    "--fit",
+    is_flag=True,
+    help="write what was learned of the head's drafts into --head, where decoding starts from it",
+)
+@json_option
+def replay(
+    recordings: tuple[Path, ...],
+    target: str,
+    options: EngineOptions,
+    head: Path | None,
+    fit: bool,
+    as_json: bool,
+) -> None:
+    """What chains and `auto` would give on recorded answers, by this machine's costs and without its noise."""
+    from fastmtp.decode.drafting import estimates
+    from fastmtp.decode.drafting.open import backend_of, costs_of_backend
+    from fastmtp.evaluate import recording
+    from fastmtp.evaluate import replay as replays
+    from fastmtp.files import file_sha256
+    from fastmtp.heads.shipped import shipped_head
+    from fastmtp.progress import console
+    from fastmtp.provenance import provenance
+    from fastmtp.report.replay import as_json as replays_as_json
+    from fastmtp.report.replay import mean_speedup, table
+
+    directory = head or shipped_head(target)
+    if directory is None or (fit and head is None):
+        raise ValueError("give --head DIR, the head that was recorded")
+    answers = [one for path in recordings for one in recording.load(path)]
+    loaded = open_target(target, options)
+    costs = costs_of_backend(backend_of(loaded, directory)[0], loaded)
+    if fit:
+        found = replays.fit(answers, costs, estimates.Estimates())
+        hashes = {path.name: file_sha256(path) for path in recordings}
+        estimates.save(found, directory, provenance(recordings=hashes))
+    compared = replays.compare(answers, costs, estimates.load(directory))
+    means = {name: mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
+    if not as_json:
+        console.print(table(compared))
+    best = max((name for name in means if name.startswith("chain")), key=means.__getitem__)
+    finish(
+        as_json,
+        {"costs": asdict(costs), "speedups": means, "replayed": replays_as_json(compared)},
+        f"auto {means['auto']:.2f}x, {best} {means[best]:.2f}x, in hindsight {means[replays.HINDSIGHT]:.2f}x, "
+        f"an oracle {means[replays.ORACLE]:.2f}x; {len(answers)} answers"
+        + (f"; estimates written into {directory}" if fit else ""),
+    )

@@ -1,0 +1,160 @@
+"""What decoding costs on this machine: a forward of the target by the tokens in it, a draft step by its vocabulary.
+
+Everything is timed several times in turn (A B C A B C), and the least time is taken: other work only adds to it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from fastmtp.engines.protocol import Backend
+from fastmtp.files import read_json, write_json
+
+# Tokens verified together, of which a backend's forwards are timed.
+TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
+# Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
+CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
+_REPEATS, _RUNS = 5, 3
+
+# Runs something, and says how many seconds it took.
+Task = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows."""
+
+    forward_ms: dict[int, dict[int, float]]
+    ask_ms: float
+
+    def forward(self, tokens: int, context: int = CONTEXT) -> float:
+        """Linear in the context, beyond what was timed too, and in the tokens between what was timed."""
+        (short, times), *longer = sorted(self.forward_ms.items())
+        near = _between(times, tokens)
+        if not longer:
+            return near
+        long, times = longer[-1]
+        # A short text is not cheaper than was timed: noise could make it so.
+        return near + (max(context, short) - short) / (long - short) * max(0.0, _between(times, tokens) - near)
+
+
+@dataclass(frozen=True)
+class ChainCosts:
+    """Milliseconds of verifying K drafts, and of a step of a draft chain by its vocabulary's size."""
+
+    draft_steps: int
+    verify_ms: float
+    step_ms: dict[int, float]
+
+    def round_ms(self, size: int) -> float:
+        return self.verify_ms + self.draft_steps * self.step_ms[size]
+
+
+def of_chains(drafting: dict[int, Backend], steps: int, vocabulary_size: int) -> ChainCosts:
+    """Time chains of K drafts.
+
+    Args:
+        drafting: backends with a head, by the size of their draft vocabularies.
+    """
+    ids = some_ids(vocabulary_size, CONTEXT)
+    verify = forward_task(next(iter(drafting.values())), ids, steps + 1)
+    found = least_ms({0: verify} | {size: draft_task(own, ids, steps) for size, own in drafting.items()}, _REPEATS)
+    return ChainCosts(steps, found.pop(0), found)
+
+
+def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint: str) -> Costs:
+    """Costs for planning this backend's rounds: from the cache if its fingerprint is this one, else timed and kept.
+
+    Its sequence is lost when they are timed.
+    """
+    try:
+        kept = read_json(cache).get(fingerprint, {})
+    except (FileNotFoundError, ValueError):
+        kept = {}
+    if not kept:
+        kept = asdict(_timed(backend, vocabulary_size))
+        write_json(cache, {fingerprint: kept})
+    by_context = {
+        int(context): {int(count): ms for count, ms in times.items()}
+        for context, times in kept["forward_ms"].items()
+    }
+    return Costs(by_context, kept["ask_ms"])
+
+
+def _timed(backend: Backend, vocabulary_size: int) -> Costs:
+    contexts: dict[int, Sequence[int]] = {CONTEXT: TOGETHER}
+    if backend.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
+        contexts[LONG_CONTEXT] = LONG_TOGETHER
+    by_context: dict[int, dict[int, float]] = {}
+    for context, together in contexts.items():
+        ids = some_ids(vocabulary_size, context)
+        tasks = {count: forward_task(backend, ids, count, _RUNS) for count in together}
+        by_context[context] = least_ms(tasks, _REPEATS)
+    asking = ask_task(backend, some_ids(vocabulary_size, CONTEXT))
+    return Costs(by_context, least_ms({0: asking}, _REPEATS)[0])
+
+
+def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
+    """The least milliseconds of each of several tasks, which take turns."""
+    turns = [{number: task() for number, task in tasks.items()} for _ in range(repeats)]
+    return {number: 1e3 * min(turn[number] for turn in turns) for number in tasks}
+
+
+def forward_task(backend: Backend, context: Sequence[int], count: int, runs: int = 5) -> Task:
+    """Seconds of one forward over `count` tokens, with the choices after them; the median of some runs."""
+
+    def run() -> float:
+        backend.prefill(context)
+        return timed(lambda: backend.choices(context[:count]))
+
+    run()
+    return lambda: median(run() for _ in range(runs))
+
+
+def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Task:
+    """Seconds of one step of a greedy draft chain."""
+
+    def run() -> float:
+        # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
+        backend.prefill(context)
+        return timed(lambda: backend.draft(context[0], steps)) / steps
+
+    run()
+    return lambda: median(run() for _ in range(5))
+
+
+def ask_task(backend: Backend, context: Sequence[int]) -> Task:
+    """Seconds of asking the head for four candidates, at one of four nodes along a path."""
+
+    def path() -> None:
+        found = backend.start_tree(context[0], 4)
+        for node in range(3):
+            found = backend.extend_tree([node], found.tokens[:1], 4)[0]
+
+    def run() -> float:
+        backend.prefill(context)
+        return timed(path) / 4
+
+    run()
+    return lambda: median(run() for _ in range(5))
+
+
+def some_ids(vocabulary_size: int, count: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(0).integers(0, vocabulary_size, count)]
+
+
+def timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _between(milliseconds: dict[int, float], number: int) -> float:
+    numbers = sorted(milliseconds)
+    return float(np.interp(number, numbers, [milliseconds[known] for known in numbers]))

@@ -1,0 +1,31 @@
+"""Which tokens may follow the nodes of a draft tree, from the draft logits: the general way.
+
+Shapes: N nodes, D draft vocabulary, W candidates of a node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtp.engines.protocol import Candidates
+
+
+def likeliest(logits_ND: Tensor, ids_D: Tensor | None, width: int) -> list[Candidates]:
+    """The `width` likeliest tokens, of equal ones the first, and their probabilities at temperature 1."""
+    if ids_D is None:
+        ids_D = torch.arange(logits_ND.shape[-1], device=logits_ND.device)
+    left_ND, places, there = logits_ND, [], []
+    for _ in range(min(width, len(ids_D))):
+        best_N1 = left_ND.argmax(-1, keepdim=True)
+        places.append(best_N1)
+        there.append(left_ND.gather(-1, best_N1) > -torch.inf)
+        # With every place of its token.
+        left_ND = left_ND.masked_fill(ids_D == ids_D[best_N1], -torch.inf)
+    places_NW = torch.cat(places, -1)
+    counts = torch.cat(there, -1).sum(-1).tolist()
+    confidences = logits_ND.float().softmax(-1).gather(-1, places_NW).tolist()
+    tokens = ids_D[places_NW].tolist()
+    return [
+        Candidates(own[:count], said[:count]) for own, said, count in zip(tokens, confidences, counts, strict=True)
+    ]

@@ -1,0 +1,134 @@
+"""The target in PyTorch: a frozen causal language model of a supported family, and what the rest needs of it.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.trees import tree_mask, tree_positions
+from fastmtp.models.info import GATHERED, TargetInfo
+from fastmtp.models.layers import (
+    FULL,
+    Cache,
+    Masks,
+    Rotations,
+    causal_masks,
+    layer_types,
+    rotations,
+    run_layers,
+    skeleton,
+    windows,
+)
+from fastmtp.models.source import Source, locate, reading
+from fastmtp.models.weights import GgufWeights, whole
+
+
+class Target(TargetInfo):
+    """A frozen model with its tokenizer. States are always the ones after the final norm."""
+
+    def __init__(self, model: Any, tokenizer: Any, source: str) -> None:
+        """Wrap a loaded transformers model.
+
+        Raises:
+            ValueError: the tokenizer does not fit.
+        """
+        super().__init__(model.config, model.generation_config, tokenizer, type(model).__name__, source)
+        self._gathered = lru_cache(GATHERED)(self._gather)
+        self.model = model.eval().requires_grad_(False)
+        self.kinds = layer_types(self.config)
+        self.lm_head: nn.Linear = model.lm_head
+        self.device: torch.device = model.lm_head.weight.device
+        self.dtype: torch.dtype = model.lm_head.weight.dtype
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        return cast(Tensor, self.model.model.embed_tokens(ids_BT))
+
+    def rotations(self, positions_BT: Tensor, kinds: Iterable[str] = (FULL,)) -> Rotations:
+        return rotations(self.model.model.rotary_emb, self.lm_head.weight, positions_BT, set(kinds))
+
+    def forward(self, ids_BT: Tensor, cache: KVCache, parents: Sequence[int] | None = None) -> Tensor:
+        """Append tokens to the cache; returns their states [B, T, H] after the final norm.
+
+        Args:
+            parents: of a tree (models/trees.py); None is a chain.
+        """
+        tokens, start = ids_BT.shape[1], cache.length
+        positions = torch.arange(start, start + tokens, device=self.device)[None]
+        masks = causal_masks(self.config, start, tokens, self.device)
+        if parents is not None:
+            positions = tree_positions(start, parents, tokens, self.device)
+            sizes = windows(self.config).items()
+            masks = {kind: tree_mask(start, parents, tokens, size, self.device) for kind, size in sizes}
+        states_BTH = self.states(ids_BT, positions, masks, cache)
+        cache.advance(tokens)
+        return states_BTH
+
+    def states(self, ids_BT: Tensor, positions_BT: Tensor, masks: Masks, cache: Cache | None) -> Tensor:
+        """States [B, T, H] after the final norm, for positions and masks of the caller's choice."""
+        rotation = self.rotations(positions_BT, self.kinds)
+        hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
+        return cast(Tensor, self.model.model.norm(hidden_BTH))
+
+    def lm_head_rows(self, ids_D: NDArray[np.int32]) -> Tensor:
+        """The LM head's rows of some tokens, [D, H]; one tensor for all who ask."""
+        return self._gathered(ids_D.tobytes())
+
+    def _gather(self, ids: bytes) -> Tensor:
+        ids_D = torch.frombuffer(bytearray(ids), dtype=torch.int32)
+        return self.lm_head.weight[ids_D.to(self.device, torch.long)]
+
+    def logits(self, states: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits [..., V], or [..., D] over D gathered rows of the LM head."""
+        return nn.functional.linear(states, self.lm_head.weight if rows is None else rows)
+
+
+def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Target:
+    """Load and freeze a target.
+
+    Args:
+        name: `smollm2` (the embedded model), a Hugging Face directory, a `.gguf` file, or a hub id.
+        dtype: default bfloat16 on a GPU and float32 on a CPU, where it costs no time and rounds least.
+        device: default the GPU if there is one.
+    Raises:
+        FileNotFoundError: no such file or directory, or a hub id that cannot be had.
+        ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: this machine, or this build of torch, has no usable GPU")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    source = locate(name)
+    with reading(source):
+        config, tokenizer = source.read_config(), source.read_tokenizer()
+        model = _read_model(source, config, dtype)
+    return Target(model.to(device), tokenizer, name)
+
+
+def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
+    settings: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+    if source.gguf is None:
+        return AutoModelForCausalLM.from_pretrained(source.place, use_safetensors=True, **settings)
+    weights = GgufWeights(source.gguf, config)
+    tensors = {name: torch.from_numpy(whole(weights, name)).to(dtype) for name in weights.shapes()}
+    model = type(skeleton(config)).from_pretrained(None, state_dict=tensors, **settings)
+    if weights.rope_factors is not None:
+        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(weights.rope_factors))
+    return model
+
+
+def throughput_dtype(device: str | torch.device | None = None) -> torch.dtype:
+    """The fastest dtype for work on many tokens at once: half precision where the hardware multiplies it."""
+    on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
+    has_units = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_units else torch.float32

@@ -1,0 +1,60 @@
+"""Writing a GGUF file one tensor at a time, in the type that is asked for."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from fastmtp.export.gguf.layout import ARCHITECTURE, Stored
+
+# What llama.cpp's own tools leave in full: the choice of experts.
+_IN_FULL = (".ffn_gate_inp.",)
+
+
+def write_gguf(path: Path, keys: Mapping[str, tuple[Any, ...]], tensors: Iterable[Stored], kind: str) -> None:
+    """Write a file.
+
+    Args:
+        keys: by name a value, its type, and the type of an array's items.
+        kind: of matrices, one of registry.GGUF_TYPES. Vectors, and matrices that its blocks do not divide, are F32.
+    Raises:
+        ValueError: the disk has too little room.
+    """
+    listed = [(tensor, _type(tensor, kind)) for tensor in tensors]
+    sizes = [_bytes(tensor.shape, wanted) for tensor, wanted in listed]
+    free = shutil.disk_usage(path.parent).free
+    if sum(sizes) > free:
+        raise ValueError(f"{path.parent}: {sum(sizes) / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    for name, (value, value_type, *items) in keys.items():
+        writer.add_key_value(name, value, value_type, sub_type=items[0] if items else None)
+    for (tensor, wanted), size in zip(listed, sizes, strict=True):
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, wanted in listed:
+        values = tensor.values()
+        assert values.shape == tensor.shape, tensor.name
+        writer.write_tensor_data(gguf.quants.quantize(values, wanted))
+    writer.close()
+
+
+def _type(tensor: Stored, kind: str) -> gguf.GGMLQuantizationType:
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    is_matrix = len(tensor.shape) > 1 and not any(part in tensor.name for part in _IN_FULL)
+    return gguf.GGMLQuantizationType[kind if is_matrix and tensor.shape[-1] % block == 0 else "F32"]
+
+
+def _bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    count: int = math.prod(shape) // block * size
+    return count

@@ -1,0 +1,139 @@
+"""The MTP layer that a checkpoint carries, as a head directory, and back into an overlay of the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtp.engines.torch.target import Target
+from fastmtp.files import file_sha256
+from fastmtp.heads.format import check_free, read_head_tensors, write_head
+from fastmtp.heads.layouts import Layout, Places, from_head, keys_of, layout_of, places, to_head
+from fastmtp.method.head import MTPHead
+from fastmtp.models.checkpoint import Checkpoint, write_overlay
+from fastmtp.models.info import raise_problems
+from fastmtp.models.layers import skeleton
+from fastmtp.models.source import locate, reading
+from fastmtp.provenance import provenance
+from fastmtp.vocabulary.lists import VocabularyLists
+
+
+@dataclass(frozen=True)
+class CheckpointHead:
+    """Where a checkpoint's head is; `target` has the checkpoint's shapes and no memory for its weights."""
+
+    target: Target
+    checkpoint: Checkpoint
+    layout: Layout
+    places: Places
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of an `MTPHead` for the target, as stored.
+
+        Raises:
+            ValueError: they are quantised or of other shapes, or the head has embeddings of its own.
+        """
+        stored = self.checkpoint.read(keys_of(self.places.values()))
+        problems = [
+            f"{key}: stored as {str(tensor.dtype)[6:]}"
+            for key, tensor in stored.items()
+            if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+        ]
+        _raise_if(self.target.source, problems)
+        tensors = to_head(self.layout, self.places, stored)
+        problems = [
+            f"{name}: shape {list(tensors[name].shape)}, must be {list(shape)}"
+            for name, shape in _shapes(self.target).items()
+            if tensors[name].shape != shape
+        ]
+        problems += [
+            f"{key}: differs from {original}, which a head shares"
+            for key, original in self.layout.copies.items()
+            if self._differ(key, original)
+        ]
+        _raise_if(self.target.source, problems)
+        return tensors
+
+    def _differ(self, key: str, original: str) -> bool:
+        files = self.checkpoint.files
+        if key not in files or original not in files:
+            return False
+        first, second = self.checkpoint.read([key, original]).values()
+        return not torch.equal(first, second)
+
+
+def find_head(name: str) -> CheckpointHead:
+    """The head in a Hugging Face directory, of any architecture whose layout is known.
+
+    Raises:
+        FileNotFoundError: no such directory, or no safetensors in it.
+        ValueError: no layout is known for the architecture, or the MTP layer is not there, not whole, or not one.
+    """
+    source = locate(name)
+    directory = Path(source.place)
+    if source.gguf is not None or not directory.is_dir():
+        raise ValueError(f"{name}: give a Hugging Face model directory; `hf download` makes one of a hub id")
+    with reading(source):
+        config = source.read_any_config().get_text_config()
+        layout = layout_of(config, name)
+        target = Target(skeleton(config), source.read_tokenizer(), name)
+    checkpoint = Checkpoint(directory)
+    shapes = _shapes(target)
+    found = places(layout, shapes, checkpoint.files)
+    inside = {key for key in checkpoint.files if key.startswith(layout.namespace)}
+    if not inside:
+        raise ValueError(f"{name}: carries no MTP layer; none of its tensors is named {layout.namespace[0]}*")
+    expected = set(keys_of(found.values()))
+    problems = [f"missing tensor {key}" for key in sorted(expected - inside)]
+    problems += [f"unknown tensor {key}" for key in sorted(inside - expected - layout.copies.keys())]
+    _raise_if(name, problems)
+    return CheckpointHead(target, checkpoint, layout, found)
+
+
+def import_head(name: str, out: Path) -> dict[str, Any]:
+    """Write the head that a checkpoint carries as a head directory, with the checkpoint's own bits.
+
+    Returns:
+        tensors and parameters: how many.
+    Raises:
+        FileNotFoundError, ValueError: as `find_head`; or `out` is something other than a head directory.
+    """
+    check_free(out)
+    head = find_head(name)
+    tensors = head.tensors()
+    write_head(
+        out,
+        tensors,
+        head.target,
+        # These layers were trained to predict one token.
+        draft_steps=1,
+        vocabulary=VocabularyLists({}),
+        provenance=provenance(target=name),
+    )
+    return {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+
+
+def write_back(name: str, head: Path, out: Path) -> dict[str, Any]:
+    """Write an overlay of a checkpoint in which a head directory's tensors stand for the MTP layer.
+
+    Returns:
+        tensors: how many were written; file: in which.
+    Raises:
+        FileNotFoundError, ValueError: as `find_head`; the head does not fit; or `out` exists.
+    """
+    own = find_head(name)
+    tensors = from_head(own.layout, own.places, read_head_tensors(head, own.target))
+    record = provenance(target=name, head=str(head), head_sha256=file_sha256(head / "model.safetensors"))
+    return {"tensors": len(tensors), "file": write_overlay(own.checkpoint, tensors, out, record)}
+
+
+def _shapes(target: Target) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in MTPHead(target).state_dict().items()}
+
+
+def _raise_if(name: str, problems: list[str]) -> None:
+    raise_problems(f"{name}: its MTP weights are not one unquantised layer like the target's:", problems)

@@ -1,0 +1,76 @@
+"""The MTP head: one decoder layer of the target's own class, applied recursively (FastMTP, section 3.2).
+
+Shapes: B batch, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmtp.engines.torch.target import Target
+from fastmtp.models.layers import FULL, Cache, Rotations, norm_offset, run_layers
+
+
+class MTPHead(nn.Module):
+    """s' = final_norm(layer(input_proj([hidden_norm(s), token_norm(e)]))).
+
+    `s` is the target's state after its final norm at the first step, and the head's own output afterwards; `e`
+    is the embedding of the token that follows. Embeddings and LM head are the target's and not part of this.
+    The layer always attends to the full context.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """A head shaped for the target and initialised from its last layer and final norm.
+
+        `input_proj` starts as the sum of its two normalised inputs; training fits it first (train/initial.py).
+        """
+        super().__init__()
+        base = target.model.model
+        self.token_norm = _unit_norm(base.norm)
+        self.hidden_norm = _unit_norm(base.norm)
+        size = int(target.config.hidden_size)
+        self.input_proj = nn.Linear(2 * size, size, bias=False, dtype=target.dtype, device=target.device)
+        with torch.no_grad():
+            self.input_proj.weight.copy_(torch.eye(size).repeat(1, 2))
+        self.layer = _last_layer(target)
+        self.final_norm = copy.deepcopy(base.norm)
+        self.requires_grad_(True)
+
+    def forward(
+        self,
+        state_BTH: Tensor,
+        embedding_BTH: Tensor,
+        rotation: Rotations,
+        mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """The next states, [B, T, H]."""
+        joined = torch.cat([self.hidden_norm(state_BTH), self.token_norm(embedding_BTH)], dim=-1)
+        layers = cast(nn.ModuleList, [self.layer])
+        hidden_BTH = run_layers(layers, [FULL], self.input_proj(joined), rotation, {FULL: mask}, cache)
+        return cast(Tensor, self.final_norm(hidden_BTH))
+
+
+def _unit_norm(norm: nn.Module) -> nn.Module:
+    """A copy of a norm with all gains at one."""
+    fresh = copy.deepcopy(norm)
+    with torch.no_grad():
+        cast(Tensor, fresh.weight).fill_(1.0 - norm_offset(norm))
+    return fresh
+
+
+def _last_layer(target: Target) -> nn.Module:
+    """A copy of the target's last layer that attends to everything."""
+    config = copy.deepcopy(target.config)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [FULL] * int(config.num_hidden_layers)
+    last = target.model.model.layers[-1]
+    # At its own place: what a layer is made of can depend on that (dense layers come first, experts last).
+    with torch.device("meta"):
+        layer = type(last)(config, int(config.num_hidden_layers) - 1)
+    layer.load_state_dict({name: value.clone() for name, value in last.state_dict().items()}, assign=True)
+    return cast(nn.Module, layer)

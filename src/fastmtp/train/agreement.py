@@ -1,0 +1,108 @@
+"""Acceptance measured on given text, all positions at once, without decoding.
+
+Shapes: T tokens, D draft vocabulary, H hidden, K draft steps.
+
+On the target's own greedy text this is exactly what the decoder accepts: the tokens fed to the chain are the
+text's, and an accepted draft is the text's token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.acceptance import Acceptance
+from fastmtp.method.head import MTPHead
+from fastmtp.method.recursion import recursion
+
+# Positions whose logits are alive together.
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A text and what the target makes of it, which stays the same while the head learns.
+
+    Its states [T, H]; after every token its own choice [T], and the logarithm of the sum of its exponentiated
+    logits [T], with which probabilities of a few tokens need the logits of these only.
+    """
+
+    ids: Sequence[int]
+    states_TH: Tensor
+    choices_T: Tensor
+    log_totals_T: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, target: Target, ids: Sequence[int], states_TH: Tensor) -> Reference:
+        choices, log_totals = [], []
+        for part_NH in torch.split(states_TH, CHUNK):
+            logits_NV = target.logits(part_NH).float()
+            choices.append(logits_NV.argmax(-1))
+            log_totals.append(logits_NV.logsumexp(-1))
+        return cls(ids, states_TH, torch.cat(choices), torch.cat(log_totals))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of draft k of the chain at t: whether it is the target's own choice after the text up to t + k, [T, K] of
+    bool; and sum min(p, q), with which probability rejection sampling at temperature 1 keeps a draft there, [T, K].
+    """
+
+    same_TK: Tensor
+    overlap_TK: Tensor
+
+    def expected(self, answer_start: int) -> list[float]:
+        """By step k, the probability that the first k drafts of a chain in the answer are kept when sampling."""
+        steps = self.overlap_TK.shape[1]
+        inside_NK = self.overlap_TK[answer_start - 1 : len(self.overlap_TK) - steps]
+        return cast("list[float]", inside_NK.cumprod(1).mean(0).tolist()) if len(inside_NK) else [0.0] * steps
+
+
+@torch.no_grad()
+def agreement(
+    head: MTPHead,
+    target: Target,
+    text: Reference,
+    draft_ids_D: Tensor | None,
+    draft_steps: int,
+    answer_start: int = 1,
+) -> Agreement:
+    """How far the head agrees with the target along a text; before the answer nothing is compared."""
+    ids, states_TH = text.ids, text.states_TH
+    ids_1T = torch.tensor([list(ids)], device=target.device)
+    outputs = recursion(head, target, ids_1T, states_TH[None], draft_steps)
+    rows = None if draft_ids_D is None else target.lm_head.weight[draft_ids_D]
+    same_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
+    overlap_TK = torch.zeros(len(ids), draft_steps)
+    for seen in torch.split(torch.arange(answer_start, len(ids), device=target.device), CHUNK):
+        # Everything is lined up by the last token seen: t + k for draft k of the chain at t.
+        choice_N = text.choices_T[seen]
+        p_ND = (target.logits(states_TH[seen], rows).float() - text.log_totals_T[seen, None]).exp()
+        for k, out in enumerate(outputs, 1):
+            inside = seen >= k
+            starts = seen[inside] - k
+            logits_ND = target.logits(out[0, starts], rows).float()
+            drafted_N = logits_ND.argmax(-1)
+            drafted_N = drafted_N if draft_ids_D is None else draft_ids_D[drafted_N]
+            same_TK[starts, k - 1] = (drafted_N == choice_N[inside]).cpu()
+            overlap_TK[starts, k - 1] = torch.minimum(logits_ND.softmax(-1), p_ND[inside]).sum(-1).cpu()
+    return Agreement(same_TK, overlap_TK)
+
+
+def replay(agrees_TK: Tensor, prompt_length: int) -> Acceptance:
+    """The rounds that greedy speculative decoding goes through to write the text after its prompt."""
+    total, draft_steps = agrees_TK.shape
+    run_T = agrees_TK.long().cumprod(1).sum(1).tolist()
+    accepted: list[int] = []
+    # A round starts when token `last` is known but not yet verified; it settles the ones after it.
+    last = prompt_length
+    while last < total - 1:
+        accepted.append(min(run_T[last - 1], total - 1 - last - 1))
+        last += accepted[-1] + 1
+    return Acceptance.of(accepted, draft_steps)
