@@ -1,23 +1,76 @@
-"""The one progress bar of the long commands, on stderr."""
+"""How long work tells of itself; a caller of the library may pass a `Progress` of its own.
+
+The library writes to no terminal: without one it is quiet. The commands' own is cli/terminal.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
+
+
+class Bar(Protocol):
+    """Counts units of work, and tokens for the rate."""
+
+    def advance(self, units: int, tokens: int, note: str | None = None) -> None: ...
+
+
+class Progress(Protocol):
+    """What long work calls."""
+
+    def bar(
+        self, title: str, total: int, done: int = 0, *, seconds: float | None = None
+    ) -> AbstractContextManager[Bar]:
+        """Around work of `total` units.
+
+        Args:
+            done: units that came from an earlier run.
+            seconds: after which the work ends, whatever is done by then.
+        """
+        ...
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        """Around work that cannot be counted."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
+
+class _Quiet:
+    def bar(
+        self, title: str, total: int, done: int = 0, *, seconds: float | None = None
+    ) -> AbstractContextManager[Bar]:
+        return nullcontext(self)
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def say(self, text: str) -> None:
+        pass
+
+    def advance(self, units: int, tokens: int, note: str | None = None) -> None:
+        pass
+
+
+QUIET: Progress = _Quiet()
+
 
 console = Console(stderr=True)
 # Where the terminal is narrow the bar gives way, not the figures.
@@ -44,10 +97,10 @@ class _Left(ProgressColumn):
         return Text(str(timedelta(seconds=int(min(left)))) if left else "-:--:--")
 
 
-class Bar:
+class _OldBar:
     """Counts units of work, and tokens for the rate."""
 
-    def __init__(self, progress: Progress, task: int) -> None:
+    def __init__(self, progress: RichProgress, task: int) -> None:
         self._progress = progress
         self._task = task
         self.tokens = 0
@@ -61,7 +114,7 @@ class Bar:
 @contextmanager
 def bar(
     title: str, total: int, done: int = 0, *, seconds: float | None = None, hidden: bool = False
-) -> Iterator[Bar]:
+) -> Iterator[_OldBar]:
     """A progress bar with the rate in tokens a second and the time left.
 
     Args:
@@ -78,6 +131,6 @@ def bar(
         _Left(seconds),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=hidden) as progress:
+    with RichProgress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task(title, total=total, completed=done, tokens=0, note="")
-        yield Bar(progress, task)
+        yield _OldBar(progress, task)

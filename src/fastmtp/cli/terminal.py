@@ -1,0 +1,111 @@
+"""What the commands show on a terminal: progress on stderr, and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+
+from fastmtp.progress import Bar
+from fastmtp.report.grid import Grid
+
+# Where the terminal is narrow the bar gives way, not the figures.
+_WHOLE = Column(no_wrap=True)
+
+
+class Terminal:
+    """`fastmtp.progress.Progress` on a rich console."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0, *, seconds: float | None = None) -> Iterator[Bar]:
+        """A progress bar with the rate in tokens a second and the time left."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(max_width=24)),
+            MofNCompleteColumn(table_column=_WHOLE),
+            _Rate(table_column=_WHOLE),
+            TimeElapsedColumn(table_column=_WHOLE),
+            TextColumn("left"),
+            _Left(seconds),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total, completed=done, tokens=0, note="")
+            yield _Bar(progress, task)
+
+    def status(self, text: str) -> AbstractContextManager[object]:
+        return self.console.status(text)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+TERMINAL = Terminal()
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        tokens, elapsed = task.fields["tokens"], task.elapsed or 0.0
+        return Text(f"{tokens / elapsed:,.0f} tokens/s" if tokens and elapsed > 1 else "")
+
+
+class _Left(ProgressColumn):
+    """Time left, by the rate so far, but no more than `most` seconds from the start."""
+
+    def __init__(self, most: float | None) -> None:
+        super().__init__(table_column=_WHOLE)
+        self._most = most
+
+    def render(self, task: Task) -> Text:
+        left = [] if task.time_remaining is None else [task.time_remaining]
+        if self._most is not None:
+            left.append(max(0.0, self._most - (task.elapsed or 0.0)))
+        return Text(str(timedelta(seconds=int(min(left)))) if left else "-:--:--")
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+        self._tokens = 0
+
+    def advance(self, units: int, tokens: int, note: str | None = None) -> None:
+        self._tokens += tokens
+        if note is None:
+            self._progress.update(self._task, advance=units, tokens=self._tokens)
+        else:
+            self._progress.update(self._task, advance=units, tokens=self._tokens, note=note)
+
+
+def table(grid: Grid) -> Table:
+    """A grid for a terminal of 80 columns: long heads of columns on two lines."""
+    drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    if grid.title:
+        drawn.title, drawn.title_justify, drawn.title_style = grid.title, "left", "italic"
+    drawn.add_column(grid.head[0])
+    for head in grid.head[1:]:
+        drawn.add_column(head.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for row in grid.rows:
+        drawn.add_row(*row)
+    if grid.totals:
+        drawn.add_section()
+    for row in grid.totals:
+        drawn.add_row(*row, style="bold")
+    return drawn

@@ -1,0 +1,20 @@
+"""A table's texts, before anyone draws them: cli/terminal.py on a terminal, `markdown` in a document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A title, the head of each column, rows, and rows that sum up. The first column holds names."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    totals: list[list[str]] = field(default_factory=list)
+
+
+def markdown(grid: Grid) -> str:
+    rows = [grid.head, ["---", *["---:"] * (len(grid.head) - 1)], *grid.rows, *grid.totals]
+    return f"{grid.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
