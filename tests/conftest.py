@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fastmtp.engines import costs
-from fastmtp.engines.torch.forward import TorchForward
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import cache_directory
 from fastmtp.train.agreement import Reference
@@ -155,4 +155,4 @@ def random_ids(count: int, seed: int = 0) -> list[int]:
 
 def reference(target: Target, text: list[int]) -> Reference:
     """What the target makes of a text."""
-    return Reference.of(target, text, TorchForward(target)([text])[0])
+    return Reference.of(target, text, TorchEngine(target).forward([text])[0])

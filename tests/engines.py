@@ -9,23 +9,25 @@ from functools import cache
 from itertools import islice
 from typing import get_args
 
+import torch
+from torch import Tensor
+
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.plain import plain
-from fastmtp.engines.protocol import Batch
-from fastmtp.engines.sequence import SequenceBackend
-from fastmtp.engines.torch.batch import TorchBatch
-from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines import protocol
+from fastmtp.engines.protocol import Batch, Head, Logits, TokenSequence
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
 from fastmtp.models.weights import TensorWeights
-from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
 NATIVE = importlib.util.find_spec("fastmtp._native") is not None
 if NATIVE:
     from fastmtp import _native
-    from fastmtp.engines.native.batch import NativeBatch
-    from fastmtp.engines.native.sequence import NativeBackend
+    from fastmtp.engines.native.engine import NativeEngine
     from fastmtp.engines.native.target import NativeHead, NativeTarget, WeightType
 
 
@@ -35,27 +37,45 @@ class Engine:
 
     weight_type: WeightType | None = None
 
-    def backend(
+    def open(self, target: Target) -> protocol.Engine:
+        return NativeEngine(native_target(target, self.weight_type)) if self.weight_type else TorchEngine(target)
+
+    def head(self, target: Target, head: MTPHead) -> Head:
+        weights = native_head(native_target(target, self.weight_type), head) if self.weight_type else head
+        return Head(weights, VocabularyLists({}), 3)
+
+    def sequence(
         self,
         target: Target,
         head: MTPHead | None = None,
         ids: Sequence[int] | VocabularyLists | None = None,
-        places: int = PLACES,
-    ) -> SequenceBackend:
+        own_tokens: int = OWN_TOKENS,
+    ) -> TokenSequence:
         """With some draft tokens, with lists to choose from, or with all."""
         lists = VocabularyLists.of(ids) if isinstance(ids, Sequence) else ids
-        if self.weight_type is None:
-            return TorchBackend(target, head, lists, places=places)
-        converted = native_target(target, self.weight_type)
-        return NativeBackend(converted, native_head(converted, head) if head else None, lists, places=places)
+        drafted = DraftLists(lists, target.vocabulary_size, own_tokens) if lists is not None else None
+        return self.open(target).new_sequence(self.head(target, head) if head else None, drafted)
 
-    def batch(self, target: Target) -> Batch:
-        return NativeBatch(native_target(target, self.weight_type)) if self.weight_type else TorchBatch(target)
+    def batch(self, target: Target, slots: int) -> Batch:
+        return self.open(target).batch(slots)
 
 
 ENGINES = {"torch": Engine()}
 if NATIVE:
     ENGINES |= {f"native-{weight_type}": Engine(weight_type) for weight_type in get_args(WeightType)}
+
+
+def feed(sequence: TokenSequence, tokens: Sequence[int]) -> Logits:
+    """Append tokens in one forward; logits [T, V] after each."""
+    tree = Tree.chain(tokens)
+    logits_TV = sequence.verify(tree)
+    sequence.commit(tree.verified)
+    return logits_TV
+
+
+def text_states(target: Target, ids_BT: Tensor) -> Tensor:
+    """The target's states [B, T, H] of texts of one length."""
+    return torch.stack(TorchEngine(target).forward(ids_BT.tolist()))
 
 
 def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: int) -> list[int]:
@@ -66,7 +86,7 @@ def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: i
 @cache
 def _plain_tokens(engine: Engine, target: Target, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
     """Decoded once for all the ways of drafting that are compared with it."""
-    return tuple(islice(plain(engine.backend(target), prompt, SamplingConfig()), count))
+    return tuple(islice(plain(engine.sequence(target), prompt, SamplingConfig()), count))
 
 
 @cache

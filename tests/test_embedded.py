@@ -20,9 +20,9 @@ from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.distill.domains import language
-from fastmtp.engines.native.sequence import NativeBackend, forward, scores
+from fastmtp.engines.native.sequence import NativeSequence, forward, scores
 from fastmtp.engines.native.target import NativeTarget, WeightType, load_native_target
-from fastmtp.engines.torch.sequence import TorchBackend
+from fastmtp.engines.torch.sequence import TorchSequence
 from fastmtp.engines.torch.target import load_target
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.heads.format import load_head, load_native_head
@@ -47,7 +47,7 @@ def test_replayed_acceptance_is_the_decoders() -> None:
     for text in short_prompts()[:4]:
         prompt = target.encode_chat([{"role": "user", "content": text}])
         result = Generation(
-            TorchBackend(target, head, vocabulary, places=0),
+            TorchSequence(target, head, vocabulary, places=0),
             target,
             prompt,
             drafter=Chain(steps),
@@ -83,7 +83,7 @@ def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
     directory = shipped_head("smollm2")
     assert directory is not None
     head, vocabulary, _ = load_native_head(directory, target)
-    backend = NativeBackend(target, head, vocabulary)
+    backend = NativeSequence(target, head, vocabulary)
     tasks = [
         "Summarize this:",
         "What does this say, in one sentence?",

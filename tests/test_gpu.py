@@ -14,12 +14,12 @@ from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.distill.answers import distill
 from fastmtp.engines.torch.batch import TorchBatch
-from fastmtp.engines.torch.sequence import TorchBackend
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids, tiny_target
+from tests.engines import Engine
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +33,7 @@ def on_gpu(family: str) -> Target:
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_speculative_is_plain_is_the_cpus(family: str) -> None:
     target, prompt = on_gpu(family), random_ids(30)
-    backend = TorchBackend(target, MTPHead(target), VocabularyLists.of(range(100)))
+    backend = Engine().sequence(target, MTPHead(target.model), VocabularyLists.of(range(100)))
     answers = [
         Generation(
             backend,
@@ -46,7 +46,7 @@ def test_speculative_is_plain_is_the_cpus(family: str) -> None:
         for drafter in (None, Chain(3))
     ]
     tokens = [answer.run().tokens for answer in answers]
-    cpu = plain(TorchBackend(tiny_target(family)), prompt, SamplingConfig())
+    cpu = plain(Engine().sequence(tiny_target(family)), prompt, SamplingConfig())
     assert tokens[0] == tokens[1] == list(islice(cpu, len(tokens[0])))
 
 

@@ -6,20 +6,22 @@ import importlib.util
 import shutil
 
 import pytest
-import torch
 
+from fastmtp.engines import open as opening
 from fastmtp.engines.open import EngineOptions, choose_engine
 
 
 @pytest.fixture(params=[True, False], ids=["built", "not-built"])
 def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    found = importlib.util.find_spec("json") if request.param else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    really, found = importlib.util.find_spec, importlib.util.find_spec("json") if request.param else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: found if name == "fastmtp._native" else really(name)
+    )
     return request.param
 
 
 def on_a(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine == "gpu")
+    monkeypatch.setattr(opening, "_has_gpu", lambda: machine == "gpu")
 
 
 def test_the_native_engine_was_built() -> None:
@@ -29,11 +31,11 @@ def test_the_native_engine_was_built() -> None:
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
-def test_default(built: bool, machine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_default(built: bool, machine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Native on a CPU, torch on a GPU; without the native engine torch, and one line that says so."""
     on_a(machine, monkeypatch)
     assert choose_engine(EngineOptions()) == ("native" if built and machine == "cpu" else "torch")
-    lines = capsys.readouterr().err.splitlines()
+    lines = caplog.messages
     assert len(lines) == (0 if built or machine == "gpu" else 1)
     assert all("native engine was not built" in line for line in lines)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import Any
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.open import AUTO, GROWING, DraftOptions, open_backend
-from fastmtp.engines.open import EngineName, EngineOptions, open_target
-
-if TYPE_CHECKING:
-    from fastmtp.decode.drafting.drafter import Drafter
-    from fastmtp.decode.generation import Generation, Result
-    from fastmtp.engines.protocol import Backend
-    from fastmtp.models.info import TargetInfo
+from fastmtp.decode.drafting.open import AUTO, GROWING, Drafting, DraftOptions, open_drafting
+from fastmtp.decode.generation import Generation, Result
+from fastmtp.engines.open import EngineName, EngineOptions, open_engine
+from fastmtp.engines.protocol import TokenSequence
+from fastmtp.engines.sequence import common_prefix
+from fastmtp.progress import QUIET, Progress
 
 # A question, or a conversation: {"role": "user" or "assistant" or "system", "content": text} for each message.
 Prompt = str | Sequence[dict[str, str]]
@@ -30,6 +29,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    progress: Progress = QUIET,
 ) -> Model:
     """A target with its head in the engine that suits the machine.
 
@@ -39,22 +39,28 @@ def load(
         draft: `auto` (trees, as large as pays), `chain:K`, or `plain`.
         draft_vocabulary: `growing`, `listed`, `full`, or the name of one list.
         engine: `native` (CPU) or `torch`; None takes what is fastest here. `dtype`, `device` and `threads` are its.
+        progress: told of what takes long.
     Raises:
         FileNotFoundError: no such target or head.
         ValueError: options that contradict each other, an unsupported architecture, or a head that does not fit.
     """
-    loaded = open_target(target, EngineOptions(engine, dtype, device, threads))
+    opened = open_engine(target, EngineOptions(engine, dtype, device, threads), progress=progress)
     chosen = DraftOptions(None if head is None else Path(head), draft, draft_vocabulary)
-    return Model(loaded, *open_backend(loaded, target, chosen))
+    return Model(open_drafting(opened, chosen, progress))
 
 
 class Model:
-    """A loaded target that answers one prompt at a time; what two prompts begin with is computed once."""
+    """A loaded target. Any number of answers may be under way, in one thread or in several.
 
-    def __init__(self, target: TargetInfo, backend: Backend, drafter: Drafter | None) -> None:
-        self.target = target
-        self.backend = backend
-        self._drafter = drafter
+    What a prompt begins with is not computed again if an earlier answer's sequence still holds it.
+    """
+
+    def __init__(self, drafting: Drafting) -> None:
+        self.target = drafting.engine.target
+        self.engine = drafting.engine
+        self._drafting = drafting
+        self._idle: list[TokenSequence] = []
+        self._lock = Lock()
 
     def generate(
         self,
@@ -87,17 +93,43 @@ class Model:
         Raises:
             ValueError: the prompt is empty or fills the context, a limit is below 1, or messages with `raw`.
         """
-        from fastmtp.decode.generation import Generation
-
         if raw and not isinstance(prompt, str):
             raise ValueError("raw continues a text; messages need the chat template")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return Generation(
-            self.backend,
+        ids = self.target.encode(prompt) if raw and isinstance(prompt, str) else self.target.encode_chat(messages)
+        return _Stream(
+            self._give_back,
+            self._borrow(ids),
             self.target,
-            self.target.encode(prompt) if raw and isinstance(prompt, str) else self.target.encode_chat(messages),
-            drafter=self._drafter,
+            ids,
+            new_drafter=self._drafting.new_drafter,
             sampling=sampling or SamplingConfig(),
             max_new_tokens=max_new_tokens,
             stop=stop,
         )
+
+    def _borrow(self, prompt: Sequence[int]) -> TokenSequence:
+        """A sequence that nobody else uses: the idle one that shares most of the prompt, or a new one."""
+        with self._lock:
+            if self._idle:
+                shared = [common_prefix(idle.tokens, prompt) for idle in self._idle]
+                return self._idle.pop(shared.index(max(shared)))
+        return self._drafting.new_sequence()
+
+    def _give_back(self, sequence: TokenSequence) -> None:
+        with self._lock:
+            self._idle.append(sequence)
+
+
+class _Stream(Generation):
+    """An answer that gives its sequence back when it ends."""
+
+    def __init__(self, give_back: Callable[[TokenSequence], None], *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._give_back = give_back
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from super().__iter__()
+        finally:
+            self._give_back(self._sequence)

@@ -12,17 +12,21 @@ import pytest
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.adaptive import MAX_DEPTH, MAX_NODES, PROBE, Adaptive, Mean
+from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, Learned, Mean
 from fastmtp.decode.drafting.lookup import FOLLOWED, Lookup
 from fastmtp.decode.plain import plain
-from fastmtp.decode.speculative import Round, follow, speculative
+from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines import costs
 from fastmtp.engines.costs import Costs
 from fastmtp.engines.protocol import Candidates
 from fastmtp.engines.torch.target import Target
-from fastmtp.engines.tree import Node, Tree, add, part, scale
+from fastmtp.engines.tree import Tree
+from fastmtp.method.acceptance import follow
 from fastmtp.method.head import MTPHead
+from fastmtp.vocabulary.draft import DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids
 from tests.engines import Engine, plain_tokens
 from tests.train.test_recursion import tuned_head
@@ -49,30 +53,30 @@ def test_greedy_output_is_plain_output(
     engine: Engine, target: Target, costs_ms: Costs, ids: list[int] | None
 ) -> None:
     """Token by token, with any tree and any vocabulary."""
-    drafter = Adaptive(costs_ms)
-    for seed, head in enumerate((tuned_head(target), MTPHead(target))):
+    learned = Learned(costs_ms)
+    for seed, head in enumerate((tuned_head(target), MTPHead(target.model))):
         # A prompt that repeats itself, so that looking up finds something.
         prompt = random_ids(20, seed=seed) * 2
-        rounds = speculative(engine.backend(target, head, ids), prompt, drafter, GREEDY)
+        sequence, drafter = engine.sequence(target, head, ids), Adaptive(learned, prompt, GREEDY)
+        rounds = speculative(sequence, prompt, drafter, GREEDY)
         assert decoded(rounds, 40) == plain_tokens(engine, target, prompt, 40)
 
 
 def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
     """Along the likeliest tokens a tree is the chain that is drafted alone, whatever other nodes are beside it."""
     head, prompt = tuned_head(target), random_ids(20)
-    backend, steps = engine.backend(target, head), 4
-    backend.prefill(prompt)
-    chain = backend.draft(7, steps)
-    backend = engine.backend(target, head)
-    backend.prefill(prompt)
-    found, likeliest, nodes = backend.start_tree(7, 3), 0, 1
+    sequence, steps = engine.sequence(target, head), 4
+    sequence.prefill(prompt)
+    chain = sequence.draft(7, steps)
+    sequence, tree = engine.sequence(target, head), Tree(7)
+    sequence.prefill(prompt)
+    (found,), likeliest = sequence.ask(tree, [0], 3), 0
     along = [found.tokens[0]]
     for _ in range(steps - 1):
         # The likeliest token comes last among its siblings, so that slots and positions differ.
-        siblings = found.tokens[::-1]
-        found = backend.extend_tree([likeliest] * 3, siblings, 3)[-1]
-        nodes += 3
-        likeliest = nodes - 1
+        siblings = [tree.add(likeliest, token) for token in found.tokens[::-1]]
+        found = sequence.ask(tree, siblings, 3)[-1]
+        likeliest = siblings[-1]
         along.append(found.tokens[0])
         assert found.confidences == sorted(found.confidences, reverse=True)
     assert along == chain
@@ -80,26 +84,24 @@ def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
 
 def test_trees_branch_and_are_followed(llama: Target) -> None:
     """Where verifying is free, trees branch and rounds keep drafts: the test above is not of chains."""
-    backend, drafter, prompt = Engine().backend(llama, tuned_head(llama)), Adaptive(FLAT), random_ids(8, seed=1)
-    backend.prefill(prompt)
-    drafter.start(prompt, GREEDY)
-    tree = drafter.propose(backend, 5, 100)
+    sequence, learned, prompt = Engine().sequence(llama, tuned_head(llama)), Learned(FLAT), random_ids(8, seed=1)
+    sequence.prefill(prompt)
+    tree = Adaptive(learned, prompt, GREEDY).propose(sequence, 5, 100)
     assert 4 < len(tree.tokens) <= MAX_NODES
     assert len(set(tree.parents)) < len(tree.parents)
     assert all(parent < node for node, parent in enumerate(tree.parents))
-    backend.reset()
-    rounds = islice(speculative(backend, prompt, drafter, GREEDY), 1, 12)
+    sequence.reset()
+    rounds = islice(speculative(sequence, prompt, Adaptive(learned, prompt, GREEDY), GREEDY), 1, 12)
     assert sum(one.accepted for one in rounds) > 5
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 9])
 def test_a_tree_fits_the_room(llama: Target, room: int) -> None:
     """With one token of room nothing is drafted."""
-    backend, prompt = Engine().backend(llama, tuned_head(llama)), random_ids(8) * 2
-    for drafter in (Adaptive(FLAT), Chain(5)):
-        backend.prefill(prompt)
-        drafter.start(prompt, GREEDY)
-        assert 1 <= len(drafter.propose(backend, 5, room).nodes) <= room
+    sequence, prompt = Engine().sequence(llama, tuned_head(llama)), random_ids(8) * 2
+    for drafter in (Adaptive(Learned(FLAT), prompt, GREEDY), Chain(5, GREEDY)):
+        sequence.prefill(prompt)
+        assert 1 <= len(drafter.propose(sequence, 5, room).verified) <= room
 
 
 class Told:
@@ -112,14 +114,8 @@ class Told:
     def draft(self, token: int, steps: int) -> list[int]:
         raise AssertionError
 
-    def start_tree(self, token: int, width: int) -> Candidates:
-        self._depths = [0]
-        return self._said(0)
-
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        new = [self._depths[parent] + 1 for parent in parents]
-        self._depths += new
-        return [self._said(depth) for depth in new]
+    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
+        return [self._said(tree.nodes[node].depth) for node in nodes]
 
     def _said(self, depth: int) -> Candidates:
         following = self._text[len(self.tokens) + depth + 1]
@@ -129,14 +125,14 @@ class Told:
 def trees_of(right: bool, confidence: float, rounds: int, costs_ms: Costs) -> list[Tree]:
     """What is proposed round after round on a text that never repeats itself."""
     text = [index % 997 for index in range(20_000)]
-    backend, drafter, trees = Told(text, right, confidence), Adaptive(costs_ms), []
-    drafter.start([], GREEDY)
+    sequence, drafter = Told(text, right, confidence), Adaptive(Learned(costs_ms), [], GREEDY)
+    trees = []
     for _ in range(rounds):
         # A counter, so that looking up finds nothing for the first 997 tokens.
-        length = len(backend.tokens)
-        tree = drafter.propose(backend, text[length], 100)
-        path, _ = follow(tree, lambda node, tree=tree, at=length: text[at + tree.nodes[node].depth + 1])  # type: ignore[misc]
-        backend.tokens += [tree.nodes[node].token for node in path]
+        length = len(sequence.tokens)
+        tree = drafter.propose(sequence, text[length], 100)
+        path, _ = follow(lambda node, tree=tree, at=length: text[at + tree.nodes[node].depth + 1], tree.child)  # type: ignore[misc]
+        sequence.tokens += [tree.nodes[node].token for node in path]
         drafter.learn(tree, path)
         trees.append(tree)
     return trees
@@ -145,8 +141,8 @@ def trees_of(right: bool, confidence: float, rounds: int, costs_ms: Costs) -> li
 def test_a_head_that_is_always_wrong_ends_with_plain_rounds() -> None:
     """However sure of itself it is; it is asked again ever more rarely, but is not forgotten."""
     last = trees_of(right=False, confidence=0.9, rounds=900, costs_ms=USUAL)[100:]
-    assert sum(len(tree.nodes) > 1 for tree in last) <= 2
-    asked = [place for place, tree in enumerate(last) if tree.levels]
+    assert sum(len(tree.verified) > 1 for tree in last) <= 2
+    asked = [place for place, tree in enumerate(last) if tree.asked]
     assert 3 <= len(asked) <= 5
     gaps = [after - before for before, after in itertools.pairwise(asked)]
     assert all(after >= 1.9 * before for before, after in itertools.pairwise(gaps))
@@ -156,60 +152,67 @@ def test_a_head_that_is_always_wrong_ends_with_plain_rounds() -> None:
 def test_a_useless_head_costs_little(confidence: float) -> None:
     """After 128 rounds decoding has lost a twelfth at most, whatever the head says of itself."""
     trees = trees_of(right=False, confidence=confidence, rounds=128, costs_ms=USUAL)
-    assert sum(tree.milliseconds for tree in trees) < 128 * USUAL.forward(1) * 12 / 11
+    assert sum(tree.expected_ms for tree in trees) < 128 * USUAL.forward(1) * 12 / 11
 
 
 def test_a_head_that_is_always_right_ends_with_deep_trees() -> None:
     """However unsure of itself it is."""
     last = trees_of(right=True, confidence=0.4, rounds=110, costs_ms=FLAT)[-5:]
-    assert all(max(node.depth for node in tree.nodes) == MAX_DEPTH for tree in last)
+    assert all(max(tree.nodes[node].depth for node in tree.verified) == MAX_DEPTH for tree in last)
 
 
 def test_what_does_not_pay_is_not_drafted(llama: Target) -> None:
     """Where a draft step costs more than it can bring, rounds are plain, with a try now and then."""
-    backend, drafter = Engine().backend(llama, MTPHead(llama)), Adaptive(STEEP)
-    rounds = speculative(backend, random_ids(8), drafter, SamplingConfig(temperature=1.5))
+    sequence, prompt = Engine().sequence(llama, MTPHead(llama.model)), random_ids(8)
+    sampling = SamplingConfig(temperature=1.5)
+    rounds = speculative(sequence, prompt, Adaptive(Learned(STEEP), prompt, sampling), sampling)
     drafted = [one.drafted for one in islice(rounds, 1, 1 + 2 * PROBE)]
     assert sum(count > 0 for count in drafted) <= 4
 
 
 def test_the_context_is_filled_and_not_passed(llama: Target) -> None:
-    backend, prompt = Engine().backend(llama, tuned_head(llama)), random_ids(llama.context_limit - 9)
-    rounds = speculative(backend, prompt, Adaptive(FLAT), GREEDY)
+    sequence, prompt = Engine().sequence(llama, tuned_head(llama)), random_ids(llama.context_limit - 9)
+    rounds = speculative(sequence, prompt, Adaptive(Learned(FLAT), prompt, GREEDY), GREEDY)
     tokens = [token for one in rounds for token in one.tokens]
     assert len(prompt) + len(tokens) > llama.context_limit
-    assert len(backend.tokens) == llama.context_limit
-    assert tokens == list(islice(plain(Engine().backend(llama), prompt, GREEDY), len(tokens)))
+    assert len(sequence.tokens) == llama.context_limit
+    assert tokens == list(islice(plain(Engine().sequence(llama), prompt, GREEDY), len(tokens)))
 
 
 def test_follow_by_hand() -> None:
     """A tree 7 -> (8 -> 9, 5); the target says 8, 9, then 4, or leaves earlier."""
-    tree = Tree([Node(token, -1, 0, 1.0) for token in (7, 8, 5, 9)], [-1, 0, 0, 1])
-    assert follow(tree, {0: 8, 1: 9, 3: 4}.__getitem__) == ([0, 1, 3], 4)
-    assert follow(tree, {0: 5, 2: 8}.__getitem__) == ([0, 2], 8)
-    assert follow(tree, {0: 6}.__getitem__) == ([0], 6)
+    tree = Tree(7)
+    for parent, token in ((0, 8), (0, 5), (1, 9)):
+        tree.add(parent, token)
+    tree.select(range(4))
+    assert follow({0: 8, 1: 9, 3: 4}.__getitem__, tree.child) == ([0, 1, 3], 4)
+    assert follow({0: 5, 2: 8}.__getitem__, tree.child) == ([0, 2], 8)
+    assert follow({0: 6}.__getitem__, tree.child) == ([0], 6)
+    # What was not verified is not followed.
+    tree.select([0, 1])
+    assert follow({0: 8, 1: 9}.__getitem__, tree.child) == ([0, 1], 9)
 
 
 def test_estimates_of_a_tree_by_hand() -> None:
     """A node's estimate is its own chance times its parent's, and follows a change of it."""
-    nodes = [Node(7, -1, 0, 1.0)]
-    first = add(nodes, 0, 8, 0.5, ("text", 1, 0, 2), True)
-    second = add(nodes, first, 9, 0.4, None, False)
+    tree = Tree(7)
+    first = tree.add(0, 8, 0.5, ("text", 1, 0, 2), from_text=True)
+    second = tree.add(first, 9, 0.4)
     assert (first, second) == (1, 2)
-    assert [node.estimate for node in nodes] == [1.0, 0.5, 0.2]
-    scale(nodes, first, 0.5)
-    assert [node.estimate for node in nodes] == [1.0, 0.25, 0.1]
-    assert nodes[1].bins == [("text", 1, 0, 2)]
-    assert nodes[2].bins == []
+    assert [node.estimate for node in tree.nodes] == [1.0, 0.5, 0.2]
+    tree.scale(first, 0.5)
+    assert [node.estimate for node in tree.nodes] == [1.0, 0.25, 0.1]
+    assert tree.nodes[1].bins == [("text", 1, 0, 2)]
+    assert tree.nodes[2].bins == []
 
 
 def test_the_likeliest_path_comes_first() -> None:
     """Of nodes in the order of their estimates, and each after its parent."""
-    nodes = [Node(7, -1, 0, 1.0)]
-    sibling, first = add(nodes, 0, 5, 0.3, None, False), add(nodes, 0, 8, 0.6, None, False)
-    after, beside = add(nodes, first, 9, 0.9, None, False), add(nodes, first, 6, 0.1, None, False)
-    last = add(nodes, after, 4, 0.5, None, False)
-    tree = part(nodes, [0, first, after, sibling, last, beside], 3, 8.0)
+    tree = Tree(7)
+    sibling, first = tree.add(0, 5, 0.3), tree.add(0, 8, 0.6)
+    after, beside = tree.add(first, 9, 0.9), tree.add(first, 6, 0.1)
+    last = tree.add(after, 4, 0.5)
+    tree.select([0, first, after, sibling, last, beside])
     assert tree.tokens == [7, 8, 9, 4, 5, 6]
     assert tree.parents == [-1, 0, 1, 2, 0, 1]
 
@@ -243,15 +246,20 @@ def test_lookup_is_what_a_search_finds() -> None:
 
 def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept under their fingerprint, and timed again for another one, or where the file is damaged."""
-    backend, path = Engine().backend(llama, MTPHead(llama)), tmp_path / "costs.json"
-    timed = costs.of_backend(backend, llama.vocabulary_size, path, "a")
+    monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path))
+    engine, head = Engine().open(llama), Engine().head(llama, MTPHead(llama.model))
+    timed = costs.costs_of(engine, head, None)
     assert all(ms > 0 for times in timed.forward_ms.values() for ms in times.values())
     assert timed.ask_ms > 0
-    assert costs.of_backend(backend, llama.vocabulary_size, path, "a") == timed
     monkeypatch.setattr(costs, "_timed", lambda *_: FLAT)
-    assert costs.of_backend(backend, llama.vocabulary_size, path, "b") == FLAT
+    assert costs.costs_of(engine, head, None) == timed
+    (path,) = tmp_path.iterdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(costs, "machine", lambda: {"another": "machine"})
+        assert costs.costs_of(engine, head, None) == FLAT
+    assert costs.costs_of(engine, head, DraftLists(VocabularyLists.of([5]), 300)) == FLAT
     path.write_text("{")
-    assert costs.of_backend(backend, llama.vocabulary_size, path, "b") == FLAT
+    assert costs.costs_of(engine, head, None) == FLAT
 
 
 def test_costs_by_tokens_and_context() -> None:

@@ -7,14 +7,14 @@ from itertools import islice
 import pytest
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.drafter import chains
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round
-from fastmtp.engines.torch.sequence import TorchBackend
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from tests.conftest import random_ids
+from tests.engines import Engine
 
 GREEDY = SamplingConfig()
 
@@ -24,10 +24,10 @@ class Told(Generation):
 
     def __init__(self, target: Target, text: str, size: int, stop: tuple[str, ...] = ()) -> None:
         super().__init__(
-            TorchBackend(target),
+            Engine().sequence(target),
             target,
             [1],
-            drafter=None,
+            new_drafter=None,
             sampling=GREEDY,
             max_new_tokens=1000,
             stop=stop,
@@ -73,9 +73,9 @@ def test_incomplete_last_character_is_shown_as_such(llama: Target) -> None:
 
 def test_statistics(llama: Target) -> None:
     """Rounds times tau are the tokens after the first one; speeds are positive."""
-    head = MTPHead(llama)
+    head = MTPHead(llama.model)
     generation = Generation(
-        TorchBackend(llama, head), llama, random_ids(5), drafter=Chain(2), sampling=GREEDY, max_new_tokens=20
+        Engine().sequence(llama, head), llama, random_ids(5), new_drafter=chains(2), sampling=GREEDY, max_new_tokens=20
     )
     result = generation.run()
     assert result.acceptance.rounds * result.acceptance.tau == pytest.approx(len(result.tokens) - 1)
@@ -88,16 +88,16 @@ def test_same_seed_same_answer(llama: Target) -> None:
     """Sampling is reproducible, and another seed gives another answer."""
     answers = [
         Generation(
-            TorchBackend(llama, MTPHead(llama)),
+            Engine().sequence(llama, MTPHead(llama.model)),
             llama,
             random_ids(5),
-            drafter=Chain(3),
-            sampling=SamplingConfig(temperature=1.0, seed=seed),
+            new_drafter=chains(3),
+            sampling=sampling,
             max_new_tokens=20,
         )
         .run()
         .tokens
-        for seed in (1, 1, 2)
+        for sampling in (SamplingConfig(temperature=1.0, seed=seed) for seed in (1, 1, 2))
     ]
     assert answers[0] == answers[1] != answers[2]
 
@@ -114,10 +114,10 @@ def test_same_seed_same_answer(llama: Target) -> None:
 def test_bad_requests(llama: Target, prompt: list[int], limit: int, stop: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Generation(
-            TorchBackend(llama),
+            Engine().sequence(llama),
             llama,
             prompt,
-            drafter=None,
+            new_drafter=None,
             sampling=GREEDY,
             max_new_tokens=limit,
             stop=stop,
@@ -128,5 +128,5 @@ def test_plain_draws_from_the_law_it_is_given(llama: Target) -> None:
     """The oracle at top-k 1 is greedy, whatever the temperature."""
     prompt = random_ids(6)
     sampled = SamplingConfig(temperature=2.0, top_k=1)
-    streams = [plain(TorchBackend(llama), prompt, one) for one in (sampled, GREEDY)]
+    streams = [plain(Engine().sequence(llama), prompt, one) for one in (sampled, GREEDY)]
     assert list(islice(streams[0], 15)) == list(islice(streams[1], 15))

@@ -11,31 +11,32 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive
-from fastmtp.decode.drafting.drafter import Chain, Drafter
+from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains
+from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.costs import Costs
-from fastmtp.engines.protocol import Candidates
-from fastmtp.engines.sequence import SequenceBackend
+from fastmtp.engines.protocol import Candidates, TokenSequence
 from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
-from fastmtp.vocabulary.draft import PLACES
+from fastmtp.vocabulary.draft import OWN_TOKENS
 from tests.conftest import random_ids
-from tests.engines import Engine, plain_tokens
+from tests.engines import Engine, feed, plain_tokens
 from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
 
 
-def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every: int) -> SequenceBackend:
-    """A backend that drafts what it is told to; its draft cache runs along as usual."""
-    backend = engine.backend(target, MTPHead(target))
-    really = backend.draft
+def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every: int) -> TokenSequence:
+    """A sequence that drafts what it is told to; its draft cache runs along as usual."""
+    sequence = engine.sequence(target, MTPHead(target.model))
+    really = sequence.draft
 
     def draft(token: int, steps: int) -> list[int]:
         assert len(really(token, steps)) == steps
-        place = len(backend.tokens) + 1
+        place = len(sequence.tokens) + 1
         drafted = [script[place + k] for k in range(steps)]
         if wrong_every:
             drafted = [
@@ -43,12 +44,12 @@ def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every:
             ]
         return drafted
 
-    backend.draft = draft  # type: ignore[method-assign]
-    return backend
+    sequence.draft = draft  # type: ignore[method-assign]
+    return sequence
 
 
-def speculative_tokens(backend: SequenceBackend, prompt: Sequence[int], steps: int, count: int) -> list[int]:
-    rounds = speculative(backend, prompt, Chain(steps), GREEDY)
+def speculative_tokens(sequence: TokenSequence, prompt: Sequence[int], steps: int, count: int) -> list[int]:
+    rounds = speculative(sequence, prompt, Chain(steps, GREEDY), GREEDY)
     tokens: list[int] = []
     while len(tokens) < count:
         tokens += next(rounds).tokens
@@ -79,16 +80,16 @@ def test_targets_talk_about_many_tokens(engine: Engine, target: Target) -> None:
 def test_random_head(engine: Engine, target: Target, steps: int) -> None:
     """A head that knows nothing changes nothing."""
     prompt = random_ids(12, seed=steps)
-    backend = engine.backend(target, MTPHead(target))
-    assert speculative_tokens(backend, prompt, steps, 40) == plain_tokens(engine, target, prompt, 40)
+    sequence = engine.sequence(target, MTPHead(target.model))
+    assert speculative_tokens(sequence, prompt, steps, 40) == plain_tokens(engine, target, prompt, 40)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 23, 24, 25, 255, 256, 257, 300])
 def test_prompt_lengths(engine: Engine, target: Target, length: int) -> None:
     """From one token to beyond the growth of the caches, around the sliding window too."""
     prompt = random_ids(length, seed=length)
-    backend = engine.backend(target, MTPHead(target))
-    assert speculative_tokens(backend, prompt, 3, 12) == plain_tokens(engine, target, prompt, 12)
+    sequence = engine.sequence(target, MTPHead(target.model))
+    assert speculative_tokens(sequence, prompt, 3, 12) == plain_tokens(engine, target, prompt, 12)
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
@@ -98,42 +99,42 @@ def test_scripted_drafts(engine: Engine, target: Target, steps: int, wrong_every
     prompt = random_ids(9, seed=7)
     expected = plain_tokens(engine, target, prompt, 60)
     script = [*prompt, *expected]
-    backend = scripted(engine, target, script, wrong_every)
-    assert speculative_tokens(backend, prompt, steps, 40) == expected[:40]
+    sequence = scripted(engine, target, script, wrong_every)
+    assert speculative_tokens(sequence, prompt, steps, 40) == expected[:40]
 
 
 def test_perfect_drafts_are_all_accepted(engine: Engine, target: Target) -> None:
     prompt = random_ids(9, seed=7)
     script = [*prompt, *plain_tokens(engine, target, prompt, 60)]
-    rounds = speculative(scripted(engine, target, script, 0), prompt, Chain(4), GREEDY)
+    rounds = speculative(scripted(engine, target, script, 0), prompt, Chain(4, GREEDY), GREEDY)
     assert [one.accepted for one in islice(rounds, 1, 9)] == [4] * 8
 
 
-@pytest.mark.parametrize("places", [0, 3, PLACES])
-def test_compressed_draft_vocabulary(engine: Engine, target: Target, places: int) -> None:
+@pytest.mark.parametrize("own_tokens", [0, 3, OWN_TOKENS])
+def test_compressed_draft_vocabulary(engine: Engine, target: Target, own_tokens: int) -> None:
     """Sixteen draft tokens, or one, growing or not: the output stays that of the full vocabulary."""
     prompt = random_ids(15, seed=2)
     expected = plain_tokens(engine, target, prompt, 30)
     for ids in (list(range(16)), [5]):
-        backend = engine.backend(target, MTPHead(target), ids, places)
-        assert speculative_tokens(backend, prompt, 3, 30) == expected
+        sequence = engine.sequence(target, MTPHead(target.model), ids, own_tokens)
+        assert speculative_tokens(sequence, prompt, 3, 30) == expected
 
 
 def test_a_grown_draft_vocabulary(engine: Engine, target: Target) -> None:
     """What it has grown by drafts as if it had been in the list: what is likeliest, and how likely each is."""
-    head, prompt = MTPHead(target), random_ids(40, seed=3)
+    head, prompt = MTPHead(target.model), random_ids(40, seed=3)
     said = random_ids(3, seed=5)
     whole = list(dict.fromkeys([*range(20), *prompt, *said]))
     drafts, candidates = [], []
-    for ids, places in ((list(range(20)), PLACES), (whole, 0)):
-        backend = engine.backend(target, head, ids, places)
-        backend.prefill(random_ids(30, seed=9))
-        backend.prefill(prompt)
-        backend.choices(said[:2])
-        drafts.append(backend.draft(said[2], 1))
-        backend.prefill(prompt)
-        backend.choices(said[:2])
-        candidates.append(backend.start_tree(said[2], 5))
+    for ids, own_tokens in ((list(range(20)), OWN_TOKENS), (whole, 0)):
+        sequence = engine.sequence(target, head, ids, own_tokens)
+        sequence.prefill(random_ids(30, seed=9))
+        sequence.prefill(prompt)
+        feed(sequence, said[:2])
+        drafts.append(sequence.draft(said[2], 1))
+        sequence.prefill(prompt)
+        feed(sequence, said[:2])
+        candidates += sequence.ask(Tree(said[2]), [0], 5)
     assert drafts[0] == drafts[1] == candidates[0].tokens[:1]
     assert candidates[0].tokens == candidates[1].tokens
     assert candidates[0].confidences == pytest.approx(candidates[1].confidences, rel=1e-5)
@@ -144,39 +145,43 @@ def test_choices_are_the_largest_logits(engine: Engine, target: Target) -> None:
     text = random_ids(60, seed=4)
     chosen: list[int] = []
     expected: list[int] = []
-    for which, found in (("choices", chosen), ("verify", expected)):
-        backend = engine.backend(target)
-        backend.prefill(text[:10])
+    for greedy, found in ((True, chosen), (False, expected)):
+        sequence = engine.sequence(target)
+        sequence.prefill(text[:10])
         for start, end in ((10, 11), (11, 15), (15, 31), (31, 60)):
-            result = getattr(backend, which)(text[start:end])
-            found += result if which == "choices" else result.argmax(-1).tolist()
+            tree = Tree.chain(text[start:end])
+            found += sequence.verify_greedy(tree) if greedy else sequence.verify(tree).argmax(-1).tolist()
+            sequence.commit(tree.verified)
     assert chosen == expected
 
 
 @pytest.mark.parametrize("ids", [None, [*range(40, 80), 3], [5]])
 def test_greedy_drafts_are_the_largest_logits(engine: Engine, target: Target, ids: list[int] | None) -> None:
-    """The engine's own way through a greedy chain, after a long prompt too, is the general one step by step."""
-    prompt, head = random_ids(300), MTPHead(target)
+    """The engine's own way through a greedy chain, after a long prompt too, is asking for one token at a time."""
+    prompt, head = random_ids(300), MTPHead(target.model)
     drafts = []
-    for general in (False, True):
-        backend = engine.backend(target, head, ids)
-        if general:
-            backend._chain = lambda *chain, of=backend: SequenceBackend._chain(of, *chain)
-        backend.prefill(prompt)
-        drafts.append([backend.draft(7, 5)])
-        backend.choices([7, 8, 9])
-        backend.keep([0, 1])
-        drafts[-1].append(backend.draft(11, 5))
+    for draft in (lambda sequence, token: sequence.draft(token, 5), asked_one_by_one):
+        sequence = engine.sequence(target, head, ids)
+        sequence.prefill(prompt)
+        drafts.append([draft(sequence, 7)])
+        sequence.verify_greedy(Tree.chain([7, 8, 9]))
+        sequence.commit([0, 1])
+        drafts[-1].append(draft(sequence, 11))
     assert drafts[0] == drafts[1]
+
+
+def asked_one_by_one(sequence: TokenSequence, token: int) -> list[int]:
+    tree = Tree(token)
+    return [tree.nodes[tree.add(node, sequence.ask(tree, [node], 1)[0].tokens[0])].token for node in range(5)]
 
 
 def test_context_limit_stops_both_at_the_same_token(engine: Engine, llama: Target) -> None:
     """The last round drafts only what fits; both say that the context is full."""
     prompt = random_ids(500)
-    backend = engine.backend(llama, MTPHead(llama))
+    sequence = engine.sequence(llama, MTPHead(llama.model))
     results = [
-        Generation(backend, llama, prompt, drafter=drafter, sampling=GREEDY, max_new_tokens=100).run()
-        for drafter in (None, Chain(3))
+        Generation(sequence, llama, prompt, new_drafter=new_drafter, sampling=GREEDY, max_new_tokens=100).run()
+        for new_drafter in (None, chains(3))
     ]
     assert results[0].stopped == results[1].stopped == "context"
     assert results[0].tokens == results[1].tokens
@@ -187,8 +192,8 @@ def test_max_tokens_in_the_middle_of_a_draft(engine: Engine, llama: Target) -> N
     prompt = random_ids(9, seed=7)
     script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
     for limit in range(1, 12):
-        backend = scripted(engine, llama, script, 0)
-        result = Generation(backend, llama, prompt, drafter=Chain(4), sampling=GREEDY, max_new_tokens=limit).run()
+        sequence = scripted(engine, llama, script, 0)
+        result = Generation(sequence, llama, prompt, new_drafter=chains(4), sampling=GREEDY, max_new_tokens=limit).run()
         assert result.tokens == script[9 : 9 + limit]
         assert result.stopped == "length"
 
@@ -203,9 +208,9 @@ def test_end_token_inside_a_draft(engine: Engine, llama: Target) -> None:
             continue
         ended = _with_end_token(llama, end)
         script = [*prompt, *expected, *[0] * 8]
-        for drafter in (None, Chain(4)):
-            backend = scripted(engine, ended, script, 0)
-            result = Generation(backend, ended, prompt, drafter=drafter, sampling=GREEDY, max_new_tokens=30).run()
+        for new_drafter in (None, chains(4)):
+            sequence = scripted(engine, ended, script, 0)
+            result = Generation(sequence, ended, prompt, new_drafter=new_drafter, sampling=GREEDY, max_new_tokens=30).run()
             assert result.tokens == expected[: place + 1]
             assert result.stopped == "end"
 
@@ -222,7 +227,7 @@ def test_stop_string_across_a_draft_boundary(engine: Engine, llama: Target) -> N
     prompt = random_ids(9, seed=7)
     script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
     text = "".join(
-        Generation(engine.backend(llama), llama, prompt, drafter=None, sampling=GREEDY, max_new_tokens=40)
+        Generation(engine.sequence(llama), llama, prompt, new_drafter=None, sampling=GREEDY, max_new_tokens=40)
     )
     for start in range(1, 20, 2):
         stop = [text[start : start + 4]]
@@ -231,12 +236,12 @@ def test_stop_string_across_a_draft_boundary(engine: Engine, llama: Target) -> N
                 scripted(engine, llama, script, 0),
                 llama,
                 prompt,
-                drafter=drafter,
+                new_drafter=new_drafter,
                 sampling=GREEDY,
                 max_new_tokens=40,
                 stop=stop,
             )
-            for drafter in (None, Chain(1), Chain(3), Chain(5))
+            for new_drafter in (None, chains(1), chains(3), chains(5))
         ]
         shown = ["".join(generation) for generation in results]
         assert len(set(shown)) == 1
@@ -246,44 +251,44 @@ def test_stop_string_across_a_draft_boundary(engine: Engine, llama: Target) -> N
 
 
 def test_continued_conversation_reuses_the_cache_without_a_trace(engine: Engine, target: Target) -> None:
-    """After a shared prefix, a reused backend gives what a fresh one gives, both ways of decoding."""
+    """After a shared prefix, a reused sequence gives what a fresh one gives, both ways of decoding."""
     first = random_ids(20, seed=1)
-    head = MTPHead(target)
-    backend = engine.backend(target, head)
-    answer = speculative_tokens(backend, first, 3, 10)
+    head = MTPHead(target.model)
+    sequence = engine.sequence(target, head)
+    answer = speculative_tokens(sequence, first, 3, 10)
     for second in ([*first, *answer, *random_ids(7, seed=2)], [*first[:11], *random_ids(5, seed=3)], first):
         expected = plain_tokens(engine, target, second, 15)
-        assert speculative_tokens(backend, second, 3, 15) == expected
-        drafted = _drafts(backend, second)
-        assert drafted == _drafts(engine.backend(target, head), second)
-        assert list(islice(plain(backend, second, GREEDY), 15)) == expected
+        assert speculative_tokens(sequence, second, 3, 15) == expected
+        drafted = _drafts(sequence, second)
+        assert drafted == _drafts(engine.sequence(target, head), second)
+        assert list(islice(plain(sequence, second, GREEDY), 15)) == expected
 
 
 def test_a_second_turn_feeds_its_new_tokens_only(engine: Engine, llama: Target) -> None:
     """What a conversation has in common with the one before is not computed again, but for its last tokens."""
     first = random_ids(60, seed=1)
-    backend, fed = engine.backend(llama, MTPHead(llama)), list[int]()
-    really = backend._forward
+    sequence, fed = engine.sequence(llama, MTPHead(llama.model)), list[int]()
+    really = sequence._forward
 
     def forward(start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Any:
         fed.append(len(tokens))
         return really(start, tokens, parents)
 
-    backend._forward = forward  # type: ignore[method-assign]
-    answer = speculative_tokens(backend, first, 3, 10)
+    sequence._forward = forward  # type: ignore[method-assign]
+    answer = speculative_tokens(sequence, first, 3, 10)
     fed.clear()
-    backend.prefill([*first, *answer, *random_ids(5, seed=2)])
+    sequence.prefill([*first, *answer, *random_ids(5, seed=2)])
     # The last rounds may have gone beyond the tokens that were taken, and the last token is known but not cached.
     assert sum(fed) <= 5 + 3 + 2
     fed.clear()
-    backend.prefill([*first[:30], *random_ids(4, seed=3)])
+    sequence.prefill([*first[:30], *random_ids(4, seed=3)])
     assert sum(fed) <= 4 + 2
 
 
-def _drafts(backend: SequenceBackend, prompt: Sequence[int]) -> list[int]:
+def _drafts(sequence: TokenSequence, prompt: Sequence[int]) -> list[int]:
     """A draft shows that the draft cache too is right after reuse."""
-    token = int(backend.prefill(prompt).argmax())
-    return backend.draft(token, 4)
+    token = int(sequence.prefill(prompt).argmax())
+    return sequence.draft(token, 4)
 
 
 SETTINGS = [
@@ -292,21 +297,26 @@ SETTINGS = [
     SamplingConfig(temperature=1.3, top_p=0.9),
 ]
 # Forwards that cost the same up to 16 tokens, so that trees are large.
-FLAT = Costs({128: {1: 5.0, 16: 5.001}}, 0.01)
+FLAT = Learned(Costs({128: {1: 5.0, 16: 5.001}}, 0.01))
+
+
+def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
+    return Adaptive(FLAT, prompt, sampling)
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-@pytest.mark.parametrize("drafter", [Chain(1), Chain(4), Adaptive(FLAT)], ids=["chain-1", "chain-4", "trees"])
+@pytest.mark.parametrize("new_drafter", [chains(1), chains(4), trees], ids=["chain-1", "chain-4", "trees"])
 @pytest.mark.parametrize("ids", [None, list(range(0, 300, 2))], ids=["all", "half"])
 def test_drawn_output_is_plain_output(
-    engine: Engine, target: Target, sampling: SamplingConfig, drafter: Drafter, ids: list[int] | None
+    engine: Engine, target: Target, sampling: SamplingConfig, new_drafter: NewDrafter, ids: list[int] | None
 ) -> None:
     """At a temperature, too, a seed gives plain decoding's tokens, whatever is drafted and from which tokens."""
-    for seed, head in enumerate((MTPHead(target), tuned_head(target))):
+    for seed, head in enumerate((MTPHead(target.model), tuned_head(target))):
         prompt = random_ids(10, seed=seed) * 2
-        expected = list(islice(plain(engine.backend(target), prompt, sampling), 30))
+        expected = list(islice(plain(engine.sequence(target), prompt, sampling), 30))
         found: list[int] = []
-        for one in speculative(engine.backend(target, head, ids, 3), prompt, drafter, sampling):
+        drafter = new_drafter(prompt, sampling)
+        for one in speculative(engine.sequence(target, head, ids, 3), prompt, drafter, sampling):
             found += one.tokens
             if len(found) >= 30:
                 break
@@ -316,26 +326,19 @@ def test_drawn_output_is_plain_output(
 def test_a_head_that_knows_the_target_is_right_at_a_temperature(llama: Target) -> None:
     """Drafts guess with the numbers that the target draws with; with its own distribution they are right."""
     sampling, prompt = SamplingConfig(temperature=1.2, seed=3), random_ids(9, seed=7)
-    text = [*prompt, *islice(plain(Engine().backend(llama), prompt, sampling), 40)]
-    backend, knowing = Engine().backend(llama, MTPHead(llama)), Engine().backend(llama)
+    text = [*prompt, *islice(plain(Engine().sequence(llama), prompt, sampling), 40)]
+    sequence, knowing = Engine().sequence(llama, MTPHead(llama.model)), Engine().sequence(llama)
+
+    def ask(tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
+        return [said([tree.nodes[one].token for one in tree.path(node)]) for node in nodes]
 
     def said(path: Sequence[int]) -> Candidates:
-        logits_V = knowing.prefill([*backend.tokens, *path])
+        logits_V = torch.from_numpy(knowing.prefill([*sequence.tokens, *path]))
         values, tokens = logits_V.softmax(-1).sort(descending=True, stable=True)
         return Candidates(tokens.tolist(), values.tolist())
 
-    paths: list[list[int]] = []
-
-    def start_tree(token: int, width: int) -> Candidates:
-        paths[:] = [[token]]
-        return said(paths[0])
-
-    def extend_tree(parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        paths.extend([*paths[parent], token] for parent, token in zip(parents, tokens, strict=True))
-        return [said(path) for path in paths[-len(tokens) :]]
-
-    backend.start_tree, backend.extend_tree = start_tree, extend_tree  # type: ignore[method-assign]
-    rounds = list(islice(speculative(backend, prompt, Chain(4), sampling), 1, 8))
+    sequence.ask = ask  # type: ignore[method-assign]
+    rounds = list(islice(speculative(sequence, prompt, Chain(4, sampling), sampling), 1, 8))
     assert [one.accepted for one in rounds] == [4] * 7
     drawn = [token for one in rounds for token in one.tokens]
     assert drawn == text[10 : 10 + len(drawn)]
@@ -345,7 +348,7 @@ def test_draws_differ_by_seed_and_place(llama: Target) -> None:
     """Another seed gives another text, and a text does not repeat its draws."""
     prompt = random_ids(8)
     texts = [
-        list(islice(plain(Engine().backend(llama), prompt, SamplingConfig(temperature=1.0, seed=seed)), 30))
+        list(islice(plain(Engine().sequence(llama), prompt, SamplingConfig(temperature=1.0, seed=seed)), 30))
         for seed in range(4)
     ]
     assert len({tuple(text) for text in texts}) == 4

@@ -65,7 +65,7 @@ def test_batched_decoding_is_plain_decoding(engine: Engine, target: Target) -> N
     )
     got = {done.request.key: done.tokens for done in decode_batch(engine.batch(target), queue, slots=3)}
     for index, prompt in enumerate(prompts):
-        stream = plain(engine.backend(target), prompt, SamplingConfig())
+        stream = plain(engine.sequence(target), prompt, SamplingConfig())
         assert got[index] == list(islice(stream, 6 + 5 * index))
 
 

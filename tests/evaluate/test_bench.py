@@ -127,7 +127,7 @@ class Failing:
 @pytest.fixture(scope="module")
 def pair() -> list[Own]:
     llama = tiny_target("llama")
-    backend = Engine().backend(llama, trained_looking_head(llama))
+    backend = Engine().sequence(llama, trained_looking_head(llama))
     return [Own("plain", backend, llama, None), Own("chain:3", backend, llama, Chain(3))]
 
 

@@ -28,7 +28,7 @@ def test_acceptance_by_size_is_the_decoders(target: Target, seed: int) -> None:
     text, head = greedy_text(target, seed), tuned_head(target)
     same_STK = same_by_size(head, target, reference(target, text), RANKING, SIZES, 3)
     for size, same_TK in zip(SIZES, same_STK, strict=True):
-        backend = Engine().backend(target, head, RANKING[:size], 256)
+        backend = Engine().sequence(target, head, RANKING[:size], 256)
         assert replay(same_TK, 8) == decoded_acceptance(backend, text[:8], 3)
 
 

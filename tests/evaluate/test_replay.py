@@ -29,8 +29,8 @@ ANSWER = 60
 @pytest.fixture(scope="module", params=SETTINGS, ids=["greedy", "drawn"])
 def recorded(request: pytest.FixtureRequest) -> tuple[Target, Recording]:
     target, prompt = tiny_target("llama"), random_ids(12) * 2
-    answer = list(islice(plain(Engine().backend(target), prompt, request.param), ANSWER))
-    backend = Engine().backend(target, tuned_head(target))
+    answer = list(islice(plain(Engine().sequence(target), prompt, request.param), ANSWER))
+    backend = Engine().sequence(target, tuned_head(target))
     return target, recording.record(backend, "kind", "one", prompt, answer, request.param)
 
 
@@ -40,7 +40,7 @@ def test_replayed_rounds_are_the_decoders(recorded: tuple[Target, Recording], dr
     target, one = recorded
     found = replay.replay(one, drafter, COSTS)
     again = Chain(drafter.depth) if isinstance(drafter, Chain) else Adaptive(COSTS)
-    backend = Engine().backend(target, tuned_head(target))
+    backend = Engine().sequence(target, tuned_head(target))
     tokens, rounds = 1, []
     for settled in islice(speculative(backend, one.prompt, again, one.sampling), 1, None):
         rounds.append(settled)

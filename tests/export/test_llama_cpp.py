@@ -36,7 +36,7 @@ def made(tmp_path: Path, llama: Target) -> Path:
     write_gguf(tmp_path / "model.gguf", llama)
     llama.model.load_state_dict(kept, strict=False)
     target = load_target(str(tmp_path / "model.gguf"), device="cpu")
-    head, size = MTPHead(target), int(target.config.hidden_size)
+    head, size = MTPHead(target.model), int(target.config.hidden_size)
     with torch.no_grad():
         head.input_proj.weight.copy_(torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1))
     save_head(
@@ -140,7 +140,7 @@ def test_tokenizer_of_a_directory(made: Path, llama: Target) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="ab").save_pretrained(made / "hf")
         target = Target(llama.model, AutoTokenizer.from_pretrained(made / "hf"), "hf")
         save_head(
-            made / "head", MTPHead(target), target, draft_steps=1, vocabulary=VocabularyLists({}), provenance={}
+            made / "head", MTPHead(target.model), target, draft_steps=1, vocabulary=VocabularyLists({}), provenance={}
         )
         if not known:
             with pytest.raises(ValueError, match="splits words in a way"):

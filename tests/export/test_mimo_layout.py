@@ -56,7 +56,7 @@ def made(family: str, out: Path) -> Path:
     tiny.tokenizer.save_pretrained(out / "model")
     target = load_target(str(out / "model"), device="cpu")
     torch.manual_seed(1)
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

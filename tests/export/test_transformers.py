@@ -33,7 +33,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def exported(target: Target, out: Path, lists: VocabularyLists) -> Path:
     """An export of a random head, without the command around it."""
     torch.manual_seed(1)
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     save_head(out / "head", head, target, draft_steps=3, vocabulary=lists, provenance={})
     source = Source("tiny", "tiny")
     tensors = dict(head.state_dict())

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.target import load_target
 from fastmtp.heads.checkpoint import find_head, import_head, write_back
-from fastmtp.heads.format import load_head, save_head
+from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import ChainCache
 from fastmtp.models.checkpoint import Checkpoint
@@ -174,8 +175,9 @@ def test_correction_biases_keep_their_precision(name: str, tmp_path: Path) -> No
     made = checkpoint(name)
     import_head(str(made.directory), tmp_path / "head")
     target = load_target(str(made.directory), device="cpu", dtype=torch.bfloat16)
-    head, lists, steps = load_head(tmp_path / "head", target)
-    save_head(tmp_path / "again", head, target, draft_steps=steps, vocabulary=lists, provenance={})
+    loaded = TorchEngine(target).load_head(tmp_path / "head")
+    head, steps = loaded.weights, loaded.draft_steps
+    save_head(tmp_path / "again", head, target, draft_steps=steps, vocabulary=loaded.lists, provenance={})
     bias = find_head(str(made.directory)).tensors()["layer.mlp.gate.e_score_correction_bias"]
     assert not bias.equal(bias.bfloat16().float())
     assert head.layer.mlp.gate.e_score_correction_bias.equal(bias)

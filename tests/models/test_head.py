@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastmtp.engines.protocol import Head
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
-from fastmtp.heads.format import load_head, save_head
+from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
 from fastmtp.models.layers import FULL
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -21,7 +23,7 @@ LISTS = VocabularyLists({"all": [257, 5, 6, 7]})
 
 def trained_looking_head(target: Target, seed: int = 0) -> MTPHead:
     """A head whose weights are exactly representable in bfloat16, so that files lose nothing."""
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -32,6 +34,10 @@ def trained_looking_head(target: Target, seed: int = 0) -> MTPHead:
 
 def save(directory: Path, target: Target, head: MTPHead) -> None:
     save_head(directory, head, target, draft_steps=3, vocabulary=LISTS, provenance={"command": "test"})
+
+
+def load_head(directory: Path, target: Target) -> Head:
+    return TorchEngine(target).load_head(directory)
 
 
 def test_formula(target: Target) -> None:
@@ -46,7 +52,7 @@ def test_formula(target: Target) -> None:
 
 def test_starts_as_the_targets_last_layer(target: Target) -> None:
     """Layer and final norm hold the target's values, in memory of their own; the input norms are neutral."""
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     last = target.model.model.layers[-1]
     assert type(head.layer) is type(last)
     for name, value in last.state_dict().items():
@@ -64,17 +70,17 @@ def test_starts_as_the_targets_last_layer(target: Target) -> None:
 
 def test_shares_embeddings_and_lm_head(target: Target) -> None:
     """No tensor of the head has the vocabulary's size, in memory or on disk."""
-    assert all(target.vocabulary_size not in value.shape for value in MTPHead(target).state_dict().values())
+    assert all(target.vocabulary_size not in value.shape for value in MTPHead(target.model).state_dict().values())
 
 
 def test_round_trip_changes_no_bit(target: Target, tmp_path: Path) -> None:
     head = trained_looking_head(target)
     save(tmp_path / "head", target, head)
-    loaded, lists, steps = load_head(tmp_path / "head", target)
-    assert steps == 3
-    assert lists == LISTS
+    loaded = load_head(tmp_path / "head", target)
+    assert loaded.draft_steps == 3
+    assert loaded.lists == LISTS
     for name, value in head.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+        assert torch.equal(loaded.weights.state_dict()[name], value), name
     assert {path.name for path in (tmp_path / "head").iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -87,8 +93,8 @@ def test_saving_again_replaces_the_directory_whole(llama: Target, tmp_path: Path
     save(tmp_path / "head", llama, trained_looking_head(llama, 1))
     second = trained_looking_head(llama, 2)
     save(tmp_path / "head", llama, second)
-    loaded, _, _ = load_head(tmp_path / "head", llama)
-    assert torch.equal(loaded.input_proj.weight, second.input_proj.weight)
+    loaded = load_head(tmp_path / "head", llama)
+    assert torch.equal(loaded.weights.input_proj.weight, second.input_proj.weight)
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
@@ -106,13 +112,13 @@ def test_every_mismatch_is_named(llama: Target, tmp_path: Path) -> None:
 
 
 def test_head_of_another_family_does_not_load(tmp_path: Path) -> None:
-    save(tmp_path / "head", tiny_target("qwen3"), MTPHead(tiny_target("qwen3")))
+    save(tmp_path / "head", tiny_target("qwen3"), MTPHead(tiny_target("qwen3").model))
     with pytest.raises(ValueError, match="architecture: LlamaForCausalLM here, Qwen3ForCausalLM there"):
         load_head(tmp_path / "head", tiny_target("llama"))
 
 
 def test_tensor_problems_are_named(llama: Target, tmp_path: Path) -> None:
-    save(tmp_path / "head", llama, MTPHead(llama))
+    save(tmp_path / "head", llama, MTPHead(llama.model))
     path = tmp_path / "head" / "model.safetensors"
     tensors = load_file(path)
     tensors["input_proj.weight"] = torch.zeros(2, 2)
@@ -126,7 +132,7 @@ def test_tensor_problems_are_named(llama: Target, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocabulary.json"])
 def test_missing_and_damaged_files(llama: Target, tmp_path: Path, name: str) -> None:
-    save(tmp_path / "head", llama, MTPHead(llama))
+    save(tmp_path / "head", llama, MTPHead(llama.model))
     path = tmp_path / "head" / name
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match=name):

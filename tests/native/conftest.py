@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from fastmtp import _native
-from fastmtp.engines.native.target import NativeTarget, WeightType
+from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.native.runner import States, reserve
+from fastmtp.engines.native.target import NativeHead, NativeTarget, WeightType
+from fastmtp.engines.protocol import Head, TokenSequence
+from fastmtp.method.head import MTPHead
+from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import tiny_target
-from tests.engines import convert
+from tests.engines import convert, native_head
 
 
 @pytest.fixture(params=_native.available_kernels())
@@ -30,3 +37,28 @@ def native_of(family: str, weight_type: WeightType, kernels: str, threads: int) 
     target = convert(tiny_target(family), weight_type, threads)
     assert target.runtime.kernels == kernels
     return target
+
+
+def sequence_of(target: NativeTarget, head: MTPHead | None = None) -> TokenSequence:
+    weights = Head(native_head(target, head), VocabularyLists({}), 3) if head else None
+    return NativeEngine(target).new_sequence(weights)
+
+
+def head_states(target: NativeTarget, head: NativeHead, states_TH: States, ids: Sequence[int]) -> States:
+    """The head's states [T, H] after its first step at every position of a text."""
+    cache, after_TH = head.stack.new_cache(), np.empty_like(states_TH)
+    reserve(cache, len(ids))
+    _native.head_forward(
+        target.runtime,
+        head.stack,
+        head.projection,
+        target.embedding,
+        target.embedding_scale,
+        [cache],
+        [0],
+        [len(ids)],
+        ids,
+        states_TH,
+        after_TH,
+    )
+    return after_TH

@@ -10,18 +10,21 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp import _native
-from fastmtp.engines.native.sequence import NativeBackend, forward, scores
+from fastmtp.engines.native.runner import NativeRunner, forward
+from fastmtp.engines.native.runner import logits as all_logits
 from fastmtp.engines.native.target import NativeTarget, WeightType
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
+from fastmtp.vocabulary.draft import DraftLists, DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 from tests.engines import convert, native_head, native_target
-from tests.native.conftest import native_of
+from tests.native.conftest import head_states, native_of
 
 # Two pages of 256 tokens and a bit of the third; the tiny models' contexts end at 512 tokens, not their weights.
 LONG = 530
@@ -38,7 +41,7 @@ def states(target: NativeTarget, ids: Sequence[int], chunks: Sequence[int] | Non
 
 
 def logits(target: NativeTarget, states_TH: Tensor) -> Tensor:
-    return scores(target.runtime, target.lm_head, states_TH.numpy())
+    return torch.from_numpy(all_logits(target, states_TH.numpy()))
 
 
 @cache
@@ -93,14 +96,13 @@ def similarity(target: Target, weight_type: WeightType) -> Tensor:
 
 def test_head_states_are_the_references(target: Target) -> None:
     """The head in bf16 against PyTorch's in fp32, step 1 at every position."""
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     ids, before = random_ids(40), torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         rotation = target.rotations(torch.arange(40)[None])
         expected = head(before[None], target.embed(torch.tensor([ids])), rotation, None, None)[0]
     native = native_target(target, "bfloat16")
-    backend = NativeBackend(native, native_head(native, head))
-    error = torch.from_numpy(backend._head_forward(0, before.numpy(), ids)) - expected
+    error = torch.from_numpy(head_states(native, native_head(native, head), before.numpy(), ids)) - expected
     assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
 
 
@@ -165,12 +167,19 @@ def test_tokens_taken_back_leave_no_trace(target: Target, weight_type: WeightTyp
 
 def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: WeightType) -> None:
     """A gathered draft vocabulary scores its tokens as the whole LM head does, to the bit."""
-    native, head = native_target(llama, weight_type), MTPHead(llama)
+    native, head = native_target(llama, weight_type), MTPHead(llama.model)
     ids = [257, 3, 100, 31, 7]
-    whole = NativeBackend(native, native_head(native, head))
-    part = NativeBackend(native, native_head(native, head), VocabularyLists.of(ids))
+    whole = NativeRunner(native, native_head(native, head), None)
+    part = NativeRunner(native, native_head(native, head), DraftVocabulary(DraftLists(VocabularyLists.of(ids), 300)))
     state = torch.randn(1, 32, generator=torch.Generator().manual_seed(2)).numpy()
-    assert torch.equal(part._draft_logits(state), whole._draft_logits(state)[:, ids])
+    assert np.array_equal(draft_logits(native, part, state), draft_logits(native, whole, state)[:, ids])
+
+
+def draft_logits(target: NativeTarget, runner: NativeRunner, state: NDArray[np.float32]) -> NDArray[np.float32]:
+    ((rows, ids_D),) = runner._draft_rows()
+    out = np.empty((1, rows.stride), np.float32)
+    _native.scores(target.runtime, rows, state, out)
+    return out[:, : len(ids_D)]
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,18 @@ import pytest
 import torch
 
 from fastmtp import _native
-from fastmtp.engines.native import sequence as native_backend
-from fastmtp.engines.native.sequence import NativeBackend, forward
+from fastmtp.engines.native import runner
+from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.native.runner import forward
 from fastmtp.engines.native.target import NativeTarget, default_threads, load_native_target
 from fastmtp.engines.torch.target import Target, load_target
-from fastmtp.heads.format import load_native_head
+from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
 from tests.conftest import random_ids, tiny_target
-from tests.engines import convert, native_head
+from tests.engines import convert, feed, native_head
 from tests.models.test_head import LISTS, save, trained_looking_head
 from tests.models.test_target import write_gguf
+from tests.native.conftest import head_states, sequence_of
 
 IDS = random_ids(40)
 
@@ -151,15 +153,15 @@ def test_head_directory_gives_the_head(tmp_path: Path, target: Target) -> None:
     head = trained_looking_head(target)
     save(tmp_path / "head", target, head)
     native = convert(target, "int8")
-    loaded, lists, steps = load_native_head(tmp_path / "head", native)
-    assert (lists, steps) == (LISTS, 3)
+    loaded = NativeEngine(native).load_head(tmp_path / "head")
+    assert (loaded.lists, loaded.draft_steps, loaded.directory) == (LISTS, 3, tmp_path / "head")
     before = np.random.default_rng(0).standard_normal((12, 32), np.float32)
     outputs = [
-        NativeBackend(native, one)._head_forward(0, before, IDS[:12]) for one in (loaded, native_head(native, head))
+        head_states(native, one, before, IDS[:12]) for one in (loaded.weights, native_head(native, head))
     ]
     assert np.array_equal(*outputs)
     with pytest.raises(ValueError, match="this head does not fit"):
-        load_native_head(tmp_path / "head", convert(tiny_target(_another(target)), "int8"))
+        NativeEngine(convert(tiny_target(_another(target)), "int8")).load_head(tmp_path / "head")
 
 
 def _another(target: Target) -> str:
@@ -180,17 +182,17 @@ def test_a_context_beyond_memory_loses_nothing(monkeypatch: pytest.MonkeyPatch, 
     """The error names what is missing; the sequence so far goes on when there is memory again."""
     native = convert(llama, "int8")
     text = random_ids(300)
-    backend = NativeBackend(native, native_head(native, MTPHead(llama)))
-    backend.prefill(text[:250])
+    sequence = sequence_of(native, MTPHead(llama.model))
+    sequence.prefill(text[:250])
     memory = SimpleNamespace(available=0)
     with monkeypatch.context() as patched:
         patched.setattr(psutil, "virtual_memory", lambda: memory)
         with pytest.raises(MemoryError, match=r"a context of 257 tokens needs .* use a shorter context"):
-            backend.verify(text[250:257])
-        assert list(backend.tokens) == text[:250]
-        backend.verify(text[250:256])
-    found = backend.verify(text[256:])
-    assert torch.equal(found, NativeBackend(native).verify(text)[256:])
+            sequence.verify(Tree.chain(text[250:257]))
+        assert list(sequence.tokens) == text[:250]
+        feed(sequence, text[250:256])
+    found = feed(sequence, text[256:])
+    assert np.array_equal(found, feed(sequence_of(native), text)[256:])
 
 
 def test_refused_memory_is_an_error_not_a_crash() -> None:
@@ -215,10 +217,10 @@ for make in (lambda: _native.Matrix(int8, 1 << 24, 1 << 12), lambda: cache.reser
 
 
 def test_interrupted_prefill_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, llama: Target) -> None:
-    """Ctrl-C between two pieces of a long prompt: the next prompt is answered as by a fresh backend."""
-    monkeypatch.setattr(native_backend, "CHUNK", 64)
+    """Ctrl-C between two pieces of a long prompt: the next prompt is answered as by a fresh sequence."""
+    monkeypatch.setattr(runner, "CHUNK", 64)
     native = convert(llama, "int8")
-    backend = NativeBackend(native, native_head(native, MTPHead(llama)))
+    sequence = sequence_of(native, MTPHead(llama.model))
     text, other = random_ids(300), random_ids(120, seed=3)
     calls = iter(range(1, 100))
     run = _native.target_forward
@@ -230,12 +232,12 @@ def test_interrupted_prefill_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, ll
 
     monkeypatch.setattr(_native, "target_forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        backend.prefill(text)
+        sequence.prefill(text)
     for prompt in (other, text):
-        fresh = NativeBackend(native, native_head(native, MTPHead(llama)))
-        found = [one.prefill(prompt) for one in (backend, fresh)]
-        assert torch.equal(*found)
-        drafts = [one.draft(7, 3) for one in (backend, fresh)]
+        fresh = sequence_of(native, MTPHead(llama.model))
+        found = [one.prefill(prompt) for one in (sequence, fresh)]
+        assert np.array_equal(*found)
+        drafts = [one.draft(7, 3) for one in (sequence, fresh)]
         assert drafts[0] == drafts[1]
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from fastmtp import _native
-from fastmtp.engines.native.sequence import States, forward
+from fastmtp.engines.native.runner import States, forward
 from fastmtp.engines.native.target import NativeTarget, WeightType
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.target import Target

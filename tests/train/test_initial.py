@@ -36,7 +36,7 @@ def inputs_and_wanted(target: Target, head: MTPHead) -> tuple[torch.Tensor, torc
 
 def test_input_projection_is_the_least_squares_one(target: Target) -> None:
     """For every family: the solution of the weighted problem, computed another way from states made by hand."""
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     fit_input_projection(head, target, [[5], *TEXTS], TorchForward(target))
     with torch.no_grad():
         inputs, wanted = (part.double() for part in inputs_and_wanted(target, head))
@@ -52,7 +52,7 @@ def test_training_starts_there_and_goes_on_from_a_checkpoint(tmp_path: Path, lla
     """The first weights are fitted to the texts trained on; a run that goes on keeps what it has learned."""
     data = exchanges(llama)
     trainer = Trainer(llama, data, None, CONFIG, tmp_path / "a")
-    fitted = MTPHead(llama)
+    fitted = MTPHead(llama.model)
     fit_input_projection(fitted, llama, trainer._texts, TorchForward(llama))
     assert torch.equal(trainer.head.input_proj.weight, fitted.input_proj.weight)
     for _ in trainer.train():

@@ -27,7 +27,7 @@ def test_losses_and_gradients_are_the_formulas(
     batch = make_batch(texts, [[True] * len(text) for text in texts], llama.device)
     draft_ids = list(range(0, 300, 2))
     states = text_states(llama, batch.ids_BT)
-    chains = recursion(MTPHead(llama), llama, batch.ids_BT, states, 3, starts_S=torch.tensor(starts))
+    chains = recursion(MTPHead(llama.model), llama, batch.ids_BT, states, 3, starts_S=torch.tensor(starts))
     outputs = [output.detach().requires_grad_(True) for output in chains]
     rows = llama.lm_head.weight[draft_ids]
     expected = []

@@ -13,17 +13,15 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.protocol import Backend
-from fastmtp.engines.torch.forward import text_states
+from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.torch.kv_cache import KVCache
-from fastmtp.engines.torch.sequence import TorchBackend
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import STRIDE, chain_mask, recursion, trained_starts
 from fastmtp.train.agreement import agreement, replay
 from tests.conftest import random_ids, reference, tiny_target
-from tests.engines import Engine
+from tests.engines import Engine, text_states
 
 GREEDY = SamplingConfig()
 
@@ -48,7 +46,7 @@ def step_by_step(head: MTPHead, target: Target, ids: list[int], start: int, step
 
 def test_all_positions_at_once_equal_each_chain_alone(target: Target) -> None:
     """The parallel recursion gives every start what the decoder's own cache would give it."""
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     ids = random_ids(30, seed=8)
     together = recursion(head, target, torch.tensor([ids]), text_states(target, torch.tensor([ids])), 4)
     for start in (0, 1, 13, 25):
@@ -59,7 +57,7 @@ def test_all_positions_at_once_equal_each_chain_alone(target: Target) -> None:
 
 def test_per_step_pattern_sees_its_own_step_only(llama: Target) -> None:
     """The first step is the same in both; later ones are one causal pass over the states before, shifted."""
-    head, ids = MTPHead(llama), torch.tensor([random_ids(20)])
+    head, ids = MTPHead(llama.model), torch.tensor([random_ids(20)])
     states = text_states(llama, ids)
     outputs = recursion(head, llama, ids, states, 3, per_step=True)
     torch.testing.assert_close(outputs[0], recursion(head, llama, ids, states, 1)[0])
@@ -72,7 +70,7 @@ def test_per_step_pattern_sees_its_own_step_only(llama: Target) -> None:
 
 def test_chains_that_go_on_are_the_same_chains(target: Target) -> None:
     """Which chains go on changes nothing in them; over STRIDE optimiser steps every start has its turn once."""
-    head, ids = MTPHead(target), torch.tensor([random_ids(20), random_ids(20, seed=1)])
+    head, ids = MTPHead(target.model), torch.tensor([random_ids(20), random_ids(20, seed=1)])
     states = text_states(target, ids)
     everywhere = recursion(head, target, ids, states, 3)
     turns = [trained_starts(20, step, ids.device) for step in range(STRIDE)]
@@ -92,7 +90,7 @@ def test_chain_mask_by_hand() -> None:
 
 def test_padding_changes_nothing(llama: Target) -> None:
     """A text in a padded batch has the states it has alone."""
-    head = MTPHead(llama)
+    head = MTPHead(llama.model)
     ids = random_ids(12)
     alone = torch.tensor([ids])
     batch = torch.tensor([[*ids, 0, 0, 0, 0], random_ids(16, seed=3)])
@@ -114,13 +112,13 @@ def test_replayed_acceptance_is_the_decoders(target: Target, seed: int, draft_id
     ids_D = None if draft_ids is None else torch.tensor(draft_ids)
     found = agreement(head, target, reference(target, text), ids_D, steps, len(prompt))
     replayed = replay(found.same_TK, len(prompt))
-    assert replayed == decoded_acceptance(Engine().backend(target, head, draft_ids, 0), prompt, steps)
+    assert replayed == decoded_acceptance(Engine().sequence(target, head, draft_ids, 0), prompt, steps)
 
 
-def decoded_acceptance(backend: Backend, prompt: list[int], steps: int) -> Acceptance:
+def decoded_acceptance(sequence: TokenSequence, prompt: list[int], steps: int) -> Acceptance:
     """Of the rounds that write the 40 tokens after the prompt."""
     accepted, settled = [], 1
-    rounds = speculative(backend, prompt, Chain(steps), GREEDY)
+    rounds = speculative(sequence, prompt, Chain(steps, GREEDY), GREEDY)
     for one in islice(rounds, 1, None):
         used = min(len(one.tokens), 40 - settled)
         accepted.append(used - 1)
@@ -133,13 +131,13 @@ def decoded_acceptance(backend: Backend, prompt: list[int], steps: int) -> Accep
 @cache
 def greedy_text(target: Target, seed: int) -> list[int]:
     prompt = random_ids(8, seed=seed)
-    return [*prompt, *islice(plain(TorchBackend(target), prompt, GREEDY), 40)]
+    return [*prompt, *islice(plain(Engine().sequence(target), prompt, GREEDY), 40)]
 
 
 @cache
 def tuned_head(target: Target) -> MTPHead:
     """A head that is often right about a few texts, because it was fitted to them."""
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     ids = torch.tensor([greedy_text(target, seed) for seed in range(4)])
     states = text_states(target, ids)
     choices = target.logits(states).argmax(-1)
@@ -198,14 +196,14 @@ def test_head_that_equals_the_target_is_always_accepted() -> None:
     weights = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     model.lm_head.weight = torch.nn.Parameter(weights)
     target = Target(model, source.tokenizer, "memoryless")
-    head = MTPHead(target)
+    head = MTPHead(target.model)
     with torch.no_grad():
         size = target.config.hidden_size
         head.input_proj.weight[:, :size] = 0
     prompt = random_ids(7)
-    rounds = list(islice(speculative(TorchBackend(target, head), prompt, Chain(5), GREEDY), 1, 11))
+    rounds = list(islice(speculative(Engine().sequence(target, head), prompt, Chain(5, GREEDY), GREEDY), 1, 11))
     assert [one.accepted for one in rounds] == [5] * 10
-    expected = list(islice(plain(TorchBackend(target), prompt, GREEDY), 61))
+    expected = list(islice(plain(Engine().sequence(target), prompt, GREEDY), 61))
     assert [token for one in rounds for token in one.tokens] == expected[1:]
     assert len(set(expected)) > 3
 

@@ -19,13 +19,13 @@ from fastmtp.config import SamplingConfig, TrainConfig
 from fastmtp.decode.plain import plain
 from fastmtp.distill.dataset import Exchange
 from fastmtp.engines.torch.forward import text_states
-from fastmtp.engines.torch.sequence import TorchBackend
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.recursion import STRIDE, recursion, trained_starts
 from fastmtp.train.agreement import agreement
 from fastmtp.train.batches import batch_order, make_batch
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, reference, tiny_target
+from tests.engines import Engine
 
 CONFIG = TrainConfig(
     held_out=3,
@@ -47,7 +47,7 @@ def _exchanges(target: Target, count: int) -> tuple[Exchange, ...]:
     rows = []
     for index in range(count):
         prompt = random_ids(4 + index % 5, seed=index)
-        tokens = plain(TorchBackend(target), prompt, SamplingConfig())
+        tokens = plain(Engine().sequence(target), prompt, SamplingConfig())
         answer = list(islice(tokens, 16 + index % 7))
         mask = [False] * len(prompt) + [True] * len(answer)
         rows.append(Exchange(index, "test", "", "", True, prompt + answer, mask))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from fastmtp.vocabulary.choosing import CHUNK, VOTES
-from fastmtp.vocabulary.draft import DraftVocabulary
+from fastmtp.vocabulary.draft import DraftLists, DraftVocabulary
 from fastmtp.vocabulary.lists import VocabularyLists
 
 TWO = VocabularyLists({"low": [1, 2, 3, 4, 0], "high": [11, 12, 13, 14, 0]})
 LOW, HIGH = [1, 2, 3, 4] * 8, [11, 12, 13, 14] * 8
 
 
-def one_list(ids: list[int], places: int) -> DraftVocabulary:
-    return DraftVocabulary(VocabularyLists.of(ids), 50, places)
+def one_list(ids: list[int], own_tokens: int) -> DraftVocabulary:
+    return DraftVocabulary(DraftLists(VocabularyLists.of(ids), 50, own_tokens))
 
 
 def held(vocabulary: DraftVocabulary) -> list[int]:
@@ -51,7 +51,7 @@ def test_a_new_prompt_and_no_places() -> None:
 @pytest.mark.parametrize("counts", [{}, {"low": [9, 5, 4, 4, 1], "high": [9, 5, 4, 4, 1]}])
 def test_choosing(counts: dict[str, list[int]]) -> None:
     """The prompt's lists, both of a mixed prompt; a new language is noticed at once, and an old one goes later."""
-    vocabulary = DraftVocabulary(VocabularyLists(TWO.lists, counts), 50, 0)
+    vocabulary = DraftVocabulary(DraftLists(VocabularyLists(TWO.lists, counts), 50, 0))
     assert vocabulary.names == ("low", "high")
     vocabulary.start(HIGH)
     assert vocabulary.names == ("high",)
@@ -73,7 +73,7 @@ def test_choosing(counts: dict[str, list[int]]) -> None:
 
 def test_lists_are_the_same_array_when_they_come_back() -> None:
     """So that the rows gathered for them are found again."""
-    vocabulary = DraftVocabulary(TWO, 50, 0)
+    vocabulary = DraftVocabulary(DraftLists(TWO, 50, 0))
     vocabulary.start(LOW)
     first = vocabulary.ids_D
     vocabulary.start(HIGH)
@@ -83,7 +83,7 @@ def test_lists_are_the_same_array_when_they_come_back() -> None:
 
 def test_own_tokens_outlive_a_change_of_lists() -> None:
     """A token may then have two places; both are of that token."""
-    vocabulary = DraftVocabulary(TWO, 50, 4)
+    vocabulary = DraftVocabulary(DraftLists(TWO, 50, 4))
     vocabulary.start([*LOW, 30, 11])
     assert held(vocabulary) == [30, 11]
     vocabulary.see(HIGH * VOTES)

@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.sampling import candidates, invert
-from fastmtp.engines.protocol import Batch
+from fastmtp.decode.sampling import choose
+from fastmtp.engines.protocol import Engine
 
 PREFILL_TOKENS = 8192
 LOOP_TOKENS = 64
@@ -24,14 +20,13 @@ LOOP_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sequence to decode; `key` is the caller's own."""
+    """One sequence to decode; `key` is the caller's own. Its draws depend on its own seed only."""
 
     key: Any
     prompt: list[int]
     max_new_tokens: int
     sampling: SamplingConfig
     end_ids: frozenset[int]
-    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -56,13 +51,13 @@ class _Row:
         return False if cut else None
 
 
-def decode_batch(engine: Batch, queue: deque[Request], slots: int) -> Iterator[Completion]:
+def decode_batch(engine: Engine, queue: deque[Request], slots: int) -> Iterator[Completion]:
     """Decode every request in the queue, `slots` at a time, in order of completion.
 
-    The caller may append to the queue whenever a completion comes out. Every request draws from its own
-    generator, so what it gives does not depend on its neighbours but through rounding.
+    The caller may append to the queue whenever a completion comes out. What a request gives does not depend on its
+    neighbours but through an engine's rounding.
     """
-    engine.reset(slots)
+    batch = engine.batch(slots)
     rows: dict[int, _Row] = {}
     while queue or rows:
         free = [slot for slot in range(slots) if slot not in rows]
@@ -70,14 +65,14 @@ def decode_batch(engine: Batch, queue: deque[Request], slots: int) -> Iterator[C
         if queue and (not rows or len(free) >= min(len(queue), max(1, slots // 16))):
             fresh = _admit(queue, free)
             rows |= fresh
-            logits_RV = engine.prefill({slot: row.request.prompt for slot, row in fresh.items()})
+            logits_RV = batch.prefill({slot: row.request.prompt for slot, row in fresh.items()})
             active = list(fresh)
         else:
             active = list(rows)
-            logits_RV = engine.step({slot: row.tokens[-1] for slot, row in rows.items()})
-        for slot, token in zip(active, _draw([rows[slot] for slot in active], logits_RV), strict=True):
+            logits_RV = batch.step({slot: row.tokens[-1] for slot, row in rows.items()})
+        for slot, logits_V in zip(active, logits_RV, strict=True):
             row = rows[slot]
-            row.tokens.append(token)
+            row.tokens.append(choose(logits_V, row.request.sampling, len(row.request.prompt) + len(row.tokens)))
             finished = row.ended()
             if finished is not None:
                 del rows[slot]
@@ -101,18 +96,3 @@ def _admit(queue: deque[Request], free: list[int]) -> dict[int, _Row]:
             break
         fresh[free[len(fresh)]] = _Row(queue.popleft())
     return fresh
-
-
-def _draw(rows: list[_Row], logits_RV: Tensor) -> list[int]:
-    """One token for each row, from the row's own generator."""
-    tokens = [0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: repr(rows[index].request.sampling))
-    for _, group in groupby(order, key=lambda index: rows[index].request.sampling):
-        indices = list(group)
-        requests = [rows[index].request for index in indices]
-        probabilities, ids = candidates(logits_RV[indices], requests[0].sampling)
-        draws = [torch.rand(1, generator=request.generator, dtype=torch.float64) for request in requests]
-        chosen = invert(probabilities, torch.cat(draws).to(probabilities.device))
-        for index, token in zip(indices, ids.gather(-1, chosen[:, None])[:, 0].tolist(), strict=True):
-            tokens[index] = token
-    return tokens

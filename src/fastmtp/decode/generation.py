@@ -10,11 +10,11 @@ from typing import Literal
 from tokenizers.decoders import DecodeStream
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Drafter
+from fastmtp.decode.drafting.drafter import Drafter, NewDrafter
 from fastmtp.decode.plain import plain
 from fastmtp.decode.planned import Plans
 from fastmtp.decode.speculative import Round, speculative
-from fastmtp.engines.protocol import Backend
+from fastmtp.engines.protocol import TokenSequence
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.info import TargetInfo
 
@@ -29,6 +29,7 @@ class Result:
     text: str
     stopped: StopReason
     acceptance: Acceptance
+    rounds: list[int]  # tokens that each round settled, after the first token
     verified: int  # tokens in all target forwards after the prefill
     prefill_seconds: float
     decode_seconds: float
@@ -47,11 +48,11 @@ class Generation:
 
     def __init__(
         self,
-        backend: Backend,
+        sequence: TokenSequence,
         target: TargetInfo,
         prompt: Sequence[int],
         *,
-        drafter: Drafter | None,
+        new_drafter: NewDrafter | None,
         sampling: SamplingConfig,
         max_new_tokens: int,
         stop: Sequence[str] = (),
@@ -59,37 +60,38 @@ class Generation:
         """Prepare an answer.
 
         Args:
-            drafter: None decodes plainly.
+            new_drafter: makes the drafter; None decodes plainly.
             stop: the answer ends before the first of these strings.
         Raises:
             ValueError: the prompt is empty or fills the context, or a limit is below 1.
         """
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
-        if len(prompt) >= backend.context_limit:
+        if len(prompt) >= sequence.context_limit:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context ends at {backend.context_limit}; shorten it"
+                f"the prompt has {len(prompt)} tokens and the context ends at {sequence.context_limit}; shorten it"
             )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         if any(not text for text in stop):
             raise ValueError("a stop string is empty")
-        self._backend, self._target, self._prompt = backend, target, list(prompt)
-        self._drafter, self._sampling = drafter, sampling
+        self._sequence, self._target, self._prompt = sequence, target, list(prompt)
+        self._new_drafter, self._sampling = new_drafter, sampling
         self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
 
     def __iter__(self) -> Iterator[str]:
         answer = _Answer(self._target, self._max_new_tokens, self._stop)
-        accepted: list[int] = []
+        rounds: list[int] = []
         verified, planned = 0, []
+        drafter = None if self._new_drafter is None else self._new_drafter(self._prompt, self._sampling)
         started = first = time.perf_counter()
-        for settled in self._rounds():
+        for settled in self._rounds(drafter):
             used = answer.extend(settled.tokens)
             if len(answer.tokens) == used:
                 first = time.perf_counter()
             else:
                 # The end of the answer cuts its last round: what lies beyond was verified for nothing.
-                accepted.append(used - 1)
+                rounds.append(used)
                 verified += 1 + settled.drafted
                 if settled.planned is not None:
                     planned.append(settled.planned)
@@ -104,7 +106,8 @@ class Generation:
             tokens=answer.tokens,
             text=answer.text,
             stopped=answer.stopped or "context",
-            acceptance=Acceptance.of(accepted, self._drafter.depth if self._drafter else 0),
+            acceptance=Acceptance.of((settled - 1 for settled in rounds), drafter.depth if drafter else 0),
+            rounds=rounds,
             verified=verified,
             prefill_seconds=first - started,
             decode_seconds=ended - first,
@@ -117,10 +120,10 @@ class Generation:
             pass
         return self.result
 
-    def _rounds(self) -> Iterator[Round]:
-        if self._drafter is not None:
-            return speculative(self._backend, self._prompt, self._drafter, self._sampling)
-        return (Round([token], 0) for token in plain(self._backend, self._prompt, self._sampling))
+    def _rounds(self, drafter: Drafter | None) -> Iterator[Round]:
+        if drafter is not None:
+            return speculative(self._sequence, self._prompt, drafter, self._sampling)
+        return (Round([token], 0) for token in plain(self._sequence, self._prompt, self._sampling))
 
 
 class _Answer:

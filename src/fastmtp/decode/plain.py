@@ -6,16 +6,27 @@ from collections.abc import Iterator, Sequence
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.sampling import choose
-from fastmtp.engines.protocol import Backend
+from fastmtp.engines.protocol import TokenSequence
+from fastmtp.engines.tree import Tree
 
 
-def plain(backend: Backend, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
+def plain(sequence: TokenSequence, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
     """Tokens that follow the prompt, without end, until the context is full."""
-    token = choose(backend.prefill(prompt), sampling, len(prompt))
+    token = choose(sequence.prefill(prompt), sampling, len(prompt))
+    text = sequence.texts
     yield token
-    while (length := len(backend.tokens)) < backend.context_limit:
+    while (length := len(sequence.tokens)) < sequence.context_limit:
+        check_owned(sequence, text)
         if sampling.temperature == 0:
-            token = backend.choices([token])[0]
+            following = sequence.verify_greedy(Tree(token))[0]
         else:
-            token = choose(backend.verify([token])[0], sampling, length + 1)
+            following = choose(sequence.verify(Tree(token))[0], sampling, length + 1)
+        sequence.commit([0])
+        token = following
         yield token
+
+
+def check_owned(sequence: TokenSequence, text: int) -> None:
+    """Raises RuntimeError if another text was begun in the sequence since its `texts` was `text`."""
+    if sequence.texts != text:
+        raise RuntimeError("another text was begun in this sequence; two texts at a time need a sequence each")

@@ -11,9 +11,9 @@ from fastmtp.engines.tree import Tree
 
 @dataclass(frozen=True)
 class Planned:
-    """A round. A token that the text and the head both name counts as the text's."""
+    """A round. A token that the text and the head both propose counts as the text's."""
 
-    levels: int  # of the head's tree
+    levels: int  # how often the head was asked
     depth: int  # of the tree that was verified
     from_text: int
     from_head: int
@@ -24,17 +24,17 @@ class Planned:
 
     @classmethod
     def of(cls, tree: Tree, path: Sequence[int], measured_ms: float) -> Planned:
-        drafted, kept = tree.nodes[1:], [tree.nodes[place] for place in path[1:]]
+        drafted, accepted = ([tree.nodes[node] for node in nodes[1:]] for nodes in (tree.verified, path))
         from_text = sum(node.from_text for node in drafted)
-        accepted_from_text = sum(node.from_text for node in kept)
+        accepted_from_text = sum(node.from_text for node in accepted)
         return cls(
-            levels=tree.levels,
-            depth=max(node.depth for node in tree.nodes),
+            levels=len(tree.asked),
+            depth=max((node.depth for node in drafted), default=0),
             from_text=from_text,
             from_head=len(drafted) - from_text,
             accepted_from_text=accepted_from_text,
-            accepted_from_head=len(kept) - accepted_from_text,
-            expected_ms=tree.milliseconds,
+            accepted_from_head=len(accepted) - accepted_from_text,
+            expected_ms=tree.expected_ms,
             measured_ms=measured_ms,
         )
 

@@ -1,4 +1,4 @@
-"""Speculative decoding with the target's own head (FastMTP, section 2)."""
+"""Speculative decoding with the target's own head (FastMTP, section 2): the one loop."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Drafter
+from fastmtp.decode.plain import check_owned
 from fastmtp.decode.planned import Planned
 from fastmtp.decode.sampling import choose
-from fastmtp.engines.protocol import Backend
+from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
+from fastmtp.method.acceptance import follow
 
 
 @dataclass(frozen=True)
 class Round:
-    """One target forward: the tokens it settled, and how many tokens were drafted for it.
+    """One target forward: the tokens that it settled, and how many were drafted for it.
 
     All but the last of the tokens are accepted drafts. The prompt's own round plans nothing.
     """
@@ -31,45 +33,34 @@ class Round:
 
 
 def speculative(
-    backend: Backend, prompt: Sequence[int], drafter: Drafter, sampling: SamplingConfig
+    sequence: TokenSequence, prompt: Sequence[int], drafter: Drafter, sampling: SamplingConfig
 ) -> Iterator[Round]:
     """Rounds of tokens that follow the prompt, without end, until the context is full.
 
     The tokens are those of `plain`, at a temperature too.
-    """
-    token = choose(backend.prefill(prompt), sampling, len(prompt))
-    yield Round([token], 0)
-    drafter.start(prompt, sampling)
-    while (length := len(backend.tokens)) < backend.context_limit:
-        started = time.perf_counter()
-        tree = drafter.propose(backend, token, backend.context_limit - length)
-        path, token = follow(tree, _verify(backend, tree, sampling))
-        backend.keep(path)
-        drafter.learn(tree, path)
-        planned = Planned.of(tree, path, 1e3 * (time.perf_counter() - started))
-        yield Round([*(tree.nodes[place].token for place in path[1:]), token], len(tree.nodes) - 1, planned)
-
-
-def follow(tree: Tree, choice: Callable[[int], int]) -> tuple[list[int], int]:
-    """The path from the first node on that the target takes, and the token after it.
 
     Args:
-        choice: the target's token after a node; asked for once for each node of the path.
+        drafter: a new one, made for this prompt and sampling.
     """
-    path = [0]
-    while True:
-        token = choice(path[-1])
-        child = tree.child(path[-1], token)
-        if child is None:
-            return path, token
-        path.append(child)
+    token = choose(sequence.prefill(prompt), sampling, len(prompt))
+    text = sequence.texts
+    yield Round([token], 0)
+    while (length := len(sequence.tokens)) < sequence.context_limit:
+        check_owned(sequence, text)
+        started = time.perf_counter()
+        tree = drafter.propose(sequence, token, sequence.context_limit - length)
+        path, token = follow(verify(sequence, tree, sampling), tree.child)
+        sequence.commit(path)
+        drafter.learn(tree, path)
+        planned = Planned.of(tree, path, 1e3 * (time.perf_counter() - started))
+        yield Round([*(tree.nodes[node].token for node in path[1:]), token], len(tree.verified) - 1, planned)
 
 
-def _verify(backend: Backend, tree: Tree, sampling: SamplingConfig) -> Callable[[int], int]:
-    """One forward of the target over a tree: the token that it has after a node."""
-    parents = None if tree.is_chain else tree.parents
+def verify(sequence: TokenSequence, tree: Tree, sampling: SamplingConfig) -> Callable[[int], int]:
+    """One forward of the target over a tree; the token that the target has after a node."""
     if sampling.temperature == 0:
-        return backend.choices(tree.tokens, parents).__getitem__
-    place = len(backend.tokens) + 1
-    logits_MV = backend.verify(tree.tokens, parents)
-    return lambda node: choose(logits_MV[node], sampling, place + tree.nodes[node].depth)
+        tokens = sequence.verify_greedy(tree)
+        return lambda node: tokens[tree.rows[node]]
+    position = len(sequence.tokens) + 1
+    logits_MV = sequence.verify(tree)
+    return lambda node: choose(logits_MV[tree.rows[node]], sampling, position + tree.nodes[node].depth)

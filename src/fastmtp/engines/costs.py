@@ -5,18 +5,25 @@ Everything is timed several times in turn (A B C A B C), and the least time is t
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
-from fastmtp.engines.protocol import Backend
-from fastmtp.files import read_json, write_json
+from fastmtp.engines.protocol import Engine, Head, TokenSequence
+from fastmtp.engines.tree import Tree
+from fastmtp.files import cache_directory, read_json, write_json
+from fastmtp.progress import QUIET, Progress
+from fastmtp.provenance import machine
+from fastmtp.vocabulary.draft import DraftLists
 
-# Tokens verified together, of which a backend's forwards are timed.
+# Tokens verified together, of which forwards are timed.
 TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
 # Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
 CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
@@ -56,11 +63,11 @@ class ChainCosts:
         return self.verify_ms + self.draft_steps * self.step_ms[size]
 
 
-def of_chains(drafting: dict[int, Backend], steps: int, vocabulary_size: int) -> ChainCosts:
+def of_chains(drafting: dict[int, TokenSequence], steps: int, vocabulary_size: int) -> ChainCosts:
     """Time chains of K drafts.
 
     Args:
-        drafting: backends with a head, by the size of their draft vocabularies.
+        drafting: sequences with a head, by the size of their draft vocabularies.
     """
     ids = some_ids(vocabulary_size, CONTEXT)
     verify = forward_task(next(iter(drafting.values())), ids, steps + 1)
@@ -68,18 +75,22 @@ def of_chains(drafting: dict[int, Backend], steps: int, vocabulary_size: int) ->
     return ChainCosts(steps, found.pop(0), found)
 
 
-def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint: str) -> Costs:
-    """Costs for planning this backend's rounds: from the cache if its fingerprint is this one, else timed and kept.
-
-    Its sequence is lost when they are timed.
-    """
+def costs_of(engine: Engine, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+    """Costs of an engine's rounds; timed once for a machine, a model and a draft vocabulary, and kept."""
+    sequence, target = engine.new_sequence(head, lists), engine.target
+    timed: list[Any] = [TOGETHER, CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
+    model = [target.source, target.identity.tokenizer_sha256, sequence.draft_size]
+    facts = [importlib.metadata.version("fastmtp"), machine(), engine.name, *model, *timed]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    path = cache_directory() / f"costs-{fingerprint[:16]}.json"
     try:
-        kept = read_json(cache).get(fingerprint, {})
+        kept = read_json(path).get(fingerprint, {})
     except (FileNotFoundError, ValueError):
         kept = {}
     if not kept:
-        kept = asdict(_timed(backend, vocabulary_size))
-        write_json(cache, {fingerprint: kept})
+        with progress.status("timing forwards and drafts, once for this model and machine"):
+            kept = asdict(_timed(sequence, target.vocabulary_size))
+        write_json(path, {fingerprint: kept})
     by_context = {
         int(context): {int(count): ms for count, ms in times.items()}
         for context, times in kept["forward_ms"].items()
@@ -87,16 +98,16 @@ def of_backend(backend: Backend, vocabulary_size: int, cache: Path, fingerprint:
     return Costs(by_context, kept["ask_ms"])
 
 
-def _timed(backend: Backend, vocabulary_size: int) -> Costs:
+def _timed(sequence: TokenSequence, vocabulary_size: int) -> Costs:
     contexts: dict[int, Sequence[int]] = {CONTEXT: TOGETHER}
-    if backend.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
+    if sequence.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
         contexts[LONG_CONTEXT] = LONG_TOGETHER
     by_context: dict[int, dict[int, float]] = {}
     for context, together in contexts.items():
         ids = some_ids(vocabulary_size, context)
-        tasks = {count: forward_task(backend, ids, count, _RUNS) for count in together}
+        tasks = {count: forward_task(sequence, ids, count, _RUNS) for count in together}
         by_context[context] = least_ms(tasks, _REPEATS)
-    asking = ask_task(backend, some_ids(vocabulary_size, CONTEXT))
+    asking = ask_task(sequence, some_ids(vocabulary_size, CONTEXT))
     return Costs(by_context, least_ms({0: asking}, _REPEATS)[0])
 
 
@@ -106,39 +117,40 @@ def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
     return {number: 1e3 * min(turn[number] for turn in turns) for number in tasks}
 
 
-def forward_task(backend: Backend, context: Sequence[int], count: int, runs: int = 5) -> Task:
-    """Seconds of one forward over `count` tokens, with the choices after them; the median of some runs."""
+def forward_task(sequence: TokenSequence, context: Sequence[int], count: int, runs: int = 5) -> Task:
+    """Seconds of one forward over `count` tokens, with the argmax after each; the median of some runs."""
+    tree = Tree.chain(context[:count])
 
     def run() -> float:
-        backend.prefill(context)
-        return timed(lambda: backend.choices(context[:count]))
+        sequence.prefill(context)
+        return timed(lambda: sequence.verify_greedy(tree))
 
     run()
     return lambda: median(run() for _ in range(runs))
 
 
-def draft_task(backend: Backend, context: Sequence[int], steps: int) -> Task:
+def draft_task(sequence: TokenSequence, context: Sequence[int], steps: int) -> Task:
     """Seconds of one step of a greedy draft chain."""
 
     def run() -> float:
         # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
-        backend.prefill(context)
-        return timed(lambda: backend.draft(context[0], steps)) / steps
+        sequence.prefill(context)
+        return timed(lambda: sequence.draft(context[0], steps)) / steps
 
     run()
     return lambda: median(run() for _ in range(5))
 
 
-def ask_task(backend: Backend, context: Sequence[int]) -> Task:
+def ask_task(sequence: TokenSequence, context: Sequence[int]) -> Task:
     """Seconds of asking the head for four candidates, at one of four nodes along a path."""
 
     def path() -> None:
-        found = backend.start_tree(context[0], 4)
-        for node in range(3):
-            found = backend.extend_tree([node], found.tokens[:1], 4)[0]
+        tree = Tree(context[0])
+        for node in range(4):
+            tree.add(node, sequence.ask(tree, [node], 4)[0].tokens[0])
 
     def run() -> float:
-        backend.prefill(context)
+        sequence.prefill(context)
         return timed(path) / 4
 
     run()

@@ -1,99 +1,173 @@
-"""The small protocol that an engine implements.
+"""What an engine is: weights, and sequences that run on them.
 
-Tokens that are verified or drafted together are a chain or a tree (models/trees.py).
-Shapes: M tokens verified together, N nodes drafted together, R sequences, D draft vocabulary, V vocabulary.
+Shapes: T tokens, M nodes verified together, R sequences, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from fastmtp.engines.tree import Tree
 from fastmtp.models.info import TargetInfo
+from fastmtp.vocabulary.draft import DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
+
+Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The likeliest tokens to follow a node of a draft tree, in order, and the head's probability of each."""
+    """The likeliest tokens to follow a node of a tree, in order, and the head's probability of each."""
 
     tokens: list[int]
     confidences: list[float]
 
 
-class HeadBackend(Protocol):
-    """What a drafter sees of a sequence: its tokens, whose keys and values are cached, and the head."""
+@dataclass(frozen=True)
+class Head:
+    """A head in an engine: its weights in the engine's own form, its lists, and the K it was trained for."""
+
+    weights: Any
+    lists: VocabularyLists
+    draft_steps: int
+    directory: Path | None = None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time of a forward: the bytes of weights that it reads, at the bandwidth measured now."""
+
+    bytes: int
+    bandwidth_gb_s: float
 
     @property
-    def tokens(self) -> Sequence[int]: ...
+    def ms(self) -> float:
+        return self.bytes / self.bandwidth_gb_s / 1e6
+
+
+class DraftingSequence(Protocol):
+    """What a drafter sees of a sequence: its tokens, and the head."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens so far, whose keys and values are cached."""
+        ...
 
     def draft(self, token: int, steps: int) -> list[int]:
-        """The head's likeliest `steps` tokens to follow `token`, the sequence's next token, not yet cached."""
+        """The head's `steps` likeliest tokens, one after the other, after `token`, the sequence's next token."""
         ...
 
-    def start_tree(self, token: int, width: int) -> Candidates:
-        """Begin a draft tree with `token` as for `draft`, as node 0; `width` candidates, or all, to follow it."""
+    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
+        """What the head says of what follows each of these nodes; at most `width` candidates.
+
+        The root is asked alone and first, any other node after its parent.
+        """
         ...
 
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        """Add N tokens, each after a node of an earlier call, as the next nodes; candidates to follow each."""
-        ...
 
+class TokenSequence(DraftingSequence, Protocol):
+    """One text, with everything that is kept for it: caches, the draft cache, own draft rows.
 
-class Backend(HeadBackend, Protocol):
-    """One sequence in one engine."""
+    Sequences of one engine do not know of each other. One sequence is for one caller at a time: a call while
+    another one runs is a RuntimeError.
+    """
 
     @property
-    def name(self) -> str: ...
+    def context_limit(self) -> int: ...
+
+    @property
+    def texts(self) -> int:
+        """How often `prefill` was called; who decodes can tell that nobody else has taken the sequence."""
+        ...
 
     @property
     def draft_size(self) -> int:
         """How many tokens a draft step scores now."""
         ...
 
-    @property
-    def context_limit(self) -> int: ...
-
-    def reset(self) -> None:
-        """Forget the sequence."""
+    def prefill(self, prompt: Sequence[int]) -> Logits:
+        """Make the text exactly `prompt`, keeping what can be kept of before; logits [V] after its last token."""
         ...
 
-    def prefill(self, prompt: Sequence[int]) -> Tensor:
-        """Make the sequence exactly `prompt` (what is cached of it is kept); logits [V] after its last token."""
-        ...
+    def verify(self, tree: Tree) -> Logits:
+        """One forward of the target over a tree; logits [M, V], row by row of `tree.verified`.
 
-    def verify(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Tensor:
-        """Append M tokens in one forward of the target; logits [M, V] after each.
-
-        A tree, given by its tokens' parents, becomes part of the sequence only when a path of it is kept.
+        Nothing of it belongs to the sequence until `commit`.
         """
         ...
 
-    def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
-        """Like `verify`, but only the likeliest token after each (of equal ones the first)."""
+    def verify_greedy(self, tree: Tree) -> list[int]:
+        """Like `verify`, but only the argmax of each row; of equal logits the first."""
         ...
 
-    def keep(self, nodes: Sequence[int]) -> None:
-        """Of the tokens of the last `verify` keep only these, which are a path from the sequence on, by index."""
+    def commit(self, path: Sequence[int]) -> None:
+        """Append these nodes of the tree verified last, a path from its root on. The rest of it is forgotten."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the text."""
         ...
 
 
 class Batch(Protocol):
-    """Many sequences in one engine, one in each slot, decoded plainly."""
+    """Many sequences that are decoded plainly together, one in each slot."""
+
+    def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
+        """Start sequences in the slots named; logits [R, V] after the last token of each."""
+        ...
+
+    def step(self, tokens: Mapping[int, int]) -> Logits:
+        """Append a token in each slot named, in one forward; logits [R, V]. Other slots are free from now on."""
+        ...
+
+
+class Engine(Protocol):
+    """A target's weights in one kind of arithmetic on one machine. Any number of sequences may run on it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def arithmetic(self) -> str:
+        """What distinguishes its rounding from another engine's."""
+        ...
 
     @property
     def target(self) -> TargetInfo: ...
 
-    def reset(self, slots: int) -> None:
-        """Forget all sequences, and make room for so many."""
+    def load_head(self, directory: Path) -> Head:
+        """A head directory's weights in this engine.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: a file is damaged, or the head does not fit the target; every mismatch is named.
+        """
         ...
 
-    def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Tensor:
-        """Start sequences in the slots named; logits [R, V] after the last token of each."""
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
+        """An empty sequence.
+
+        Args:
+            lists: what its draft steps score; None is all tokens.
+        """
         ...
 
-    def step(self, tokens: Mapping[int, int]) -> Tensor:
-        """Append a token in each slot named, in one forward; logits [R, V]. Other slots are free from now on."""
+    def forward(self, texts: Sequence[Sequence[int]]) -> list[Any]:
+        """The target's states [T, H] of whole texts, in the engine's own kind of array."""
         ...
+
+    def forward_with_inputs(self, text: Sequence[int]) -> tuple[Any, Any]:
+        """The states [T, H] of a text, and what the target's last layer was given [T, H]."""
+        ...
+
+    def batch(self, slots: int) -> Batch:
+        """Room for so many sequences that are decoded together."""
+        ...
+
+    def floor(self) -> Floor: ...

@@ -1,97 +1,96 @@
-"""What the engines share: one sequence's tokens, and the head's catching up with the target.
+"""What sequences of all engines share: the text, and the head's catching up with the target.
 
-Shapes: T tokens, H hidden, D draft vocabulary with what it has grown by, V vocabulary. States are an
-engine's own kind of array.
+Shapes: T tokens, H hidden, V vocabulary, D draft vocabulary with the sequence's own tokens. States are an engine's
+own kind of array.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
-from fastmtp.decode.sampling import greedy
-from fastmtp.engines.protocol import Candidates
+from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.engines.tree import Tree
+from fastmtp.models.info import TargetInfo
 from fastmtp.vocabulary.draft import DraftVocabulary
-from fastmtp.vocabulary.lists import VocabularyLists
 
-States = TypeVar("States", Tensor, NDArray[np.float32])
+States = TypeVar("States", bound=Any)
 
 
-class SequenceBackend(ABC, Generic[States]):
-    """One sequence: `Backend` in terms of some functions of an engine.
+class Runner(Protocol[States]):
+    """What an engine computes for one sequence, and its caches: the target's, and the head's own (the draft cache).
 
-    The draft cache holds step-1 states only, each from the target's own state, except while a draft is made.
-    State t of it depends on token t + 1, so it may lag behind the target's; `_states_TH` are the target's
-    states that it has not consumed yet, and position t of that tensor is sequence position `_drafted` + t.
+    Neither cache knows its length: whoever calls says where tokens begin, over what was held there.
     """
 
-    def __init__(
-        self,
-        *,
-        context_limit: int,
-        vocabulary_size: int,
-        no_states: States | None,
-        draft_vocabulary: VocabularyLists | None,
-        places: int,
-    ) -> None:
-        """Start with an empty sequence.
+    @property
+    def no_states(self) -> States | None:
+        """[0, H]; None if there is no head that would want states."""
+        ...
 
-        Args:
-            no_states: [0, H], or None if there is no head that would want states.
-            draft_vocabulary: lists of the tokens that the draft step scores; None, or none of them, is all.
-            places: how many tokens of its own text a sequence may add to them.
-        """
-        self.context_limit = context_limit
-        self._vocabulary_size = vocabulary_size
-        self._vocabulary: DraftVocabulary | None = None
-        if draft_vocabulary is not None and draft_vocabulary.lists:
-            self._vocabulary = DraftVocabulary(draft_vocabulary, vocabulary_size, places)
-        self._tokens: list[int] = []
-        # How many tokens the last forward added; its tokens and states where they are a tree.
-        self._added = 0
-        self._tree: tuple[Sequence[int], States] | None = None
-        self._drafted = 0
-        self._states_TH: States | None = no_states
+    def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
+        """The target's states [T, H] of tokens, or of a tree given by its rows' parents, from `start` on."""
+        ...
 
-    @abstractmethod
-    def _forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
-        """The target's states [T, H] of tokens or a tree from `start` on, forgetting what was held there."""
+    def commit(self, start: int, rows: Sequence[int]) -> None:
+        """Make these rows of the last forward, which began at `start`, the tokens from there on."""
+        ...
 
-    @abstractmethod
-    def _keep_path(self, start: int, nodes: Sequence[int]) -> None:
-        """Make these nodes of the tree at `start` the tokens from there on, in the target's cache."""
-
-    @abstractmethod
-    def _logits(self, states_TH: States) -> Tensor:
+    def logits(self, states_TH: States) -> Logits:
         """[T, V]"""
+        ...
 
-    @abstractmethod
-    def _head_forward(self, start: int, states_TH: States, tokens: Sequence[int]) -> States:
-        """The head's states [T, H] at positions from `start` on, forgetting what was held there."""
+    def argmax(self, states_TH: States) -> list[int]:
+        """Of each row of logits; of equal ones the first."""
+        ...
 
-    @abstractmethod
-    def _draft_logits(self, states_TH: States) -> Tensor:
-        """[T, D]"""
+    def draft(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
+        """The head's likeliest tokens, one after the other, from the states and tokens at `start` on."""
+        ...
 
-    @abstractmethod
-    def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> Candidates:
-        """`_head_forward`, and the last token becomes node 0 of a new draft tree; candidates to follow it."""
+    def start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> list[Candidates]:
+        """The head over states and tokens at `start`; the last token is place 0 of a tree in the draft cache."""
+        ...
 
-    @abstractmethod
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]: ...
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        """The head over tokens that follow places of that tree; they take the next places."""
+        ...
 
-    @abstractmethod
-    def _fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
+    def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
         """Score the LM head's rows of the lists that are chosen, and of the own tokens, by place, that changed."""
+        ...
 
-    @abstractmethod
-    def _join(self, states_TH: States, more_TH: States) -> States:
+    def join(self, states_TH: States, more_TH: States) -> States:
         """One after the other."""
+        ...
+
+
+class TextSequence(Generic[States]):
+    """`TokenSequence`: the text, and how far the head has followed it.
+
+    The draft cache holds step-1 states only, each from the target's own state, except while a draft is made.
+    State t of it depends on token t + 1, so it may lag behind the target's: `_states_TH` are the target's states
+    that the head has not consumed yet, the first of them at position `_drafted` of the text.
+    """
+
+    def __init__(self, runner: Runner[States], target: TargetInfo, vocabulary: DraftVocabulary | None) -> None:
+        """
+        Args:
+            vocabulary: what draft steps score; None is all tokens.
+        """
+        self.context_limit = target.context_limit
+        self.texts = 0
+        self._runner, self._vocabulary = runner, vocabulary
+        self._vocabulary_size = target.vocabulary_size
+        self._tokens: list[int] = []
+        self._drafted = 0
+        self._states_TH = runner.no_states
+        self._verified: tuple[Tree, States] | None = None
+        # By node of the tree that the head is asked about, its place in the draft cache.
+        self._asked: dict[int, int] = {}
+        self._running = Lock()
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -103,52 +102,91 @@ class SequenceBackend(ABC, Generic[States]):
         return self._vocabulary_size if vocabulary is None else len(vocabulary.ids_D) + len(vocabulary.own_ids)
 
     def reset(self) -> None:
-        self._rewind(0)
+        with self._alone():
+            self._rewind(0)
 
-    def prefill(self, prompt: Sequence[int]) -> Tensor:
-        common = _common_prefix(self._tokens, prompt)
-        # The last shared token is computed again: its state and logits are wanted, and the draft state before
-        # it saw the token itself, which is shared.
-        keep = max(0, min(common, len(prompt) - 1) - 1)
-        self._rewind(keep)
-        if self._vocabulary is not None:
-            self._fit_rows(self._vocabulary, self._vocabulary.start(prompt))
-        return self._logits(self._append(prompt[keep:])[-1:])[0]
+    def prefill(self, prompt: Sequence[int]) -> Logits:
+        with self._alone():
+            self.texts += 1
+            # The last shared token is computed again: its state and logits are wanted, and the draft state before
+            # it has seen the token itself, which is shared.
+            start = max(0, min(common_prefix(self._tokens, prompt), len(prompt) - 1) - 1)
+            self._rewind(start)
+            if self._vocabulary is not None:
+                self._runner.fit_rows(self._vocabulary, self._vocabulary.start(prompt))
+            states_TH = self._runner.forward(start, prompt[start:], None)
+            self._append(prompt[start:], states_TH)
+            logits_V: Logits = self._runner.logits(states_TH[-1:])[0]
+            return logits_V
 
-    def verify(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Tensor:
-        return self._logits(self._append(tokens, parents))
+    def verify(self, tree: Tree) -> Logits:
+        with self._alone():
+            return self._runner.logits(self._run(tree))
 
-    def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
-        return greedy(self.verify(tokens, parents))
+    def verify_greedy(self, tree: Tree) -> list[int]:
+        with self._alone():
+            return self._runner.argmax(self._run(tree))
 
-    def keep(self, nodes: Sequence[int]) -> None:
-        if self._tree is None:
-            length = len(self._tokens) - self._added + len(nodes)
-            assert nodes[-1] + 1 == len(nodes) <= self._added and self._drafted < length
-            self._rewind(length)
-        else:
-            tokens, states_TH = self._tree
-            self._keep_path(len(self._tokens), nodes)
-            self._settle([tokens[node] for node in nodes], states_TH[list(nodes)])
-        self._added = len(nodes)
+    def commit(self, path: Sequence[int]) -> None:
+        with self._alone():
+            assert self._verified is not None, "nothing was verified since the last commit"
+            tree, states_TH = self._verified
+            rows = [tree.rows[node] for node in path]
+            if rows == list(range(len(rows))):
+                states_TH = states_TH[: len(rows)]
+            else:
+                self._runner.commit(len(self._tokens), rows)
+                states_TH = states_TH[rows]
+            self._append([tree.nodes[node].token for node in path], states_TH)
 
     def draft(self, token: int, steps: int) -> list[int]:
-        assert steps >= 1
-        drafted = self._chain(*self._waiting(token), steps)
-        self._caught_up()
-        return drafted
+        with self._alone():
+            drafted = self._runner.draft(*self._waiting(token), steps)
+            self._caught_up()
+            return drafted
 
-    def start_tree(self, token: int, width: int) -> Candidates:
-        root = self._start_tree(*self._waiting(token), width)
-        self._caught_up()
-        return root
+    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
+        with self._alone():
+            if nodes[0] == 0:
+                self._asked = {0: 0}
+                found = self._runner.start_tree(*self._waiting(tree.nodes[0].token), width)
+                self._caught_up()
+                return found
+            asked = [tree.nodes[node] for node in nodes]
+            parents = [self._asked[node.parent] for node in asked]
+            for node in nodes:
+                self._asked[node] = len(self._asked)
+            return self._runner.extend_tree(parents, [node.token for node in asked], width)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("this sequence is in use by another thread; give each thread one of its own")
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    def _run(self, tree: Tree) -> States:
+        parents = None if tree.is_chain else tree.parents
+        states_TH = self._runner.forward(len(self._tokens), tree.tokens, parents)
+        self._verified = tree, states_TH
+        return states_TH
+
+    def _append(self, tokens: Sequence[int], states_TH: States) -> None:
+        """Take tokens, whose keys and values are in their place, into the text."""
+        self._verified = None
+        if self._states_TH is not None:
+            waiting = len(self._states_TH) > 0
+            self._states_TH = self._runner.join(self._states_TH, states_TH) if waiting else states_TH
+        self._tokens.extend(tokens)
 
     def _waiting(self, token: int) -> tuple[int, States, list[int]]:
         """Where the head goes on, the states that it takes there, and the tokens after them, `token` last."""
-        assert self._states_TH is not None
+        assert self._states_TH is not None, "this sequence has no head"
         inputs = [*self._tokens[self._drafted + 1 :], token]
         if self._vocabulary is not None:
-            self._fit_rows(self._vocabulary, self._vocabulary.see(inputs))
+            self._runner.fit_rows(self._vocabulary, self._vocabulary.see(inputs))
         return self._drafted, self._states_TH, inputs
 
     def _caught_up(self) -> None:
@@ -156,46 +194,17 @@ class SequenceBackend(ABC, Generic[States]):
         assert self._states_TH is not None
         self._drafted, self._states_TH = len(self._tokens), self._states_TH[:0]
 
-    def _chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
-        """The likeliest tokens, one after the other, from the states and tokens at `start` on; an engine may have a
-        faster way.
-        """
-        drafted: list[int] = []
-        for _ in range(steps):
-            states_TH = self._head_forward(start, states_TH, inputs)[-1:]
-            start += len(inputs)
-            place = greedy(self._draft_logits(states_TH))[0]
-            drafted.append(place if self._vocabulary is None else self._vocabulary.token(place))
-            inputs = drafted[-1:]
-        return drafted
-
-    def _append(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> States:
-        """States [T, H] of new tokens; they are the sequence's unless they are a tree."""
-        states_TH = self._forward(len(self._tokens), tokens, parents)
-        if parents is None:
-            self._settle(tokens, states_TH)
-            self._added = len(tokens)
-        else:
-            self._tree = tokens, states_TH
-        return states_TH
-
-    def _settle(self, tokens: Sequence[int], states_TH: States) -> None:
-        """Take tokens, whose keys and values are in their place, into the sequence."""
-        self._tree = None
-        if self._states_TH is not None:
-            waiting = len(self._states_TH) > 0
-            self._states_TH = self._join(self._states_TH, states_TH) if waiting else states_TH
-        self._tokens.extend(tokens)
-
     def _rewind(self, length: int) -> None:
         """Keep the first `length` tokens; their draft states must have seen no token that goes."""
+        self._verified = None
         del self._tokens[length:]
         self._drafted = min(length, self._drafted)
         if self._states_TH is not None:
             self._states_TH = self._states_TH[: length - self._drafted]
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many first tokens two texts share."""
     count = 0
     for ours, theirs in zip(left, right, strict=False):
         if ours != theirs:

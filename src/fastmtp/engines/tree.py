@@ -1,83 +1,110 @@
-"""A draft tree: while it grows, and as it is verified."""
+"""A tree of tokens that may follow a text: grown by a drafter, verified by an engine, followed by acceptance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from fastmtp.decode.drafting.estimates import Bin
+# Where the outcomes of drafts are counted (decode/drafting/estimates.py).
+Bin = tuple[str, int, int, int]
 
 
-@dataclass
+@dataclass(slots=True)
 class Node:
-    """A token of a growing tree; its estimate is the probability that it is reached and accepted."""
+    """A token after another node; `parent` is -1 for the root.
+
+    `estimate` is the probability that the node is accepted, `bins` are where its outcome is counted, and `children`
+    are nodes by token.
+    """
 
     token: int
     parent: int
     depth: int
     estimate: float
-    # Where what becomes of it is counted, and whether the text named it (it may not have been alone).
-    bins: list[Bin] = field(default_factory=list)
     from_text: bool = False
-    # Nodes by token.
+    bins: list[Bin] = field(default_factory=list)
     children: dict[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class Tree:
-    """Tokens to verify, the sequence's next one first, and for each the one before it (-1: the sequence).
+    """A node is known by its number in `nodes`, from proposal to kernel; node 0 is the sequence's next token.
 
-    `milliseconds` is what its round is expected to take.
+    Attributes:
+        verified: the nodes that the target runs over, each after its parent; row i of its output is of verified[i].
+        asked: the nodes after which the head was asked for candidates, or how often for a chain.
+        expected_ms: predicted duration of the round; 0 where nothing was predicted.
     """
 
-    nodes: list[Node]
-    parents: list[int]
-    levels: int = 0
-    milliseconds: float = 0.0
+    def __init__(self, token: int) -> None:
+        self.nodes = [Node(token, -1, 0, 1.0)]
+        self.asked: list[int] = []
+        self.expected_ms = 0.0
+        self.select([0])
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> Tree:
+        """Tokens one after the other, all of them to be verified."""
+        tree = cls(tokens[0])
+        for token in tokens[1:]:
+            tree.add(len(tree.nodes) - 1, token)
+        tree.select(range(len(tokens)))
+        return tree
+
+    def add(
+        self, parent: int, token: int, chance: float = 1.0, bin_of: Bin | None = None, *, from_text: bool = False
+    ) -> int:
+        """Append a node; `chance` is its probability if its parent is accepted. Returns its number."""
+        before = self.nodes[parent]
+        before.children[token] = len(self.nodes)
+        bins = [] if bin_of is None else [bin_of]
+        self.nodes.append(Node(token, parent, before.depth + 1, before.estimate * chance, from_text, bins))
+        return len(self.nodes) - 1
+
+    def scale(self, node: int, factor: float) -> None:
+        """Multiply the estimates of a node and of all after it."""
+        self.nodes[node].estimate *= factor
+        for child in self.nodes[node].children.values():
+            self.scale(child, factor)
+
+    def select(self, nodes: Iterable[int]) -> None:
+        """Choose the nodes to verify, the root first, each after its parent.
+
+        The first path among them is put first: if it is accepted, its keys and values are in place already.
+        """
+        chosen = list(nodes)
+        path = [0]
+        for node in chosen[1:]:
+            if self.nodes[node].parent == path[-1]:
+                path.append(node)
+        self.verified = path if len(path) == len(chosen) else [*path, *(n for n in chosen if n not in path)]
+        self.rows = {node: row for row, node in enumerate(self.verified)}
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root to one."""
+        nodes = [node]
+        while nodes[-1]:
+            nodes.append(self.nodes[nodes[-1]].parent)
+        return nodes[::-1]
 
     @property
     def tokens(self) -> list[int]:
-        return [node.token for node in self.nodes]
+        """Of the verified nodes."""
+        return [self.nodes[node].token for node in self.verified]
+
+    @property
+    def parents(self) -> list[int]:
+        """By row, the row of the node before; -1 for the root."""
+        return [self.rows.get(self.nodes[node].parent, -1) for node in self.verified]
 
     @property
     def is_chain(self) -> bool:
-        return self.parents == list(range(-1, len(self.parents) - 1))
+        return all(self.nodes[node].depth == row for row, node in enumerate(self.verified))
 
-    def child(self, place: int, token: int) -> int | None:
-        """The place of this token after a node, if it is there."""
-        return next((child for child in self.after(place) if self.nodes[child].token == token), None)
+    def children(self, node: int) -> Iterator[int]:
+        """The verified nodes after one."""
+        return (child for child in self.nodes[node].children.values() if child in self.rows)
 
-    def after(self, place: int) -> list[int]:
-        """The places of the nodes that follow one, in order."""
-        return [child for child, parent in enumerate(self.parents) if parent == place]
-
-
-def add(nodes: list[Node], parent: int, token: int, conditional: float, bin_of: Bin | None, from_text: bool) -> int:
-    """Append a node, whose probability if its parent is reached is given; returns its index."""
-    nodes[parent].children[token] = len(nodes)
-    estimate = nodes[parent].estimate * min(conditional, 0.995)
-    bins = [] if bin_of is None else [bin_of]
-    nodes.append(Node(token, parent, nodes[parent].depth + 1, estimate, bins, from_text))
-    return len(nodes) - 1
-
-
-def scale(nodes: list[Node], index: int, factor: float) -> None:
-    """Change the estimates of a node and of all after it."""
-    nodes[index].estimate *= factor
-    for child in nodes[index].children.values():
-        scale(nodes, child, factor)
-
-
-def part(nodes: Sequence[Node], chosen: Sequence[int], levels: int, milliseconds: float) -> Tree:
-    """The tree of nodes that are chosen, the likeliest first, each after its parent.
-
-    The likeliest path comes first: if it is accepted, its keys and values are in their place already.
-    """
-    path = [0]
-    for index in chosen[1:]:
-        if nodes[index].parent == path[-1]:
-            path.append(index)
-    order = [*path, *(index for index in chosen if index not in path)]
-    places = {-1: -1} | {index: place for place, index in enumerate(order)}
-    parents = [places[nodes[index].parent] for index in order]
-    return Tree([nodes[index] for index in order], parents, levels, milliseconds)
+    def child(self, node: int, token: int) -> int | None:
+        """The verified node of this token after another; None if there is none."""
+        child = self.nodes[node].children.get(token)
+        return child if child in self.rows else None

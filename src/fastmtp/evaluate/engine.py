@@ -6,7 +6,6 @@ Shapes: M tokens verified together, D draft vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,18 +17,17 @@ from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
-from fastmtp.decode.sampling import greedy
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
-from fastmtp.engines.native.batch import NativeBatch
-from fastmtp.engines.native.sequence import NativeBackend
-from fastmtp.engines.native.target import NativeHead, NativeTarget
+from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.protocol import Head
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import machine
+from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
@@ -91,29 +89,26 @@ class EngineReport:
         }
 
 
-def measure(
-    target: NativeTarget, head: NativeHead | None, vocabulary: VocabularyLists | None, draft_steps: int
-) -> EngineReport:
+def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET) -> EngineReport:
     """Measure an engine.
 
     Args:
-        head: an MTP head, for draft steps and rounds; None leaves them out.
-        vocabulary: the draft vocabulary of the rounds; None is all tokens.
-        draft_steps: K of the rounds.
+        head: an MTP head, for draft steps and rounds of its K; None leaves them out.
     """
+    target = engine.target
     tasks = {
         "read": lambda: _READ_BYTES / _native.read_seconds(target.runtime, _READ_BYTES, 3) / 1e9,
-        **_forward_tasks(target),
-        **(_draft_tasks(target, head, vocabulary, draft_steps) if head else {}),
-        **_speed_tasks(target),
-        **_llama_cpp_tasks(target),
+        **_forward_tasks(engine),
+        **(_draft_tasks(engine, head) if head else {}),
+        **_speed_tasks(engine),
+        **_llama_cpp_tasks(engine),
     }
     found: dict[str, list[float]] = defaultdict(list)
-    with bar("bench-engine", _REPEATS * len(tasks)) as progress:
+    with progress.bar("bench-engine", _REPEATS * len(tasks)) as bar:
         for _ in range(_REPEATS):
             for name, task in tasks.items():
                 found[name].append(task())
-                progress.advance(1, 0, name)
+                bar.advance(1, 0, name)
     medians = {name: median(values) for name, values in found.items()}
 
     def by_key(kind: str) -> dict[str, float]:
@@ -123,7 +118,7 @@ def measure(
     cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.head_size * CONTEXT
     return EngineReport(
         model=target.source,
-        engine=NativeBackend(target).name,
+        engine=engine.name,
         machine=machine(),
         bandwidth_gb_s=medians["read"],
         forward_bytes=target.forward_bytes + cached,
@@ -133,93 +128,89 @@ def measure(
         plain_tokens_per_second=medians["plain"],
         batch_tokens_per_second=medians["batch"],
         prefill_tokens_per_second=medians["prefill"],
-        rounds=None if head is None else _rounds(target, head, vocabulary, draft_steps),
+        rounds=None if head is None else _rounds(engine, head),
         llama_cpp=by_key("llama.cpp "),
         llama_cpp_prefill=by_key("llama.cpp-prefill "),
         llama_cpp_version=llama_cpp.version(),
     )
 
 
-def _forward_tasks(target: NativeTarget) -> dict[str, Task]:
-    backend, context = NativeBackend(target), some_ids(target.vocabulary_size, CONTEXT)
-    return {f"forward {count}": forward_task(backend, context, count) for count in TOKENS_TOGETHER}
+def _forward_tasks(engine: NativeEngine) -> dict[str, Task]:
+    sequence, context = engine.new_sequence(), some_ids(engine.target.vocabulary_size, CONTEXT)
+    return {f"forward {count}": forward_task(sequence, context, count) for count in TOKENS_TOGETHER}
 
 
-def _draft_tasks(
-    target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists | None, steps: int
-) -> dict[str, Task]:
-    listed = vocabulary.union() if vocabulary else []
-    everything = list(dict.fromkeys([*listed, *range(target.vocabulary_size)]))
+def _draft_tasks(engine: NativeEngine, head: Head) -> dict[str, Task]:
+    vocabulary_size = engine.target.vocabulary_size
+    everything = list(dict.fromkeys([*head.lists.union(), *range(vocabulary_size)]))
     sizes = [size for size in DRAFT_SIZES if size < len(everything)] + [len(everything)]
-    context = some_ids(target.vocabulary_size, CONTEXT)
+    context = some_ids(vocabulary_size, CONTEXT)
     tasks: dict[str, Task] = {}
     for size in sizes:
-        backend = NativeBackend(target, head, VocabularyLists.of(everything[:size]), places=0)
-        tasks[f"draft {size}"] = draft_task(backend, context, steps)
-        tasks[f"level {size}"] = ask_task(backend, context)
+        lists = DraftLists(VocabularyLists.of(everything[:size]), vocabulary_size, 0)
+        sequence = engine.new_sequence(head, lists)
+        tasks[f"draft {size}"] = draft_task(sequence, context, head.draft_steps)
+        tasks[f"level {size}"] = ask_task(sequence, context)
     return tasks
 
 
-def _speed_tasks(target: NativeTarget) -> dict[str, Task]:
-    backend = NativeBackend(target)
-    prompt, long_prompt = some_ids(target.vocabulary_size, CONTEXT), some_ids(target.vocabulary_size, PREFILL)
+def _speed_tasks(engine: NativeEngine) -> dict[str, Task]:
+    sequence, size = engine.new_sequence(), engine.target.vocabulary_size
+    prompt, long_prompt = some_ids(size, CONTEXT), some_ids(size, PREFILL)
 
     def decode() -> float:
-        backend.reset()
-        token = int(backend.prefill(prompt).numpy().argmax())
-        started = time.perf_counter()
-        for _ in range(ANSWER):
-            token = backend.choices([token])[0]
-        return ANSWER / (time.perf_counter() - started)
+        sequence.reset()
+        tokens = plain(sequence, prompt, SamplingConfig())
+        next(tokens)
+        return ANSWER / timed(lambda: list(islice(tokens, ANSWER)))
 
     def prefill() -> float:
-        backend.reset()
-        return PREFILL / timed(lambda: backend.prefill(long_prompt))
-
-    batch = NativeBatch(target)
+        sequence.reset()
+        return PREFILL / timed(lambda: sequence.prefill(long_prompt))
 
     def decode_batch() -> float:
-        batch.reset(SEQUENCES)
+        batch = engine.batch(SEQUENCES)
         for slot in range(SEQUENCES):
             batch.prefill({slot: prompt})
         tokens = dict.fromkeys(range(SEQUENCES), prompt[0])
 
         def run() -> None:
             for _ in range(ANSWER // 4):
-                tokens.update(enumerate(greedy(batch.step(tokens))))
+                tokens.update(enumerate(batch.step(tokens).argmax(-1).tolist()))
 
         return ANSWER // 4 * SEQUENCES / timed(run)
 
     return {"plain": decode, "batch": decode_batch, "prefill": prefill}
 
 
-def _llama_cpp_tasks(target: NativeTarget) -> dict[str, Task]:
-    source = locate(target.source).gguf
+def _llama_cpp_tasks(engine: NativeEngine) -> dict[str, Task]:
+    source, size = locate(engine.target.source).gguf, engine.target.vocabulary_size
     if source is None or llama_cpp.version() is None:
         return {}
-    threads = target.runtime.threads
+    threads = engine.target.runtime.threads
 
     def task(kind: str, prompt: list[int], tokens: int, which: int) -> Task:
         path = llama_cpp.requantized(source, kind)
         return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
 
-    prompt, long_prompt = some_ids(target.vocabulary_size, CONTEXT), some_ids(target.vocabulary_size, PREFILL)
+    prompt, long_prompt = some_ids(size, CONTEXT), some_ids(size, PREFILL)
     decoding = {f"llama.cpp {kind}": task(kind, prompt, ANSWER, 0) for kind in llama_cpp.TYPES}
     return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in llama_cpp.TYPES}
 
 
-def _rounds(target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists | None, draft_steps: int) -> Rounds:
+def _rounds(engine: NativeEngine, head: Head) -> Rounds:
     """Plain and speculative decoding in turn, around ROUNDS_CONTEXT tokens of context."""
-    backend = NativeBackend(target, head, vocabulary)
+    target, steps, greedy = engine.target, head.draft_steps, SamplingConfig()
+    sequence = engine.new_sequence(head, DraftLists(head.lists, target.vocabulary_size))
     prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(short_prompts())}])
     prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
     for _ in range(_REPEATS):
-        tokens = plain(backend, prompt, SamplingConfig())
+        tokens = plain(sequence, prompt, greedy)
         expected = [next(tokens)]
         plain_seconds = timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
-        backend.reset()
-        rounds = speculative(backend, prompt, Chain(draft_steps), SamplingConfig())
+        sequence.reset()
+        rounds = speculative(sequence, prompt, Chain(steps, greedy), greedy)
         settled = [next(rounds)]
         before = target.runtime.matmul_seconds
         seconds = timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023
@@ -228,11 +219,11 @@ def _rounds(target: NativeTarget, head: NativeHead, vocabulary: VocabularyLists 
         decoded = [token for one in settled for token in one.tokens]
         # By token: the last round may go beyond the plain answer.
         speedups.append(plain_seconds / (len(expected) - 1) / (seconds / (len(decoded) - 1)))
-        backend.reset()
-    accepted = Acceptance.of((one.accepted for one in settled[1:]), draft_steps)
+        sequence.reset()
+    accepted = Acceptance.of((one.accepted for one in settled[1:]), steps)
     return Rounds(
-        draft_steps=draft_steps,
-        draft_vocabulary=len(vocabulary.union() if vocabulary else []) or target.vocabulary_size,
+        draft_steps=steps,
+        draft_vocabulary=len(head.lists.union()) or target.vocabulary_size,
         tau=accepted.tau,
         round_ms=median(rounds_ms),
         speedup=median(speedups),

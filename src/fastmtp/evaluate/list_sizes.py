@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastmtp.engines.costs import ChainCosts
-from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
 from fastmtp.train.agreement import CHUNK, Reference, replay
+from fastmtp.train.forward import states_of
 from fastmtp.vocabulary.builder import Ranking
 
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536, 131072)
@@ -40,7 +41,7 @@ def sizes_for(vocabulary_size: int, least: int) -> list[int]:
     return [*(size for size in SIZES if least < size < vocabulary_size), vocabulary_size]
 
 
-def curve(head: MTPHead, target: Target, forward: Forward, ranking: Ranking, costs: ChainCosts) -> list[SizePoint]:
+def curve(head: MTPHead, target: Target, engine: Engine, ranking: Ranking, costs: ChainCosts) -> list[SizePoint]:
     """Predicted speed by size, the sizes being those whose draft step was timed; tau / round time.
 
     Raises:
@@ -52,7 +53,7 @@ def curve(head: MTPHead, target: Target, forward: Forward, ranking: Ranking, cos
         text = ids[:MAX_LENGTH]
         if start >= len(text) - 1:
             continue
-        states_TH = forward([text])[0].to(target.device, target.dtype)
+        states_TH = states_of(engine, [text], target)[0]
         reference = Reference.of(target, text, states_TH)
         same_STK = same_by_size(head, target, reference, ranking.ids, sizes, costs.draft_steps)
         found.append([replay(same_TK, max(1, start)) for same_TK in same_STK])

@@ -1,7 +1,7 @@
 """What the head says after every token of an answer, recorded once, so that any drafter can be run on it again.
 
 Output does not depend on what is drafted, so an answer is the same for every drafter, and so is what the head says
-after each of its tokens. `Recorded` is a backend that answers from a recording, without model and without clock.
+after each of its tokens. `Recorded` is a sequence that answers from a recording, without model and without clock.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.adaptive import MAX_DEPTH
 from fastmtp.decode.drafting.drafter import DRAWN_AMONG
+from fastmtp.decode.drafting.learned import MAX_DEPTH
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import Backend, Candidates
+from fastmtp.engines.protocol import Candidates, TokenSequence
+from fastmtp.engines.tree import Tree
 from fastmtp.evaluate.competitors import PLAIN
 from fastmtp.files import replacing
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 
 FORMAT = "fastmtp recording 1"
 # Candidates of a node, and nodes of a level that the head goes on from, beside the text's and the right one.
@@ -43,20 +44,25 @@ class Recording:
     said: list[Said]
 
 
-def record_all(backend: Backend, lines: Iterable[Mapping[str, Any]], sampling: SamplingConfig) -> list[Recording]:
+def record_all(
+    sequence: TokenSequence,
+    lines: Iterable[Mapping[str, Any]],
+    sampling: SamplingConfig,
+    progress: Progress = QUIET,
+) -> list[Recording]:
     """Plain decoding's answers of a benchmark's lines, each with what the head says along it."""
     answered = [line for line in lines if line["repeat"] == 0 and len(line["cells"][PLAIN].get("tokens", ())) > 1]
     found = []
-    with bar("record", len(answered)) as progress:
+    with progress.bar("record", len(answered)) as bar:
         for line in answered:
             tokens = line["cells"][PLAIN]["tokens"]
-            found.append(record(backend, line["benchmark"], line["id"], line["prompt"], tokens, sampling))
-            progress.advance(1, len(tokens))
+            found.append(record(sequence, line["benchmark"], line["id"], line["prompt"], tokens, sampling))
+            bar.advance(1, len(tokens))
     return found
 
 
 def record(
-    backend: Backend,
+    sequence: TokenSequence,
     benchmark: str,
     id: str,
     prompt: Sequence[int],
@@ -66,69 +72,61 @@ def record(
     """Go through an answer token by token, and ask the head for trees that hold what any drafter would ask for."""
     lookup, said = Lookup(), []
     lookup.extend(prompt)
-    backend.reset()
-    backend.prefill(prompt)
+    sequence.reset()
+    sequence.prefill(prompt)
     for index, token in enumerate(answer[:-1]):
         lookup.extend([token])
-        said.append(_ask(backend, token, answer[index + 1 :], lookup.continuation(MAX_DEPTH)[1], sampling))
-        backend.choices([token])
+        said.append(_ask(sequence, token, answer[index + 1 :], lookup.continuation(MAX_DEPTH)[1], sampling))
+        sequence.verify_greedy(Tree(token))
+        sequence.commit([0])
     return Recording(benchmark, id, sampling, list(prompt), list(answer), said)
 
 
-def _ask(backend: Backend, token: int, right: Sequence[int], text: Sequence[int], sampling: SamplingConfig) -> Said:
-    width, place = DRAWN_AMONG if sampling.temperature > 0 else WIDTH, len(backend.tokens) + 1
-    said: Said = {(): backend.start_tree(token, width)}
+def _ask(
+    sequence: TokenSequence, token: int, right: Sequence[int], text: Sequence[int], sampling: SamplingConfig
+) -> Said:
+    width, position = DRAWN_AMONG if sampling.temperature > 0 else WIDTH, len(sequence.tokens) + 1
+    tree = Tree(token)
+    said: Said = {(): sequence.ask(tree, [0], width)[0]}
     nodes: dict[tuple[int, ...], int] = {(): 0}
     level: dict[tuple[int, ...], float] = {(): 1.0}
     for depth in range(1, MAX_DEPTH):
         ahead: dict[tuple[int, ...], float] = {}
         for path, chance in level.items():
             found = said[path]
-            for next_token, share in zip(
-                *race(found.tokens, found.confidences, sampling, place + depth - 1), strict=True
-            ):
+            drawn = race(found.tokens, found.confidences, sampling, position + depth - 1)
+            for next_token, share in zip(*drawn, strict=True):
                 ahead[(*path, next_token)] = chance * share
         best = dict(sorted(ahead.items(), key=lambda item: -item[1])[:BEAM])
         for path in (tuple(text[:depth]), tuple(right[:depth])):
             if len(path) == depth and path[:-1] in nodes:
                 best.setdefault(path, ahead.get(path, 0.0))
-        paths = list(best)
-        found_all = backend.extend_tree([nodes[path[:-1]] for path in paths], [path[-1] for path in paths], width)
-        for path, candidates in zip(paths, found_all, strict=True):
-            nodes[path], said[path] = len(nodes), candidates
+        nodes |= {path: tree.add(nodes[path[:-1]], path[-1]) for path in best}
+        said |= zip(best, sequence.ask(tree, [nodes[path] for path in best], width), strict=True)
         level = best
     return said
 
 
 class Recorded:
-    """A HeadBackend from a recording; `missed` counts what was asked for and is not there."""
+    """A DraftingSequence from a recording; `missed` counts what was asked for and is not there."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self.tokens = list(recording.prompt)
         self.missed = 0
-        self._paths: list[tuple[int, ...]] = []
 
     def draft(self, token: int, steps: int) -> list[int]:
-        found, drafted = self.start_tree(token, 1), list[int]()
-        while True:
-            drafted += found.tokens[:1]
-            if len(drafted) == steps:
-                return drafted
-            found = self.extend_tree([len(drafted) - 1], drafted[-1:], 1)[0]
+        drafted: list[int] = []
+        while len(drafted) < steps:
+            drafted += self._said(drafted, 1).tokens
+        return drafted
 
-    def start_tree(self, token: int, width: int) -> Candidates:
-        self._paths = [()]
-        return self._said((), width)
+    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
+        return [self._said([tree.nodes[one].token for one in tree.path(node)[1:]], width) for node in nodes]
 
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        added = [(*self._paths[parent], token) for parent, token in zip(parents, tokens, strict=True)]
-        self._paths += added
-        return [self._said(path, width) for path in added]
-
-    def _said(self, path: tuple[int, ...], width: int) -> Candidates:
+    def _said(self, path: Sequence[int], width: int) -> Candidates:
         index = len(self.tokens) - len(self._recording.prompt)
-        found = self._recording.said[index].get(path)
+        found = self._recording.said[index].get(tuple(path))
         if found is None:
             self.missed += 1
             return Candidates([-1], [1e-9])

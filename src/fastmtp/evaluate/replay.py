@@ -10,14 +10,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastmtp.decode.drafting.adaptive import MAX_DEPTH, MAX_NODES, PLANNING_MS, WIDTH, Adaptive
-from fastmtp.decode.drafting.drafter import Chain, Drafter
+from fastmtp.decode.drafting.adaptive import WIDTH, Adaptive
+from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains
 from fastmtp.decode.drafting.estimates import Counts, Estimates
+from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
-from fastmtp.decode.speculative import follow
 from fastmtp.engines.costs import Costs
+from fastmtp.engines.sequence import common_prefix
 from fastmtp.evaluate.recording import Recorded, Recording
+from fastmtp.method.acceptance import follow
 
 CHAINS = (1, 2, 3, 4, 5)
 HINDSIGHT, ORACLE = "hindsight", "oracle"
@@ -53,8 +55,8 @@ def compare(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> 
     """By drafter and benchmark: chains, `auto`, and the bounds."""
     ways: dict[str, Callable[[Recording], Replayed]] = {}
     for steps in CHAINS:
-        ways[f"chain:{steps}"] = _with(Chain(steps), costs)
-    ways["auto"] = _with(Adaptive(costs, known), costs)
+        ways[f"chain:{steps}"] = _with(chains(steps), costs)
+    ways["auto"] = _with(adaptive(Learned(costs, known)), costs)
     ways[HINDSIGHT] = lambda recording: hindsight(recording, costs)
     ways[ORACLE] = lambda recording: oracle(recording, costs)
     found: dict[str, dict[str, Replayed]] = {}
@@ -68,32 +70,36 @@ def compare(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> 
 
 def fit(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> Estimates:
     """What `auto` learns from these answers: the counts of its drafts, over all ways to choose tokens."""
-    drafter = Adaptive(costs, known)
+    learned = Learned(costs, known)
     for recording in recordings:
-        replay(recording, drafter, costs)
+        replay(recording, adaptive(learned), costs)
     total: Counts = defaultdict(lambda: [0.0, 0.0])
-    for learned in drafter.learned.values():
-        for bin_of, counts in learned.estimates.counts.items():
+    for experience in learned.experiences.values():
+        for bin_of, counts in experience.estimates.counts.items():
             total[bin_of] = [one + other for one, other in zip(total[bin_of], counts, strict=True)]
     return Estimates(dict(total))
 
 
-def replay(recording: Recording, drafter: Drafter, costs: Costs) -> Replayed:
+def adaptive(learned: Learned) -> NewDrafter:
+    return lambda prompt, sampling: Adaptive(learned, prompt, sampling)
+
+
+def replay(recording: Recording, new_drafter: NewDrafter, costs: Costs) -> Replayed:
     """One answer's rounds after its first token."""
-    backend, text = Recorded(recording), recording.prompt + recording.answer
-    drafter.start(recording.prompt, recording.sampling)
+    sequence, text = Recorded(recording), recording.prompt + recording.answer
+    drafter = new_drafter(recording.prompt, recording.sampling)
     planning_ms = 0.0 if isinstance(drafter, Chain) else PLANNING_MS
     total = Replayed()
-    while (length := len(backend.tokens)) < len(text) - 1:
-        tree = drafter.propose(backend, text[length], _ROOM)
+    while (length := len(sequence.tokens)) < len(text) - 1:
+        tree = drafter.propose(sequence, text[length], _ROOM)
         right = [*text[length + 1 :], -1]
-        path, _ = follow(tree, lambda node, tree=tree, right=right: right[tree.nodes[node].depth])  # type: ignore[misc]
-        milliseconds = costs.forward(len(tree.nodes), length) + tree.levels * (costs.ask_ms + planning_ms)
+        path, _ = follow(lambda node, tree=tree, right=right: right[tree.nodes[node].depth], tree.child)  # type: ignore[misc]
+        milliseconds = costs.forward(len(tree.verified), length) + len(tree.asked) * (costs.ask_ms + planning_ms)
         plain_ms = len(path) * costs.forward(1, length)
-        total += Replayed(plain_ms, milliseconds, len(path), 1, len(tree.nodes), tree.levels)
-        backend.tokens += [tree.nodes[index].token for index in path]
+        total += Replayed(plain_ms, milliseconds, len(path), 1, len(tree.verified), len(tree.asked))
+        sequence.tokens += [tree.nodes[node].token for node in path]
         drafter.learn(tree, path)
-    return total + Replayed(missed=backend.missed)
+    return total + Replayed(missed=sequence.missed)
 
 
 def hindsight(recording: Recording, costs: Costs) -> Replayed:
@@ -103,7 +109,7 @@ def hindsight(recording: Recording, costs: Costs) -> Replayed:
     for index, token in enumerate(recording.answer[:-1]):
         lookup.extend([token])
         following = recording.answer[index + 1 :]
-        from_text = _common(lookup.continuation(MAX_DEPTH)[1], following)
+        from_text = common_prefix(lookup.continuation(MAX_DEPTH)[1], following)
         reach.append((from_text, _right_of_head(recording, index)))
     ask_ms = costs.ask_ms + PLANNING_MS
 
@@ -150,12 +156,5 @@ def _right_of_head(recording: Recording, index: int) -> int:
     return min(MAX_DEPTH, len(recording.answer) - index - 1)
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    return next(
-        (place for place, (one, two) in enumerate(zip(left, right, strict=False)) if one != two),
-        min(len(left), len(right)),
-    )
-
-
-def _with(drafter: Drafter, costs: Costs) -> Callable[[Recording], Replayed]:
+def _with(drafter: NewDrafter, costs: Costs) -> Callable[[Recording], Replayed]:
     return lambda recording: replay(recording, drafter, costs)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from fastmtp.engines.torch.target import Target
 from fastmtp.files import read_json, replacing, write_json
-from fastmtp.method.head import MTPHead
 from fastmtp.models.info import TargetIdentity, TargetInfo
-from fastmtp.models.weights import SafetensorsWeights, Weights, whole
+from fastmtp.models.weights import SafetensorsWeights, Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
 if TYPE_CHECKING:
-    from fastmtp.engines.native.target import NativeHead, NativeTarget
+    from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 # The only convention this version writes; engines that want another one get it at export.
@@ -35,14 +30,16 @@ def check_free(out: Path) -> None:
 
 def save_head(
     directory: Path,
-    head: MTPHead,
-    target: Target,
+    head: nn.Module,
+    target: TargetInfo,
     *,
     draft_steps: int,
     vocabulary: VocabularyLists,
     provenance: dict[str, Any],
 ) -> None:
     """Write a head directory whole; one that exists is replaced. Weights become bfloat16, buffers stay."""
+    import torch
+
     weights = {name for name, _ in head.named_parameters()}
     tensors = {
         name: tensor.detach().cpu().to(torch.bfloat16 if name in weights else tensor.dtype)
@@ -61,6 +58,8 @@ def write_head(
     provenance: dict[str, Any],
 ) -> None:
     """`save_head` for tensors that are written as they are."""
+    from safetensors.torch import save_file
+
     config = {
         "format_version": FORMAT_VERSION,
         "target": asdict(target.identity),
@@ -77,33 +76,36 @@ def write_head(
         write_json(temporary / "provenance.json", provenance)
 
 
-def load_head(directory: Path, target: Target) -> tuple[MTPHead, VocabularyLists, int]:
-    """A head for this target, its draft vocabularies, and the number of draft steps it was trained for.
+@dataclass(frozen=True)
+class StoredHead:
+    """A head directory's content: tensors still on disk, lists, and the K that it was trained for."""
 
+    tensors: Weights
+    lists: VocabularyLists
+    draft_steps: int
+
+
+def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[int, ...]]) -> StoredHead:
+    """A head directory, checked against the target.
+
+    Args:
+        shapes: of the tensors that a head for this target has.
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is damaged, or the head does not fit the target; every mismatch is named.
     """
-    vocabulary, steps = read_description(directory, target)
-    head = MTPHead(target)
-    weights = _read_tensors(directory, {name: tuple(value.shape) for name, value in head.state_dict().items()})
-    head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
-    return head.eval().requires_grad_(False), vocabulary, steps
+    lists, steps = read_description(directory, target)
+    return StoredHead(_read_tensors(directory, shapes), lists, steps)
 
 
-def read_head_tensors(directory: Path, target: Target) -> dict[str, Tensor]:
-    """A head's tensors as they are on disk, checked as by `load_head`; the target's weights are not touched."""
-    read_description(directory, target)
-    _read_tensors(directory, {name: tuple(value.shape) for name, value in MTPHead(target).state_dict().items()})
+def read_tensors_as_stored(
+    directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """A head's tensors in PyTorch, with their bits on disk; checked as by `read_head`."""
+    from safetensors.torch import load_file
+
+    read_head(directory, target, shapes)
     return cast("dict[str, Tensor]", load_file(directory / "model.safetensors"))
-
-
-def load_native_head(directory: Path, target: NativeTarget) -> tuple[NativeHead, VocabularyLists, int]:
-    """`load_head` for the native engine."""
-    from fastmtp.engines.native.target import NativeHead
-
-    vocabulary, steps = read_description(directory, target)
-    return NativeHead(target, _read_tensors(directory, target.head_shapes())), vocabulary, steps
 
 
 def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:

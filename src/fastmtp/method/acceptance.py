@@ -1,21 +1,41 @@
-"""Acceptance statistics of speculative decoding, by whichever way it was measured."""
+"""Acceptance: which drafts stay, and how many there were.
+
+A draft stays if it is the token that plain decoding has there: the argmax, or at a temperature the token that the
+position's random numbers draw (decode/sampling.py). So the output is plain decoding's, whatever is drafted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+
+def follow(choice: Callable[[int], int], child: Callable[[int, int], int | None]) -> tuple[list[int], int]:
+    """The path that the target takes through a tree from node 0 on, and the token after it.
+
+    Args:
+        choice: the target's token after a node; called once for each node of the path.
+        child: the node of a token after a node, if it was drafted.
+    """
+    path = [0]
+    while True:
+        token = choice(path[-1])
+        after = child(path[-1], token)
+        if after is None:
+            return path, token
+        path.append(after)
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Over rounds: how many there were, and in how many the first k drafts were kept, for k = 1..K."""
+    """Over rounds: how many there were, and in how many the first k drafts were accepted, for k = 1..K."""
 
     rounds: int
     kept: tuple[int, ...]
 
     @classmethod
     def of(cls, accepted: Iterable[int], draft_steps: int) -> Acceptance:
-        """From the number of kept drafts of each round."""
+        """From the number of accepted drafts of each round."""
         counts = list(accepted)
         kept = tuple(sum(count >= k for count in counts) for k in range(1, draft_steps + 1))
         return cls(len(counts), kept)
@@ -28,7 +48,7 @@ class Acceptance:
 
     @property
     def cumulative(self) -> list[float]:
-        """By step k, the share of rounds that kept the first k drafts."""
+        """By step k, the share of rounds that accepted the first k drafts."""
         return [count / max(1, self.rounds) for count in self.kept]
 
     @property

@@ -6,13 +6,20 @@ Shapes: B batch, T tokens, H hidden.
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastmtp.engines.torch.target import Target
 from fastmtp.models.layers import FULL, Cache, Rotations, norm_offset, run_layers
+
+
+class Frozen(Protocol):
+    """What the recursion needs of the frozen target."""
+
+    def embed(self, ids_BT: Tensor) -> Tensor: ...
+
+    def rotations(self, positions_BT: Tensor) -> Rotations: ...
 
 
 class MTPHead(nn.Module):
@@ -23,20 +30,20 @@ class MTPHead(nn.Module):
     The layer always attends to the full context.
     """
 
-    def __init__(self, target: Target) -> None:
-        """A head shaped for the target and initialised from its last layer and final norm.
+    def __init__(self, model: Any) -> None:
+        """A head shaped for a model of transformers, and initialised from its last layer and final norm.
 
         `input_proj` starts as the sum of its two normalised inputs; training fits it first (train/initial.py).
         """
         super().__init__()
-        base = target.model.model
+        base, like = model.model, model.lm_head.weight
         self.token_norm = _unit_norm(base.norm)
         self.hidden_norm = _unit_norm(base.norm)
-        size = int(target.config.hidden_size)
-        self.input_proj = nn.Linear(2 * size, size, bias=False, dtype=target.dtype, device=target.device)
+        size = int(model.config.hidden_size)
+        self.input_proj = nn.Linear(2 * size, size, bias=False, dtype=like.dtype, device=like.device)
         with torch.no_grad():
             self.input_proj.weight.copy_(torch.eye(size).repeat(1, 2))
-        self.layer = _last_layer(target)
+        self.layer = _last_layer(model)
         self.final_norm = copy.deepcopy(base.norm)
         self.requires_grad_(True)
 
@@ -63,14 +70,19 @@ def _unit_norm(norm: nn.Module) -> nn.Module:
     return fresh
 
 
-def _last_layer(target: Target) -> nn.Module:
-    """A copy of the target's last layer that attends to everything."""
-    config = copy.deepcopy(target.config)
+def _last_layer(model: Any) -> nn.Module:
+    """A copy of the model's last layer that attends to everything."""
+    config = copy.deepcopy(model.config)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [FULL] * int(config.num_hidden_layers)
-    last = target.model.model.layers[-1]
+    last = model.model.layers[-1]
     # At its own place: what a layer is made of can depend on that (dense layers come first, experts last).
     with torch.device("meta"):
         layer = type(last)(config, int(config.num_hidden_layers) - 1)
     layer.load_state_dict({name: value.clone() for name, value in last.state_dict().items()}, assign=True)
     return cast(nn.Module, layer)
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors of a head for a model of transformers, which may be without memory."""
+    return {name: tuple(tensor.shape) for name, tensor in MTPHead(model).state_dict().items()}

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastmtp.engines.torch.target import Target
-from fastmtp.method.head import MTPHead
+from fastmtp.method.head import Frozen, MTPHead
 
 # One chain in so many is trained beyond its first step. A text has as many second and third steps as first ones, at
 # the same cost each, and much less to teach by them.
@@ -50,7 +49,7 @@ def chain_mask(starts_S: Tensor, tokens: int, step: int) -> Tensor:
 
 def recursion(
     head: MTPHead,
-    target: Target,
+    target: Frozen,
     ids_BT: Tensor,
     states_BTH: Tensor,
     draft_steps: int,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 
@@ -20,7 +20,7 @@ RIDGE = 1e-2
 
 
 @torch.no_grad()
-def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence[int]], forward: Forward) -> None:
+def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence[int]], engine: Engine) -> None:
     """Set `input_proj` so that the head's layer, which is the target's last one, gets what it knows.
 
     Least squares from a state and the embedding of the next token to the target's own input of its last layer at
@@ -33,7 +33,8 @@ def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence
     for text in texts:
         if len(text) < 2:
             continue
-        state_TH, wanted_TH = (part.to(target.device).float() for part in forward.with_last_inputs(text))
+        found = engine.forward_with_inputs(text)
+        state_TH, wanted_TH = (torch.as_tensor(part).to(target.device).float() for part in found)
         after = torch.tensor(list(text[1:]), device=target.device)
         inputs_NI = torch.cat(
             [head.hidden_norm(state_TH[:-1]), head.token_norm(target.embed(after).float())], dim=-1

@@ -1,12 +1,14 @@
 """The draft vocabulary of one sequence: the lists that fit its text, and the text's own tokens that they lack.
 
 Names, numbers and rare words of a document come again in its answer (after MicroSpec, arXiv 2605.26444).
-Shapes: D tokens of the lists, G places of the sequence's own.
+Shapes: D tokens of the lists, G own tokens of the sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,34 +17,65 @@ from fastmtp.vocabulary.choosing import Choice, Chooser
 from fastmtp.vocabulary.lists import VocabularyLists
 
 # A page of text has some dozens of tokens outside a list of 8k; scoring so many more costs a hundredth.
-PLACES = 256
+OWN_TOKENS = 256
+
+Union = tuple[NDArray[np.int32], frozenset[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class DraftLists:
+    """What draft steps score: the lists that fit a text, and up to `own_tokens` tokens of the text itself.
+
+    Shared by all sequences: the tables by which lists are chosen, and unions of lists, are made once.
+    """
+
+    lists: VocabularyLists
+    vocabulary_size: int
+    own_tokens: int = OWN_TOKENS
+    _unions: dict[tuple[str, ...], Union] = field(default_factory=dict)
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        return Chooser(self.lists, self.vocabulary_size)
+
+    def union(self, names: tuple[str, ...]) -> Union:
+        """The tokens [D] of some lists, in order and as a set; the same arrays each time."""
+        if names not in self._unions:
+            ids = self.lists.union(names)
+            self._unions[names] = np.array(ids, np.int32), frozenset(ids)
+        return self._unions[names]
+
+
+def draft_vocabulary(lists: DraftLists | None) -> DraftVocabulary | None:
+    """A new sequence's; None, which is all tokens, without lists."""
+    return DraftVocabulary(lists) if lists is not None and lists.lists.lists else None
 
 
 class DraftVocabulary:
-    """Where each token that may be drafted has its logit: the lists' first, then the own tokens'."""
+    """Which token each draft logit is of: the lists' first (`ids_D`), then the own tokens' (`own_ids`)."""
 
-    def __init__(self, lists: VocabularyLists, vocabulary_size: int, places: int = PLACES) -> None:
-        """
-        Args:
-            places: how many own tokens there may be; 0 never grows.
-        """
-        self.places = places
-        self._lists = lists
-        self._choice = Choice(Chooser(lists, vocabulary_size))
-        self._unions: dict[tuple[str, ...], tuple[NDArray[np.int32], frozenset[int]]] = {}
-        self._own_ids_G = np.zeros(places, np.int32)
+    def __init__(self, shared: DraftLists) -> None:
+        self._shared = shared
+        self._choice = Choice(shared.chooser)
+        self._own_ids_G = np.zeros(shared.own_tokens, np.int32)
         # From own token to its place, the one that was seen longest ago first.
         self._own: dict[int, int] = {}
         self._use(self._choice.names)
+
+    @property
+    def own_tokens(self) -> int:
+        """How many own tokens there may be."""
+        return self._shared.own_tokens
 
     @property
     def own_ids(self) -> NDArray[np.int32]:
         """The own tokens by place."""
         return self._own_ids_G[: len(self._own)]
 
-    def token(self, place: int) -> int:
+    def token(self, index: int) -> int:
+        """The token of a draft logit."""
         listed = len(self.ids_D)
-        return int(self.ids_D[place] if place < listed else self._own_ids_G[place - listed])
+        return int(self.ids_D[index] if index < listed else self._own_ids_G[index - listed])
 
     def start(self, prompt: Sequence[int]) -> dict[int, int]:
         """Forget the own tokens, and choose and grow for a prompt; returns what `see` returns."""
@@ -52,32 +85,29 @@ class DraftVocabulary:
         return self._grow(prompt)
 
     def see(self, tokens: Sequence[int]) -> dict[int, int]:
-        """Take tokens of the sequence's text; returns the own places that changed, and what is there now.
+        """Take tokens of the sequence's text; returns the own places that changed, and the token there now.
 
-        `ids_D` is another array if other lists fit now. Where there is no place left for an own token, the one goes
-        that was seen longest ago.
+        `ids_D` is another array if other lists fit now. Where all places are taken, the token goes that was seen
+        longest ago.
         """
         self._choice.see(tokens)
         self._use(self._choice.names)
         return self._grow(tokens)
 
     def _use(self, names: tuple[str, ...]) -> None:
-        if names not in self._unions:
-            ids = self._lists.union(names)
-            self._unions[names] = np.array(ids, np.int32), frozenset(ids)
         self.names = names
-        self.ids_D, self._listed = self._unions[names]
+        self.ids_D, self._listed = self._shared.union(names)
 
     def _grow(self, tokens: Sequence[int]) -> dict[int, int]:
         changed: dict[int, int] = {}
-        if not self.places:
+        if not self.own_tokens:
             return changed
         for token in tokens:
             if token in self._listed:
                 continue
             place = self._own.pop(token, None)
             if place is None:
-                full = len(self._own) == self.places
+                full = len(self._own) == self.own_tokens
                 place = self._own.pop(next(iter(self._own))) if full else len(self._own)
                 self._own_ids_G[place] = changed[place] = token
             self._own[token] = place

@@ -1,33 +1,26 @@
-"""What drafts: the tokens that a round verifies, as a tree, and what becomes of them.
-
-A chain is a tree without branches.
-"""
+"""What drafts: the tree that a round verifies. A chain is a tree without branches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import HeadBackend
-from fastmtp.engines.tree import Node, Tree, add
+from fastmtp.engines.protocol import DraftingSequence
+from fastmtp.engines.tree import Tree
 
-# The head's likeliest tokens, among which the next one is guessed where tokens are drawn.
+# Where tokens are drawn, the next one is guessed among so many of the head's likeliest.
 DRAWN_AMONG = 32
 
 
 class Drafter(Protocol):
-    """The drafts of one sequence at a time. `depth` is the most that a round can accept."""
+    """The drafts of one text. `depth` is the most that a round can accept."""
 
     depth: int
 
-    def start(self, prompt: Sequence[int], sampling: SamplingConfig) -> None:
-        """A new sequence."""
-        ...
-
-    def propose(self, backend: HeadBackend, token: int, room: int) -> Tree:
-        """A tree after `token`, the sequence's next one; of at most `room` tokens with it."""
+    def propose(self, sequence: DraftingSequence, token: int, room: int) -> Tree:
+        """A tree after `token`, the sequence's next one; at most `room` of its nodes are to be verified."""
         ...
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -35,34 +28,39 @@ class Drafter(Protocol):
         ...
 
 
+# Makes the drafter of a text from its prompt.
+NewDrafter = Callable[[Sequence[int], SamplingConfig], Drafter]
+
+
 class Chain:
     """K tokens in a row in every round (FastMTP)."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, sampling: SamplingConfig) -> None:
         self.depth = steps
-
-    def start(self, prompt: Sequence[int], sampling: SamplingConfig) -> None:
         self._sampling = sampling
 
-    def propose(self, backend: HeadBackend, token: int, room: int) -> Tree:
+    def propose(self, sequence: DraftingSequence, token: int, room: int) -> Tree:
         steps = min(self.depth, room - 1)
-        drafted = self._drafted(backend, token, steps) if steps else []
-        nodes = [Node(token, -1, 0, 1.0)]
-        for parent, drafted_token in enumerate(drafted):
-            add(nodes, parent, drafted_token, 1.0, None, False)
-        return Tree(nodes, list(range(-1, len(drafted))), levels=steps)
+        if self._sampling.temperature == 0:
+            tree = Tree.chain([token, *(sequence.draft(token, steps) if steps else [])])
+        else:
+            tree = self._drawn(sequence, token, steps)
+        tree.asked = list(range(steps))
+        return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
         pass
 
-    def _drafted(self, backend: HeadBackend, token: int, steps: int) -> list[int]:
-        if self._sampling.temperature == 0:
-            return backend.draft(token, steps)
-        drafted: list[int] = []
-        place = len(backend.tokens) + 1
-        found = backend.start_tree(token, DRAWN_AMONG)
-        while True:
-            drafted.append(race(found.tokens, found.confidences, self._sampling, place + len(drafted))[0][0])
-            if len(drafted) == steps:
-                return drafted
-            found = backend.extend_tree([len(drafted) - 1], drafted[-1:], DRAWN_AMONG)[0]
+    def _drawn(self, sequence: DraftingSequence, token: int, steps: int) -> Tree:
+        tree, position = Tree(token), len(sequence.tokens) + 1
+        for node in range(steps):
+            found = sequence.ask(tree, [node], DRAWN_AMONG)[0]
+            likely, _ = race(found.tokens, found.confidences, self._sampling, position + node)
+            tree.add(node, likely[0])
+        tree.select(range(len(tree.nodes)))
+        return tree
+
+
+def chains(steps: int) -> NewDrafter:
+    """Chains of K tokens for every text."""
+    return lambda prompt, sampling: Chain(steps, sampling)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastmtp.engines.tree import Bin
 from fastmtp.files import read_json, write_json
 
 FILE = "estimates.json"
@@ -32,8 +33,6 @@ TEXT_FIRST, TEXT_NEXT = 0.3, 0.6
 # What a head says in each bin of its confidence, about.
 _MIDDLES = [(low + high) / 2 for low, high in zip((0.0, *CONFIDENCES), (*CONFIDENCES, 1.0), strict=True)]
 
-# A source, and what tells its drafts apart.
-Bin = tuple[str, int, int, int]
 # Of a bin: drafts that were right, and drafts that were verified.
 Counts = dict[Bin, list[float]]
 

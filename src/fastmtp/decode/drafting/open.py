@@ -1,27 +1,25 @@
-"""What the commands that decode share: what to draft, from which tokens, with which head."""
+"""What is drafted on an engine: the head, what it drafts from, and who plans the trees."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import click
+from fastmtp.decode.drafting import estimates
+from fastmtp.decode.drafting.adaptive import Adaptive
+from fastmtp.decode.drafting.drafter import NewDrafter, chains
+from fastmtp.decode.drafting.learned import Learned
+from fastmtp.engines.costs import costs_of
+from fastmtp.engines.protocol import Engine, Head, TokenSequence
+from fastmtp.heads.shipped import shipped_head
+from fastmtp.progress import QUIET, Progress
+from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
 
-if TYPE_CHECKING:
-    from fastmtp.decode.drafting.drafter import Drafter
-    from fastmtp.engines.costs import Costs
-    from fastmtp.engines.open import Command
-    from fastmtp.engines.protocol import Backend
-    from fastmtp.models.info import TargetInfo
-    from fastmtp.vocabulary.lists import VocabularyLists
-
-GROWING = "growing"
-AUTO = "auto"
+GROWING, LISTED, FULL = "growing", "listed", "full"
+AUTO, PLAIN = "auto", "plain"
+log = logging.getLogger("fastmtp")
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class DraftOptions:
     draft_vocabulary: str = GROWING
 
     def steps(self) -> int | None:
-        """K of a chain, 0 for nothing, None for trees.
+        """K of a chain, 0 for plain decoding, None for trees.
 
         Raises:
             ValueError: `draft` is none of these.
@@ -41,117 +39,61 @@ class DraftOptions:
         kind, _, number = self.draft.partition(":")
         if kind == "chain" and number.isdecimal() and int(number) > 0:
             return int(number)
-        if self.draft in (AUTO, "plain"):
+        if self.draft in (AUTO, PLAIN):
             return None if self.draft == AUTO else 0
         raise ValueError(f"--draft is {self.draft}; it must be auto, chain:K with K of 1 or more, or plain")
 
 
-def decoding_options(command: Command) -> Command:
-    """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
+@dataclass(frozen=True)
+class Drafting:
+    """A way to decode on an engine, for any number of texts; `new_drafter` is None for plain decoding."""
 
-    @functools.wraps(command)
-    def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
-        command(drafting=DraftOptions(head, draft, draft_vocabulary), **rest)
+    engine: Engine
+    head: Head | None = None
+    lists: DraftLists | None = None
+    new_drafter: NewDrafter | None = None
 
-    decorated: Command = click.option(
-        "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
-    )(collected)
-    decorated = click.option(
-        "--draft",
-        default=AUTO,
-        show_default=True,
-        help="auto: trees, as large as pays; chain:K: K tokens in every round; plain: nothing",
-    )(decorated)
-    return click.option(
-        "--draft-vocabulary",
-        default=GROWING,
-        show_default=True,
-        help="growing: the lists that fit the text, and its own tokens; listed: these lists alone; full: all "
-        "tokens; or the name of one list",
-    )(decorated)
+    def new_sequence(self) -> TokenSequence:
+        return self.engine.new_sequence(self.head, self.lists)
 
 
-def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, Drafter | None]:
-    """An engine with the head that was asked for or ships with the target, and its drafter; None is plain."""
-    from fastmtp.decode.drafting import estimates
-    from fastmtp.decode.drafting.adaptive import Adaptive
-    from fastmtp.decode.drafting.drafter import Chain
-    from fastmtp.heads.shipped import shipped_head
+def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QUIET) -> Drafting:
+    """The head that was asked for, or that ships with the target, and the drafter; costs are timed on a miss.
 
-    steps, directory = drafting.steps(), drafting.head or shipped_head(name)
+    Raises:
+        FileNotFoundError, ValueError: as `Engine.load_head`; no head ships for the target; no such list.
+    """
+    steps, name = options.steps(), engine.target.source
+    directory = options.head or shipped_head(name)
+    if directory is None and steps:
+        raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
     if directory is None or steps == 0:
-        if steps:
-            raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
         if steps is None:
-            click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
-        return backend_of(target, None)[0], None
-    backend, _ = backend_of(target, directory, drafting.draft_vocabulary)
+            log.warning("no head ships for %s, decoding plainly; train one and give --head", name)
+        return Drafting(engine)
+    head = engine.load_head(directory)
+    lists = draft_lists(head, options.draft_vocabulary, engine.target.vocabulary_size)
     if steps is not None:
-        return backend, Chain(steps)
-    return backend, Adaptive(costs_of_backend(backend, target), estimates.load(directory))
+        return Drafting(engine, head, lists, chains(steps))
+    learned = Learned(costs_of(engine, head, lists, progress), estimates.load(directory))
+    return Drafting(engine, head, lists, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
 
 
-def costs_of_backend(backend: Backend, target: TargetInfo) -> Costs:
-    """What rounds cost here; timed once for an engine, a model and a machine, and kept."""
-    from fastmtp.engines import costs
-    from fastmtp.files import cache_directory
-    from fastmtp.progress import console
-    from fastmtp.provenance import machine
-
-    version = importlib.metadata.version("fastmtp")
-    timed: list[Any] = [costs.TOGETHER, costs.CONTEXT, costs.LONG_TOGETHER, costs.LONG_CONTEXT]
-    model = [target.source, target.identity.tokenizer_sha256, backend.draft_size]
-    facts = [version, machine(), backend.name, *model, *timed]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    path = cache_directory() / f"costs-{fingerprint[:16]}.json"
-    with console.status("timing forwards and drafts, once for this model and machine"):
-        return costs.of_backend(backend, target.vocabulary_size, path, fingerprint)
-
-
-def backend_of(
-    target: TargetInfo, head: Path | None, draft_vocabulary: str | VocabularyLists = GROWING
-) -> tuple[Backend, int]:
-    """The backend of a loaded target, with a head if there is one, and the steps that the head was trained for.
+def draft_lists(head: Head, wanted: str, vocabulary_size: int) -> DraftLists | None:
+    """What a head drafts from; None is all tokens.
 
     Args:
-        draft_vocabulary: what --draft-vocabulary can be, or lists to draft from instead of the head's own.
+        wanted: what --draft-vocabulary can be: growing, listed, full, or the name of one of the head's lists.
+    Raises:
+        ValueError: it is none of these.
     """
-    from fastmtp.engines.torch.target import Target
-    from fastmtp.heads.format import load_head, load_native_head
-
-    if isinstance(target, Target):
-        from fastmtp.engines.torch.sequence import TorchBackend
-
-        if head is None:
-            return TorchBackend(target), 0
-        loaded, stored, steps = load_head(head, target)
-        lists, places = _drafting(stored, draft_vocabulary, head)
-        return TorchBackend(target, loaded, lists, places=places), steps
-    from fastmtp.engines.native.sequence import NativeBackend
-    from fastmtp.engines.native.target import NativeTarget
-
-    assert isinstance(target, NativeTarget)
-    if head is None:
-        return NativeBackend(target), 0
-    native, stored, steps = load_native_head(head, target)
-    lists, places = _drafting(stored, draft_vocabulary, head)
-    return NativeBackend(target, native, lists, places=places), steps
-
-
-def _drafting(stored: VocabularyLists, wanted: str | VocabularyLists, head: Path) -> tuple[VocabularyLists, int]:
-    """The lists to draft from, and how many own tokens a sequence may add to them."""
-    from fastmtp.vocabulary.draft import PLACES
-    from fastmtp.vocabulary.lists import VocabularyLists
-
-    if isinstance(wanted, VocabularyLists):
-        return wanted, 0
     if wanted == GROWING:
-        return stored, PLACES
-    if wanted == "listed":
-        return stored, 0
-    if wanted == "full":
-        return VocabularyLists({}), 0
-    if wanted in stored.lists:
-        return VocabularyLists.of(stored.lists[wanted]), 0
-    known = ", ".join([GROWING, "listed", "full", *stored.lists])
-    raise ValueError(f"{head}: has no list {wanted!r} for --draft-vocabulary; there are {known}")
+        return DraftLists(head.lists, vocabulary_size, OWN_TOKENS)
+    if wanted == LISTED:
+        return DraftLists(head.lists, vocabulary_size, 0)
+    if wanted == FULL:
+        return None
+    if wanted in head.lists.lists:
+        return DraftLists(VocabularyLists.of(head.lists.lists[wanted]), vocabulary_size, 0)
+    known = ", ".join([GROWING, LISTED, FULL, *head.lists.lists])
+    raise ValueError(f"{head.directory}: has no list {wanted!r} for --draft-vocabulary; there are {known}")

@@ -1,0 +1,78 @@
+"""What drafting learns and keeps from one text to the next; shared by all texts of an engine and a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.estimates import Estimates
+from fastmtp.engines.costs import Costs
+
+# The largest tree, and its depth.
+MAX_NODES, MAX_DEPTH = 16, 8
+# After so many rounds without the head it is tried again; after twice as many if that did not pay, and so on.
+PROBE, RAREST_PROBE = 32, 1024
+# Least share of the newest round in the running means: of the rate, and of the worth of asking the head.
+NEWEST_RATE, NEWEST_WORTH = 0.02, 0.04
+# Duration of planning for each time that the head is asked, measured once (docs/experiments.md).
+PLANNING_MS = 0.1
+# Costs are those of the nearest multiple of so many tokens of context.
+CONTEXT_STEP = 64
+
+
+@dataclass
+class Mean:
+    """A running mean that starts as if it had seen `count` values; later ones have at least the share `newest`."""
+
+    value: float
+    count: float
+    newest: float
+
+    def learn(self, value: float) -> None:
+        self.count += 1
+        self.value += max(self.newest, 1 / self.count) * (value - self.value)
+
+
+@dataclass
+class Experience:
+    """What is learned of one way to sample."""
+
+    estimates: Estimates
+    rate: Mean  # tokens a millisecond
+    # By depth of the candidates asked for: what asking the head gains, less the cost of verifying them, for a unit
+    # of probability that it is needed.
+    worth: list[Mean] = field(default_factory=lambda: [Mean(0.5, 10, NEWEST_WORTH) for _ in range(MAX_DEPTH + 1)])
+    rounds_without_head: int = 0
+    probe_after: int = PROBE
+
+
+class Learned:
+    """Costs, and experience by way to sample."""
+
+    def __init__(self, costs: Costs, estimates: Estimates | None = None) -> None:
+        """
+        Args:
+            estimates: those that came with the head.
+        """
+        self._costs = costs
+        self.ask_ms = costs.ask_ms + PLANNING_MS
+        self._known = estimates or Estimates()
+        self.experiences: dict[SamplingConfig, Experience] = {}
+        self._forward_ms: dict[int, list[float]] = {}
+
+    def experience(self, sampling: SamplingConfig) -> Experience:
+        way = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        if way not in self.experiences:
+            # The estimates of a head are of greedy answers; for drawn ones they would be too high.
+            known = self._known.copy() if sampling.temperature == 0 else Estimates()
+            # A head that is worth having makes decoding half as fast again, or more.
+            self.experiences[way] = Experience(known, Mean(1.5 / self._costs.forward(1), 4, NEWEST_RATE))
+        return self.experiences[way]
+
+    def forward_ms(self, context: int) -> list[float]:
+        """Milliseconds of a forward, by its tokens from 0 on."""
+        step = round(context / CONTEXT_STEP)
+        if step not in self._forward_ms:
+            costs = [self._costs.forward(count, step * CONTEXT_STEP) for count in range(1, MAX_NODES + 1)]
+            self._forward_ms[step] = [0.0, *costs]
+        return self._forward_ms[step]

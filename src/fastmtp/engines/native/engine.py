@@ -1,0 +1,63 @@
+"""The native CPU engine.
+
+Shapes: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastmtp import _native
+from fastmtp.engines.native.batch import NativeBatch
+from fastmtp.engines.native.runner import NativeRunner, States, forward
+from fastmtp.engines.native.target import NativeHead, NativeTarget
+from fastmtp.engines.protocol import Floor, Head, TokenSequence
+from fastmtp.engines.sequence import TextSequence
+from fastmtp.heads.format import read_head
+from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
+
+_READ_BYTES = 1 << 28
+
+
+class NativeEngine:
+    """`Engine` on a CPU."""
+
+    def __init__(self, target: NativeTarget) -> None:
+        self.target = target
+
+    @property
+    def name(self) -> str:
+        runtime = self.target.runtime
+        return f"native ({runtime.kernels}, {self.target.weight_type}, {runtime.threads} threads)"
+
+    @property
+    def arithmetic(self) -> str:
+        return f"native {self.target.weight_type}"
+
+    def load_head(self, directory: Path) -> Head:
+        stored = read_head(directory, self.target, self.target.head_shapes())
+        return Head(NativeHead(self.target, stored.tensors), stored.lists, stored.draft_steps, directory)
+
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
+        vocabulary = draft_vocabulary(lists)
+        runner = NativeRunner(self.target, head.weights if head else None, vocabulary)
+        return TextSequence(runner, self.target, vocabulary)
+
+    def forward(self, texts: Sequence[Sequence[int]]) -> list[States]:
+        cache = self.target.stack.new_cache()
+        return [forward(self.target, [cache], [0], [text]) for text in texts]
+
+    def forward_with_inputs(self, text: Sequence[int]) -> tuple[States, States]:
+        inputs_TH = np.empty((len(text), int(self.target.config.hidden_size)), np.float32)
+        cache = self.target.stack.new_cache()
+        return forward(self.target, [cache], [0], [text], last_inputs_TH=inputs_TH), inputs_TH
+
+    def batch(self, slots: int) -> NativeBatch:
+        return NativeBatch(self.target, slots)
+
+    def floor(self) -> Floor:
+        seconds = _native.read_seconds(self.target.runtime, _READ_BYTES, 5)
+        return Floor(self.target.forward_bytes, _READ_BYTES / seconds / 1e9)

@@ -1,0 +1,186 @@
+"""What the native CPU engine computes for one sequence (docs/native-engine.md).
+
+A token's logits are the same to the bit however many tokens are computed with it, so greedy speculative output is
+plain output, not almost always but always.
+Shapes: T tokens, H hidden, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmtp import _native
+from fastmtp.engines.native.target import NativeHead, NativeTarget, check_memory
+from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.vocabulary.draft import DraftVocabulary
+
+States = NDArray[np.float32]
+
+# Rows of one call: enough to be as fast as it gets, few enough for Ctrl-C to be heard at once.
+CHUNK = 256
+
+
+class NativeRunner:
+    """`Runner` with the caches of one text.
+
+    What a round needs is done in few calls: after a forward the processor's caches hold weights, no code, and every
+    call of numpy takes some microseconds.
+    """
+
+    def __init__(self, target: NativeTarget, head: NativeHead | None, vocabulary: DraftVocabulary | None) -> None:
+        hidden = int(target.config.hidden_size)
+        self._target, self._vocabulary = target, vocabulary
+        # Rows of the LM head that the draft step scores, and their tokens; rows of the text's own tokens.
+        self._rows, self._row_ids = target.lm_head, np.arange(target.vocabulary_size, dtype=np.int32)
+        self._own_rows = target.matrix(max(1, vocabulary.own_tokens), hidden) if vocabulary else None
+        self._cache = target.stack.new_cache()
+        self.no_states = np.empty((0, hidden), np.float32) if head else None
+        if head:
+            self._head, self._draft_cache = head, head.stack.new_cache()
+            self._drafter = _native.Drafter(
+                target.runtime,
+                head.stack,
+                head.projection,
+                target.embedding,
+                target.embedding_scale,
+                self._draft_cache,
+            )
+        if vocabulary is not None:
+            self.fit_rows(vocabulary, {})
+
+    def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
+        return forward(self._target, [self._cache], [start], [tokens], parents or ())
+
+    def commit(self, start: int, rows: Sequence[int]) -> None:
+        self._cache.move([start + row for row in rows], start)
+
+    def logits(self, states_TH: States) -> Logits:
+        return logits(self._target, states_TH)
+
+    def argmax(self, states_TH: States) -> list[int]:
+        return _native.choices(self._target.runtime, self._target.lm_head, states_TH)
+
+    def draft(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
+        last = self._all_but_the_last(start, states_TH, inputs, steps)
+        return self._drafter.chain(*last, self._draft_rows(), steps)
+
+    def start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> list[Candidates]:
+        last = self._all_but_the_last(start, states_TH, inputs, _native.PAGE_TOKENS)
+        return _candidates(self._drafter.start_tree(*last, self._draft_rows(), width))
+
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        return _candidates(self._drafter.extend_tree(parents, tokens, self._draft_rows(), width))
+
+    def _all_but_the_last(
+        self, start: int, states_TH: States, inputs: Sequence[int], more: int
+    ) -> tuple[int, Sequence[int], States]:
+        """Run the head over a long input up to its last chunk, which is returned; make room for `more` tokens."""
+        reserve(self._draft_cache, start + len(inputs) + more)
+        many = max(0, len(inputs) - CHUNK)
+        target, head = self._target, self._head
+        for begin, end in _chunks(many):
+            after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
+            _native.head_forward(
+                target.runtime,
+                head.stack,
+                head.projection,
+                target.embedding,
+                target.embedding_scale,
+                [self._draft_cache],
+                [start + begin],
+                [end - begin],
+                inputs[begin:end],
+                states_TH[begin:end],
+                after_TH,
+            )
+        return start + many, inputs[many:], states_TH[many:]
+
+    def _draft_rows(self) -> list[tuple[_native.Matrix, NDArray[np.int32]]]:
+        """The LM head's rows that the draft step scores, and the token of each."""
+        parts = [(self._rows, self._row_ids)]
+        if self._vocabulary is not None and self._own_rows is not None and len(self._vocabulary.own_ids):
+            parts.append((self._own_rows, self._vocabulary.own_ids))
+        return parts
+
+    def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
+        if vocabulary.ids_D is not self._row_ids:
+            self._rows, self._row_ids = self._target.lm_head_rows(vocabulary.ids_D), vocabulary.ids_D
+        if changed and self._own_rows is not None:
+            places, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
+            self._own_rows.copy(places, self._target.lm_head, ids)
+
+    def join(self, states_TH: States, more_TH: States) -> States:
+        return np.concatenate([states_TH, more_TH])
+
+
+def forward(
+    target: NativeTarget,
+    caches: list[_native.Cache],
+    starts: list[int],
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[int] = (),
+    last_inputs_TH: States | None = None,
+) -> States:
+    """The target's states [T, H] of the tokens of one or more sequences, each from a position of its own on.
+
+    Args:
+        parents: where one sequence's tokens are a tree, the row of the token before each; -1 for the sequence.
+        last_inputs_TH: filled with what the last layer is given.
+    Raises:
+        MemoryError: a cache cannot grow; the caches are as they were.
+    """
+    for cache, start, own in zip(caches, starts, tokens, strict=True):
+        reserve(cache, start + len(own))
+    states_TH = np.empty((sum(map(len, tokens)), int(target.config.hidden_size)), np.float32)
+
+    def run(starts: list[int], tokens: Sequence[Sequence[int]], begin: int, end: int) -> None:
+        _native.target_forward(
+            target.runtime,
+            target.stack,
+            target.embedding,
+            target.embedding_scale,
+            caches,
+            starts,
+            [len(own) for own in tokens],
+            [token for own in tokens for token in own],
+            states_TH[begin:end],
+            parents,
+            None if last_inputs_TH is None else last_inputs_TH[begin:end],
+        )
+
+    if len(caches) > 1 or parents:
+        run(starts, tokens, 0, len(states_TH))
+        return states_TH
+    for begin, end in _chunks(len(tokens[0])):
+        run([starts[0] + begin], [tokens[0][begin:end]], begin, end)
+    return states_TH
+
+
+def logits(target: NativeTarget, states_TH: States) -> Logits:
+    """[T, V]"""
+    out = np.empty((len(states_TH), target.lm_head.stride), np.float32)
+    _native.scores(target.runtime, target.lm_head, states_TH, out)
+    return out[:, : target.vocabulary_size]
+
+
+def reserve(cache: _native.Cache, tokens: int) -> None:
+    """Room for `tokens` in a cache.
+
+    Raises:
+        MemoryError: it would not fit; what is held stays.
+    """
+    missing = -(-(tokens - cache.capacity) // _native.PAGE_TOKENS)
+    if missing > 0:
+        check_memory(missing * cache.page_bytes, f"a context of {tokens} tokens", "a shorter context")
+        cache.reserve(tokens)
+
+
+def _candidates(found: list[_native.Candidates]) -> list[Candidates]:
+    return [Candidates(one.tokens, one.confidences) for one in found]
+
+
+def _chunks(total: int) -> Iterator[tuple[int, int]]:
+    return ((begin, min(total, begin + CHUNK)) for begin in range(0, total, CHUNK))

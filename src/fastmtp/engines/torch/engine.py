@@ -1,0 +1,101 @@
+"""The reference engine: PyTorch on any device, transformers' own layers, our caches.
+
+Shapes: B batch, T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastmtp.engines.protocol import Floor, Head, TokenSequence
+from fastmtp.engines.sequence import TextSequence
+from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.runner import TorchRunner
+from fastmtp.engines.torch.target import Target
+from fastmtp.heads.format import read_head
+from fastmtp.method.head import MTPHead
+from fastmtp.models.layers import causal_masks
+from fastmtp.models.weights import Weights, whole
+from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
+
+_READ_BYTES = 1 << 28
+
+
+class TorchEngine:
+    """`Engine` on any device."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @property
+    def name(self) -> str:
+        return f"torch {torch.__version__} ({self.target.device.type}, {str(self.target.dtype)[6:]})"
+
+    @property
+    def arithmetic(self) -> str:
+        return str(self.target.dtype)
+
+    def load_head(self, directory: Path) -> Head:
+        head = MTPHead(self.target.model)
+        shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+        stored = read_head(directory, self.target, shapes)
+        head.load_state_dict(_tensors(stored.tensors))
+        return Head(head.eval().requires_grad_(False), stored.lists, stored.draft_steps, directory)
+
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
+        vocabulary = draft_vocabulary(lists)
+        runner = TorchRunner(self.target, head.weights if head else None, vocabulary)
+        return TextSequence(runner, self.target, vocabulary)
+
+    def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """All texts together, filled up to the longest; padding on the right changes nothing before it."""
+        target = self.target
+        ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True).to(target.device)
+        positions = torch.arange(ids_BT.shape[1], device=target.device)[None]
+        masks = causal_masks(target.config, 0, ids_BT.shape[1], target.device)
+        states_BTH = target.states(ids_BT, positions, masks, None)
+        return [states_TH[: len(text)] for states_TH, text in zip(states_BTH, texts, strict=True)]
+
+    def forward_with_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+        given: list[Tensor] = []
+
+        def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            given.append(positional[0] if positional else named["hidden_states"])
+
+        hook = self.target.model.model.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return self.forward([text])[0], given[0][0]
+        finally:
+            hook.remove()
+
+    def batch(self, slots: int) -> TorchBatch:
+        return TorchBatch(self.target, slots)
+
+    def floor(self) -> Floor:
+        weights = [*self.target.model.model.layers.parameters(), self.target.lm_head.weight]
+        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        return Floor(size, _bandwidth(self.target.device))
+
+
+def _tensors(weights: Weights) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()}
+
+
+def _bandwidth(device: torch.device) -> float:
+    """GB a second."""
+    data = torch.ones(_READ_BYTES // 4, device=device)
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        # Waits for the device.
+        float(data.sum())
+        times.append(time.perf_counter() - started)
+    return _READ_BYTES / median(times[1:]) / 1e9

@@ -1,0 +1,132 @@
+"""What PyTorch computes for one sequence on any device: transformers' own layers, our caches.
+
+Shapes: T tokens, N nodes of a tree, H hidden, D draft vocabulary, G own tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.engines.torch.candidates import likeliest
+from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.target import Target
+from fastmtp.engines.torch.trees import tree_mask, tree_positions
+from fastmtp.method.head import MTPHead
+from fastmtp.models.layers import causal_mask
+from fastmtp.vocabulary.draft import DraftVocabulary
+
+
+class TorchRunner:
+    """`Runner` with the caches of one text."""
+
+    def __init__(self, target: Target, head: MTPHead | None, vocabulary: DraftVocabulary | None) -> None:
+        weight, hidden = target.lm_head.weight, int(target.config.hidden_size)
+        self._target, self._head, self._vocabulary, self._device = target, head, vocabulary, target.device
+        # Rows of the LM head that the draft step scores, and their tokens; rows of the text's own tokens.
+        self._rows_DH, self._row_ids_D = weight, np.arange(target.vocabulary_size, dtype=np.int32)
+        self._own_rows_GH = weight.new_empty(vocabulary.own_tokens if vocabulary else 0, hidden)
+        self._cache, self._draft_cache = KVCache(), KVCache()
+        self.no_states = weight.new_empty(0, hidden) if head else None
+        # Of the tree in the draft cache: all nodes' parents and states.
+        self._parents: list[int] = []
+        self._states_NH = weight.new_empty(0, hidden)
+        if vocabulary is not None:
+            self.fit_rows(vocabulary, {})
+
+    @torch.inference_mode()
+    def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Tensor:
+        self._cache.truncate(start)
+        return self._target.forward(torch.tensor([list(tokens)], device=self._device), self._cache, parents)[0]
+
+    @torch.inference_mode()
+    def commit(self, start: int, rows: Sequence[int]) -> None:
+        self._cache.keep(start, rows)
+
+    @torch.inference_mode()
+    def logits(self, states_TH: Tensor) -> Logits:
+        return cast(Logits, self._target.logits(states_TH).float().cpu().numpy())
+
+    @torch.inference_mode()
+    def argmax(self, states_TH: Tensor) -> list[int]:
+        return _argmax(self._target.logits(states_TH))
+
+    @torch.inference_mode()
+    def draft(self, start: int, states_TH: Tensor, inputs: Sequence[int], steps: int) -> list[int]:
+        drafted: list[int] = []
+        for _ in range(steps):
+            states_TH = self._head_forward(start, states_TH, inputs)[-1:]
+            start += len(inputs)
+            (best,) = _argmax(self._draft_logits(states_TH))
+            drafted.append(best if self._vocabulary is None else self._vocabulary.token(best))
+            inputs = drafted[-1:]
+        return drafted
+
+    @torch.inference_mode()
+    def start_tree(self, start: int, states_TH: Tensor, inputs: Sequence[int], width: int) -> list[Candidates]:
+        self._parents, self._states_NH = [-1], self._head_forward(start, states_TH, inputs)[-1:]
+        return likeliest(self._draft_logits(self._states_NH), self._draft_ids(), width)
+
+    @torch.inference_mode()
+    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+        before, every = self._states_NH[list(parents)], [*self._parents, *parents]
+        start, count = self._draft_cache.length - len(self._parents), len(tokens)
+        positions_1T = tree_positions(start, every, count, self._device)
+        mask = tree_mask(start, every, count, None, self._device)
+        states_NH = self._run_head(before, tokens, positions_1T, mask)
+        self._parents, self._states_NH = every, torch.cat([self._states_NH, states_NH])
+        return likeliest(self._draft_logits(states_NH), self._draft_ids(), width)
+
+    def _head_forward(self, start: int, states_TH: Tensor, tokens: Sequence[int]) -> Tensor:
+        """The head's states [T, H] at positions from `start` on, over what was held there."""
+        self._draft_cache.truncate(start)
+        positions_1T = torch.arange(start, start + len(tokens), device=self._device)[None]
+        return self._run_head(states_TH, tokens, positions_1T, causal_mask(start, len(tokens), None, self._device))
+
+    def _run_head(
+        self, states_TH: Tensor, tokens: Sequence[int], positions_1T: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        assert self._head is not None and len(tokens) == len(states_TH)
+        embedding = self._target.embed(torch.tensor([list(tokens)], device=self._device))
+        rotation = self._target.rotations(positions_1T)
+        states: Tensor = self._head(states_TH[None], embedding, rotation, mask, self._draft_cache)
+        self._draft_cache.advance(len(tokens))
+        return states[0]
+
+    def _draft_logits(self, states_TH: Tensor) -> Tensor:
+        """[T, D]"""
+        if self._vocabulary is None:
+            return self._target.logits(states_TH)
+        own_rows_GH = self._own_rows_GH[: len(self._vocabulary.own_ids)]
+        return torch.cat([self._target.logits(states_TH, rows) for rows in (self._rows_DH, own_rows_GH)], dim=-1)
+
+    def _draft_ids(self) -> Tensor | None:
+        """The token of each draft logit, [D]; None if they are the target's own."""
+        if self._vocabulary is None:
+            return None
+        ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
+        return ids_D.to(self._device, torch.long)
+
+    @torch.inference_mode()
+    def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
+        if vocabulary.ids_D is not self._row_ids_D:
+            self._row_ids_D = vocabulary.ids_D
+            self._rows_DH = self._target.lm_head_rows(vocabulary.ids_D)
+        if changed:
+            places, ids = torch.tensor([list(changed), list(changed.values())], device=self._device)
+            self._own_rows_GH[places] = self._target.lm_head.weight[ids]
+
+    def join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
+        return torch.cat([states_TH, more_TH])
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    """Of each row of logits; of equal ones the first."""
+    # On a CPU numpy takes a tenth of torch's time.
+    found = logits.argmax(-1) if logits.is_cuda or logits.dtype.itemsize < 4 else logits.numpy().argmax(-1)
+    return cast("list[int]", found.tolist())
