@@ -15,21 +15,22 @@ from click.testing import CliRunner
 
 from fastmtp.cli.main import commands
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain, chains
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.distill.domains import language
-from fastmtp.engines.native.sequence import NativeSequence, forward, scores
+from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.native.runner import forward, logits
 from fastmtp.engines.native.target import NativeTarget, WeightType, load_native_target
-from fastmtp.engines.torch.sequence import TorchSequence
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import load_target
 from fastmtp.evaluate.prompts import short_prompts
-from fastmtp.heads.format import load_head, load_native_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.source import describe
 from fastmtp.train.agreement import agreement, replay
 from fastmtp.vocabulary.choosing import CHUNK, Chooser
+from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import merge_order, ranked, smoothed
 from tests.conftest import reference
@@ -42,20 +43,21 @@ def test_replayed_acceptance_is_the_decoders() -> None:
     target = load_target("smollm2", device="cpu")
     directory = shipped_head("smollm2")
     assert directory is not None
-    head, vocabulary, steps = load_head(directory, target)
-    ids_D = torch.tensor(vocabulary.union())
+    engine = TorchEngine(target)
+    head = engine.load_head(directory)
+    lists, ids_D = DraftLists(head.lists, target.vocabulary_size, 0), torch.tensor(head.lists.union())
     for text in short_prompts()[:4]:
         prompt = target.encode_chat([{"role": "user", "content": text}])
         result = Generation(
-            TorchSequence(target, head, vocabulary, places=0),
+            engine.new_sequence(head, lists),
             target,
             prompt,
-            drafter=Chain(steps),
+            new_drafter=chains(head.draft_steps),
             sampling=SamplingConfig(),
             max_new_tokens=80,
         ).run()
         text = prompt + result.tokens
-        found = agreement(head, target, reference(target, text), ids_D, steps)
+        found = agreement(head.weights, target, reference(target, text), ids_D, head.draft_steps)
         replayed = replay(found.same_TK, len(prompt))
         assert abs(replayed.rounds - result.acceptance.rounds) <= 1
         for one, other in zip(replayed.kept, result.acceptance.kept, strict=True):
@@ -79,11 +81,12 @@ def passages(characters: int) -> Iterator[str]:
 
 def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
     """Greedy, on the native int8 engine: every token of every answer, drafted 1 to 8 at a time."""
-    target = load_native_target("smollm2")
+    target, greedy = load_native_target("smollm2"), SamplingConfig()
     directory = shipped_head("smollm2")
     assert directory is not None
-    head, vocabulary, _ = load_native_head(directory, target)
-    backend = NativeSequence(target, head, vocabulary)
+    engine = NativeEngine(target)
+    head = engine.load_head(directory)
+    sequence = engine.new_sequence(head, DraftLists(head.lists, target.vocabulary_size))
     tasks = [
         "Summarize this:",
         "What does this say, in one sentence?",
@@ -95,15 +98,15 @@ def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
     compared = different = rounds = 0
     for number, passage in enumerate(passages(1000)):
         prompt = target.encode_chat([{"role": "user", "content": f"{tasks[number % len(tasks)]}\n\n{passage}"}])
-        expected = list(islice(plain(backend, prompt, SamplingConfig()), 512))
-        backend.reset()
+        expected = list(islice(plain(sequence, prompt, greedy), 512))
+        sequence.reset()
         found: list[int] = []
-        for one in speculative(backend, prompt, Chain(1 + number % 8), SamplingConfig()):
+        for one in speculative(sequence, prompt, Chain(1 + number % 8, greedy), greedy):
             found += one.tokens
             rounds += 1
             if len(found) >= len(expected):
                 break
-        backend.reset()
+        sequence.reset()
         compared += len(expected)
         different += sum(ours != theirs for ours, theirs in zip(found, expected, strict=False))
         if compared >= 200_000:
@@ -134,7 +137,7 @@ def perplexity(target: NativeTarget, ids: list[int], window: int = 1024) -> floa
     for start in range(0, len(ids) - 1, window):
         part = ids[start : start + window + 1]
         states_TH = forward(target, [target.stack.new_cache()], [0], [part[:-1]])
-        logits_TV = scores(target.runtime, target.lm_head, states_TH)
+        logits_TV = torch.from_numpy(logits(target, states_TH))
         losses.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(part[1:]), reduction="none"))
     return float(torch.cat(losses).mean().exp())
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
-from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.drafter import chains
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.distill.answers import distill
-from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.train.trainer import Trainer
@@ -33,17 +33,17 @@ def on_gpu(family: str) -> Target:
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_speculative_is_plain_is_the_cpus(family: str) -> None:
     target, prompt = on_gpu(family), random_ids(30)
-    backend = Engine().sequence(target, MTPHead(target.model), VocabularyLists.of(range(100)))
+    sequence = Engine().sequence(target, MTPHead(target.model), VocabularyLists.of(range(100)))
     answers = [
         Generation(
-            backend,
+            sequence,
             target,
             prompt,
-            drafter=drafter,
+            new_drafter=new_drafter,
             sampling=SamplingConfig(),
             max_new_tokens=40,
         )
-        for drafter in (None, Chain(3))
+        for new_drafter in (None, chains(3))
     ]
     tokens = [answer.run().tokens for answer in answers]
     cpu = plain(Engine().sequence(tiny_target(family)), prompt, SamplingConfig())
@@ -53,7 +53,7 @@ def test_speculative_is_plain_is_the_cpus(family: str) -> None:
 def test_distilling_and_training_run(tmp_path: Path) -> None:
     target = on_gpu("llama")
     config = DistillConfig(count=4, max_new_tokens=16, max_prompt_tokens=300, slots=3)
-    assert distill(TorchBatch(target), config, tmp_path / "data", None).exchanges == 4
+    assert distill(TorchEngine(target), config, tmp_path / "data", None).exchanges == 4
     history = losses(
         Trainer(target, exchanges(tiny_target("llama")), [257, *range(200)], TrainConfig(**vars(CONFIG)), tmp_path)
     )

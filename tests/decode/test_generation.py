@@ -35,7 +35,7 @@ class Told(Generation):
         ids = [*target.encode(text), 257]
         self._given = [Round(ids[start : start + size], 0) for start in range(0, len(ids), size)]
 
-    def _rounds(self):  # type: ignore[no-untyped-def]
+    def _rounds(self, drafter):  # type: ignore[no-untyped-def]
         return iter(self._given)
 
 
@@ -75,7 +75,12 @@ def test_statistics(llama: Target) -> None:
     """Rounds times tau are the tokens after the first one; speeds are positive."""
     head = MTPHead(llama.model)
     generation = Generation(
-        Engine().sequence(llama, head), llama, random_ids(5), new_drafter=chains(2), sampling=GREEDY, max_new_tokens=20
+        Engine().sequence(llama, head),
+        llama,
+        random_ids(5),
+        new_drafter=chains(2),
+        sampling=GREEDY,
+        max_new_tokens=20,
     )
     result = generation.run()
     assert result.acceptance.rounds * result.acceptance.tau == pytest.approx(len(result.tokens) - 1)

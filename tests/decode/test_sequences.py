@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from random import Random
 from threading import Barrier, Event
 from typing import Any
@@ -110,7 +110,7 @@ def test_what_one_text_teaches_changes_no_token_of_another(engine: Engine) -> No
 
     for sampling in (GREEDY, DRAWN):
         streams = [rounds_of(new_sequence(), prompt, shared, sampling) for prompt in prompts()[:3]]
-        found = [sum(rounds, []) for rounds in zip(*zip(*streams, strict=True), strict=True)]
+        found = [list(chain(*rounds)) for rounds in zip(*zip(*streams, strict=True), strict=True)]
         for prompt, tokens in zip(prompts(), found, strict=False):
             assert tokens == list(islice(plain(new_sequence(), prompt, sampling), len(tokens)))
 
@@ -144,7 +144,7 @@ def test_threads_with_a_sequence_each_get_what_they_get_alone(way: str) -> None:
         sequence = new_sequence()
         start.wait(timeout=60)
         return [
-            sum(rounds_of(sequence, prompt, new_drafter, sampling), [])
+            list(chain(*rounds_of(sequence, prompt, new_drafter, sampling)))
             for prompt in own
             for sampling in (GREEDY, DRAWN)
             for new_drafter in (shared, chains(3))
@@ -220,7 +220,7 @@ def test_a_second_text_ends_the_first(engine: Engine, drafted: bool, sampling: S
         with pytest.raises(RuntimeError, match="another text was begun in this sequence"):
             next(first)
         begun += islice(going_on, 8)
-        tokens = sum(begun, []) if drafted else begun
+        tokens = list(chain(*begun)) if drafted else begun
         assert tokens == list(islice(plain(new_sequence_of(engine)(), second, sampling), len(tokens)))
 
 

@@ -23,7 +23,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
 from fastmtp.distill.own_prompts import KINDS, opening
-from fastmtp.engines.torch.batch import TorchBatch
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.models.info import tokenizer_sha256
 from tests.conftest import random_ids, tiny_target
@@ -59,11 +59,10 @@ def test_batched_decoding_is_plain_decoding(engine: Engine, target: Target) -> N
             max_new_tokens=6 + 5 * index,
             sampling=SamplingConfig(),
             end_ids=frozenset(),
-            generator=torch.Generator(),
         )
         for index, prompt in enumerate(prompts)
     )
-    got = {done.request.key: done.tokens for done in decode_batch(engine.batch(target), queue, slots=3)}
+    got = {done.request.key: done.tokens for done in decode_batch(engine.open(target), queue, slots=3)}
     for index, prompt in enumerate(prompts):
         stream = plain(engine.sequence(target), prompt, SamplingConfig())
         assert got[index] == list(islice(stream, 6 + 5 * index))
@@ -71,26 +70,51 @@ def test_batched_decoding_is_plain_decoding(engine: Engine, target: Target) -> N
 
 def test_batched_sampling_follows_the_law(llama: Target) -> None:
     """First tokens of many sampled requests have the target's distribution."""
-    prompt, sampling, count = random_ids(5), SamplingConfig(temperature=1.0, top_k=5), 1500
+    prompt, count = random_ids(5), 1500
     queue = deque(
         Request(
             key=index,
             prompt=prompt,
             max_new_tokens=1,
-            sampling=sampling,
+            sampling=SamplingConfig(temperature=1.0, top_k=5, seed=index),
             end_ids=frozenset(),
-            generator=torch.Generator().manual_seed(index),
         )
         for index in range(count)
     )
     counts = torch.zeros(llama.vocabulary_size)
-    for done in decode_batch(TorchBatch(llama), queue, slots=64):
+    for done in decode_batch(TorchEngine(llama), queue, slots=64):
         counts[done.tokens[0]] += 1
     values, ids = llama.model(torch.tensor([prompt])).logits[0, -1].detach().topk(5)
     expected = count * values.softmax(-1)
     assert counts.sum() == counts[ids].sum()
     # 4 degrees of freedom: exceeded once in 10,000 seeds, and the seeds are fixed.
     assert float(((counts[ids] - expected) ** 2 / expected).sum()) < 23.5
+
+
+@pytest.mark.parametrize("slots", [1, 3, 9])
+def test_draws_depend_on_the_own_seed_only(engine: Engine, target: Target, slots: int) -> None:
+    """Not on neighbours, nor on the slot: what plain decoding draws with that seed, beside whatever else."""
+    prompts = [random_ids(length, seed=length) for length in (3, 11, 3, 28, 6, 3)]
+    samplings = [SamplingConfig(temperature=0.9, top_k=20, seed=seed) for seed in (1, 2, 3, 1, 5, 1)]
+    expected = [
+        list(islice(plain(engine.sequence(target), prompt, sampling), 12))
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    # The same prompt gives other answers by other seeds, and the same one by the same seed.
+    assert expected[0] == expected[5] != expected[2]
+    for order in (list(range(6)), [5, 3, 1, 0, 2, 4]):
+        queue = deque(
+            Request(
+                key=index,
+                prompt=prompts[index],
+                max_new_tokens=12 - index,
+                sampling=samplings[index],
+                end_ids=frozenset(),
+            )
+            for index in order
+        )
+        for done in decode_batch(engine.open(target), queue, slots):
+            assert done.tokens == expected[done.request.key][: 12 - done.request.key]
 
 
 def test_loops_end_early() -> None:
@@ -103,7 +127,7 @@ def test_loops_end_early() -> None:
 def test_own_prompts(tmp_path: Path) -> None:
     """The model writes prompts and answers; ids and mask are those of the chat template."""
     target = talkative()
-    summary = distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
+    summary = distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
     found = rows(tmp_path / "data")
     assert summary.exchanges == len(found) == 12
     assert {row.kind for row in found.values()} <= set(KINDS)
@@ -124,11 +148,11 @@ def test_own_prompts(tmp_path: Path) -> None:
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Every exchange draws from its own seed, so it does not matter when it was made, or beside which others."""
     target = talkative()
-    distill(TorchBatch(target), CONFIG, tmp_path / "whole", None)
+    distill(TorchEngine(target), CONFIG, tmp_path / "whole", None)
     few = DistillConfig(**{**vars(CONFIG), "count": 5, "slots": 2})
-    distill(TorchBatch(target), few, tmp_path / "parts", None)
+    distill(TorchEngine(target), few, tmp_path / "parts", None)
     assert len(finished_indices(tmp_path / "parts")) == 5
-    summary = distill(TorchBatch(target), CONFIG, tmp_path / "parts", None)
+    summary = distill(TorchEngine(target), CONFIG, tmp_path / "parts", None)
     assert summary.exchanges == 7
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
@@ -140,11 +164,11 @@ def test_the_time_limit_ends_nothing_that_was_begun(tmp_path: Path, monkeypatch:
     # A second passes at every look at the clock: the limit is reached with the first slots filled.
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     limited = DistillConfig(**{**vars(CONFIG), "minutes": 0.1})
-    summary = distill(TorchBatch(target), limited, tmp_path / "data", None)
+    summary = distill(TorchEngine(target), limited, tmp_path / "data", None)
     assert 0 < summary.exchanges == len(rows(tmp_path / "data")) < 12
     monkeypatch.undo()
-    distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
-    distill(TorchBatch(target), CONFIG, tmp_path / "whole", None)
+    distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
+    distill(TorchEngine(target), CONFIG, tmp_path / "whole", None)
     assert rows(tmp_path / "data") == rows(tmp_path / "whole")
 
 
@@ -156,7 +180,7 @@ def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
     lines = [{"messages": [*talk, reply]}, *given]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    distill(TorchBatch(llama), CONFIG, tmp_path / "data", str(path))
+    distill(TorchEngine(llama), CONFIG, tmp_path / "data", str(path))
     found = rows(tmp_path / "data")
     context = llama.encode_chat(talk)
     assert found[0].ids[: len(context)] == context and not any(found[0].answer_mask[: len(context)])
@@ -166,13 +190,13 @@ def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
 
 def test_other_settings_do_not_mix(tmp_path: Path) -> None:
     target = talkative()
-    distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
+    distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
     with pytest.raises(ValueError, match=r"was made with temperature = 1\.0, not 0\.5"):
-        distill(TorchBatch(target), DistillConfig(**{**vars(CONFIG), "temperature": 0.5}), tmp_path / "data", None)
+        distill(TorchEngine(target), DistillConfig(**{**vars(CONFIG), "temperature": 0.5}), tmp_path / "data", None)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     with pytest.raises(ValueError, match="not a data directory"):
-        distill(TorchBatch(target), CONFIG, tmp_path / "notes", None)
+        distill(TorchEngine(target), CONFIG, tmp_path / "notes", None)
 
 
 def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
@@ -180,12 +204,12 @@ def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
     target.tokenizer = copy(target.tokenizer)
     target.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="give --prompts FILE"):
-        distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
+        distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
 
 
 def test_reading_bad_data(tmp_path: Path) -> None:
     target = talkative()
-    distill(TorchBatch(target), CONFIG, tmp_path / "data", None)
+    distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
     with pytest.raises(ValueError, match="of another tokenizer"):
         read_exchanges([tmp_path / "data"], "0")
     path = shards(tmp_path / "data")[0]
@@ -200,7 +224,7 @@ def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) 
     script = (
         "import sys; from pathlib import Path; from tests.distill.test_distill import *\n"
         "config = DistillConfig(**{**vars(CONFIG), 'count': 4000})\n"
-        "distill(TorchBatch(talkative()), config, Path(sys.argv[1]), None)\n"
+        "distill(TorchEngine(talkative()), config, Path(sys.argv[1]), None)\n"
     )
     data = tmp_path / "data"
     process = subprocess.Popen([sys.executable, "-c", script, str(data)], stderr=subprocess.DEVNULL)
@@ -212,5 +236,5 @@ def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) 
     done = finished_indices(data)
     assert 6 <= len(done) < 4000
     assert not list(data.glob(".*"))
-    distill(TorchBatch(talkative()), DistillConfig(**{**vars(CONFIG), "count": 12}), data, None)
+    distill(TorchEngine(talkative()), DistillConfig(**{**vars(CONFIG), "count": 12}), data, None)
     assert finished_indices(data) >= done | set(range(12))

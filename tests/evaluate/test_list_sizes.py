@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from fastmtp.engines.costs import ChainCosts
-from fastmtp.engines.torch.forward import TorchForward
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.evaluate.list_sizes import curve, same_by_size, sizes_for
 from fastmtp.train.agreement import replay
@@ -28,8 +28,8 @@ def test_acceptance_by_size_is_the_decoders(target: Target, seed: int) -> None:
     text, head = greedy_text(target, seed), tuned_head(target)
     same_STK = same_by_size(head, target, reference(target, text), RANKING, SIZES, 3)
     for size, same_TK in zip(SIZES, same_STK, strict=True):
-        backend = Engine().sequence(target, head, RANKING[:size], 256)
-        assert replay(same_TK, 8) == decoded_acceptance(backend, text[:8], 3)
+        sequence = Engine().sequence(target, head, RANKING[:size], 256)
+        assert replay(same_TK, 8) == decoded_acceptance(sequence, text[:8], 3)
 
 
 def test_curve(llama: Target) -> None:
@@ -37,17 +37,17 @@ def test_curve(llama: Target) -> None:
     text = greedy_text(llama, 0)
     counted = coverage(Counter(text), RANKING)
     ranking = Ranking("en", RANKING, counted, [(text, 8), (text[:9], 8)])
-    head, forward = tuned_head(llama), TorchForward(llama)
+    head, engine = tuned_head(llama), TorchEngine(llama)
     costs = ChainCosts(3, 5.0, {20: 1.0, 150: 2.0, VOCABULARY: 5.0})
-    points = curve(head, llama, forward, ranking, costs)
+    points = curve(head, llama, engine, ranking, costs)
     assert [point.size for point in points] == SIZES
     assert [point.coverage for point in points] == [counted[size] for size in SIZES]
     for point, round_ms in zip(points, (8, 11, 20), strict=True):
         assert point.speed == pytest.approx(point.tau / points[-1].tau * 20 / round_ms)
-    free = curve(head, llama, forward, ranking, ChainCosts(3, 5.0, dict.fromkeys(SIZES, 1.0)))
+    free = curve(head, llama, engine, ranking, ChainCosts(3, 5.0, dict.fromkeys(SIZES, 1.0)))
     assert max(free, key=lambda point: (point.speed, point.size)).size == VOCABULARY
     with pytest.raises(ValueError, match="no text of 'en' was kept aside"):
-        curve(head, llama, forward, Ranking("en", RANKING, counted, []), costs)
+        curve(head, llama, engine, Ranking("en", RANKING, counted, []), costs)
 
 
 def test_sizes_and_costs() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.adaptive import MAX_NODES, PLANNING_MS, Adaptive
-from fastmtp.decode.drafting.drafter import Chain, Drafter
+from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.estimates import Estimates
+from fastmtp.decode.drafting.learned import MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.costs import Costs
 from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Tree
 from fastmtp.evaluate import recording, replay
 from fastmtp.evaluate.recording import Recorded, Recording
 from tests.conftest import random_ids, tiny_target
@@ -30,19 +32,26 @@ ANSWER = 60
 def recorded(request: pytest.FixtureRequest) -> tuple[Target, Recording]:
     target, prompt = tiny_target("llama"), random_ids(12) * 2
     answer = list(islice(plain(Engine().sequence(target), prompt, request.param), ANSWER))
-    backend = Engine().sequence(target, tuned_head(target))
-    return target, recording.record(backend, "kind", "one", prompt, answer, request.param)
+    sequence = Engine().sequence(target, tuned_head(target))
+    return target, recording.record(sequence, "kind", "one", prompt, answer, request.param)
 
 
-@pytest.mark.parametrize("drafter", [Chain(1), Chain(3), Adaptive(COSTS)], ids=["chain-1", "chain-3", "auto"])
-def test_replayed_rounds_are_the_decoders(recorded: tuple[Target, Recording], drafter: Drafter) -> None:
+WAYS: dict[str, Callable[[], NewDrafter]] = {
+    "chain-1": lambda: chains(1),
+    "chain-3": lambda: chains(3),
+    "auto": lambda: replay.adaptive(Learned(COSTS)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_replayed_rounds_are_the_decoders(recorded: tuple[Target, Recording], way: str) -> None:
     """As many rounds, tokens verified and drafts asked for as decoding has; what is missing is counted."""
     target, one = recorded
-    found = replay.replay(one, drafter, COSTS)
-    again = Chain(drafter.depth) if isinstance(drafter, Chain) else Adaptive(COSTS)
-    backend = Engine().sequence(target, tuned_head(target))
+    found = replay.replay(one, WAYS[way](), COSTS)
+    again = WAYS[way]()(one.prompt, one.sampling)
+    sequence = Engine().sequence(target, tuned_head(target))
     tokens, rounds = 1, []
-    for settled in islice(speculative(backend, one.prompt, again, one.sampling), 1, None):
+    for settled in islice(speculative(sequence, one.prompt, again, one.sampling), 1, None):
         rounds.append(settled)
         tokens += len(settled.tokens)
         if tokens >= ANSWER:
@@ -52,7 +61,7 @@ def test_replayed_rounds_are_the_decoders(recorded: tuple[Target, Recording], dr
     assert abs(found.rounds - len(rounds)) <= (1 if found.missed else 0)
     assert abs(found.verified - sum(1 + round_.drafted for round_ in rounds)) <= 8
     assert found.tokens == ANSWER - 1
-    planning_ms = 0.0 if isinstance(drafter, Chain) else PLANNING_MS
+    planning_ms = PLANNING_MS if way == "auto" else 0.0
     least = found.rounds * 5.0 + found.asked * (0.2 + planning_ms)
     assert least < found.milliseconds < found.rounds * 12.0 + found.asked * (0.2 + planning_ms)
     assert found.plain_ms == pytest.approx(5.0 * found.tokens)
@@ -118,8 +127,8 @@ def test_what_is_no_recording_is_named(tmp_path: Path, data: bytes | None) -> No
 def test_what_a_recording_lacks_is_never_right(recorded: tuple[Target, Recording]) -> None:
     """And it is counted."""
     _, one = recorded
-    backend = Recorded(one)
-    backend.start_tree(one.answer[0], 4)
-    (found,) = backend.extend_tree([0], [-5], 4)
-    assert backend.missed == 1
+    sequence, tree = Recorded(one), Tree(one.answer[0])
+    sequence.ask(tree, [0], 4)
+    (found,) = sequence.ask(tree, [tree.add(0, -5)], 4)
+    assert sequence.missed == 1
     assert found.tokens == [-1]

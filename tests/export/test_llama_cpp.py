@@ -113,7 +113,7 @@ def test_what_it_refuses(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other.tokenizer.save_pretrained(made / "gemma")
     with pytest.raises(ValueError, match="does not fit"):
         export(made, target="gemma")
-    fitting = MTPHead(other)
+    fitting = MTPHead(other.model)
     save_head(made / "head", fitting, other, draft_steps=1, vocabulary=VocabularyLists({}), provenance={})
     with pytest.raises(ValueError, match=r"llama, mistral, qwen2, qwen3 and mimo, not gemma3_text"):
         export(made, target="gemma")
@@ -140,7 +140,12 @@ def test_tokenizer_of_a_directory(made: Path, llama: Target) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="ab").save_pretrained(made / "hf")
         target = Target(llama.model, AutoTokenizer.from_pretrained(made / "hf"), "hf")
         save_head(
-            made / "head", MTPHead(target.model), target, draft_steps=1, vocabulary=VocabularyLists({}), provenance={}
+            made / "head",
+            MTPHead(target.model),
+            target,
+            draft_steps=1,
+            vocabulary=VocabularyLists({}),
+            provenance={},
         )
         if not known:
             with pytest.raises(ValueError, match="splits words in a way"):

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from fastmtp.cli.main import commands
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.export.vllm_plugin import LISTS
-from fastmtp.heads.format import load_head, save_head
+from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
 from fastmtp.models.layers import causal_mask
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -116,7 +117,7 @@ def test_engines_formula(engine: str, family: str, tmp_path: Path) -> None:
     """
     export(engine, made(family, tmp_path))
     target = load_target(str(tmp_path / "model"), device="cpu")
-    head, _, _ = load_head(tmp_path / "head", target)
+    head = TorchEngine(target).load_head(tmp_path / "head").weights
     tensors = load_file(tmp_path / "export" / "model.safetensors")
     config = target.config.to_dict() | json.loads((tmp_path / "export" / "config.json").read_text())
     # Longer than the target's window, which the head does not have.
@@ -226,7 +227,7 @@ def test_gguf_target(engine: str, tmp_path: Path) -> None:
     (tmp_path / "gguf").mkdir()
     write_gguf(tmp_path / "gguf" / "model.gguf", tiny_target("llama"))
     before = load_target(str(tmp_path / "gguf" / "model.gguf"), device="cpu")
-    head = MTPHead(before)
+    head = MTPHead(before.model)
     save_head(tmp_path / "head", head, before, draft_steps=3, vocabulary=LISTED, provenance={})
     (tmp_path / "model").rename(tmp_path / "other")
     common = ["export", "--to", engine, "--target", str(tmp_path / "gguf" / "model.gguf"), "--no-measure"]

@@ -76,7 +76,7 @@ def test_formula(made: Made) -> None:
     """Our head with the imported tensors gives the published layer's logits, K steps deep, on its own cache."""
     states, ids = torch.randn(TOKENS, 32), torch.tensor(random_ids(TOKENS + 1))
     found = find_head(str(made.directory))
-    head = MTPHead(found.target)
+    head = MTPHead(found.target.model)
     head.load_state_dict({name: tensor.float() for name, tensor in found.tensors().items()}, assign=True)
     model, cache = made.model, ChainCache()
     state, tokens, start = states[None], ids[None, 1:], 0

@@ -156,9 +156,7 @@ def test_head_directory_gives_the_head(tmp_path: Path, target: Target) -> None:
     loaded = NativeEngine(native).load_head(tmp_path / "head")
     assert (loaded.lists, loaded.draft_steps, loaded.directory) == (LISTS, 3, tmp_path / "head")
     before = np.random.default_rng(0).standard_normal((12, 32), np.float32)
-    outputs = [
-        head_states(native, one, before, IDS[:12]) for one in (loaded.weights, native_head(native, head))
-    ]
+    outputs = [head_states(native, one, before, IDS[:12]) for one in (loaded.weights, native_head(native, head))]
     assert np.array_equal(*outputs)
     with pytest.raises(ValueError, match="this head does not fit"):
         NativeEngine(convert(tiny_target(_another(target)), "int8")).load_head(tmp_path / "head")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from fastmtp.engines.torch.forward import TorchForward, text_states
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.models.layers import causal_masks
 from fastmtp.train.initial import RIDGE, fit_input_projection
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids
+from tests.engines import text_states
 from tests.train.test_trainer import CONFIG, exchanges
 
 TEXTS = [random_ids(40, seed=seed) for seed in range(8)]
@@ -37,7 +38,7 @@ def inputs_and_wanted(target: Target, head: MTPHead) -> tuple[torch.Tensor, torc
 def test_input_projection_is_the_least_squares_one(target: Target) -> None:
     """For every family: the solution of the weighted problem, computed another way from states made by hand."""
     head = MTPHead(target.model)
-    fit_input_projection(head, target, [[5], *TEXTS], TorchForward(target))
+    fit_input_projection(head, target, [[5], *TEXTS], TorchEngine(target))
     with torch.no_grad():
         inputs, wanted = (part.double() for part in inputs_and_wanted(target, head))
         weights = wanted.pow(2).mean(-1, keepdim=True).rsqrt()
@@ -53,7 +54,7 @@ def test_training_starts_there_and_goes_on_from_a_checkpoint(tmp_path: Path, lla
     data = exchanges(llama)
     trainer = Trainer(llama, data, None, CONFIG, tmp_path / "a")
     fitted = MTPHead(llama.model)
-    fit_input_projection(fitted, llama, trainer._texts, TorchForward(llama))
+    fit_input_projection(fitted, llama, trainer._texts, TorchEngine(llama))
     assert torch.equal(trainer.head.input_proj.weight, fitted.input_proj.weight)
     for _ in trainer.train():
         pass

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from fastmtp.engines.torch.forward import text_states
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
@@ -14,6 +13,7 @@ from fastmtp.train import objective
 from fastmtp.train.batches import make_batch
 from fastmtp.train.objective import Objective
 from tests.conftest import random_ids
+from tests.engines import text_states
 
 
 @pytest.mark.parametrize("chunk", [7, 128])

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastmtp.engines.torch.forward import TorchForward, text_states
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
 from fastmtp.train.processes import Processes
 from fastmtp.train.states import StateCache
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, tiny_target
+from tests.engines import text_states
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
 TEXTS = [random_ids(5 + index % 9, seed=index) for index in range(10)]
@@ -27,7 +28,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache(directory: Path, target: Target) -> StateCache:
-    return StateCache(directory, target, TorchForward(target), TEXTS, Processes())
+    return StateCache(directory, target, TorchEngine(target), TEXTS, Processes())
 
 
 def test_states_are_the_targets(tmp_path: Path, target: Target) -> None:
@@ -77,7 +78,7 @@ def test_damage_is_named(tmp_path: Path, llama: Target) -> None:
 def test_other_data_or_targets_are_refused(tmp_path: Path, llama: Target) -> None:
     cache(tmp_path, llama)
     with pytest.raises(ValueError, match="another target or other data"):
-        StateCache(tmp_path, llama, TorchForward(llama), TEXTS[1:], Processes())
+        StateCache(tmp_path, llama, TorchEngine(llama), TEXTS[1:], Processes())
     with pytest.raises(ValueError, match="another target or other data"):
         cache(tmp_path, tiny_target("qwen2"))
 

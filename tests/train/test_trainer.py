@@ -18,14 +18,13 @@ from torch.nn.functional import kl_div
 from fastmtp.config import SamplingConfig, TrainConfig
 from fastmtp.decode.plain import plain
 from fastmtp.distill.dataset import Exchange
-from fastmtp.engines.torch.forward import text_states
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.recursion import STRIDE, recursion, trained_starts
 from fastmtp.train.agreement import agreement
 from fastmtp.train.batches import batch_order, make_batch
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, reference, tiny_target
-from tests.engines import Engine
+from tests.engines import Engine, text_states
 
 CONFIG = TrainConfig(
     held_out=3,
