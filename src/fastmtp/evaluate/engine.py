@@ -28,7 +28,7 @@ from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import machine
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -92,7 +92,11 @@ class EngineReport:
 
 
 def measure(
-    target: NativeTarget, head: NativeHead | None, vocabulary: VocabularyLists | None, draft_steps: int
+    target: NativeTarget,
+    head: NativeHead | None,
+    vocabulary: VocabularyLists | None,
+    draft_steps: int,
+    progress: Progress = QUIET,
 ) -> EngineReport:
     """Measure an engine.
 
@@ -109,11 +113,11 @@ def measure(
         **_llama_cpp_tasks(target),
     }
     found: dict[str, list[float]] = defaultdict(list)
-    with bar("bench-engine", _REPEATS * len(tasks)) as progress:
+    with progress.bar("bench-engine", _REPEATS * len(tasks)) as bar:
         for _ in range(_REPEATS):
             for name, task in tasks.items():
                 found[name].append(task())
-                progress.advance(1, 0, name)
+                bar.advance(1, 0, name)
     medians = {name: median(values) for name, values in found.items()}
 
     def by_key(kind: str) -> dict[str, float]:

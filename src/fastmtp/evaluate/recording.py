@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import MAX_DEPTH
@@ -19,9 +18,9 @@ from fastmtp.decode.drafting.drafter import DRAWN_AMONG
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
 from fastmtp.engines.protocol import Backend, Candidates
-from fastmtp.evaluate.competitors import PLAIN
+from fastmtp.evaluate.records import PLAIN, Turn
 from fastmtp.files import replacing
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 
 FORMAT = "fastmtp recording 1"
 # Candidates of a node, and nodes of a level that the head goes on from, beside the text's and the right one.
@@ -43,15 +42,17 @@ class Recording:
     said: list[Said]
 
 
-def record_all(backend: Backend, lines: Iterable[Mapping[str, Any]], sampling: SamplingConfig) -> list[Recording]:
-    """Plain decoding's answers of a benchmark's lines, each with what the head says along it."""
-    answered = [line for line in lines if line["repeat"] == 0 and len(line["cells"][PLAIN].get("tokens", ())) > 1]
+def record_all(
+    backend: Backend, turns: Iterable[Turn], sampling: SamplingConfig, progress: Progress = QUIET
+) -> list[Recording]:
+    """Plain decoding's answers of a benchmark's turns, each with what the head says along it."""
+    answered = [(turn, plain.tokens) for turn in turns if turn.repeat == 0 and (plain := turn.answer(PLAIN))]
+    long = [(turn, tokens) for turn, tokens in answered if len(tokens) > 1]
     found = []
-    with bar("record", len(answered)) as progress:
-        for line in answered:
-            tokens = line["cells"][PLAIN]["tokens"]
-            found.append(record(backend, line["benchmark"], line["id"], line["prompt"], tokens, sampling))
-            progress.advance(1, len(tokens))
+    with progress.bar("record", len(long)) as bar:
+        for turn, tokens in long:
+            found.append(record(backend, turn.benchmark, turn.id, turn.prompt, tokens, sampling))
+            bar.advance(1, len(tokens))
     return found
 
 
