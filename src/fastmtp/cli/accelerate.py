@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from fastmtp import accelerate as planning
+from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.engines.open import EngineOptions, finish, json_option, open_target
 from fastmtp.export.registry import MODULES
 
@@ -87,19 +88,21 @@ def accelerate(
 
 def _end(target: str, out: Path, engine: str, as_json: bool, minutes: float) -> None:
     from fastmtp.evaluate.document import read_document
-    from fastmtp.progress import console
     from fastmtp.report import bench as bench_report
 
     document = read_document(out / "bench" / "bench.json")
     if not as_json:
-        console.print()
-        console.print(bench_report.terminal(bench_report.by_benchmark(document)))
+        TERMINAL.console.print()
+        TERMINAL.console.print(table(bench_report.by_benchmark(document)))
         click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
         click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
         click.echo(f"all figures:    {out / 'bench' / 'report.html'}")
     finish(
         as_json,
-        {"out": str(out), "head": str(out / "head"), "export": str(out / engine), "bench": document["mean"]},
+        {
+            **{"out": str(out), "head": str(out / "head"), "export": str(out / engine)},
+            "bench": document.as_json()["mean"],
+        },
         f"{bench_report.headline(document)}; {minutes:.0f} minutes",
     )
 

@@ -100,13 +100,13 @@ def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **sett
     chosen = load_config(CleanConfig, config, settings)
     from rich.console import Console
 
+    from fastmtp.cli.data_report import draw_cleaning
     from fastmtp.distill.clean import clean as run
     from fastmtp.distill.clean import told
-    from fastmtp.report.data import clean_report
 
     report = run(directory, out, chosen)
     if not as_json:
-        Console().print(*clean_report(report))
+        draw_cleaning(report, Console())
     finish(as_json, {**vars(report), "out": str(out)}, f"{report.kept} exchanges kept, {told(report)}, in {out}")
 
 
@@ -119,15 +119,14 @@ def show(directories: tuple[Path, ...], target: str | None, samples: int, as_jso
     """What data directories hold: counts, domains, languages, lengths, frequent tokens, samples."""
     from rich.console import Console
 
+    from fastmtp.cli.data_report import draw_statistics
     from fastmtp.distill.dataset import target_of
     from fastmtp.distill.domains import shares
     from fastmtp.distill.statistics import measure
-    from fastmtp.report.data import statistics_report
 
     found = measure(directories, describe_target(target or target_of(directories[0])), samples)
     if not as_json:
-        for part in statistics_report(found):
-            Console().print(part)
+        draw_statistics(found, Console())
     finish(
         as_json,
         found.as_json(),

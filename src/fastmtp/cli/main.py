@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.cli.accelerate import accelerate
-from fastmtp.cli.bench import bench, bench_engine, demo, report
+from fastmtp.cli.bench import bench
+from fastmtp.cli.bench_engine import bench_engine
 from fastmtp.cli.data import data, distill
+from fastmtp.cli.demo import demo
 from fastmtp.cli.export import export, import_, verify_export
 from fastmtp.cli.head import head as head_commands
 from fastmtp.cli.options import settings_options
 from fastmtp.cli.replay import replay
+from fastmtp.cli.report import report
 from fastmtp.cli.train import train
 from fastmtp.cli.vocab import vocab
 from fastmtp.config import SamplingConfig, load_config

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.engines.open import EngineOptions, engine_options, finish, json_option, open_target
 
 
@@ -35,10 +36,8 @@ def replay(
     from fastmtp.evaluate import replay as replays
     from fastmtp.files import file_sha256
     from fastmtp.heads.shipped import shipped_head
-    from fastmtp.progress import console
     from fastmtp.provenance import provenance
-    from fastmtp.report.replay import as_json as replays_as_json
-    from fastmtp.report.replay import mean_speedup, table
+    from fastmtp.report import replay as tables
 
     directory = head or shipped_head(target)
     if directory is None or (fit and head is None):
@@ -51,13 +50,13 @@ def replay(
         hashes = {path.name: file_sha256(path) for path in recordings}
         estimates.save(found, directory, provenance(recordings=hashes))
     compared = replays.compare(answers, costs, estimates.load(directory))
-    means = {name: mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
+    means = {name: tables.mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
     if not as_json:
-        console.print(table(compared))
+        TERMINAL.console.print(table(tables.replay_grid(compared)))
     best = max((name for name in means if name.startswith("chain")), key=means.__getitem__)
     finish(
         as_json,
-        {"costs": asdict(costs), "speedups": means, "replayed": replays_as_json(compared)},
+        {"costs": asdict(costs), "speedups": means, "replayed": tables.as_json(compared)},
         f"auto {means['auto']:.2f}x, {best} {means[best]:.2f}x, in hindsight {means[replays.HINDSIGHT]:.2f}x, "
         f"an oracle {means[replays.ORACLE]:.2f}x; {len(answers)} answers"
         + (f"; estimates written into {directory}" if fit else ""),

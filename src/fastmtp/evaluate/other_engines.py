@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.evaluate.competitors import Answer
+from fastmtp.evaluate.records import Answer
 from fastmtp.others import llama_cpp
 from fastmtp.others.process import EngineProcess
 
@@ -55,7 +55,7 @@ class LlamaCpp:
         self.version = f"llama.cpp through xllamacpp {llama_cpp.version()}, {kind}"
         self.reference = f"llama.cpp:{kind}" if ngram else None
         path = llama_cpp.requantized(source, kind)
-        self._process = llama_cpp.process(path, context, threads, "NGRAM_SIMPLE" if ngram else None)
+        self._process = llama_cpp.process(path, context, threads, speculation="NGRAM_SIMPLE" if ngram else None)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
         request = {
@@ -66,10 +66,11 @@ class LlamaCpp:
             "top_p": sampling.top_p,
             "min_p": 0.0,
             "seed": sampling.seed,
+            "cache_prompt": False,
         }
         found = self._process.ask(request)
-        kept = ("text", "count", "prefill_seconds", "decode_seconds")
-        return Answer(tokens=[], **{name: found[name] for name in kept})
+        names = ("text", "count", "prefill_seconds", "decode_seconds")
+        return Answer(tokens=[], **{name: found[name] for name in names})
 
     def close(self) -> None:
         self._process.close()
