@@ -9,18 +9,17 @@ from typing import Any
 
 import click
 
-from fastmtp.cli.options import settings_options
-from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions, decoding_options
-from fastmtp.engines.open import (
-    NATIVE_DTYPES,
-    EngineOptions,
+from fastmtp.cli.options import (
+    decoding_options,
     engine_options,
     finish,
     json_option,
-    open_target,
+    settings_options,
     target_option,
 )
+from fastmtp.config import SamplingConfig, load_config
+from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, open_target
 from fastmtp.evaluate.lineup import KINDS, check_names, lineup, own_competitor
 
 

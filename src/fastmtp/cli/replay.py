@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from fastmtp.engines.open import EngineOptions, engine_options, finish, json_option, open_target
+from fastmtp.cli.options import engine_options, finish, json_option
+from fastmtp.engines.open import EngineOptions, open_target
 
 
 @click.command()

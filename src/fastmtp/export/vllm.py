@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
@@ -64,7 +65,7 @@ The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head 
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest["head"]["dtypes"])
+    return mimo_layout.read(directory, manifest.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
@@ -78,10 +79,10 @@ def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) ->
     Raises:
         ValueError: vLLM failed.
     """
-    steps = int(manifest["head"]["draft_steps"])
+    steps = manifest.draft_steps
     own = directory / hugging_face.TARGET
-    model = own if own.is_dir() else manifest["target"]["source"]
-    target = describe(manifest["target"]["source"])
+    model = own if own.is_dir() else manifest.target
+    target = describe(manifest.target)
     asked, ends = prompts(target), sorted(target.end_ids)
     plain = replay(str(model), asked, ends)
     drafted = replay(str(model), asked, ends, head=directory, draft_steps=steps, own_model=own_model)

@@ -1,21 +1,20 @@
-"""What the commands that decode share: what to draft, from which tokens, with which head."""
+"""What to draft, from which tokens, with which head: options, and the backend and drafter that they give."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from fastmtp.decode.drafting.drafter import Drafter
     from fastmtp.engines.costs import Costs
-    from fastmtp.engines.open import Command
     from fastmtp.engines.protocol import Backend
     from fastmtp.models.info import TargetInfo
     from fastmtp.vocabulary.lists import VocabularyLists
@@ -46,32 +45,9 @@ class DraftOptions:
         raise ValueError(f"--draft is {self.draft}; it must be auto, chain:K with K of 1 or more, or plain")
 
 
-def decoding_options(command: Command) -> Command:
-    """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
-
-    @functools.wraps(command)
-    def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
-        command(drafting=DraftOptions(head, draft, draft_vocabulary), **rest)
-
-    decorated: Command = click.option(
-        "--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]"
-    )(collected)
-    decorated = click.option(
-        "--draft",
-        default=AUTO,
-        show_default=True,
-        help="auto: trees, as large as pays; chain:K: K tokens in every round; plain: nothing",
-    )(decorated)
-    return click.option(
-        "--draft-vocabulary",
-        default=GROWING,
-        show_default=True,
-        help="growing: the lists that fit the text, and its own tokens; listed: these lists alone; full: all "
-        "tokens; or the name of one list",
-    )(decorated)
-
-
-def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple[Backend, Drafter | None]:
+def open_backend(
+    target: TargetInfo, name: str, drafting: DraftOptions, progress: Progress = QUIET
+) -> tuple[Backend, Drafter | None]:
     """An engine with the head that was asked for or ships with the target, and its drafter; None is plain."""
     from fastmtp.decode.drafting import estimates
     from fastmtp.decode.drafting.adaptive import Adaptive
@@ -83,19 +59,19 @@ def open_backend(target: TargetInfo, name: str, drafting: DraftOptions) -> tuple
         if steps:
             raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
         if steps is None:
-            click.echo(f"fastmtp: no head ships for {name}, decoding plainly; train one and give --head", err=True)
+            remark = f"no head ships for {name}, decoding plainly; train one and give --head"
+            logging.getLogger("fastmtp").warning(remark)
         return backend_of(target, None)[0], None
     backend, _ = backend_of(target, directory, drafting.draft_vocabulary)
     if steps is not None:
         return backend, Chain(steps)
-    return backend, Adaptive(costs_of_backend(backend, target), estimates.load(directory))
+    return backend, Adaptive(costs_of_backend(backend, target, progress), estimates.load(directory))
 
 
-def costs_of_backend(backend: Backend, target: TargetInfo) -> Costs:
-    """What rounds cost here; timed once for an engine, a model and a machine, and kept."""
+def costs_of_backend(backend: Backend, target: TargetInfo, progress: Progress = QUIET) -> Costs:
+    """What rounds cost here; timed once for an engine, a model and a machine, and cached."""
     from fastmtp.engines import costs
     from fastmtp.files import cache_directory
-    from fastmtp.progress import console
     from fastmtp.provenance import machine
 
     version = importlib.metadata.version("fastmtp")
@@ -104,7 +80,7 @@ def costs_of_backend(backend: Backend, target: TargetInfo) -> Costs:
     facts = [version, machine(), backend.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = cache_directory() / f"costs-{fingerprint[:16]}.json"
-    with console.status("timing forwards and drafts, once for this model and machine"):
+    with progress.status("timing forwards and drafts, once for this model and machine"):
         return costs.of_backend(backend, target.vocabulary_size, path, fingerprint)
 
 
