@@ -124,11 +124,9 @@ def exchange_count(directory: Path) -> int:
 
 def token_count(directory: Path) -> int:
     """How many tokens the exchanges on disk have together, from the shards' metadata alone."""
-    files = [pq.read_metadata(path) for path in shards(directory)]
-    column = SCHEMA.names.index("ids")
-    return sum(
-        file.row_group(group).column(column).num_values for file in files for group in range(file.num_row_groups)
-    )
+    files, column = map(pq.read_metadata, shards(directory)), SCHEMA.names.index("ids")
+    groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
+    return sum(group.column(column).num_values for group in groups)
 
 
 def iter_exchanges(directory: Path) -> Iterator[Exchange]:

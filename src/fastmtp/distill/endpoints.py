@@ -51,7 +51,7 @@ class _RefusedError(Exception):
 
 
 class Endpoints:
-    """Servers of one target, with counts of `refused` requests and of completions `retokenised` and `mismatched`."""
+    """Servers of one target; counts `refused` requests, and completions `retokenised` and `mismatched`."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class Span:
 
 @dataclass
 class Statistics(Mix):
-    """Lengths are in tokens; frequent tokens are counted in the answers, each with its share of all their tokens."""
+    """Lengths are in tokens. Frequent tokens are of the answers, each with its share of the answers' tokens."""
 
     exchanges: int = 0
     finished: int = 0

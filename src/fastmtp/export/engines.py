@@ -1,15 +1,15 @@
 """What an engine's module must provide.
 
-A module of `registry.MODULES` is an engine that a head can be exported to. job.py opens the target and the head for
-it; package.py writes README.md and export.json, keeps the head's own JSON files, and reads back what was written. So
-an engine knows nothing of the command line. It provides what `Engine` names:
+A module of `registry.MODULES` is an engine that a head can be exported to. job.py opens the target and the head;
+package.py writes README.md and export.json, keeps the head's own JSON files, and reads back what was written. So an
+engine knows nothing of the command line. It provides what `Engine` names:
 
 - `OPTIONS`: the names of the options that it takes; `Job.options` has those that were given.
 - `CONVENTION`: how its graph reads the head, as text for the README.
-- `DRAFTS_FROM`: the draft vocabulary with which our engine drafts as this one does: full (all tokens), union (of all
-  the head's lists), or another value of --draft-vocabulary.
-- `write`: write its files into an empty directory, or raise a ValueError that says what it could carry instead. Read
-  the target's tensors a piece at a time, through `Job.weights`.
+- `DRAFTS_FROM`: the draft vocabulary with which our engine drafts as this one does: full (all tokens), union (of
+  all the head's lists), or another value of --draft-vocabulary.
+- `write`: write its files into an empty directory, or raise a ValueError that says what it could carry instead.
+  Read the target's tensors a piece at a time, through `Job.weights`.
 - `guide`: the README's commands, as Markdown; DIR is replaced by the export's directory.
 - `read_head`: the head's tensors from these files, under the names of `MTPHead`, in any dtype. They are cast to the
   head's own dtypes, which is exact if the stored type holds their values.

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from fastmtp.cli.tables import figures_table
 from fastmtp.evaluate.competitors import PLAIN
+from fastmtp.report.grid import Grid
 
 Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table's texts: a title, the head of each column, rows, and rows that sum up."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    totals: list[list[str]] = field(default_factory=list)
 
 
 def headline(document: Document) -> str:
