@@ -48,7 +48,7 @@ class Native:
     out: Path
 
     def command(self) -> list[str]:
-        return ["head", "import", "--target", self.target, "--out", str(self.out)]
+        return _command("head", "import", target=self.target, out=self.out)
 
     def run(self, progress: Progress) -> ImportedHead:
         return import_head(self.target, self.out)
@@ -63,8 +63,8 @@ class Distill:
     config: DistillConfig
 
     def command(self) -> list[str]:
-        limits = ["--count", str(self.config.count), "--minutes", str(self.config.minutes)]
-        return ["distill", "--target", self.target, "--out", str(self.out), *limits]
+        limits = {"count": self.config.count, "minutes": self.config.minutes}
+        return _command("distill", target=self.target, out=self.out, **limits)
 
     def run(self, progress: Progress) -> DistillSummary:
         return distill(open_batch(self.target, EngineOptions(), progress), self.config, self.out, None, progress)
@@ -81,9 +81,8 @@ class Train:
     init: str | None = None
 
     def command(self) -> list[str]:
-        command = ["train", "--target", self.target, "--data", str(self.data), "--out", str(self.out)]
-        command += ["--epochs", f"{self.config.epochs:.2g}"]
-        command += [] if self.init is None else ["--init", self.init]
+        given = {"epochs": f"{self.config.epochs:.2g}", "init": self.init}
+        command = _command("train", target=self.target, data=self.data, out=self.out, **given)
         return [*command, "--compile"] if self.config.compile else command
 
     def run(self, progress: Progress) -> TrainSummary:
@@ -110,8 +109,8 @@ class Vocabulary:
     config: VocabularyConfig
 
     def command(self) -> list[str]:
-        given = ["--data", str(self.data), "--size", str(self.config.size)]
-        return ["vocab", "build", "--target", self.target, "--head", str(self.head), *given]
+        given = {"data": self.data, "size": self.config.size}
+        return _command("vocab", "build", target=self.target, head=self.head, **given)
 
     def run(self, progress: Progress) -> WrittenLists:
         path = self.head / "vocabulary.json"
@@ -129,8 +128,8 @@ class Bench:
     max_new_tokens: int
 
     def command(self) -> list[str]:
-        given = ["--limit", str(self.limit), "--max-new-tokens", str(self.max_new_tokens), "--out", str(self.out)]
-        return ["bench", "--target", self.target, "--head", str(self.head), *given]
+        given = {"limit": self.limit, "max_new_tokens": self.max_new_tokens, "out": self.out}
+        return _command("bench", target=self.target, head=self.head, **given)
 
     def run(self, progress: Progress) -> Document:
         settings, drafting = bench.Settings(self.max_new_tokens, 1, SamplingConfig()), DraftOptions(self.head)
@@ -181,8 +180,12 @@ class Export:
     out: Path
 
     def command(self) -> list[str]:
-        given = ["--target", self.target, "--head", str(self.head), "--out", str(self.out)]
-        return ["export", "--to", self.engine, *given]
+        return _command("export", to=self.engine, target=self.target, head=self.head, out=self.out)
 
     def run(self, progress: Progress) -> Manifest:
         return export_head(self.engine, self.target, self.out, head=self.head, progress=progress)
+
+
+def _command(*words: str, **options: object) -> list[str]:
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    return [*words, *(part for pair in given for part in pair)]
