@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.cli.bench_report import show, write_text
-from fastmtp.cli.options import settings_options
+from fastmtp.cli.options import decoding_options, engine_options, json_option, settings_options
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions, decoding_options
-from fastmtp.engines.open import EngineOptions, engine_options, json_option, open_target
+from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.engines.open import EngineOptions, open_target
 from fastmtp.evaluate.lineup import KINDS, check_names, lineup, own_competitor
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from fastmtp.cli.options import engine_options, finish, json_option
 from fastmtp.cli.terminal import TERMINAL, table
-from fastmtp.engines.open import EngineOptions, engine_options, finish, json_option, open_target
+from fastmtp.engines.open import EngineOptions, open_target
 
 
 @click.command()

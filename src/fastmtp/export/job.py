@@ -1,4 +1,4 @@
-"""What is exported: a target by its name, a head that was checked against it, and the engine's options."""
+"""What is exported: a target, a head that was checked against it, and the engine's options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Job:
     """A head to export.
 
     Attributes:
-        target: the target's configuration, tokenizer and shapes, without memory for its weights.
+        target: configuration, tokenizer and shapes, without memory for weights.
         tensors: the head's, under the names of `MTPHead`, as they are on disk.
         vocabulary: the head's draft vocabularies.
         draft_steps: K that the head was trained for.
@@ -57,7 +57,8 @@ class Job:
 
 
 def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Job:
-    """
+    """Open a target and a head for export.
+
     Raises:
         FileNotFoundError: the target, the head, or one of their files is missing.
         ValueError: the head is not one for this target; every mismatch is named.

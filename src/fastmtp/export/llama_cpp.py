@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastmtp.evaluate.prompts import short_prompts
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.gguf import layout as gguf_layout
 from fastmtp.export.gguf.file import write_gguf
 from fastmtp.export.gguf.tokenizer import tokenizer_keys
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.registry import GGUF_TYPES
 from fastmtp.method.acceptance import Acceptance
@@ -71,7 +72,7 @@ Add `-c N` for a shorter context than {context}. The server's log says how many 
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    path = directory / (_HEAD if manifest["options"].get("split") else _ONE)
+    path = directory / (_HEAD if manifest.options.get("split") else _ONE)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the export is not whole")
     reader = gguf_reader(path)
@@ -92,10 +93,10 @@ def verify(directory: Path, manifest: Manifest) -> Verification:
     read_head(directory, manifest)
     if (version := llama_cpp.version()) is None:
         return Verification(None)
-    split, steps = manifest["options"].get("split"), int(manifest["head"]["draft_steps"])
+    split, steps = manifest.options.get("split"), manifest.draft_steps
     model = directory / (_TRUNK if split else _ONE)
     drafting = llama_cpp.Drafting(steps, directory / _HEAD if split else None)
-    target = describe(manifest["target"]["source"])
+    target = describe(manifest.target)
     questions = short_prompts() if target.tokenizer.chat_template is not None else []
     # OMP_NUM_THREADS, else the physical cores.
     request = (model, prompts(target), NEW_TOKENS, torch.get_num_threads())

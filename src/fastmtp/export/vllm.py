@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
@@ -59,7 +60,7 @@ The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head 
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest["head"]["dtypes"])
+    return mimo_layout.read(directory, manifest.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
@@ -73,10 +74,10 @@ def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) ->
     Raises:
         ValueError: vLLM failed.
     """
-    steps = int(manifest["head"]["draft_steps"])
+    steps = manifest.draft_steps
     own = directory / hugging_face.TARGET
-    model = str(own if own.is_dir() else manifest["target"]["source"])
-    target = describe(manifest["target"]["source"])
+    model = str(own if own.is_dir() else manifest.target)
+    target = describe(manifest.target)
     # Without names that it may load, vLLM loads every plugin there is.
     surroundings = {"VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
     request = (model, prompts(target), sorted(target.end_ids), NEW_TOKENS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,11 +93,25 @@ def find_head(name: str) -> CheckpointHead:
     return CheckpointHead(target, checkpoint, layout, found)
 
 
-def import_head(name: str, out: Path) -> dict[str, Any]:
-    """Write the head that a checkpoint carries as a head directory, with the checkpoint's own bits.
+@dataclass(frozen=True)
+class ImportedHead:
+    """How many tensors and parameters a head has."""
 
-    Returns:
-        tensors and parameters: how many.
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """How many tensors an overlay of a checkpoint replaces, and the name of the file that holds them."""
+
+    tensors: int
+    file: str
+
+
+def import_head(name: str, out: Path) -> ImportedHead:
+    """Write the head that a checkpoint carries as a head directory, without changing a bit of it.
+
     Raises:
         FileNotFoundError, ValueError: as `find_head`; or `out` is something other than a head directory.
     """
@@ -114,21 +127,19 @@ def import_head(name: str, out: Path) -> dict[str, Any]:
         vocabulary=VocabularyLists({}),
         provenance=provenance(target=name),
     )
-    return {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+    return ImportedHead(len(tensors), sum(tensor.numel() for tensor in tensors.values()))
 
 
-def write_back(name: str, head: Path, out: Path) -> dict[str, Any]:
-    """Write an overlay of a checkpoint in which a head directory's tensors stand for the MTP layer.
+def write_back(name: str, head: Path, out: Path) -> Overlay:
+    """Write an overlay of a checkpoint in which a head directory's tensors replace the MTP layer.
 
-    Returns:
-        tensors: how many were written; file: in which.
     Raises:
         FileNotFoundError, ValueError: as `find_head`; the head does not fit; or `out` exists.
     """
     own = find_head(name)
     tensors = from_head(own.layout, own.places, read_head_tensors(head, own.target))
     record = provenance(target=name, head=str(head), head_sha256=file_sha256(head / "model.safetensors"))
-    return {"tensors": len(tensors), "file": write_overlay(own.checkpoint, tensors, out, record)}
+    return Overlay(len(tensors), write_overlay(own.checkpoint, tensors, out, record))
 
 
 def _shapes(target: Target) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,191 @@
+"""The stages' settings: each runs its stage, and says the command line that does the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, VocabularyConfig
+from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.distill.answers import DistillSummary, distill
+from fastmtp.engines.floor import floor
+from fastmtp.engines.open import EngineOptions, open_batch, open_forward, open_target, open_torch_target
+from fastmtp.evaluate import bench
+from fastmtp.evaluate.document import document
+from fastmtp.evaluate.journal import Journal
+from fastmtp.evaluate.lineup import own_competitor
+from fastmtp.evaluate.lists import WrittenLists, build_lists
+from fastmtp.evaluate.prompts import BUILTIN, suite
+from fastmtp.export.manifest import Manifest
+from fastmtp.export.package import export_head
+from fastmtp.files import file_sha256, replacing, write_json
+from fastmtp.heads.checkpoint import ImportedHead, import_head
+from fastmtp.progress import Progress
+from fastmtp.provenance import machine, provenance
+from fastmtp.report.bench import markdown
+from fastmtp.report.page import page
+from fastmtp.train.processes import Processes
+from fastmtp.train.run import TrainSummary, train_head
+
+Document = dict[str, Any]
+Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | Document | Manifest
+
+
+class Settings(Protocol):
+    def command(self) -> list[str]:
+        """The arguments of the `fastmtp` command that does the same."""
+        ...
+
+    def run(self, progress: Progress) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Native:
+    """Import the checkpoint's own MTP layer as a head."""
+
+    target: str
+    out: Path
+
+    def command(self) -> list[str]:
+        return _command("head", "import", target=self.target, out=self.out)
+
+    def run(self, progress: Progress) -> ImportedHead:
+        return import_head(self.target, self.out)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil answers to the target's own prompts."""
+
+    target: str
+    out: Path
+    config: DistillConfig
+
+    def command(self) -> list[str]:
+        limits = {"count": self.config.count, "minutes": self.config.minutes}
+        return _command("distill", target=self.target, out=self.out, **limits)
+
+    def run(self, progress: Progress) -> DistillSummary:
+        return distill(open_batch(self.target, EngineOptions(), progress), self.config, self.out, None, progress)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a head."""
+
+    target: str
+    data: Path
+    out: Path
+    config: TrainConfig
+    init: str | None = None
+
+    def command(self) -> list[str]:
+        given = {"epochs": f"{self.config.epochs:.2g}", "init": self.init}
+        command = _command("train", target=self.target, data=self.data, out=self.out, **given)
+        return [*command, "--compile"] if self.config.compile else command
+
+    def run(self, progress: Progress) -> TrainSummary:
+        target = open_torch_target(self.target, None, None, for_throughput=True, progress=progress)
+        return train_head(
+            target,
+            [self.data],
+            self.config,
+            self.out,
+            init=None if self.init is None else Path(self.init),
+            processes=Processes(),
+            forward=open_forward(target, self.target, None, None, progress),
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Build the head's lists."""
+
+    target: str
+    head: Path
+    data: Path
+    config: VocabularyConfig
+
+    def command(self) -> list[str]:
+        given = {"data": self.data, "size": self.config.size}
+        return _command("vocab", "build", target=self.target, head=self.head, **given)
+
+    def run(self, progress: Progress) -> WrittenLists:
+        path = self.head / "vocabulary.json"
+        return build_lists(self.target, path, self.config, [self.data], head=self.head, progress=progress)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Benchmark the head against plain decoding."""
+
+    target: str
+    head: Path
+    out: Path
+    limit: int
+    max_new_tokens: int
+
+    def command(self) -> list[str]:
+        given = {"limit": self.limit, "max_new_tokens": self.max_new_tokens, "out": self.out}
+        return _command("bench", target=self.target, head=self.head, **given)
+
+    def run(self, progress: Progress) -> Document:
+        settings, drafting = bench.Settings(self.max_new_tokens, 1, SamplingConfig()), DraftOptions(self.head)
+        target = open_target(self.target, EngineOptions(), progress)
+        competitors = [
+            own_competitor(draft, target, self.target, DraftOptions(self.head, draft))
+            for draft in ("plain", drafting.draft)
+        ]
+        stated = asdict(settings) | {
+            "target": self.target,
+            "head": file_sha256(self.head / "model.safetensors"),
+            "suite": BUILTIN,
+            "limit": self.limit,
+            "draft_vocabulary": drafting.draft_vocabulary,
+            "competitors": [[competitor.name, competitor.version] for competitor in competitors],
+        }
+        journal = Journal(self.out / "answers.jsonl", stated)
+        bench.run(competitors, target, suite(BUILTIN, self.limit), settings, journal)
+        found = document(
+            list(journal),
+            competitors,
+            drafting.draft,
+            target,
+            greedy=True,
+            engine=competitors[0].backend.name,
+            machine=machine(),
+            floor=floor(target),
+            settings=stated,
+            missing={},
+            provenance=provenance(),
+        )
+        write_json(self.out / "bench.json", found, indent=None)
+        for name, text in (("report.html", page([found])), ("report.md", markdown(found))):
+            with replacing(self.out / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        if found["failed_cells"] or (found["audit"]["differences"] and found["engine"].startswith("native")):
+            raise ValueError(f"{self.out / 'report.html'}: an answer failed, or differs from plain decoding's")
+        return found
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export the head."""
+
+    engine: str
+    target: str
+    head: Path
+    out: Path
+
+    def command(self) -> list[str]:
+        return _command("export", to=self.engine, target=self.target, head=self.head, out=self.out)
+
+    def run(self, progress: Progress) -> Manifest:
+        return export_head(self.engine, self.target, self.out, head=self.head, progress=progress)
+
+
+def _command(*words: str, **options: object) -> list[str]:
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    return [*words, *(part for pair in given for part in pair)]
