@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from fastmtp.decode.drafting.open import backend_of
 from fastmtp.engines.costs import some_ids, timed
-from fastmtp.engines.open import EngineOptions, open_target
+from fastmtp.engines.open import open_engine
+from fastmtp.engines.protocol import Engine
 from fastmtp.heads.checkpoint import find_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.info import TargetInfo
@@ -27,25 +27,23 @@ class Facts:
 
 def measure_facts(target: str, progress: Progress = QUIET) -> Facts:
     """Load a target and time its prefill."""
-    loaded, shipped = open_target(target, EngineOptions(), progress), shipped_head(target)
-    on_gpu = str(getattr(loaded, "device", "cpu")).startswith("cuda")
+    engine, shipped = open_engine(target, progress=progress), shipped_head(target)
     return Facts(
-        prefill_per_second=_prefill_per_second(loaded),
-        target_bytes=_weight_bytes(loaded),
+        prefill_per_second=_prefill_per_second(engine),
+        target_bytes=_weight_bytes(engine.target),
         shipped_head=None if shipped is None else str(shipped),
         native_head=_has_native_head(target),
-        compiler=shutil.which("c++") is not None or on_gpu,
+        compiler=shutil.which("c++") is not None or engine.device.startswith("cuda"),
     )
 
 
-def _prefill_per_second(target: TargetInfo) -> float:
-    backend, _ = backend_of(target, None)
+def _prefill_per_second(engine: Engine) -> float:
+    sequence, target = engine.new_sequence(), engine.target
     ids = some_ids(target.vocabulary_size, min(512, target.context_limit - 1))
     seconds = []
     for _ in range(3):
-        backend.reset()
-        # Reading the logits waits for a GPU.
-        seconds.append(timed(lambda: float(backend.prefill(ids)[0])))
+        sequence.reset()
+        seconds.append(timed(lambda: sequence.prefill(ids)))
     return len(ids) / min(seconds)
 
 

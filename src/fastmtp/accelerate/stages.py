@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, VocabularyConfig
-from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
 from fastmtp.distill.answers import DistillSummary, distill
-from fastmtp.engines.floor import floor
-from fastmtp.engines.open import EngineOptions, open_batch, open_forward, open_target, open_torch_target
-from fastmtp.evaluate import bench
-from fastmtp.evaluate.document import document
-from fastmtp.evaluate.journal import Journal
-from fastmtp.evaluate.lineup import own_competitor
+from fastmtp.engines.open import open_engine, open_states_engine, open_torch
+from fastmtp.evaluate.benchmark import quick
+from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.lists import WrittenLists, build_lists
-from fastmtp.evaluate.prompts import BUILTIN, suite
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.package import export_head
-from fastmtp.files import file_sha256, replacing, write_json
 from fastmtp.heads.checkpoint import ImportedHead, import_head
 from fastmtp.progress import Progress
-from fastmtp.provenance import machine, provenance
-from fastmtp.report.bench import markdown
-from fastmtp.report.page import page
+from fastmtp.report.written import write_run
 from fastmtp.train.processes import Processes
 from fastmtp.train.run import TrainSummary, train_head
 
-Document = dict[str, Any]
 Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | Document | Manifest
 
 
@@ -67,7 +58,9 @@ class Distill:
         return _command("distill", target=self.target, out=self.out, **limits)
 
     def run(self, progress: Progress) -> DistillSummary:
-        return distill(open_batch(self.target, EngineOptions(), progress), self.config, self.out, None, progress)
+        return distill(
+            open_engine(self.target, for_throughput=True, progress=progress), self.config, self.out, None, progress
+        )
 
 
 @dataclass(frozen=True)
@@ -86,15 +79,15 @@ class Train:
         return [*command, "--compile"] if self.config.compile else command
 
     def run(self, progress: Progress) -> TrainSummary:
-        target = open_torch_target(self.target, None, None, for_throughput=True, progress=progress)
+        own = open_torch(self.target, for_throughput=True, progress=progress)
         return train_head(
-            target,
+            own.target,
             [self.data],
             self.config,
             self.out,
             init=None if self.init is None else Path(self.init),
             processes=Processes(),
-            forward=open_forward(target, self.target, None, None, progress),
+            engine=open_states_engine(own, progress=progress),
             progress=progress,
         )
 
@@ -132,40 +125,13 @@ class Bench:
         return _command("bench", target=self.target, head=self.head, **given)
 
     def run(self, progress: Progress) -> Document:
-        settings, drafting = bench.Settings(self.max_new_tokens, 1, SamplingConfig()), DraftOptions(self.head)
-        target = open_target(self.target, EngineOptions(), progress)
-        competitors = [
-            own_competitor(draft, target, self.target, DraftOptions(self.head, draft))
-            for draft in ("plain", drafting.draft)
-        ]
-        stated = asdict(settings) | {
-            "target": self.target,
-            "head": file_sha256(self.head / "model.safetensors"),
-            "suite": BUILTIN,
-            "limit": self.limit,
-            "draft_vocabulary": drafting.draft_vocabulary,
-            "competitors": [[competitor.name, competitor.version] for competitor in competitors],
-        }
-        journal = Journal(self.out / "answers.jsonl", stated)
-        bench.run(competitors, target, suite(BUILTIN, self.limit), settings, journal)
-        found = document(
-            list(journal),
-            competitors,
-            drafting.draft,
-            target,
-            greedy=True,
-            engine=competitors[0].backend.name,
-            machine=machine(),
-            floor=floor(target),
-            settings=stated,
-            missing={},
-            provenance=provenance(),
+        chosen, engine = (
+            quick(self.head, self.limit, self.max_new_tokens),
+            open_engine(self.target, progress=progress),
         )
-        write_json(self.out / "bench.json", found, indent=None)
-        for name, text in (("report.html", page([found])), ("report.md", markdown(found))):
-            with replacing(self.out / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        if found["failed_cells"] or (found["audit"]["differences"] and found["engine"].startswith("native")):
+        found, _ = chosen.run(engine, self.out, progress)
+        write_run(found, self.out)
+        if found.summary.failed_cells or found.breaks_promise:
             raise ValueError(f"{self.out / 'report.html'}: an answer failed, or differs from plain decoding's")
         return found
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from fastmtp.cli.bench_report import show, write_text
+from fastmtp.cli.bench_report import show
 from fastmtp.cli.options import decoding_options, engine_options, json_option, settings_options
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.open import DraftOptions
-from fastmtp.engines.open import EngineOptions, open_target
-from fastmtp.evaluate.lineup import KINDS, check_names, lineup, own_competitor
-
-if TYPE_CHECKING:
-    from fastmtp.evaluate.document import Document
+from fastmtp.engines.open import EngineOptions, open_engine
+from fastmtp.evaluate.lineup import KINDS
 
 
 @click.command()
@@ -73,63 +69,21 @@ def bench(
     Exit code 1: an answer failed, a competitor that was named is missing, or output differs where the engine
     promises that it does not.
     """
-    from fastmtp.evaluate.bench import Settings, run
-    from fastmtp.evaluate.journal import Journal
-    from fastmtp.evaluate.prompts import suite as read_suite
-    from fastmtp.evaluate.results import document, run_facts
+    from fastmtp.evaluate.bench import Settings
+    from fastmtp.evaluate.benchmark import Benchmark
+    from fastmtp.evaluate.recording import save
     from fastmtp.heads.shipped import vanilla_head
+    from fastmtp.report.written import write_run
 
-    vanilla = vanilla or vanilla_head(target)
-    check_names(against, vanilla)
-    conversations = read_suite(suite, limit)
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
-    loaded = open_target(target, options)
-    competitors, missing = lineup(against, loaded, target, drafting, vanilla)
-    try:
-        stated = asdict(settings) | {
-            "target": target,
-            "head": _head_sha256(target, drafting.head),
-            "suite": suite,
-            "limit": limit,
-            "draft_vocabulary": drafting.draft_vocabulary,
-            "competitors": [[competitor.name, competitor.version] for competitor in competitors],
-        }
-        journal = Journal(out / "answers.jsonl" if out else None, stated)
-        run(competitors, loaded, conversations, settings, journal, progress=TERMINAL)
-    finally:
-        for competitor in competitors:
-            competitor.close()
-    greedy = settings.sampling.temperature == 0
-    facts = run_facts(loaded, competitors, stated, missing)
-    found = document(list(journal), competitors, drafting.draft, loaded, facts, greedy=greedy)
+    chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target))
+    chosen.check()
+    engine = open_engine(target, options, progress=TERMINAL)
+    found, journal = chosen.run(engine, out, TERMINAL)
     if out is not None:
-        _write(found, out)
+        write_run(found, out)
     if record is not None:
-        from fastmtp.evaluate import recording
-
-        main = own_competitor(drafting.draft, loaded, target, drafting)
-        recording.save(recording.record_all(main.backend, journal, settings.sampling, TERMINAL), record)
+        save(chosen.record(engine, journal, TERMINAL), record)
     show(found, as_json)
-    # Output may differ from plain decoding's only where the engine does not promise that it is the same.
-    broken = found.divergences and found.run.engine.startswith("native")
-    if found.summary.failed_cells or broken or any(name in against for name in missing):
+    if found.summary.failed_cells or found.breaks_promise or any(name in against for name in found.run.missing):
         sys.exit(1)
-
-
-def _head_sha256(target: str, head: Path | None) -> str | None:
-    """Hash of the head that is measured, so that a run does not go on with another one."""
-    from fastmtp.files import file_sha256
-    from fastmtp.heads.shipped import shipped_head
-
-    directory = head or shipped_head(target)
-    return None if directory is None else file_sha256(directory / "model.safetensors")
-
-
-def _write(document: Document, out: Path) -> None:
-    from fastmtp.files import write_json
-    from fastmtp.report.bench import markdown
-    from fastmtp.report.page import page
-
-    write_json(out / "bench.json", document.as_json(), indent=None)
-    write_text(out / "report.html", page([document]))
-    write_text(out / "report.md", markdown(document))

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from fastmtp.cli.options import finish, head_option, json_option, target_option
 from fastmtp.cli.terminal import TERMINAL, table
-from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, finish, json_option, open_target, target_option
+from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, open_engine
 from fastmtp.report.grid import Grid
 
 
@@ -16,21 +17,17 @@ from fastmtp.report.grid import Grid
 @target_option
 @click.option("--dtype", type=click.Choice(NATIVE_DTYPES), default="int8", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: one for each physical core]")
-@click.option("--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]")
+@head_option
 @json_option
 def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None, as_json: bool) -> None:
     """How fast the native engine is here, against the memory's bandwidth and llama.cpp (extra `llama-cpp`)."""
-    loaded: Any = open_target(target, EngineOptions("native", dtype, None, threads))
     from fastmtp.evaluate.engine import measure
-    from fastmtp.heads.format import load_native_head
     from fastmtp.heads.shipped import shipped_head
     from fastmtp.report.engine import engine_report
 
+    engine: Any = open_engine(target, EngineOptions("native", dtype, None, threads), progress=TERMINAL)
     directory = head or shipped_head(target)
-    native_head, vocabulary, steps = None, None, 0
-    if directory is not None:
-        native_head, vocabulary, steps = load_native_head(directory, loaded)
-    report = measure(loaded, native_head, vocabulary, steps, TERMINAL)
+    report = measure(engine, None if directory is None else engine.load_head(directory), TERMINAL)
     if not as_json:
         for part in engine_report(report):
             TERMINAL.console.print(table(part) if isinstance(part, Grid) else part)

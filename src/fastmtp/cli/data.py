@@ -10,7 +10,7 @@ import click
 from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import CleanConfig, load_config
-from fastmtp.engines.open import describe_target
+from fastmtp.models.source import describe
 
 
 @click.group()
@@ -53,7 +53,7 @@ def show(directories: tuple[Path, ...], target: str | None, samples: int, as_jso
     from fastmtp.distill.domains import shares
     from fastmtp.distill.statistics import measure
 
-    described = describe_target(target or target_of(directories[0]), TERMINAL)
+    described = describe(target or target_of(directories[0]))
     found = measure(directories, described, samples, TERMINAL)
     if not as_json:
         draw_statistics(found, Console())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import click
 
 from fastmtp.cli.bench_report import show
+from fastmtp.cli.options import json_option
+from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.open import DraftOptions
-from fastmtp.engines.open import EngineOptions, json_option, open_target
+from fastmtp.engines.open import open_engine
 from fastmtp.evaluate.lineup import own_competitor
 
 
@@ -19,11 +21,11 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
     from fastmtp.evaluate.prompts import builtin_conversations, one_of_each
 
     main = DraftOptions().draft
-    loaded = open_target("smollm2", EngineOptions())
+    engine = open_engine("smollm2", progress=TERMINAL)
     stream = _Stream()
     piece, announce = (None, None) if as_json else (stream.show, stream.announce)
     competitors = [
-        own_competitor(draft, loaded, "smollm2", DraftOptions(draft=draft), piece) for draft in ("plain", main)
+        own_competitor(draft, engine, DraftOptions(draft=draft), piece, TERMINAL) for draft in ("plain", main)
     ]
     from fastmtp.evaluate.bench import Settings, run
     from fastmtp.evaluate.journal import Journal
@@ -31,9 +33,9 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
 
     journal = Journal(None, {})
     settings = Settings(max_new_tokens, 1, SamplingConfig())
-    run(competitors, loaded, one_of_each(builtin_conversations()), settings, journal, announce)
-    facts = run_facts(loaded, competitors, {}, {})
-    show(document(list(journal), competitors, main, loaded, facts, greedy=True), as_json, short=True)
+    run(competitors, engine.target, one_of_each(builtin_conversations()), settings, journal, announce)
+    facts = run_facts(engine, {}, {})
+    show(document(list(journal), competitors, main, engine.target, facts, greedy=True), as_json, short=True)
 
 
 class _Stream:

@@ -10,7 +10,8 @@ import click
 from fastmtp.cli.options import PATH, config_option, engine_options, finish, json_option, settings_options
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import DistillConfig, load_config
-from fastmtp.engines.open import EngineOptions, describe_target, open_batch
+from fastmtp.engines.open import EngineOptions, open_engine
+from fastmtp.models.source import describe
 
 if TYPE_CHECKING:
     from fastmtp.distill.answers import DistillSummary
@@ -56,7 +57,7 @@ def distill(
 
     engine: Any = (
         Endpoints(
-            describe_target(target, TERMINAL),
+            describe(target),
             endpoints,
             endpoint_model,
             timeout=chosen.timeout,
@@ -64,7 +65,7 @@ def distill(
             progress=TERMINAL,
         )
         if endpoints
-        else open_batch(target, options, TERMINAL)
+        else open_engine(target, options, for_throughput=True, progress=TERMINAL)
     )
     tell_distilled(run(engine, chosen, out, prompts, TERMINAL), out, as_json)
 

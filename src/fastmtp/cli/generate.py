@@ -18,8 +18,8 @@ from fastmtp.cli.options import (
 )
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions, open_backend
-from fastmtp.engines.open import EngineOptions, open_target
+from fastmtp.decode.drafting.open import DraftOptions, open_drafting
+from fastmtp.engines.open import EngineOptions, open_engine
 
 if TYPE_CHECKING:
     from fastmtp.decode.generation import Result
@@ -78,8 +78,7 @@ def generate(
 
 def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> Model:
     """What `generate` and `chat` answer with."""
-    loaded = open_target(target, options, TERMINAL)
-    return Model(loaded, *open_backend(loaded, target, drafting, TERMINAL))
+    return Model(open_drafting(open_engine(target, options, progress=TERMINAL), drafting, TERMINAL))
 
 
 def described(result: Result) -> str:

@@ -9,7 +9,7 @@ import click
 
 from fastmtp.cli.options import engine_options, finish, json_option
 from fastmtp.cli.terminal import TERMINAL, table
-from fastmtp.engines.open import EngineOptions, open_target
+from fastmtp.engines.open import EngineOptions, open_engine
 
 
 @click.command()
@@ -32,7 +32,8 @@ def replay(
 ) -> None:
     """What chains and `auto` would give on recorded answers, by this machine's costs and without its noise."""
     from fastmtp.decode.drafting import estimates
-    from fastmtp.decode.drafting.open import backend_of, costs_of_backend
+    from fastmtp.decode.drafting.open import GROWING, draft_lists
+    from fastmtp.engines.costs import costs_of
     from fastmtp.evaluate import recording
     from fastmtp.evaluate import replay as replays
     from fastmtp.files import file_sha256
@@ -44,8 +45,10 @@ def replay(
     if directory is None or (fit and head is None):
         raise ValueError("give --head DIR, the head that was recorded")
     answers = [one for path in recordings for one in recording.load(path)]
-    loaded = open_target(target, options)
-    costs = costs_of_backend(backend_of(loaded, directory)[0], loaded)
+    engine = open_engine(target, options, progress=TERMINAL)
+    loaded = engine.load_head(directory)
+    lists = draft_lists(loaded, GROWING, engine.target.vocabulary_size)
+    costs = costs_of(engine, loaded, lists, TERMINAL)
     if fit:
         found = replays.fit(answers, costs, estimates.Estimates())
         hashes = {path.name: file_sha256(path) for path in recordings}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.bench_report import write_text
 from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.report.written import write_text
 
 
 @click.command()

@@ -12,7 +12,7 @@ import click
 from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options, training_options
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import TrainConfig, load_config
-from fastmtp.engines.open import EngineName, open_forward, open_torch_target
+from fastmtp.engines.open import EngineName, open_states_engine, open_torch
 
 if TYPE_CHECKING:
     from fastmtp.train.run import TrainSummary
@@ -64,15 +64,15 @@ def train(
     # First, for it says which GPU is this process's.
     processes = Processes()
     placed = "cpu" if shard_target else device
-    loaded = open_torch_target(target, dtype, placed, for_throughput=True, progress=TERMINAL)
-    forward = None if shard_target else open_forward(loaded, target, engine, device, TERMINAL)
+    own = open_torch(target, dtype, placed, for_throughput=True, progress=TERMINAL)
+    states_engine = own if shard_target else open_states_engine(own, engine, device, TERMINAL)
     run = partial(
         train_head,
-        loaded,
+        own.target,
         data,
         init=init,
         processes=processes,
-        forward=forward,
+        engine=states_engine,
         states=states,
         lists=lists,
         progress=TERMINAL,

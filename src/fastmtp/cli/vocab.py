@@ -18,7 +18,7 @@ from fastmtp.cli.options import (
 )
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import VocabularyConfig, load_config
-from fastmtp.engines.open import describe_target
+from fastmtp.models.source import describe
 from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def show(
     from fastmtp.heads.format import read_description
     from fastmtp.vocabulary.builder import compare, coverage_curves
 
-    described = describe_target(target, TERMINAL)
+    described = describe(target)
     vocabulary, _ = read_description(head, described)
     labelled = count(described, data, texts, TERMINAL) if data or texts else {}
     totals = {label: counts.total for label, counts in labelled.items()}

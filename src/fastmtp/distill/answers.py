@@ -5,20 +5,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from fastmtp.config import DistillConfig
+from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Completion, Request, decode_batch
+from fastmtp.decode.sampling import derived_seed
 from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
 from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
-from fastmtp.engines.protocol import Batch
+from fastmtp.engines.protocol import Engine
 from fastmtp.models.info import TargetInfo, tokenizer_sha256
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
@@ -53,7 +52,7 @@ class DistillSummary(Mix):
 
 
 def distill(
-    engine: Batch | Endpoints,
+    engine: Engine | Endpoints,
     config: DistillConfig,
     out: Path,
     prompts: str | None,
@@ -159,8 +158,8 @@ def _exchanges(
                 prompt = Prompt(task.index, task.kind, user(text))
                 queue.appendleft(_answer_request(target, config, prompt))
             else:
-                # A prompt that did not end is written again, from the next draws of the same generator.
-                queue.append(completion.request)
+                # A prompt that did not end is written again, with other draws.
+                queue.append(completion.request.again())
         refill()
         yield from answered
         answered.clear()
@@ -171,9 +170,8 @@ def _prompt_request(config: DistillConfig, turn: UserTurn, task: Opening) -> Req
         key=task,
         prompt=turn.open(task),
         max_new_tokens=config.max_prompt_tokens,
-        sampling=config.prompt_sampling(),
+        sampling=_seeded(config.prompt_sampling(), 2 * task.index),
         end_ids=turn.end_ids,
-        generator=_generator(config.seed, 2 * task.index),
     )
 
 
@@ -182,15 +180,14 @@ def _answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -
         key=prompt,
         prompt=target.encode_chat(prompt.messages),
         max_new_tokens=config.max_new_tokens,
-        sampling=config.answer_sampling(prompt.index),
+        sampling=_seeded(config.answer_sampling(prompt.index), 2 * prompt.index + 1),
         end_ids=target.end_ids,
-        generator=_generator(config.seed, 2 * prompt.index + 1),
     )
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
-    """One generator for each request, so that a resumed run draws what an uninterrupted one would have drawn."""
-    return torch.Generator().manual_seed(hash((seed, stream)) & 0x7FFFFFFFFFFFFFFF)
+def _seeded(sampling: SamplingConfig, stream: int) -> SamplingConfig:
+    """A seed for each request, so that a resumed run draws what an uninterrupted one would have drawn."""
+    return replace(sampling, seed=derived_seed(sampling.seed, stream))
 
 
 def _exchange(target: TargetInfo, prompt: Prompt, answer_ids: list[int], finished: bool) -> Exchange:

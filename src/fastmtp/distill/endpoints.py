@@ -17,7 +17,6 @@ from typing import Any
 
 # transformers depends on it already. Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
-import torch
 
 from fastmtp.decode.batch import Completion, Request
 from fastmtp.distill.prompts import user
@@ -177,8 +176,7 @@ class Endpoints:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            # Another seed each time: a request whose result was of no use is made again.
-            "seed": int(torch.randint(2**31 - 1, (1,), generator=request.generator)),
+            "seed": sampling.seed % 2**31,
             "stop_token_ids": sorted(request.end_ids),
             # Servers have other defaults: llama-server for min_p, vLLM (from the model's files) for both.
             "min_p": 0.0,

@@ -91,6 +91,11 @@ class Document:
     answers: list[ShortTurn]
 
     @property
+    def breaks_promise(self) -> bool:
+        """Whether output differs from plain decoding's where the engine promises that it is the same."""
+        return bool(self.divergences) and self.run.engine.startswith("native")
+
+    @property
     def mean(self) -> Figures:
         return self.summary.means[self.main]
 

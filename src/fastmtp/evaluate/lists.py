@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.config import VocabularyConfig
-from fastmtp.decode.drafting.open import backend_of
 from fastmtp.distill.dataset import data_sha256
 from fastmtp.distill.token_counts import count
 from fastmtp.engines import costs
-from fastmtp.engines.open import EngineOptions, describe_target, forward_of, open_target, open_torch_target
+from fastmtp.engines.open import open_engine, open_torch
 from fastmtp.evaluate.list_sizes import SizePoint, curve, sizes_for
-from fastmtp.heads.format import load_head, read_description
+from fastmtp.heads.format import read_description
+from fastmtp.models.source import describe
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 from fastmtp.vocabulary.builder import Built, Ranking, SizeOf, build, by_coverage, of_size
+from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
 
@@ -49,7 +50,7 @@ def build_lists(
         FileNotFoundError: no such target, head, directory or file.
         ValueError: the head or the data is of another target, there is too little text, or no size fits.
     """
-    described = describe_target(target, progress)
+    described = describe(target)
     if head is not None:
         read_description(head, described)
     labelled = count(described, data, texts, progress)
@@ -75,19 +76,21 @@ def fastest(points: Sequence[SizePoint]) -> SizePoint:
 
 def _fastest(name: str, head: Path, least: int, curves: dict[str, list[SizePoint]], progress: Progress) -> SizeOf:
     """The size with the highest predicted speed on this machine's default engine; fills `curves`."""
-    decoding = open_target(name, EngineOptions(), progress)
-    loaded = open_torch_target(name, None, None, for_throughput=True, progress=progress)
-    forward = forward_of(decoding)
-    mtp_head, _, steps = load_head(head, loaded)
-    sizes = sizes_for(loaded.vocabulary_size, least)
-    everything = range(loaded.vocabulary_size)
+    engine = open_engine(name, progress=progress)
+    loaded = open_torch(name, for_throughput=True, progress=progress)
+    decoding, trained = engine.load_head(head), loaded.load_head(head)
+    vocabulary_size = engine.target.vocabulary_size
+    everything = range(vocabulary_size)
     with progress.status("timing draft steps"):
-        drafting = {size: backend_of(decoding, head, VocabularyLists.of(everything[:size]))[0] for size in sizes}
-        timed = costs.of_chains(drafting, steps, loaded.vocabulary_size)
+        drafting = {}
+        for size in sizes_for(vocabulary_size, least):
+            lists = DraftLists(VocabularyLists.of(everything[:size]), vocabulary_size, 0)
+            drafting[size] = engine.new_sequence(decoding, lists)
+        timed = costs.of_chains(drafting, decoding.draft_steps, vocabulary_size)
 
     def size_of(ranking: Ranking) -> int:
         with progress.status(f"acceptance by size, {ranking.label}"):
-            curves[ranking.label] = curve(mtp_head, loaded, forward, ranking, timed)
+            curves[ranking.label] = curve(trained.weights, loaded.target, engine, ranking, timed)
         return fastest(curves[ranking.label]).size
 
     return size_of

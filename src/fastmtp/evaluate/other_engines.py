@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastmtp.config import SamplingConfig
 from fastmtp.evaluate.records import Answer
 from fastmtp.others import llama_cpp
@@ -21,15 +19,14 @@ class Transformers:
     """`generate` of transformers, plainly or with prompt lookup, in the given arithmetic."""
 
     def __init__(
-        self, name: str, target: str, *, dtype: torch.dtype, device: str | None, threads: int, lookup: bool
+        self, name: str, target: str, *, dtype: str, device: str | None, threads: int, lookup: bool
     ) -> None:
         self.name = name
-        kind = str(dtype).removeprefix("torch.")
-        self.version = f"transformers {importlib.metadata.version('transformers')}, {kind}"
+        self.version = f"transformers {importlib.metadata.version('transformers')}, {dtype}"
         self.reference = "transformers" if lookup else None
         settings = {
             "target": target,
-            "dtype": kind,
+            "dtype": dtype,
             "device": device,
             "threads": threads,
             "lookup": LOOKUP_TOKENS if lookup else 0,

@@ -7,7 +7,7 @@ from statistics import median
 
 from tokenizers.decoders import DecodeStream
 
-from fastmtp.engines.floor import floor
+from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.audit import with_margins
 from fastmtp.evaluate.competitors import Competitor, Own
 from fastmtp.evaluate.document import Document, Floor, Run, Sample, ShortTurn, Spread, Steadiness
@@ -19,12 +19,11 @@ from fastmtp.models.info import TargetInfo
 from fastmtp.provenance import machine, provenance
 
 
-def run_facts(
-    target: TargetInfo, competitors: Sequence[Competitor], settings: Json, missing: Mapping[str, str]
-) -> Run:
-    """What is known of a run on this machine; the engine is plain decoding's."""
-    engine = _owns(competitors)[0].backend.name
-    return Run(engine, machine(), Floor(**floor(target)), settings, dict(missing), provenance())
+def run_facts(engine: Engine, settings: Json, missing: Mapping[str, str]) -> Run:
+    """What is known of a run on this machine."""
+    floor = engine.floor()
+    measured = Floor(floor.bytes, floor.bandwidth_gb_s, floor.ms)
+    return Run(engine.name, machine(), measured, settings, dict(missing), provenance())
 
 
 def document(
@@ -59,7 +58,7 @@ def document(
         facts=facts,
         summary=summarize(turns, facts),
         costs_context=context,
-        divergences=with_margins(differences(turns, facts), turns, plain.backend),
+        divergences=with_margins(differences(turns, facts), turns, plain.sequence),
         steadiness=_steadiness([turn.machine for turn in turns]),
         samples=list(_samples(turns, main, target)) if main != PLAIN else [],
         answers=[_short(turn) for turn in turns],

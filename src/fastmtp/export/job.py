@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target
-from fastmtp.heads.format import read_description, read_head_tensors
+from fastmtp.heads.format import read_description, read_tensors_as_stored
+from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
 from fastmtp.models.weights import Weights, open_weights
@@ -71,4 +72,5 @@ def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Jo
             model.generation_config = settings
         target = Target(model, source.read_tokenizer(), name)
     vocabulary, steps = read_description(head, target)
-    return Job(target, source, head, read_head_tensors(head, target), vocabulary, steps, out, options)
+    tensors = read_tensors_as_stored(head, target, shapes(model))
+    return Job(target, source, head, tensors, vocabulary, steps, out, options)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Chain
-from fastmtp.decode.drafting.open import backend_of
+from fastmtp.decode.drafting.drafter import chains
+from fastmtp.decode.drafting.open import Drafting, draft_lists
 from fastmtp.decode.generation import Generation
-from fastmtp.engines.open import EngineOptions, open_target
-from fastmtp.engines.protocol import Backend
+from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Measured
 from fastmtp.models.info import ONLY_TORCH, SUPPORTED, TargetInfo
 from fastmtp.progress import QUIET, Progress
+from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
 NEW_TOKENS = 64
@@ -36,25 +36,30 @@ def measure_job(job: Job, drafts_from: str, progress: Progress = QUIET) -> Measu
         logging.getLogger("fastmtp").warning(remark)
         return None
     options = EngineOptions("torch") if job.kind in ONLY_TORCH else EngineOptions(dtype="bfloat16")
-    target = open_target(job.target.source, options, progress)
-    lists = VocabularyLists.of(job.vocabulary.union()) if job.vocabulary.lists else VocabularyLists({})
-    backend, _ = backend_of(target, job.head, lists if drafts_from == "union" else drafts_from)
-    return measure(target, backend, job.draft_steps, drafts_from)
+    engine = open_engine(job.target.source, options, progress=progress)
+    head, size = engine.load_head(job.head), engine.target.vocabulary_size
+    lists = draft_lists(head, drafts_from, size) if drafts_from != "union" else _union(head.lists, size)
+    return measure(Drafting(engine, head, lists, chains(job.draft_steps)), drafts_from)
 
 
-def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabulary: str) -> Measured:
-    """Greedy acceptance of chains of K on the built-in prompts."""
-    results = []
-    for ids in prompts(target):
-        backend.reset()
-        generation = Generation(
-            backend,
-            target,
+def _union(lists: VocabularyLists, vocabulary_size: int) -> DraftLists | None:
+    """All lists together as one that does not grow."""
+    return DraftLists(VocabularyLists.of(lists.union()), vocabulary_size, 0) if lists.lists else None
+
+
+def measure(drafting: Drafting, draft_vocabulary: str) -> Measured:
+    """Greedy acceptance of chains on the built-in prompts."""
+    engine, sequence = drafting.engine, drafting.new_sequence()
+    parts = []
+    for ids in prompts(engine.target):
+        sequence.reset()
+        result = Generation(
+            sequence,
+            engine.target,
             ids,
-            drafter=Chain(draft_steps),
-            sampling=SamplingConfig(temperature=0.0),
+            new_drafter=drafting.new_drafter,
+            sampling=SamplingConfig(),
             max_new_tokens=NEW_TOKENS,
-        )
-        results.append(generation.run())
-    parts = [(result.text, result.acceptance) for result in results]
-    return Measured(backend.name, draft_vocabulary, NEW_TOKENS, parts)
+        ).run()
+        parts.append((result.text, result.acceptance))
+    return Measured(engine.name, draft_vocabulary, NEW_TOKENS, parts)

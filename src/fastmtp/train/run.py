@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import data_sha256, read_exchanges
-from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import check_free, read_vocabulary, save_head
 from fastmtp.progress import QUIET, Progress
@@ -53,7 +53,7 @@ def train_head(
     *,
     init: Path | None = None,
     processes: Processes,
-    forward: Forward | None = None,
+    engine: Engine | None = None,
     states: Path | None = None,
     lists: Path | None = None,
     shard_target: bool = False,
@@ -68,7 +68,7 @@ def train_head(
 
     Args:
         processes: those that share the work.
-        forward: computes the target's states; None is the target itself.
+        engine: computes the target's states; None is the target itself.
         states: a directory that keeps the target's hidden states for this and other runs.
         lists: the file of the draft vocabulary, whose union the loss scores; None is one list, counted on the data.
         shard_target: spread the target's layers over the processes.
@@ -94,7 +94,7 @@ def train_head(
         config,
         directory,
         init=init,
-        forward=forward,
+        engine=engine,
         states=states,
         processes=processes,
         shard_target=shard_target,

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.progress import QUIET, Progress
+from fastmtp.train.forward import states_of
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256
@@ -33,7 +34,7 @@ class StateCache:
         self,
         directory: Path,
         target: Target,
-        forward: Forward,
+        engine: Engine,
         texts: Sequence[Sequence[int]],
         processes: Processes,
         progress: Progress = QUIET,
@@ -49,7 +50,7 @@ class StateCache:
         self._starts = [sum(self._lengths[index - index % SHARD_TEXTS : index]) for index in range(len(texts))]
         shards = range(0, len(texts), SHARD_TEXTS)
         fingerprint = hashlib.sha256(
-            json.dumps([asdict(target.identity), forward.name, list(map(list, texts))]).encode()
+            json.dumps([asdict(target.identity), engine.arithmetic, list(map(list, texts))]).encode()
         ).hexdigest()
         index = directory / "states.json"
         if not index.is_file():
@@ -67,7 +68,7 @@ class StateCache:
         with progress.bar("hidden states", len(shards), len(shards) - len(missing)) as bar:
             for start in processes.share_of_forwards(missing):
                 # One text at a time, so that a state does not depend on its neighbours in a batch.
-                states = [forward([text])[0] for text in texts[start : start + SHARD_TEXTS]]
+                states = [states_of(engine, [text], target)[0] for text in texts[start : start + SHARD_TEXTS]]
                 states_TH = torch.cat(states).to("cpu", target.dtype)
                 if start in processes.share(missing):
                     self._write(start, states_TH)

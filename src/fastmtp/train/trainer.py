@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import Exchange
-from fastmtp.engines.torch.forward import Forward, TorchForward
+from fastmtp.engines.protocol import Engine
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256
-from fastmtp.heads.format import load_head
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
@@ -30,6 +30,7 @@ from fastmtp.progress import QUIET, Progress
 from fastmtp.train.agreement import Measured, Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
+from fastmtp.train.forward import states_of
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
@@ -60,7 +61,7 @@ class Trainer:
         directory: Path,
         *,
         init: Path | None = None,
-        forward: Forward | None = None,
+        engine: Engine | None = None,
         states: Path | None = None,
         processes: Processes | None = None,
         shard_target: bool = False,
@@ -72,7 +73,7 @@ class Trainer:
         Args:
             draft_ids: the draft vocabulary, which the loss scores; None is all tokens.
             init: a head directory to start from; None is the target's last layer, with its input projection fitted.
-            forward: computes the target's states; None is the target itself.
+            engine: computes the target's states; None is the target itself.
             states: a directory that keeps the target's hidden states; None computes them for every batch.
             processes: those that share the work; None is this one alone.
             shard_target: spread the target's layers over the processes.
@@ -87,7 +88,11 @@ class Trainer:
         self.config = config
         self._measure_steps = measure_steps or config.draft_steps
         self._processes = processes or Processes()
-        start = MTPHead(target) if init is None else load_head(init, target)[0].requires_grad_(True)
+        start: MTPHead = (
+            MTPHead(target.model)
+            if init is None
+            else TorchEngine(target).load_head(init).weights.requires_grad_(True)
+        )
         self.head = start.float()
         if shard_target:
             self._processes.shard(target)
@@ -108,9 +113,9 @@ class Trainer:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = Metrics(directory) if self._processes.first else None
-        self._forward = forward or TorchForward(target)
+        self._engine = engine or TorchEngine(target)
         self._states = (
-            StateCache(states, target, self._forward, self._texts, self._processes, progress) if states else None
+            StateCache(states, target, self._engine, self._texts, self._processes, progress) if states else None
         )
         self._texts_measured: dict[bool, list[tuple[Reference, int]]] = {}
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
@@ -121,7 +126,7 @@ class Trainer:
         self.step = 0
         if not self._resume() and init is None:
             with self.clock("first weights"):
-                fit_input_projection(self.head, target, self._texts, self._forward)
+                fit_input_projection(self.head, target, self._texts, self._engine)
 
     @property
     def steps(self) -> int:
@@ -165,7 +170,7 @@ class Trainer:
             if trained:
                 texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
             self._texts_measured[trained] = [
-                (Reference.of(self.target, ids, self._as_target(self._forward([ids])[0])), mask.index(True))
+                (Reference.of(self.target, ids, states_of(self._engine, [ids], self.target)[0]), mask.index(True))
                 for ids, mask in texts
                 if True in mask[: len(ids)]
             ]
@@ -228,7 +233,7 @@ class Trainer:
             batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
         with torch.no_grad(), self.clock("target"):
             states = (
-                self._forward([self._texts[index] for index in indices])
+                states_of(self._engine, [self._texts[index] for index in indices], self.target)
                 if self._states is None
                 else [self._states[index] for index in indices]
             )

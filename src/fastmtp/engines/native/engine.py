@@ -37,6 +37,14 @@ class NativeEngine:
     def arithmetic(self) -> str:
         return f"native {self.target.weight_type}"
 
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def threads(self) -> int:
+        return self.target.runtime.threads
+
     def load_head(self, directory: Path) -> Head:
         stored = read_head(directory, self.target, self.target.head_shapes())
         return Head(NativeHead(self.target, stored.tensors), stored.lists, stored.draft_steps, directory)
