@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import load_head, save_head
 from fastmtp.method.head import MTPHead
-from fastmtp.models.layers import FULL
+from fastmtp.models.config import FULL
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 

@@ -104,7 +104,7 @@ def _measured(job: Job, drafts_from: str) -> Measured | None:
     """Acceptance in our engine, with bf16 weights where it can; None for targets that it does not run."""
     from fastmtp.decode.drafting.open import backend_of
     from fastmtp.export.measure import measure
-    from fastmtp.models.info import ONLY_TORCH, SUPPORTED
+    from fastmtp.models.config import ONLY_TORCH, SUPPORTED
     from fastmtp.vocabulary.lists import VocabularyLists
 
     if job.kind not in (*SUPPORTED, *ONLY_TORCH):

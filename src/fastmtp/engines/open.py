@@ -142,7 +142,7 @@ def open_torch_target(name: str, dtype: str | None, device: str | None, *, for_t
 def open_forward(target: Target, name: str, engine: EngineName | None, device: str | None) -> Forward:
     """What computes the states of a target that is loaded in PyTorch."""
     from fastmtp.engines.torch.forward import TorchForward
-    from fastmtp.models.info import ONLY_TORCH
+    from fastmtp.models.config import ONLY_TORCH
 
     options = EngineOptions(engine, device=device)
     if choose_engine(options) == "torch" or (engine is None and target.config.model_type in ONLY_TORCH):

@@ -120,7 +120,7 @@ def measure(
         return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
 
     config = target.config
-    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.head_size * CONTEXT
+    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.config.head_dim * CONTEXT
     return EngineReport(
         model=target.source,
         engine=NativeBackend(target).name,

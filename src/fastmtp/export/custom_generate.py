@@ -19,7 +19,7 @@ from fastmtp.export.generate_script import FILE
 from fastmtp.export.job import Job
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.info import ALIASES, ONLY_TORCH, SUPPORTED
+from fastmtp.models.config import ALIASES, ONLY_TORCH, SUPPORTED
 
 OPTIONS: tuple[str, ...] = ()
 CONVENTION = (

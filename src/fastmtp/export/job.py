@@ -14,7 +14,7 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import read_description, read_head_tensors
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
-from fastmtp.models.weights import Weights, open_weights
+from fastmtp.models.weights import Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
 
@@ -53,7 +53,7 @@ class Job:
     def weights(self) -> Weights:
         """The target's tensors, to be read a piece at a time."""
         with reading(self.source):
-            return open_weights(self.source, self.config)
+            return self.source.open_weights()
 
 
 def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Job:
@@ -65,9 +65,6 @@ def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Jo
     source = locate(name)
     with reading(source):
         config = source.read_any_config().get_text_config()
-        model = skeleton(config)
-        if (settings := source.read_generation_config()) is not None:
-            model.generation_config = settings
-        target = Target(model, source.read_tokenizer(), name)
+        target = Target(skeleton(config), source.read_tokenizer(), name, source.end_ids())
     vocabulary, steps = read_description(head, target)
     return Job(target, source, head, read_head_tensors(head, target), vocabulary, steps, out, options)

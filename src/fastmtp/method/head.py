@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmtp.engines.torch.target import Target
-from fastmtp.models.layers import FULL, Cache, Rotations, norm_offset, run_layers
+from fastmtp.models.config import FULL
+from fastmtp.models.layers import Cache, Rotations, norm_offset, run_layers
 
 
 class MTPHead(nn.Module):
