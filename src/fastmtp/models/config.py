@@ -1,6 +1,6 @@
 """What a model's shape and arithmetic are: `ModelConfig`, and how it is read from a Hugging Face config.json.
 
-The attributes have transformers' names, and `rope_parameters` has the form of transformers 5: heads on disk hold it.
+Attributes have transformers' names, and `rope_parameters` has the form of transformers 5: heads on disk hold it.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _layer_types(kind: str, given: Mapping[str, Any], window: int | None, layers
     if kind == "gemma3_text":
         pattern = int(given["sliding_window_pattern"])
         return tuple(SLIDING if (layer + 1) % pattern else FULL for layer in range(layers))
-    first = int(given.get("max_window_layers", 0))
+    first = 0 if kind == "mistral" else int(given.get("max_window_layers", 0))
     return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
 
 
