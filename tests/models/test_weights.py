@@ -107,7 +107,7 @@ def test_a_stored_lm_head_is_used_though_the_configuration_ties_it(directory: Pa
 def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
     index = {"weight_map": {"x": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="evil.*which is not a file of the directory"):
+    with pytest.raises(ValueError, match=r"evil.*which is not a file of the directory"):
         directory_weights(tmp_path)
 
 
@@ -185,7 +185,8 @@ def test_parts_of_a_split_gguf_file_are_read_as_one(tmp_path: Path, llama: Targe
     expected = states(load_native_target(str(tmp_path / "whole.gguf")))
     assert torch.equal(states(load_native_target(first)), expected)
     ids = torch.tensor([random_ids(8)])
-    assert torch.equal(load_target(first, device="cpu").model(ids).logits, llama.model(ids).logits)
+    found = load_target(first, device="cpu").model.model(ids).last_hidden_state
+    torch.testing.assert_close(found, llama.model.model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
     (tmp_path / "m-00002-of-00003.gguf").unlink()
     with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf, another part of the model, is missing"):
         load_native_target(first)
