@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastmtp.engines.protocol import Engine
 from fastmtp.extras import require
-from fastmtp.models.info import ONLY_TORCH
+from fastmtp.models.config import ONLY_TORCH
 from fastmtp.progress import QUIET, Progress
 
 EngineName = Literal["native", "torch"]

@@ -15,7 +15,7 @@ from fastmtp.heads.format import read_description, read_tensors_as_stored
 from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
-from fastmtp.models.weights import Weights, open_weights
+from fastmtp.models.weights import Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
 
@@ -54,7 +54,7 @@ class Job:
     def weights(self) -> Weights:
         """The target's tensors, to be read a piece at a time."""
         with reading(self.source):
-            return open_weights(self.source, self.config)
+            return self.source.open_weights()
 
 
 def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Job:
@@ -67,10 +67,7 @@ def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Jo
     source = locate(name)
     with reading(source):
         config = source.read_any_config().get_text_config()
-        model = skeleton(config)
-        if (settings := source.read_generation_config()) is not None:
-            model.generation_config = settings
-        target = Target(model, source.read_tokenizer(), name)
+        target = Target(skeleton(config), source.read_tokenizer(), name, source.end_ids())
     vocabulary, steps = read_description(head, target)
-    tensors = read_tensors_as_stored(head, target, shapes(model))
+    tensors = read_tensors_as_stored(head, target, shapes(target.model))
     return Job(target, source, head, tensors, vocabulary, steps, out, options)

@@ -19,7 +19,8 @@ from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.registry import GGUF_TYPES
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.source import describe, gguf_reader
+from fastmtp.models.gguf_file import gguf_reader
+from fastmtp.models.source import describe
 from fastmtp.others import llama_cpp
 
 OPTIONS = ("type", "split")

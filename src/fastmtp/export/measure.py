@@ -12,7 +12,8 @@ from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Measured
-from fastmtp.models.info import ONLY_TORCH, SUPPORTED, TargetInfo
+from fastmtp.models.config import ONLY_TORCH, SUPPORTED
+from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists

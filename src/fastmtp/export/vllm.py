@@ -17,7 +17,7 @@ from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.info import SUPPORTED
+from fastmtp.models.config import SUPPORTED
 from fastmtp.models.source import describe
 from fastmtp.others import vllm
 

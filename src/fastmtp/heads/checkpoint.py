@@ -81,7 +81,7 @@ def find_head(name: str) -> CheckpointHead:
         config = source.read_any_config().get_text_config()
         layout = layout_of(config, name)
         model = skeleton(config)
-        target = TargetInfo(config, None, source.read_tokenizer(), type(model).__name__, name)
+        target = TargetInfo(config, (), source.read_tokenizer(), type(model).__name__, name)
     checkpoint, own = Checkpoint(directory), shapes(model)
     found = places(layout, own, checkpoint.files)
     inside = {key for key in checkpoint.files if key.startswith(layout.namespace)}

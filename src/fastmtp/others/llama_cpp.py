@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from fastmtp.files import cache_directory, replacing
-from fastmtp.models.source import gguf_reader
+from fastmtp.models.gguf_file import gguf_reader
 from fastmtp.others.process import EngineProcess
 
 TYPES = ("Q8_0", "BF16", "Q4_0")
