@@ -30,3 +30,21 @@ def native_of(family: str, weight_type: WeightType, kernels: str, threads: int) 
     target = convert(tiny_target(family), weight_type, threads)
     assert target.runtime.kernels == kernels
     return target
+
+
+def small_stack(hidden: int = 32, key_heads: int = 2, head_size: int = 8, layers: int = 1) -> _native.Stack:
+    """A stack whose weights are zeros."""
+    stack = _native.Stack(
+        hidden=hidden,
+        heads=4,
+        key_heads=key_heads,
+        head_size=head_size,
+        feed_forward=16,
+        epsilon=1e-5,
+        attention_scale=1.0,
+        gelu=False,
+        ropes=[([1.0] * (head_size // 2), 1.0)],
+    )
+    for _ in range(layers):
+        stack.add_layer(_native.Type.int8, bias=False, out_bias=False, feed_forward_bias=False, window=0, rope=0)
+    return stack

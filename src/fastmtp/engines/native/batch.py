@@ -23,7 +23,7 @@ class NativeBatch:
         self.reset(0)
 
     def reset(self, slots: int) -> None:
-        self._caches: list[_native.Cache] = [self.target.stack.new_cache() for _ in range(slots)]
+        self._caches: list[_native.Cache] = [self.target.model.new_cache() for _ in range(slots)]
         self._lengths = [0] * slots
 
     def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Tensor:

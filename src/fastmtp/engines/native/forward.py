@@ -20,7 +20,7 @@ class NativeForward:
 
     def __init__(self, target: NativeTarget) -> None:
         self._target = target
-        self._cache = target.stack.new_cache()
+        self._cache = target.model.new_cache()
 
     @property
     def name(self) -> str:

@@ -52,18 +52,11 @@ class NativeBackend(SequenceBackend[States]):
         # Rows of the draft step, and their tokens; rows of the sequence's own tokens, filled as they come.
         self._rows, self._row_ids = target.lm_head, np.arange(size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, places), hidden)
-        self._cache = target.stack.new_cache()
+        self._cache = target.model.new_cache()
         self._draft_cache = self._drafter = None
         if head:
-            self._draft_cache = head.stack.new_cache()
-            self._drafter = _native.Drafter(
-                target.runtime,
-                head.stack,
-                head.projection,
-                target.embedding,
-                target.embedding_scale,
-                self._draft_cache,
-            )
+            self._draft_cache = head.native.new_cache()
+            self._drafter = _native.Drafter(head.native, self._draft_cache)
         if self._vocabulary is not None:
             self._fit_rows(self._vocabulary, {})
 
@@ -76,7 +69,7 @@ class NativeBackend(SequenceBackend[States]):
     # processor's caches hold weights, no code, and every call that is not in them costs some microseconds.
 
     def choices(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> list[int]:
-        return _native.choices(self._target.runtime, self._target.lm_head, self._append(tokens, parents))
+        return self._target.model.argmax(self._append(tokens, parents))
 
     def _chain(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
         drafter, last = self._ready(start, states_TH, inputs, steps)
@@ -84,11 +77,11 @@ class NativeBackend(SequenceBackend[States]):
 
     def _start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> Candidates:
         drafter, last = self._ready(start, states_TH, inputs, _native.PAGE_TOKENS)
-        return _candidates(drafter.start_tree(*last, self._draft_rows(), width))[0]
+        return _candidates(drafter.start(*last, self._draft_rows(), width))[0]
 
     def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
         assert self._drafter is not None
-        return _candidates(self._drafter.extend_tree(parents, tokens, self._draft_rows(), width))
+        return _candidates(self._drafter.extend(parents, tokens, self._draft_rows(), width))
 
     def _ready(
         self, start: int, states_TH: States, inputs: Sequence[int], more: int
@@ -105,25 +98,13 @@ class NativeBackend(SequenceBackend[States]):
         return forward(self._target, [self._cache], [start], [tokens], parents or ())
 
     def _keep_path(self, start: int, nodes: Sequence[int]) -> None:
-        self._cache.move([start + node for node in nodes], start)
+        self._cache.commit(start, [start + node for node in nodes])
 
     def _head_forward(self, start: int, states_TH: States, tokens: Sequence[int]) -> States:
-        target, head, cache = self._target, *self._head_and_cache(start + len(tokens))
+        head, cache = self._head_and_cache(start + len(tokens))
         after_TH = np.empty_like(states_TH)
         for begin, end in _chunks(len(tokens)):
-            _native.head_forward(
-                target.runtime,
-                head.stack,
-                head.projection,
-                target.embedding,
-                target.embedding_scale,
-                [cache],
-                [start + begin],
-                [end - begin],
-                tokens[begin:end],
-                states_TH[begin:end],
-                after_TH[begin:end],
-            )
+            head.native.forward(cache, start + begin, tokens[begin:end], states_TH[begin:end], after_TH[begin:end])
         return after_TH
 
     def _logits(self, states_TH: States) -> Tensor:
@@ -178,11 +159,7 @@ def forward(
     states_TH = np.empty((sum(map(len, tokens)), int(target.config.hidden_size)), np.float32)
 
     def run(starts: list[int], tokens: Sequence[Sequence[int]], begin: int, end: int) -> None:
-        _native.target_forward(
-            target.runtime,
-            target.stack,
-            target.embedding,
-            target.embedding_scale,
+        target.model.forward(
             caches,
             starts,
             [len(own) for own in tokens],
