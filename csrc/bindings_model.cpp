@@ -32,7 +32,8 @@ void check_tokens(const int32_t* tokens, size_t count, const Matrix& embedding) 
 
 std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& caches, const Numbers& starts,
                                  const Numbers& counts, size_t tokens) {
-  require(caches.size() == starts.size() && caches.size() == counts.size(), "caches, starts and counts differ in length");
+  require(caches.size() == starts.size() && caches.size() == counts.size(),
+          "caches, starts and counts differ in length");
   std::vector<Segment> segments;
   size_t total = 0;
   for (size_t i = 0; i < caches.size(); i++) {
@@ -82,7 +83,8 @@ void bind_cache(nb::module_& m) {
            [](Cache& cache, int start, const Numbers& slots) {
              require(start >= 0, "a start of 0 or more");
              for (size_t i = 0; i < slots.size(); i++)
-               require(slots[i] - int64_t(i) >= start && slots[i] < cache.capacity() && (i == 0 || slots[i] > slots[i - 1]),
+               require(slots[i] - int64_t(i) >= start && slots[i] < cache.capacity() &&
+                           (i == 0 || slots[i] > slots[i - 1]),
                        "slots must ascend, from their new places on, within the cache");
              cache.commit(start, slots);
            },

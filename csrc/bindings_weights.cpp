@@ -66,8 +66,8 @@ void bind_matrix(nb::module_& m) {
 }
 
 void bind_layer(nb::module_& m) {
-  const auto hidden = [](Layer& layer) { return layer.mixer->input().inputs(); };
-  const auto head_size = [](Layer& layer) { return attention_of(layer).shape.head_size; };
+  const auto hidden = [](Layer& one) { return one.mixer->input().inputs(); };
+  const auto head_size = [](Layer& one) { return attention_of(one).shape.head_size; };
   nb::class_<Layer> layer(m, "Layer");
   layer
       .def_prop_ro("query_key_value", [](Layer& layer) -> Matrix& { return attention_of(layer).query_key_value; },
@@ -78,12 +78,12 @@ void bind_layer(nb::module_& m) {
                    nb::rv_policy::reference_internal)
       .def_prop_ro("down", [](Layer& layer) -> Matrix& { return dense_of(layer).down; },
                    nb::rv_policy::reference_internal);
-  def_gains(layer, "input_norm", false, [](Layer& layer) -> Gains& { return layer.mixer_norm; }, hidden);
-  def_gains(layer, "attention_out_norm", true, [](Layer& layer) -> Gains& { return layer.mixer_out_norm; }, hidden);
-  def_gains(layer, "feed_forward_norm", false, [](Layer& layer) -> Gains& { return layer.network_norm; }, hidden);
-  def_gains(layer, "feed_forward_out_norm", true, [](Layer& layer) -> Gains& { return layer.network_out_norm; }, hidden);
-  def_gains(layer, "query_norm", true, [](Layer& layer) -> Gains& { return attention_of(layer).query_norm; }, head_size);
-  def_gains(layer, "key_norm", true, [](Layer& layer) -> Gains& { return attention_of(layer).key_norm; }, head_size);
+  def_gains(layer, "input_norm", false, [](Layer& one) -> Gains& { return one.mixer_norm; }, hidden);
+  def_gains(layer, "attention_out_norm", true, [](Layer& one) -> Gains& { return one.mixer_out_norm; }, hidden);
+  def_gains(layer, "feed_forward_norm", false, [](Layer& one) -> Gains& { return one.network_norm; }, hidden);
+  def_gains(layer, "feed_forward_out_norm", true, [](Layer& one) -> Gains& { return one.network_out_norm; }, hidden);
+  def_gains(layer, "query_norm", true, [](Layer& one) -> Gains& { return attention_of(one).query_norm; }, head_size);
+  def_gains(layer, "key_norm", true, [](Layer& one) -> Gains& { return attention_of(one).key_norm; }, head_size);
 }
 
 void bind_stack(nb::module_& m) {
@@ -105,7 +105,8 @@ void bind_stack(nb::module_& m) {
            nb::kw_only(), nb::arg("hidden"), nb::arg("heads"), nb::arg("key_heads"), nb::arg("head_size"),
            nb::arg("feed_forward"), nb::arg("epsilon"), nb::arg("attention_scale"), nb::arg("gelu"), nb::arg("ropes"))
       .def("add_layer",
-           [](UniformStack& stack, Type type, bool bias, bool out_bias, bool feed_forward_bias, int window, int rope) -> Layer& {
+           [](UniformStack& stack, Type type, bool bias, bool out_bias, bool feed_forward_bias, int window,
+              int rope) -> Layer& {
              require(rope >= 0 && rope < int(stack.ropes.size()), "no such rope");
              require(window >= 0, "a window of 0 (all tokens) or more");
              const Gains ones(stack.hidden, 1.0f);

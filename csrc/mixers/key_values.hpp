@@ -17,9 +17,10 @@ class KeyValues : public State {
 
   int heads() const { return heads_; }
   int head_size() const { return head_size_; }
-  int capacity() const { return int(pages_.size()) * kPageTokens; }
 
-  uint16_t* keys(int page, int head) const { return pages_[page] + size_t(head) * 2 * fastmtp::page_numbers(head_size_); }
+  uint16_t* keys(int page, int head) const {
+    return pages_[page] + size_t(head) * 2 * fastmtp::page_numbers(head_size_);
+  }
   uint16_t* values(int page, int head) const { return keys(page, head) + fastmtp::page_numbers(head_size_); }
 
  private:
