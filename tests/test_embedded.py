@@ -12,6 +12,8 @@ from typing import get_args
 import pytest
 import torch
 from click.testing import CliRunner
+from fastmtp.engines.native.sequence import NativeSequence, forward, scores
+from fastmtp.engines.torch.sequence import TorchSequence
 
 from fastmtp.cli.main import commands
 from fastmtp.config import SamplingConfig
@@ -20,9 +22,7 @@ from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.distill.domains import language
-from fastmtp.engines.native.sequence import NativeSequence, forward, scores
 from fastmtp.engines.native.target import NativeTarget, WeightType, load_native_target
-from fastmtp.engines.torch.sequence import TorchSequence
 from fastmtp.engines.torch.target import load_target
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.heads.format import load_head, load_native_head
@@ -133,7 +133,7 @@ def perplexity(target: NativeTarget, ids: list[int], window: int = 1024) -> floa
     losses = []
     for start in range(0, len(ids) - 1, window):
         part = ids[start : start + window + 1]
-        states_TH = forward(target, [target.stack.new_cache()], [0], [part[:-1]])
+        states_TH = forward(target, [target.model.new_cache()], [0], [part[:-1]])
         logits_TV = scores(target.runtime, target.lm_head, states_TH)
         losses.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(part[1:]), reduction="none"))
     return float(torch.cat(losses).mean().exp())

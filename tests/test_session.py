@@ -31,7 +31,9 @@ def test_the_native_engine_was_built() -> None:
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
-def test_default(built: bool, machine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_default(
+    built: bool, machine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Native on a CPU, torch on a GPU; without the native engine torch, and one line that says so."""
     on_a(machine, monkeypatch)
     assert choose_engine(EngineOptions()) == ("native" if built and machine == "cpu" else "torch")

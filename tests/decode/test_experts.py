@@ -44,9 +44,6 @@ def test_batched_is_plain(target: Target) -> None:
     """Each of several sequences decoded together, in slots that are used again, as when decoded alone."""
     prompts = [random_ids(length, seed=length) for length in (1, 30, 7, 280, 2)]
     settings = {"max_new_tokens": LENGTH, "sampling": SamplingConfig(), "end_ids": frozenset()}
-    queue = deque(
-        Request(key=index, prompt=prompt, **settings)
-        for index, prompt in enumerate(prompts)
-    )
+    queue = deque(Request(key=index, prompt=prompt, **settings) for index, prompt in enumerate(prompts))
     for done in decode_batch(TorchEngine(target), queue, slots=2):
         assert done.tokens == expected(target, prompts[done.request.key])

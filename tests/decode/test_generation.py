@@ -75,7 +75,12 @@ def test_statistics(llama: Target) -> None:
     """Rounds times tau are the tokens after the first one; speeds are positive."""
     head = MTPHead(llama.model)
     generation = Generation(
-        Engine().sequence(llama, head), llama, random_ids(5), new_drafter=chains(2), sampling=GREEDY, max_new_tokens=20
+        Engine().sequence(llama, head),
+        llama,
+        random_ids(5),
+        new_drafter=chains(2),
+        sampling=GREEDY,
+        max_new_tokens=20,
     )
     result = generation.run()
     assert result.acceptance.rounds * result.acceptance.tau == pytest.approx(len(result.tokens) - 1)

@@ -193,7 +193,9 @@ def test_max_tokens_in_the_middle_of_a_draft(engine: Engine, llama: Target) -> N
     script = [*prompt, *plain_tokens(engine, llama, prompt, 60)]
     for limit in range(1, 12):
         sequence = scripted(engine, llama, script, 0)
-        result = Generation(sequence, llama, prompt, new_drafter=chains(4), sampling=GREEDY, max_new_tokens=limit).run()
+        result = Generation(
+            sequence, llama, prompt, new_drafter=chains(4), sampling=GREEDY, max_new_tokens=limit
+        ).run()
         assert result.tokens == script[9 : 9 + limit]
         assert result.stopped == "length"
 
@@ -210,7 +212,9 @@ def test_end_token_inside_a_draft(engine: Engine, llama: Target) -> None:
         script = [*prompt, *expected, *[0] * 8]
         for new_drafter in (None, chains(4)):
             sequence = scripted(engine, ended, script, 0)
-            result = Generation(sequence, ended, prompt, new_drafter=new_drafter, sampling=GREEDY, max_new_tokens=30).run()
+            result = Generation(
+                sequence, ended, prompt, new_drafter=new_drafter, sampling=GREEDY, max_new_tokens=30
+            ).run()
             assert result.tokens == expected[: place + 1]
             assert result.stopped == "end"
 

@@ -6,9 +6,9 @@ from collections import Counter
 from random import Random
 
 import pytest
+from fastmtp.engines.torch.forward import TorchForward
 
 from fastmtp.engines.costs import ChainCosts
-from fastmtp.engines.torch.forward import TorchForward
 from fastmtp.engines.torch.target import Target
 from fastmtp.evaluate.list_sizes import curve, same_by_size, sizes_for
 from fastmtp.train.agreement import replay

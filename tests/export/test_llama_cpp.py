@@ -141,7 +141,12 @@ def test_tokenizer_of_a_directory(made: Path, llama: Target) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="ab").save_pretrained(made / "hf")
         target = Target(llama.model, AutoTokenizer.from_pretrained(made / "hf"), "hf")
         save_head(
-            made / "head", MTPHead(target.model), target, draft_steps=1, vocabulary=VocabularyLists({}), provenance={}
+            made / "head",
+            MTPHead(target.model),
+            target,
+            draft_steps=1,
+            vocabulary=VocabularyLists({}),
+            provenance={},
         )
         if not known:
             with pytest.raises(ValueError, match="splits words in a way"):

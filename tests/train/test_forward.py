@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastmtp.engines.torch.forward import TorchForward
 
 from fastmtp.config import TrainConfig
-from fastmtp.engines.torch.forward import TorchForward
 from fastmtp.engines.torch.target import Target
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids

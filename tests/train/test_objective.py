@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastmtp.engines.torch.forward import text_states
 from torch.nn.functional import kl_div
 
-from fastmtp.engines.torch.forward import text_states
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion

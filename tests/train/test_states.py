@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from fastmtp.engines.torch.forward import TorchForward, text_states
+
 from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
 from fastmtp.train.processes import Processes

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastmtp.engines.torch.forward import text_states
 from torch.nn.functional import kl_div
 
 from fastmtp.config import SamplingConfig, TrainConfig
 from fastmtp.decode.plain import plain
 from fastmtp.distill.dataset import Exchange
-from fastmtp.engines.torch.forward import text_states
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.recursion import STRIDE, recursion, trained_starts
 from fastmtp.train.agreement import agreement

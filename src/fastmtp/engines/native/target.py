@@ -77,6 +77,7 @@ class NativeTarget(TargetInfo):
             prefix = f"model.layers.{index}."
             self.add_layer(self.stack, weight_type, kind, seen[kind], weights, prefix)
         self.stack.final_norm = gains(weights, "model.norm", self.family.norm_offset)
+        self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
 
     def matrix(self, outputs: int, inputs: int) -> _native.Matrix:
         """A matrix of zeros for what is not in the target's layers."""
@@ -202,6 +203,7 @@ class NativeHead:
         # The layer always attends to the full context (models/head.py).
         target.add_layer(self.stack, target.outer_type, FULL, None, weights, "layer.")
         self.stack.final_norm = gains(weights, "final_norm", offset)
+        self.native = _native.Head(target.model, self.stack, self.projection)
 
 
 def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: int | None = None) -> NativeTarget:
