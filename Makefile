@@ -15,7 +15,7 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-.venv/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+.venv/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

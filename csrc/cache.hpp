@@ -1,44 +1,47 @@
-// Keys and values of one sequence, in bf16, in pages of 256 tokens.
+// What the layers of a stack keep of one sequence.
 //
-// A page holds all layers: for each layer and key/value head the keys, then the values (page_numbers in kernels.hpp
-// says in which order). The cache does not know its length: a forward pass says at which position it writes, so taking tokens
-// back costs nothing and cannot go wrong.
+// A cache does not know its length: a forward pass says at which position it writes, so taking tokens back costs
+// nothing and cannot go wrong.
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "memory.hpp"
 
 namespace fastmtp {
 
+// One layer's part of a cache; made by the layer's mixer.
+class State {
+ public:
+  virtual ~State() = default;
+
+  // How many bf16 numbers a page of kPageTokens tokens takes.
+  virtual size_t page_numbers() const = 0;
+  // Room for this many tokens, a multiple of kPageTokens; the last page's is at `page` and zeroed.
+  virtual void reserve(int tokens, uint16_t* page) = 0;
+  // The tokens in these slots, in ascending order, become those from `start` on; none is before its new slot.
+  virtual void commit(int start, const std::vector<int32_t>& slots) = 0;
+};
+
 class Cache {
  public:
-  Cache(int layers, int heads, int head_size) : layers_(layers), heads_(heads), head_size_(head_size) {}
+  explicit Cache(std::vector<std::unique_ptr<State>> layers) : layers_(std::move(layers)) {}
   Cache(const Cache&) = delete;
   Cache(Cache&&) = default;
 
   // Room for this many tokens; what is held stays. Throws std::bad_alloc before anything changes.
-  void reserve(int tokens) {
-    while (capacity() < tokens) pages_.push_back(allocate<uint16_t>(page_bytes() / sizeof(uint16_t)));
-  }
-
-  // The tokens in these slots, in ascending order, become those from `start` on; none is before its new slot.
-  void move(const int32_t* slots, int count, int start);
+  void reserve(int tokens);
+  void commit(int start, const std::vector<int32_t>& slots);
 
   int capacity() const { return int(pages_.size()) * kPageTokens; }
-  size_t page_bytes() const { return size_t(layers_) * heads_ * 2 * page_numbers(head_size_) * sizeof(uint16_t); }
-
-  uint16_t* keys(int page, int layer, int head) const {
-    return pages_[page].get() + (size_t(layer) * heads_ + head) * 2 * page_numbers(head_size_);
-  }
-  uint16_t* values(int page, int layer, int head) const {
-    return keys(page, layer, head) + page_numbers(head_size_);
-  }
+  size_t page_bytes() const;
+  const std::vector<std::unique_ptr<State>>& layers() const { return layers_; }
 
  private:
-  int layers_, heads_, head_size_;
-  std::vector<Buffer<uint16_t>> pages_;
+  std::vector<std::unique_ptr<State>> layers_;
+  std::vector<Buffer<uint16_t>> pages_;  // each holds a page of every layer, in order
 };
 
 }  // namespace fastmtp

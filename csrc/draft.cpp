@@ -74,46 +74,42 @@ void find_candidates(const Kernels& kernels, const std::vector<DraftRows>& rows,
 
 }  // namespace
 
-void Drafter::forward(const Segment& segment, const int32_t* tokens, const float* before, float* states) {
-  head_forward(runtime_, stack_, projection_, embedding_, {segment}, tokens, before, states);
-}
-
 std::vector<int32_t> Drafter::chain(int start, int count, const int32_t* tokens, const float* before,
                                     const std::vector<DraftRows>& rows, int steps) {
-  const size_t hidden = stack_.shape.hidden;
-  std::lock_guard<std::recursive_mutex> lock(runtime_.busy);
+  const size_t hidden = head_.stack.hidden;
+  std::lock_guard<std::recursive_mutex> lock(head_.model.runtime.busy);
   std::vector<float> states(count * hidden), last(hidden);
   std::vector<int32_t> drafted(steps);
   Segment segment{&cache_, start, count};
-  forward(segment, tokens, before, states.data());
+  head_.forward(segment, tokens, before, states.data());
   for (int step = 0; true; step++) {
     std::copy(states.end() - hidden, states.end(), last.begin());
-    with_logits(runtime_, rows, last.data(), 1, [&](int, float* logits) {
-      drafted[step] = best_of(runtime_.kernels, rows, logits).token;
+    with_logits(head_.model.runtime, rows, last.data(), 1, [&](int, float* logits) {
+      drafted[step] = best_of(head_.model.runtime.kernels, rows, logits).token;
     });
     if (step + 1 == steps) return drafted;
     segment = {&cache_, segment.start + segment.count, 1};
     states.resize(hidden);
-    forward(segment, &drafted[step], last.data(), states.data());
+    head_.forward(segment, &drafted[step], last.data(), states.data());
   }
 }
 
-std::vector<Candidates> Drafter::start_tree(int start, int count, const int32_t* tokens, const float* before,
-                                            const std::vector<DraftRows>& rows, int width) {
-  const size_t hidden = stack_.shape.hidden;
-  std::lock_guard<std::recursive_mutex> lock(runtime_.busy);
+std::vector<Candidates> Drafter::start(int start, int count, const int32_t* tokens, const float* before,
+                                       const std::vector<DraftRows>& rows, int width) {
+  const size_t hidden = head_.stack.hidden;
+  std::lock_guard<std::recursive_mutex> lock(head_.model.runtime.busy);
   std::vector<float> states(count * hidden);
-  forward({&cache_, start, count}, tokens, before, states.data());
+  head_.forward({&cache_, start, count}, tokens, before, states.data());
   base_ = start + count - 1;
   parents_.clear();
   states_.clear();
   return add_nodes({-1}, states.data() + (count - 1) * hidden, rows, width);
 }
 
-std::vector<Candidates> Drafter::extend_tree(const std::vector<int32_t>& parents, const int32_t* tokens,
-                                             const std::vector<DraftRows>& rows, int width) {
-  const size_t hidden = stack_.shape.hidden, count = parents.size();
-  std::lock_guard<std::recursive_mutex> lock(runtime_.busy);
+std::vector<Candidates> Drafter::extend(const std::vector<int32_t>& parents, const int32_t* tokens,
+                                        const std::vector<DraftRows>& rows, int width) {
+  const size_t hidden = head_.stack.hidden, count = parents.size();
+  std::lock_guard<std::recursive_mutex> lock(head_.model.runtime.busy);
   std::vector<float> before(count * hidden), states(count * hidden);
   for (size_t m = 0; m < count; m++)
     std::copy_n(states_.begin() + parents[m] * hidden, hidden, before.begin() + m * hidden);
@@ -121,7 +117,7 @@ std::vector<Candidates> Drafter::extend_tree(const std::vector<int32_t>& parents
   all.insert(all.end(), parents.begin(), parents.end());
   const Tree tree(base_, all);
   const Segment segment{&cache_, base_ + nodes(), int(count), tree.is_chain() ? nullptr : &tree};
-  forward(segment, tokens, before.data(), states.data());
+  head_.forward(segment, tokens, before.data(), states.data());
   return add_nodes(parents, states.data(), rows, width);
 }
 
@@ -129,7 +125,7 @@ std::vector<Candidates> Drafter::add_nodes(const std::vector<int32_t>& parents, 
                                            const std::vector<DraftRows>& rows, int width) {
   const int count = int(parents.size());
   parents_.insert(parents_.end(), parents.begin(), parents.end());
-  states_.insert(states_.end(), states, states + count * size_t(stack_.shape.hidden));
+  states_.insert(states_.end(), states, states + count * size_t(head_.stack.hidden));
   int size = 0;
   for (const DraftRows& part : rows) size += part.count;
   // Room for all of them now: a thread of a team cannot throw.
@@ -138,8 +134,8 @@ std::vector<Candidates> Drafter::add_nodes(const std::vector<int32_t>& parents, 
     one.tokens.reserve(std::min(width, size));
     one.confidences.reserve(std::min(width, size));
   }
-  with_logits(runtime_, rows, states, count, [&](int m, float* logits) {
-    find_candidates(runtime_.kernels, rows, logits, width, candidates[m]);
+  with_logits(head_.model.runtime, rows, states, count, [&](int m, float* logits) {
+    find_candidates(head_.model.runtime.kernels, rows, logits, width, candidates[m]);
   });
   return candidates;
 }

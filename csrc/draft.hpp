@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "forward.hpp"
+#include "head.hpp"
 
 namespace fastmtp {
 
@@ -24,36 +24,32 @@ struct Candidates {
 // Drafts into one cache, after the sequence that it holds.
 class Drafter {
  public:
-  Drafter(Runtime& runtime, const Stack& stack, const Projection& projection, Embedding embedding, Cache& cache)
-      : runtime_(runtime), stack_(stack), projection_(projection), embedding_(embedding), cache_(cache) {}
+  // Keeps references.
+  Drafter(const Head& head, Cache& cache) : head_(head), cache_(cache) {}
 
-  const Stack& stack() const { return stack_; }
-  const Matrix& embedding() const { return embedding_.matrix; }
+  const Head& head() const { return head_; }
+  const Cache& cache() const { return cache_; }
   int nodes() const { return int(parents_.size()); }
 
-  // A greedy chain: the head's forward over `count` tokens, which follow the states before them, its choice among the
-  // rows (of equal ones the first), then `steps` - 1 times a forward over the token chosen last.
+  // A greedy chain: the head's forward over `count` tokens, which follow the states before them, the row that
+  // scores highest (of equal ones the first), then `steps` - 1 times a forward over the token drafted last.
   std::vector<int32_t> chain(int start, int count, const int32_t* tokens, const float* before,
                              const std::vector<DraftRows>& rows, int steps);
 
   // A tree, level by level. Both give `width` candidates to follow each new node, or as many as there are.
 
   // The head's forward over `count` tokens, the last of which becomes node 0.
-  std::vector<Candidates> start_tree(int start, int count, const int32_t* tokens, const float* before,
-                                     const std::vector<DraftRows>& rows, int width);
+  std::vector<Candidates> start(int start, int count, const int32_t* tokens, const float* before,
+                                const std::vector<DraftRows>& rows, int width);
   // The next nodes, each after a node of an earlier call.
-  std::vector<Candidates> extend_tree(const std::vector<int32_t>& parents, const int32_t* tokens,
-                                      const std::vector<DraftRows>& rows, int width);
+  std::vector<Candidates> extend(const std::vector<int32_t>& parents, const int32_t* tokens,
+                                 const std::vector<DraftRows>& rows, int width);
 
  private:
-  void forward(const Segment& segment, const int32_t* tokens, const float* before, float* states);
   std::vector<Candidates> add_nodes(const std::vector<int32_t>& parents, const float* states,
                                     const std::vector<DraftRows>& rows, int width);
 
-  Runtime& runtime_;
-  const Stack& stack_;
-  const Projection& projection_;
-  Embedding embedding_;
+  const Head& head_;
   Cache& cache_;
   // Of the tree: the slot of node 0, the parents of all nodes and their states [nodes, H].
   int base_ = 0;

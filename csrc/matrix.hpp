@@ -15,7 +15,7 @@
 
 #include <string>
 
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "memory.hpp"
 
 namespace fastmtp {

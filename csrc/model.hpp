@@ -1,65 +1,82 @@
-// The weights of a decoder of the Llama family. What differs between its members is data: a matrix may have a bias,
-// a norm may be absent, a layer may see only a window of the last tokens.
+// A decoder: embeddings, a stack of layers, and an LM head.
+//
+// A layer is a mixer and a network, each with a norm before it and perhaps one behind it, on a residual stream.
+// Shapes: M rows (the tokens of all segments, in order), H hidden.
 #pragma once
 
 #include <list>
+#include <memory>
 #include <vector>
 
-#include "matrix.hpp"
+#include "batch.hpp"
+#include "mixers/mixer.hpp"
+#include "networks/network.hpp"
 
 namespace fastmtp {
 
-using Gains = std::vector<float>;  // of a norm; empty where there is no norm
-
-struct Shape {
-  int hidden, heads, key_heads, head_size, feed_forward;
-  float epsilon;
-  float attention_scale;  // of the scores
-  bool gelu;              // in the feed-forward network; silu otherwise
-};
-
-struct Rope {
-  std::vector<float> inverse_frequencies;  // [head_size / 2]
-  float scale;                             // of cosine and sine
-};
-
 struct Layer {
-  Layer(const Shape& s, Type type, bool bias, bool out_bias, bool feed_forward_bias)
-      : query_key_value(type, (s.heads + 2 * s.key_heads) * s.head_size, s.hidden, bias),
-        out(type, s.hidden, s.heads * s.head_size, out_bias),
-        gate_up(type, 2 * round_up(s.feed_forward, kLanes), s.hidden, feed_forward_bias),
-        down(type, s.hidden, round_up(s.feed_forward, kLanes), feed_forward_bias) {}
-
-  Matrix query_key_value;  // outputs: the query heads, the key heads, the value heads
-  Matrix out;
-  Matrix gate_up;  // outputs: sixteen of the gate, sixteen of up, and so on
-  Matrix down;
-  Gains input_norm, attention_out_norm, feed_forward_norm, feed_forward_out_norm, query_norm, key_norm;
-  int window = 0;  // 0: every earlier token is seen
-  int rope = 0;    // which of the stack's ropes
+  std::unique_ptr<Mixer> mixer;
+  std::unique_ptr<Network> network;
+  Gains mixer_norm, mixer_out_norm, network_norm, network_out_norm;
 };
 
 struct Stack {
-  explicit Stack(const Shape& shape) : shape(shape) {}
+  Stack(int hidden, float epsilon) : hidden(hidden), epsilon(epsilon), final_norm(hidden, 1.0f) {}
   Stack(const Stack&) = delete;
 
-  Shape shape;
+  Cache new_cache() const;
+  // Whether a cache is one that `new_cache` could have made.
+  bool fits(const Cache& cache) const;
+
+  const int hidden;
+  const float epsilon;  // of the norms
   std::vector<Rope> ropes;
   std::list<Layer> layers;  // a list, since Python holds references to its items
   Gains final_norm;
 };
 
-// What stands before the stack: a target's embeddings (which may be the LM head) ...
-struct Embedding {
-  const Matrix& matrix;
-  float scale;
+// One forward pass through a stack, for a team. What a phase of it does to a row (or a head, or a block of outputs)
+// is done by one thread, so nothing depends on their number.
+class Pass {
+ public:
+  // Plans the pass and reserves working memory. Throws std::bad_alloc before anything is written.
+  Pass(Runtime& runtime, const Stack& stack, const std::vector<Segment>& segments);
+
+  int rows() const { return batch_.rows; }
+  // What is added to the residual stream next, [M, stride]. Before `run` that is the input [M, H].
+  int stride() const { return stride_of(stack_.hidden); }
+  float* branch(int m) const { return runtime_.branch.get() + size_t(m) * stride(); }
+
+  // From the input through all layers and the final norm, [M, H]; if wanted, also what the last layer is given.
+  void run(Team& team, float* states, float* last_inputs = nullptr) const;
+
+ private:
+  float* x(int m) const { return runtime_.x.get() + size_t(m) * stack_.hidden; }
+  void add_branch(const Team& team, int m, const Gains& out_norm) const;
+  void convert_norm(const Team& team, int m, const Gains& gains, const Matrix& matrix) const;
+
+  Runtime& runtime_;
+  const Stack& stack_;
+  const Batch batch_;
+  std::vector<std::unique_ptr<Mixer::Pass>> mixers_;  // by layer
 };
 
-// ... or an MTP head's projection of [norm(state), norm(embedding of the next token)].
-struct Projection {
-  Projection(Type type, int hidden) : matrix(type, hidden, 2 * hidden, false) {}
-  Matrix matrix;
-  Gains hidden_norm, token_norm;
+class Model {
+ public:
+  // Keeps references. Throws std::invalid_argument if the parts do not fit together.
+  Model(Runtime& runtime, const Stack& stack, const Matrix& embedding, const Matrix& lm_head, float embedding_scale);
+
+  // The states [M, H] after the final norm, and if wanted what the last layer is given, [M, H]. Takes the runtime for
+  // itself until it returns, and throws std::bad_alloc before it writes anything.
+  void forward(const std::vector<Segment>& segments, const int32_t* tokens, float* states,
+               float* last_inputs = nullptr) const;
+  // The embedding of one token.
+  void embed(int token, float* out) const;
+
+  Runtime& runtime;
+  const Stack& stack;
+  const Matrix &embedding, &lm_head;  // which may be one
+  const float embedding_scale;
 };
 
 }  // namespace fastmtp

@@ -20,6 +20,7 @@ from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
+from fastmtp.models.config import ModelConfig
 from fastmtp.models.weights import TensorWeights
 from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -98,8 +99,8 @@ def native_target(target: Target, weight_type: WeightType) -> NativeTarget:
 def convert(target: Target, weight_type: WeightType, threads: int = 2) -> NativeTarget:
     """The native copy of a PyTorch target, with the kernels that FASTMTP_KERNELS names."""
     return NativeTarget(
-        target.config,
-        target.model.generation_config,
+        ModelConfig.from_json(target.config.to_dict(), target.source),
+        (),
         target.tokenizer,
         target.source,
         TensorWeights(target.model.state_dict()),

@@ -136,7 +136,7 @@ def perplexity(target: NativeTarget, ids: list[int], window: int = 1024) -> floa
     losses = []
     for start in range(0, len(ids) - 1, window):
         part = ids[start : start + window + 1]
-        states_TH = forward(target, [target.stack.new_cache()], [0], [part[:-1]])
+        states_TH = forward(target, [target.model.new_cache()], [0], [part[:-1]])
         logits_TV = torch.from_numpy(logits(target, states_TH))
         losses.append(torch.nn.functional.cross_entropy(logits_TV, torch.tensor(part[1:]), reduction="none"))
     return float(torch.cat(losses).mean().exp())

@@ -1,14 +1,18 @@
-"""fastmtp's CPU engine (csrc/bindings.cpp). Shapes: M rows, H hidden; arrays are C-contiguous."""
+"""fastmtp's CPU engine (csrc/). Shapes: M rows, H hidden.
+
+Arrays must be C-contiguous and of float32 (states, weights) or int32 (ids, places); none is converted.
+Raises ValueError for what does not fit, TypeError for what is no array, sequence or object of the right kind.
+"""
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Floats = NDArray[np.float32]
 _Integers = NDArray[np.int32]
+_Rows = Sequence[tuple["Matrix", _Integers]]
 
 PAGE_TOKENS: int
 
@@ -79,11 +83,11 @@ class Stack:
     @property
     def layers(self) -> list[Layer]: ...
     final_norm: list[float]
-    def new_cache(self) -> Cache: ...
 
 class Cache:
     def reserve(self, tokens: int) -> None: ...
-    def move(self, slots: Sequence[int], start: int) -> None: ...
+    def commit(self, start: int, slots: Sequence[int]) -> None:
+        """The tokens in these slots, which ascend, become those from `start` on."""
     @property
     def capacity(self) -> int: ...
     @property
@@ -96,34 +100,44 @@ class Projection:
     hidden_norm: list[float]
     token_norm: list[float]
 
-def target_forward(
-    runtime: Runtime,
-    stack: Stack,
-    embedding: Matrix,
-    embedding_scale: float,
-    caches: Sequence[Cache],
-    starts: Sequence[int],
-    counts: Sequence[int],
-    tokens: Sequence[int],
-    states: NDArray[Any],
-    parents: Sequence[int] = (),
-    last_inputs: NDArray[Any] | None = None,
-) -> None: ...
-def head_forward(
-    runtime: Runtime,
-    stack: Stack,
-    projection: Projection,
-    embedding: Matrix,
-    embedding_scale: float,
-    caches: Sequence[Cache],
-    starts: Sequence[int],
-    counts: Sequence[int],
-    tokens: Sequence[int],
-    before: NDArray[Any],
-    states: NDArray[Any],
-) -> None: ...
-def scores(runtime: Runtime, matrix: Matrix, states: NDArray[Any], out: NDArray[Any]) -> None: ...
-def choices(runtime: Runtime, matrix: Matrix, states: NDArray[Any]) -> list[int]: ...
+class Model:
+    """A decoder: embeddings, a stack that has its layers, and an LM head."""
+
+    def __init__(
+        self, runtime: Runtime, stack: Stack, embedding: Matrix, lm_head: Matrix, embedding_scale: float
+    ) -> None: ...
+    def new_cache(self) -> Cache: ...
+    def forward(
+        self,
+        caches: Sequence[Cache],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        tokens: Sequence[int],
+        states: _Floats,
+        parents: Sequence[int] = (),
+        last_inputs: _Floats | None = None,
+    ) -> None:
+        """Fill `states` [M, H] for `counts` tokens of each sequence, written to its cache from `starts` on.
+
+        Args:
+            parents: where one sequence's tokens are a tree.
+            last_inputs: [M, H], filled with what the last layer is given.
+        """
+    def logits(self, states: _Floats, out: _Floats) -> None:
+        """Fill `out` [M, lm_head.stride]."""
+    def argmax(self, states: _Floats) -> list[int]:
+        """The token with the largest logit for each row; of equal ones the first."""
+
+class Head:
+    """The MTP head over a model."""
+
+    def __init__(self, model: Model, stack: Stack, projection: Projection) -> None: ...
+    def new_cache(self) -> Cache: ...
+    def forward(self, cache: Cache, start: int, tokens: Sequence[int], before: _Floats, after: _Floats) -> None:
+        """Fill `after` [M, H] from the states before, [M, H], and the tokens that follow them."""
+
+def scores(runtime: Runtime, matrix: Matrix, states: _Floats, out: _Floats) -> None:
+    """Fill `out` [M, matrix.stride] with states [M, inputs] times a matrix."""
 
 class Candidates:
     @property
@@ -132,38 +146,17 @@ class Candidates:
     def confidences(self) -> list[float]: ...
 
 class Drafter:
-    def __init__(
-        self,
-        runtime: Runtime,
-        stack: Stack,
-        projection: Projection,
-        embedding: Matrix,
-        embedding_scale: float,
-        cache: Cache,
-    ) -> None: ...
-    def chain(
-        self,
-        start: int,
-        tokens: Sequence[int],
-        before: NDArray[Any],
-        rows: Sequence[tuple[Matrix, _Integers]],
-        steps: int,
-    ) -> list[int]: ...
-    def start_tree(
-        self,
-        start: int,
-        tokens: Sequence[int],
-        before: NDArray[Any],
-        rows: Sequence[tuple[Matrix, _Integers]],
-        width: int,
-    ) -> list[Candidates]: ...
-    def extend_tree(
-        self,
-        parents: Sequence[int],
-        tokens: Sequence[int],
-        rows: Sequence[tuple[Matrix, _Integers]],
-        width: int,
-    ) -> list[Candidates]: ...
+    """Drafts with a head, into one cache; `rows` are parts of the LM head, and the token of each row."""
+
+    def __init__(self, head: Head, cache: Cache) -> None: ...
+    def chain(self, start: int, tokens: Sequence[int], before: _Floats, rows: _Rows, steps: int) -> list[int]:
+        """Draft `steps` tokens greedily after these tokens."""
+    def start(
+        self, start: int, tokens: Sequence[int], before: _Floats, rows: _Rows, width: int
+    ) -> list[Candidates]:
+        """Begin a tree, whose node 0 is the last of these tokens; the candidates to follow it."""
+    def extend(self, parents: Sequence[int], tokens: Sequence[int], rows: _Rows, width: int) -> list[Candidates]:
+        """Add nodes, each after a node of an earlier call; the candidates to follow each."""
 
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...
 def available_kernels() -> list[str]: ...

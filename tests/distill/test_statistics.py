@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fastmtp.cli.data_report import draw_statistics
 from fastmtp.distill.dataset import Exchange
 from fastmtp.distill.statistics import measure, spans
-from fastmtp.report.data import statistics_report
 from tests.conftest import tiny_target
 from tests.distill.test_clean import exchange, write
 
@@ -51,8 +51,7 @@ def test_the_report_marks_prompt_and_answer(tmp_path: Path) -> None:
     source = write(tmp_path / "a", [exchange(0, "[red]no[/red]", prompt="hello")])
     console = Console(force_terminal=True, width=100, color_system="standard", record=True)
     with console.capture() as caught:
-        for part in statistics_report(measure([source], TARGET, 1)):
-            console.print(part)
+        draw_statistics(measure([source], TARGET, 1), console)
     text = caught.get()
     assert "\x1b[1m[red]no[/red]<|end|>" in text
     assert "\x1b[2m<|user|>hello<|end|>" in text

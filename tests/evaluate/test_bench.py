@@ -19,11 +19,14 @@ from fastmtp.decode.drafting.open import Drafting
 from fastmtp.engines.torch.target import Target
 from fastmtp.evaluate import audit, benchmarks
 from fastmtp.evaluate.bench import Settings, run
-from fastmtp.evaluate.competitors import Answer, Own
-from fastmtp.evaluate.document import document
+from fastmtp.evaluate.competitors import Own
+from fastmtp.evaluate.document import Floor, Run, document_from_json
+from fastmtp.evaluate.figures import Difference, Facts, Identical, RoundCosts
 from fastmtp.evaluate.journal import Journal
 from fastmtp.evaluate.prompts import Conversation, builtin_conversations, suite
 from fastmtp.evaluate.quality import right
+from fastmtp.evaluate.records import Answer, Failure, Turn, from_json
+from fastmtp.evaluate.results import document
 from fastmtp.evaluate.summary import differences, summarize
 from fastmtp.others.transformers_process import start
 from fastmtp.report import bench as bench_report
@@ -33,11 +36,11 @@ from tests.engines import Engine
 from tests.models.test_head import trained_looking_head
 
 GREEDY = Settings(8, 1, SamplingConfig())
-COSTS = {"forward_ms": {"1": 10.0, "4": 12.0}, "draft_ms": 1.0}
-OWN = {"plain": {"reference": None, "costs": COSTS}, "fast": {"reference": "plain", "costs": COSTS}}
+COSTS = RoundCosts({1: 10.0, 4: 12.0}, 1.0)
+OWN = {"plain": Facts("", None, COSTS), "fast": Facts("", "plain", COSTS)}
 
 
-def line(benchmark: str, name: str, fast_seconds: float, **changes: Any) -> dict[str, Any]:
+def line(benchmark: str, name: str, fast_seconds: float, **changes: Any) -> Turn:
     """A turn of 9 tokens: plainly 80 ms; drafted in two rounds of four, which should take 30 ms."""
     plain = {
         "tokens": list(range(9)),
@@ -58,38 +61,34 @@ def line(benchmark: str, name: str, fast_seconds: float, **changes: Any) -> dict
         "seconds": {"prompt": 0.0, "draft": 0.006, "verify": 0.024, "keep": 0.0},
     }
     cells = {"plain": plain, "fast": fast | changes}
-    return {
-        "key": f"{benchmark}/{name}",
-        "benchmark": benchmark,
-        "id": name,
-        "turn": 0,
-        "repeat": 0,
-        "cells": cells,
-    }
+    place = {"key": f"{benchmark}/{name}", "benchmark": benchmark, "id": name, "turn": 0, "repeat": 0}
+    machine = {"memory_ms": 1.0, "arithmetic_ms": 1.0, "load": 0.0}
+    return from_json(Turn, {**place, "prompt": [], "machine": machine, "cells": cells})
 
 
 def test_figures() -> None:
     """Speed is of the tokens after the first; a benchmark's is that of its tokens together; means weigh equally."""
     lines = [line("a", "1", 0.02), line("a", "2", 0.06), line("b", "1", 0.08)]
-    found = summarize(lines, OWN, "fast")
-    by_hand = found["benchmarks"]["a"]["competitors"]["fast"]
-    assert by_hand["tokens_per_second"] == pytest.approx(16 / 0.08)
-    assert found["benchmarks"]["a"]["speedup"] == pytest.approx(2.0)
-    assert found["benchmarks"]["b"]["speedup"] == pytest.approx(1.0)
-    assert found["mean"]["speedup"] == pytest.approx(1.5)
-    assert found["mean"]["tau"] == 4
-    assert found["mean"]["cumulative"][:4] == [1, 1, 1, 0]
-    assert found["mean"]["conditional"][:4] == [1, 1, 1, 0]
-    assert found["mean"]["verified_per_round"] == 4
-    assert found["identical"] == {"same": 3, "total": 3}
+    found = summarize(lines, OWN)
+    a, b, mean = found.benchmarks["a"]["fast"], found.benchmarks["b"]["fast"], found.means["fast"]
+    assert a.tokens_per_second == pytest.approx(16 / 0.08)
+    assert a.speedup == pytest.approx(2.0)
+    assert b.speedup == pytest.approx(1.0)
+    assert mean.speedup == pytest.approx(1.5)
+    assert mean.drafting is not None
+    assert mean.tau == 4
+    assert mean.drafting.cumulative[:4] == [1, 1, 1, 0]
+    assert mean.drafting.conditional[:4] == [1, 1, 1, 0]
+    assert mean.drafting.verified_per_round == 4
+    assert found.identical == Identical(same=3, total=3)
     # Of two prompts with 4.0x and 1.33x a resampled pair has one of three speedups.
-    assert found["benchmarks"]["a"]["speedup_interval"] == pytest.approx([8 / 6, 4.0])
-    assert found["benchmarks"]["b"]["speedup_interval"] is None
+    assert a.speedup_interval == pytest.approx((8 / 6, 4.0))
+    assert b.speedup_interval is None
 
 
 def test_prediction_is_what_the_costs_say() -> None:
     """If rounds take what was timed, the predicted speedup is the measured one, and nothing is left over."""
-    found = summarize([line("a", "1", 0.03)], OWN, "fast")["mean"]
+    found = summarize([line("a", "1", 0.03)], OWN).means["fast"].as_json()
     assert found["predicted_speedup"] == pytest.approx(found["speedup"]) == pytest.approx(80 / 30)
     assert found["measured_over_predicted"] == pytest.approx({"verify": 1.0, "draft": 1.0})
     assert found["split"] == pytest.approx({"prompt": 0.0, "draft": 0.2, "verify": 0.8, "keep": 0.0, "rest": 0.0})
@@ -98,20 +97,20 @@ def test_prediction_is_what_the_costs_say() -> None:
 def test_a_failed_cell_costs_itself_only() -> None:
     """The other competitors keep all their answers; ratios are over the turns that both have."""
     lines = [line("a", "1", 0.02), line("a", "2", 0.04)]
-    lines[0]["cells"]["fast"] = {"error": "out of memory"}
-    found = summarize(lines, OWN, "fast")
-    assert found["failed_cells"] == 1
-    figures = found["benchmarks"]["a"]["competitors"]
-    assert (figures["fast"]["answers"], figures["fast"]["failed"], figures["plain"]["answers"]) == (1, 1, 2)
-    assert figures["fast"]["speedup"] == pytest.approx(2.0)
+    lines[0].cells["fast"] = Failure("out of memory")
+    found = summarize(lines, OWN)
+    assert found.failed_cells == 1
+    figures = found.benchmarks["a"]
+    assert (figures["fast"].answers, figures["fast"].failed, figures["plain"].answers) == (1, 1, 2)
+    assert figures["fast"].speedup == pytest.approx(2.0)
 
 
 def test_a_difference_is_found_where_it_is() -> None:
     """One other token in one answer: counted, and named by its place."""
     other = [0, 1, 2, 3, 99, 5, 6, 7, 8]
     lines = [line("a", "1", 0.02), line("a", "2", 0.02, tokens=other)]
-    assert summarize(lines, OWN, "fast")["identical"] == {"same": 1, "total": 2}
-    assert differences(lines, OWN) == [{"key": "a/2", "competitor": "fast", "token": 4}]
+    assert summarize(lines, OWN).identical == Identical(same=1, total=2)
+    assert differences(lines, OWN) == [Difference(key="a/2", competitor="fast", token=4)]
 
 
 class Failing:
@@ -173,16 +172,16 @@ def written(pair: list[Own]) -> dict[str, Any]:
     llama, journal = tiny_target("llama"), Journal(None, {})
     competitors = [*pair, Failing()]
     run(competitors, llama, CONVERSATIONS, GREEDY, journal)
-    facts: dict[str, Any] = {
-        "engine": "torch",
-        "machine": "a machine",
-        "floor": {"bytes": 1e6, "bandwidth_gb_s": 10.0, "ms": 0.1},
-        "settings": {},
-        "missing": {"llama.cpp:Q8_0": "not installed"},
-        "provenance": {"created": "today", "command": "fastmtp bench"},
-    }
-    found = document(list(journal), competitors, "chain:3", llama, greedy=True, **facts)
-    return json.loads(json.dumps(found))
+    facts = Run(
+        engine="torch",
+        machine="a machine",
+        floor=Floor(bytes=1e6, bandwidth_gb_s=10.0, ms=0.1),
+        settings={},
+        missing={"llama.cpp:Q8_0": "not installed"},
+        provenance={"created": "today", "command": "fastmtp bench"},
+    )
+    found = document(list(journal), competitors, "chain:3", llama, facts, greedy=True)
+    return json.loads(json.dumps(found.as_json()))
 
 
 def test_document(written: dict[str, Any]) -> None:
@@ -199,17 +198,20 @@ def test_document(written: dict[str, Any]) -> None:
 
 def test_reports_come_from_the_document_alone(written: dict[str, Any]) -> None:
     """Tables, Markdown and page name every benchmark and competitor; the page asks no other place for anything."""
-    for text in (page([written]), bench_report.markdown(written)):
+    read = document_from_json(written)
+    assert json.loads(json.dumps(read.as_json())) == written
+    for text in (page([read]), bench_report.markdown(read)):
         for name in (*written["benchmarks"], *written["competitors"], "llama.cpp:Q8_0"):
             assert name in text
         assert not re.search(r"(src|href)=|https?://|@import", text)
-    assert "identical: 4/4" in bench_report.headline(written)
-    slower = json.loads(json.dumps(written))
-    for figures in (slower["mean"], *slower["benchmarks"].values()):
-        figures["speedup"] /= 2
-    grid = bench_report.compared(written, slower)
+    assert "identical: 4/4" in bench_report.headline(read)
+    halved = json.loads(json.dumps(written))
+    for found in (halved, *halved["benchmarks"].values()):
+        found["competitors"]["chain:3"]["speedup"] /= 2
+    slower = document_from_json(halved)
+    grid = bench_report.compared(read, slower)
     assert {row[3] for row in [*grid.rows, *grid.totals]} == {"-50 %"}
-    assert page([written, slower]).count("<h1>") == 2
+    assert page([read, slower]).count("<h1>") == 2
 
 
 def test_margins_are_the_targets(pair: list[Own], llama: Target) -> None:
@@ -217,13 +219,14 @@ def test_margins_are_the_targets(pair: list[Own], llama: Target) -> None:
     journal = Journal(None, {})
     run(pair, llama, CONVERSATIONS[:1], GREEDY, journal)
     key = "0/0/0"
-    difference = {"key": key, "competitor": "x", "token": 3}
+    difference = Difference(key, competitor="x", token=3)
     (found,) = audit.with_margins([difference], [journal[key]], pair[0].sequence)
-    tokens = journal[key]["cells"]["plain"]["tokens"]
-    logits = pair[0].sequence.prefill([*journal[key]["prompt"], *tokens[:3]])
-    assert int(logits.argmax()) == tokens[3]
+    plain = journal[key].answer("plain")
+    assert plain is not None
+    logits = pair[0].sequence.prefill([*journal[key].prompt, *plain.tokens[:3]])
+    assert int(logits.argmax()) == plain.tokens[3]
     best = np.sort(logits)[::-1]
-    assert found["margin"] == pytest.approx(float(best[0] - best[1]), abs=1e-5)
+    assert found.margin == pytest.approx(float(best[0] - best[1]), abs=1e-5)
 
 
 def test_reading_the_prompt_is_no_drafting(pair: list[Own], llama: Target) -> None:

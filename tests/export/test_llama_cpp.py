@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fastmtp.cli.main import commands
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.export.gguf import file as gguf_file
-from fastmtp.export.llama_cpp import replay
+from fastmtp.export.measure import NEW_TOKENS
 from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
+from fastmtp.others.llama_cpp import Drafting, replay
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import tiny_target
 from tests.models.test_target import write_gguf
@@ -99,11 +100,11 @@ def test_replay(made: Path, split: bool) -> None:
     export(made, "--type", "F32", *(["--split"] if split else []))
     place = made / "export"
     model, head = (place / "trunk.gguf", place / "head.gguf") if split else (place / "model.gguf", None)
-    plain = replay(model, [[1, 2, 3]])
-    drafted = replay(model, [[1, 2, 3]], draft_steps=3, head=head)
-    assert drafted["texts"] == plain["texts"]
-    assert len(drafted["accepted"]) == 1
-    assert set(drafted["accepted"][0][:-1]) == {3}
+    plain = replay(model, [[1, 2, 3]], NEW_TOKENS, 1)
+    drafted = replay(model, [[1, 2, 3]], NEW_TOKENS, 1, drafting=Drafting(3, head))
+    assert drafted.texts == plain.texts
+    assert len(drafted.accepted) == 1
+    assert set(drafted.accepted[0][:-1]) == {3}
 
 
 def test_what_it_refuses(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import ChainCache
 from fastmtp.models.checkpoint import Checkpoint
-from fastmtp.models.layers import FULL, rotations
+from fastmtp.models.config import FULL
+from fastmtp.models.layers import rotations
 from tests.checkpoints import KINDS, Made, make_checkpoint
 from tests.conftest import random_ids, tiny_target
 

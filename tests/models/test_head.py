@@ -14,7 +14,7 @@ from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
-from fastmtp.models.layers import FULL
+from fastmtp.models.config import FULL
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
 

@@ -46,19 +46,25 @@ def sequence_of(target: NativeTarget, head: MTPHead | None = None) -> TokenSeque
 
 def head_states(target: NativeTarget, head: NativeHead, states_TH: States, ids: Sequence[int]) -> States:
     """The head's states [T, H] after its first step at every position of a text."""
-    cache, after_TH = head.stack.new_cache(), np.empty_like(states_TH)
+    cache, after_TH = head.native.new_cache(), np.empty_like(states_TH)
     reserve(cache, len(ids))
-    _native.head_forward(
-        target.runtime,
-        head.stack,
-        head.projection,
-        target.embedding,
-        target.embedding_scale,
-        [cache],
-        [0],
-        [len(ids)],
-        ids,
-        states_TH,
-        after_TH,
-    )
+    head.native.forward(cache, 0, ids, states_TH, after_TH)
     return after_TH
+
+
+def small_stack(hidden: int = 32, key_heads: int = 2, head_size: int = 8, layers: int = 1) -> _native.Stack:
+    """A stack whose weights are zeros."""
+    stack = _native.Stack(
+        hidden=hidden,
+        heads=4,
+        key_heads=key_heads,
+        head_size=head_size,
+        feed_forward=16,
+        epsilon=1e-5,
+        attention_scale=1.0,
+        gelu=False,
+        ropes=[([1.0] * (head_size // 2), 1.0)],
+    )
+    for _ in range(layers):
+        stack.add_layer(_native.Type.int8, bias=False, out_bias=False, feed_forward_bias=False, window=0, rope=0)
+    return stack

@@ -32,7 +32,7 @@ LONG = 530
 
 def states(target: NativeTarget, ids: Sequence[int], chunks: Sequence[int] | None = None) -> Tensor:
     """The states [T, H] of a text, computed in chunks of the sizes given."""
-    cache, start, parts = target.stack.new_cache(), 0, []
+    cache, start, parts = target.model.new_cache(), 0, []
     for size in chunks or [len(ids)]:
         parts.append(forward(target, [cache], [start], [ids[start : start + size]]))
         start += size
@@ -148,7 +148,7 @@ def test_sequences_together_are_sequences_alone(target: Target, weight_type: Wei
     native = native_target(target, weight_type)
     texts = [random_ids(length, seed=length) for length in (1, 30, 260, 17, 255)]
     alone = [states(native, text) for text in texts]
-    caches = [native.stack.new_cache() for _ in texts]
+    caches = [native.model.new_cache() for _ in texts]
     for held, text, expected in zip(caches, texts, alone, strict=True):
         if text[:-1]:
             assert np.array_equal(forward(native, [held], [0], [text[:-1]]), expected[:-1])
@@ -160,7 +160,7 @@ def test_tokens_taken_back_leave_no_trace(target: Target, weight_type: WeightTyp
     """Writing over positions that held other tokens gives what a fresh cache gives."""
     native = native_target(target, weight_type)
     text, other = random_ids(300), random_ids(300, seed=5)
-    cache = native.stack.new_cache()
+    cache = native.model.new_cache()
     forward(native, [cache], [0], [[*text[:250], *other[250:]]])
     assert np.array_equal(forward(native, [cache], [250], [text[250:]]), states(native, text)[250:])
 
@@ -202,14 +202,4 @@ def test_bad_calls_are_refused(
     native = native_target(llama, "int8")
     out = np.empty((len(tokens), 32), np.float32)
     with pytest.raises(ValueError, match=message):
-        _native.target_forward(
-            native.runtime,
-            native.stack,
-            native.embedding,
-            1.0,
-            [native.stack.new_cache()],
-            starts,
-            counts,
-            tokens,
-            out,
-        )
+        native.model.forward([native.model.new_cache()], starts, counts, tokens, out)

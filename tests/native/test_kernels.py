@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fastmtp import _native
+from tests.native.conftest import small_stack
 
 KERNELS = _native.available_kernels()
 TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
@@ -182,14 +183,15 @@ def test_copied_rows_score_as_the_originals(kernels: str, kind: _native.Type) ->
 
 
 @pytest.mark.parametrize("outputs", [1, 5, 16, 100, 3000])
-def test_choices_are_the_first_of_the_largest(kernels: str, outputs: int) -> None:
+def test_argmax_is_the_first_of_the_largest(kernels: str, outputs: int) -> None:
     """As numpy finds them, equal scores and negative ones included, wherever the largest stands."""
     dice = np.random.default_rng(outputs)
     matrix = packed(_native.Type.bf16, dice.integers(-3, 3, (outputs, 8)).astype(np.float32))
     states = dice.integers(-2, 3, (40, 8)).astype(np.float32)
     found = scores(matrix, states)
     assert len(np.unique(found)) < found.size
-    assert _native.choices(_native.Runtime(2), matrix, states) == found.argmax(-1).tolist()
+    model = _native.Model(_native.Runtime(2), small_stack(hidden=8), matrix, matrix, 1.0)
+    assert model.argmax(states) == found.argmax(-1).tolist()
 
 
 def test_what_does_not_fit_is_refused(kind: _native.Type) -> None:

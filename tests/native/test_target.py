@@ -31,7 +31,7 @@ IDS = random_ids(40)
 
 
 def states(target: NativeTarget) -> torch.Tensor:
-    return torch.from_numpy(forward(target, [target.stack.new_cache()], [0], [IDS]))
+    return torch.from_numpy(forward(target, [target.model.new_cache()], [0], [IDS]))
 
 
 @pytest.fixture
@@ -203,7 +203,8 @@ shape = dict(hidden=64, heads=64, key_heads=64, head_size=64, feed_forward=64)
 stack = _native.Stack(**shape, epsilon=1e-5, attention_scale=1.0, gelu=False, ropes=[([1.0] * 32, 1.0)])
 int8, without = _native.Type.int8, dict(bias=False, out_bias=False, feed_forward_bias=False)
 stack.add_layer(int8, **without, window=0, rope=0)
-cache = stack.new_cache()
+matrix = _native.Matrix(int8, 1, 64)
+cache = _native.Model(_native.Runtime(1), stack, matrix, matrix, 1.0).new_cache()
 for make in (lambda: _native.Matrix(int8, 1 << 24, 1 << 12), lambda: cache.reserve(1 << 20)):
     try:
         make()
@@ -221,14 +222,14 @@ def test_interrupted_prefill_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, ll
     sequence = sequence_of(native, MTPHead(llama.model))
     text, other = random_ids(300), random_ids(120, seed=3)
     calls = iter(range(1, 100))
-    run = _native.target_forward
+    run = _native.Model.forward
 
     def interrupted(*arguments: object) -> None:
         if next(calls) == 3:
             raise KeyboardInterrupt
         run(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_native, "target_forward", interrupted)
+    monkeypatch.setattr(_native.Model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sequence.prefill(text)
     for prompt in (other, text):

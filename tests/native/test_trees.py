@@ -28,7 +28,7 @@ SIZES = [2, 7, 16, 19, 50]
 
 
 def filled(target: NativeTarget, text: Sequence[int]) -> _native.Cache:
-    held = target.stack.new_cache()
+    held = target.model.new_cache()
     if text:
         forward(target, [held], [0], [text])
     return held
@@ -113,7 +113,7 @@ def test_heads_that_fill_tiles(kernels: str, size: int) -> None:
         assert np.array_equal(alone[0][0], together[0])
     with torch.no_grad():
         expected = target.forward(torch.tensor([text]), KVCache())[0].numpy()
-    whole = forward(native, [native.stack.new_cache()], [0], [text])
+    whole = forward(native, [native.model.new_cache()], [0], [text])
     scale = np.abs(expected).mean()
     assert np.abs(whole - expected).mean() < 0.05 * scale
 
@@ -126,7 +126,7 @@ def test_a_kept_path_is_a_sequence(target: Target, weight_type: WeightType, cont
     for path in paths(parents):
         held = filled(native, text)
         forward(native, [held], [context], [tokens], parents)
-        held.move([context + node for node in path], context)
+        held.commit(context, [context + node for node in path])
         after, more = context + len(path), random_ids(3, seed=1)
         found = forward(native, [held], [after], [more])
         plain = filled(native, [*text, *(tokens[node] for node in path)])
@@ -161,11 +161,11 @@ def test_bad_trees_are_refused(llama: Target, parents: list[int], message: str) 
     native = native_target(llama, "int8")
     tokens = [1] * max(2, len(parents))
     with pytest.raises(ValueError, match=message):
-        forward(native, [native.stack.new_cache()], [0], [tokens], parents)
+        forward(native, [native.model.new_cache()], [0], [tokens], parents)
 
 
 @pytest.mark.parametrize("slots", [[2, 4], [5, 5], [5, 4], [3, 256]])
 def test_bad_moves_are_refused(llama: Target, slots: list[int]) -> None:
     held = filled(native_target(llama, "int8"), random_ids(10))
     with pytest.raises(ValueError, match="slots must ascend, from their new places on, within the cache"):
-        held.move(slots, 3)
+        held.commit(3, slots)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from fastmtp import accelerate as planning
-from fastmtp.engines.open import EngineOptions, finish, json_option, open_target
+from fastmtp.cli.distill import tell_distilled
+from fastmtp.cli.export import exported
+from fastmtp.cli.head import tell_imported
+from fastmtp.cli.options import PATH, finish, json_option
+from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.train import trained
+from fastmtp.cli.vocab import tell_written
 from fastmtp.export.registry import MODULES
+
+if TYPE_CHECKING:
+    from fastmtp.accelerate.stages import Result
 
 
 @click.command()
 @click.argument("target", metavar="MODEL")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="directory for everything  [default: MODEL-fastmtp, here]"
-)
+@click.option("--out", type=PATH, help="directory for everything  [default: MODEL-fastmtp, here]")
 @click.option("--budget", help="time for all of it, as 30m or 2h  [default: what a million tokens take here]")
 @click.option(
     "--to",
@@ -32,9 +36,7 @@ from fastmtp.export.registry import MODULES
 )
 @click.option("--yes", is_flag=True, help="do not ask")
 @json_option
-@click.pass_context
 def accelerate(
-    context: click.Context,
     target: str,
     out: Path | None,
     budget: str | None,
@@ -45,122 +47,74 @@ def accelerate(
     """Distil answers, train a head, build its lists, benchmark it and export it. Goes on where it stopped."""
     given = None if budget is None else _minutes(budget)
     out = out or Path(f"{Path(target).name.removesuffix('.gguf')}-fastmtp")
-    progress = planning.Progress(out, target)
-    facts = _facts(target, progress)
+    from fastmtp.accelerate import plan as planning
+    from fastmtp.accelerate.state import State
+
+    state = State(out, target)
+    facts = state.facts(TERMINAL)
     minutes = given or planning.default_minutes(facts)
-    to = engine or ("llama.cpp" if _is_gguf(target) else "transformers")
+    to = engine or planning.default_engine(target)
     needed = planning.needed_bytes(minutes, facts)
     planning.check_space(out, needed)
-
-    def planned() -> list[planning.Stage]:
-        """Once there is data, training is planned by what it holds."""
-        stages = planning.plan(target, minutes, to, out, facts, None)
-        answered = next(stage for stage in stages if stage.name == "distill")
-        if progress.done(answered):
-            stages = planning.plan(target, minutes, to, out, facts, _tokens(out))
-        return stages
-
     click.echo(f"{target} into {out}: about {minutes:.0f} minutes and {needed / 1e9:.1f} GB", err=True)
-    for stage in planned():
-        state = "done" if progress.done(stage) else f"about {stage.minutes:.0f} min"
-        click.echo(f"  {stage.name:11} {state:12} {planning.shown(stage)}", err=True)
+    for stage in state.stages(minutes, to):
+        left = "done" if state.done(stage) else f"about {stage.minutes:.0f} min"
+        click.echo(f"  {stage.name:11} {left:12} {stage.shown()}", err=True)
     if not yes:
         click.confirm("Go on?", abort=True, err=True)
-
-    def run(command: Sequence[str]) -> None:
+    started = time.monotonic()
+    for stage in state.remaining(minutes, to):
+        click.echo(f"\n[{stage.name}] {stage.shown()}", err=True)
+        found = state.do(stage, TERMINAL)
         # What stages print is no part of a JSON document.
         with contextlib.redirect_stdout(sys.stderr):
-            context.find_root().command.main(list(command), prog_name="fastmtp", standalone_mode=False)
-
-    progress.keep()
-    again = False
-    started = time.monotonic()
-    for number in range(len(planned())):
-        stage = planned()[number]
-        if progress.done(stage) and not again:
-            continue
-        again = True
-        click.echo(f"\n[{stage.name}] {planning.shown(stage)}", err=True)
-        progress.do(stage, run)
+            _tell(found, out, to)
     _end(target, out, to, as_json, (time.monotonic() - started) / 60)
+
+
+def _tell(found: Result, out: Path, engine: str) -> None:
+    """What the stage's own command prints at its end; the benchmark's tables come last of all."""
+    from fastmtp.distill.answers import DistillSummary
+    from fastmtp.evaluate.lists import WrittenLists
+    from fastmtp.export.manifest import Manifest
+    from fastmtp.heads.checkpoint import ImportedHead
+    from fastmtp.report.bench import headline
+    from fastmtp.train.run import TrainSummary
+
+    match found:
+        case ImportedHead():
+            tell_imported(found, out / "native", as_json=False)
+        case DistillSummary():
+            tell_distilled(found, out / "data", as_json=False)
+        case TrainSummary():
+            click.echo(trained(found, out / "head"))
+        case WrittenLists():
+            tell_written(found, as_json=False)
+        case Manifest():
+            click.echo(exported(found, out / engine))
+        case document:
+            click.echo(headline(document))
 
 
 def _end(target: str, out: Path, engine: str, as_json: bool, minutes: float) -> None:
     from fastmtp.evaluate.document import read_document
-    from fastmtp.progress import console
     from fastmtp.report import bench as bench_report
 
     document = read_document(out / "bench" / "bench.json")
     if not as_json:
-        console.print()
-        console.print(bench_report.terminal(bench_report.by_benchmark(document)))
+        TERMINAL.console.print()
+        TERMINAL.console.print(table(bench_report.by_benchmark(document)))
         click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
         click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
         click.echo(f"all figures:    {out / 'bench' / 'report.html'}")
     finish(
         as_json,
-        {"out": str(out), "head": str(out / "head"), "export": str(out / engine), "bench": document["mean"]},
+        {
+            **{"out": str(out), "head": str(out / "head"), "export": str(out / engine)},
+            "bench": document.as_json()["mean"],
+        },
         f"{bench_report.headline(document)}; {minutes:.0f} minutes",
     )
-
-
-def _facts(target: str, progress: planning.Progress) -> planning.Facts:
-    """Measured at the first call and kept, so that a continued run has the same plan."""
-    kept = progress.state.get("facts")
-    if kept is None:
-        from fastmtp.heads.shipped import shipped_head
-
-        loaded = open_target(target, EngineOptions())
-        kept = progress.state["facts"] = {
-            "prefill_per_second": _prefill_per_second(loaded),
-            "target_bytes": _weight_bytes(loaded),
-            "shipped_head": None if (shipped := shipped_head(target)) is None else str(shipped),
-            "native_head": _has_native_head(target),
-            "compiler": shutil.which("c++") is not None or str(getattr(loaded, "device", "cpu")).startswith("cuda"),
-        }
-    return planning.Facts(**kept)
-
-
-def _prefill_per_second(target: Any) -> float:
-    from fastmtp.decode.drafting.open import backend_of
-    from fastmtp.engines.costs import some_ids, timed
-
-    backend, _ = backend_of(target, None)
-    ids = some_ids(target.vocabulary_size, min(512, target.context_limit - 1))
-    seconds = []
-    for _ in range(3):
-        backend.reset()
-        # Reading the logits waits for a GPU.
-        seconds.append(timed(lambda: float(backend.prefill(ids)[0])))
-    return len(ids) / min(seconds)
-
-
-def _weight_bytes(target: Any) -> int:
-    config = target.config
-    layer = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
-    return int(2 * (config.num_hidden_layers * layer + 2 * target.vocabulary_size * config.hidden_size))
-
-
-def _has_native_head(target: str) -> bool:
-    from fastmtp.heads.checkpoint import find_head
-
-    try:
-        find_head(target)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def _tokens(out: Path) -> int:
-    from fastmtp.distill.dataset import iter_exchanges
-
-    return sum(len(exchange.ids) for exchange in iter_exchanges(out / "data"))
-
-
-def _is_gguf(target: str) -> bool:
-    from fastmtp.models.source import locate
-
-    return locate(target).gguf is not None
 
 
 def _minutes(budget: str) -> float:

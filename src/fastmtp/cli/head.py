@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from fastmtp.engines.open import finish, json_option
+from fastmtp.cli.options import PATH, finish, json_option
+
+if TYPE_CHECKING:
+    from fastmtp.heads.checkpoint import ImportedHead
 
 _target_option = click.option("--target", required=True, help="Hugging Face directory of a model with an MTP layer")
 
@@ -18,32 +23,35 @@ def head() -> None:
 
 @head.command("import")
 @_target_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
+@click.option("--out", type=PATH, required=True, help="head directory to write")
 @json_option
 def import_(target: str, out: Path, as_json: bool) -> None:
     """Write the target's own MTP layer as a head directory, to decode with or to train on from."""
     from fastmtp.heads.checkpoint import import_head
 
-    summary = import_head(target, out)
+    tell_imported(import_head(target, out), out, as_json)
+
+
+def tell_imported(found: ImportedHead, out: Path, as_json: bool) -> None:
     finish(
         as_json,
-        {**summary, "out": str(out)},
-        f"{summary['tensors']} tensors, {summary['parameters'] / 1e6:.1f}M parameters, head in {out}",
+        {**asdict(found), "out": str(out)},
+        f"{found.tensors} tensors, {found.parameters / 1e6:.1f}M parameters, head in {out}",
     )
 
 
 @head.command("write-back")
 @_target_option
-@click.option("--head", "directory", type=click.Path(path_type=Path), required=True, help="head directory")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="model directory to write")
+@click.option("--head", "directory", type=PATH, required=True, help="head directory")
+@click.option("--out", type=PATH, required=True, help="model directory to write")
 @json_option
 def write_back(target: str, directory: Path, out: Path, as_json: bool) -> None:
     """Write the target with a head in place of its MTP layer: one new file, and links to the target's own."""
     from fastmtp.heads.checkpoint import write_back as run
 
-    summary = run(target, directory, out)
+    found = run(target, directory, out)
     finish(
         as_json,
-        {**summary, "out": str(out)},
-        f"{summary['tensors']} tensors in {summary['file']}, model in {out}; it needs {target} where it is",
+        {**asdict(found), "out": str(out)},
+        f"{found.tensors} tensors in {found.file}, model in {out}; it needs {target} where it is",
     )

@@ -1,15 +1,108 @@
-"""Command-line options made from the settings' dataclasses, so that a default stands in one place."""
+"""What the commands share: their options, and how they end."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fastmtp.config import kind_of
+from fastmtp.decode.drafting.open import AUTO, GROWING, DraftOptions
+from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
+
+Command = Callable[..., None]
+PATH = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+config_option = click.option("--config", type=PATH, help="TOML file with the settings below")
+target_option = click.option(
+    "--target",
+    default="smollm2",
+    show_default=True,
+    help="smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id",
+)
+device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
+head_option = click.option("--head", type=PATH, help="head directory  [default: the target's shipped one]")
+verbose_option = click.option(
+    "--verbose", is_flag=True, help="say after an answer what was drafted, and what came of it"
+)
+_data_option = click.option("--data", type=PATH, multiple=True, help="data directory; may be repeated")
+_text_option = click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="text to count, FILE or LABEL=FILE: .txt, .jsonl, .parquet; may be repeated",
+)
+
+
+def text_options(command: Command) -> Command:
+    """What the commands count that look at a draft vocabulary's lists."""
+    return _data_option(_text_option(command))
+
+
+def training_options(command: Command) -> Command:
+    """Options of the command that needs gradients, so PyTorch."""
+    command = click.option(
+        "--dtype", type=click.Choice(TORCH_DTYPES), help="arithmetic  [default: what suits the device]"
+    )(command)
+    command = click.option(
+        "--engine",
+        type=click.Choice(("native", "torch")),
+        help="what computes the target's states  [default: native on a CPU, torch on a GPU]",
+    )(command)
+    return target_option(device_option(command))
+
+
+def engine_options(command: Command) -> Command:
+    """Options of the commands that run on any engine; they arrive as `options`, an EngineOptions."""
+
+    @functools.wraps(command)
+    def collected(
+        engine: EngineName | None, dtype: str | None, device: str | None, threads: int | None, **rest: Any
+    ) -> None:
+        command(options=EngineOptions(engine, dtype, device, threads), **rest)
+
+    decorated: Command = click.option(
+        "--threads", type=click.IntRange(1), help="of the native engine  [default: one for each physical core]"
+    )(collected)
+    decorated = device_option(decorated)
+    decorated = click.option(
+        "--dtype",
+        type=click.Choice(dict.fromkeys([*NATIVE_DTYPES, *TORCH_DTYPES])),
+        help="weights; native: int8, int4, bfloat16  [default: int8 in native, what suits the device in torch]",
+    )(decorated)
+    decorated = click.option(
+        "--engine", type=click.Choice(("native", "torch")), help="[default: native on a CPU, torch on a GPU]"
+    )(decorated)
+    return target_option(decorated)
+
+
+def decoding_options(command: Command) -> Command:
+    """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
+
+    @functools.wraps(command)
+    def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
+        command(drafting=DraftOptions(head, draft, draft_vocabulary), **rest)
+
+    decorated: Command = click.option(
+        "--draft",
+        default=AUTO,
+        show_default=True,
+        help="auto: trees, as large as pays; chain:K: K tokens in every round; plain: nothing",
+    )(head_option(collected))
+    return click.option(
+        "--draft-vocabulary",
+        default=GROWING,
+        show_default=True,
+        help="growing: the lists that fit the text, and its own tokens; listed: these lists alone; full: all "
+        "tokens; or the name of one list",
+    )(decorated)
 
 
 class _OrWord(click.ParamType[Any]):
@@ -23,10 +116,10 @@ class _OrWord(click.ParamType[Any]):
         return value if value in self._words else self._kind.convert(value, param, ctx)
 
 
-def settings_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """One option for each setting; what is not given arrives as None."""
+def settings_options(kind: type[Any]) -> Callable[[Command], Command]:
+    """One option for each setting of a dataclass in config.py, which has the default; what is not given is None."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(kind)
         for item in reversed(dataclasses.fields(kind)):
             choices = item.metadata["choices"]
@@ -44,3 +137,11 @@ def settings_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callabl
         return command
 
     return decorate
+
+
+def finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: bool = False) -> None:
+    """The end of a command: its summary in one line, or one JSON document on stdout."""
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        click.echo(summary, err=to_stderr)

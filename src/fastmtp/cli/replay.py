@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from fastmtp.engines.open import EngineOptions, engine_options, finish, json_option, open_target
+from fastmtp.cli.options import engine_options, finish, json_option
+from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.engines.open import EngineOptions, open_engine
 
 
 @click.command()
@@ -30,34 +32,35 @@ def replay(
 ) -> None:
     """What chains and `auto` would give on recorded answers, by this machine's costs and without its noise."""
     from fastmtp.decode.drafting import estimates
-    from fastmtp.decode.drafting.open import backend_of, costs_of_backend
+    from fastmtp.decode.drafting.open import GROWING, draft_lists
+    from fastmtp.engines.costs import costs_of
     from fastmtp.evaluate import recording
     from fastmtp.evaluate import replay as replays
     from fastmtp.files import file_sha256
     from fastmtp.heads.shipped import shipped_head
-    from fastmtp.progress import console
     from fastmtp.provenance import provenance
-    from fastmtp.report.replay import as_json as replays_as_json
-    from fastmtp.report.replay import mean_speedup, table
+    from fastmtp.report import replay as tables
 
     directory = head or shipped_head(target)
     if directory is None or (fit and head is None):
         raise ValueError("give --head DIR, the head that was recorded")
     answers = [one for path in recordings for one in recording.load(path)]
-    loaded = open_target(target, options)
-    costs = costs_of_backend(backend_of(loaded, directory)[0], loaded)
+    engine = open_engine(target, options, progress=TERMINAL)
+    loaded = engine.load_head(directory)
+    lists = draft_lists(loaded, GROWING, engine.target.vocabulary_size)
+    costs = costs_of(engine, loaded, lists, TERMINAL)
     if fit:
         found = replays.fit(answers, costs, estimates.Estimates())
         hashes = {path.name: file_sha256(path) for path in recordings}
         estimates.save(found, directory, provenance(recordings=hashes))
     compared = replays.compare(answers, costs, estimates.load(directory))
-    means = {name: mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
+    means = {name: tables.mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
     if not as_json:
-        console.print(table(compared))
+        TERMINAL.console.print(table(tables.replay_grid(compared)))
     best = max((name for name in means if name.startswith("chain")), key=means.__getitem__)
     finish(
         as_json,
-        {"costs": asdict(costs), "speedups": means, "replayed": replays_as_json(compared)},
+        {"costs": asdict(costs), "speedups": means, "replayed": tables.as_json(compared)},
         f"auto {means['auto']:.2f}x, {best} {means[best]:.2f}x, in hindsight {means[replays.HINDSIGHT]:.2f}x, "
         f"an oracle {means[replays.ORACLE]:.2f}x; {len(answers)} answers"
         + (f"; estimates written into {directory}" if fit else ""),

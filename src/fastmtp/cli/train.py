@@ -1,45 +1,32 @@
-"""The command that trains a head."""
+"""`fastmtp train`: a head from a data directory."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import settings_options
+from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options, training_options
+from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import TrainConfig, load_config
-from fastmtp.engines.open import (
-    EngineName,
-    config_option,
-    finish,
-    json_option,
-    open_forward,
-    open_torch_target,
-    training_options,
-)
+from fastmtp.engines.open import EngineName, open_states_engine, open_torch
+
+if TYPE_CHECKING:
+    from fastmtp.train.run import TrainSummary
 
 
 @click.command()
 @training_options
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    required=True,
-    multiple=True,
-    help="data directory; may be repeated",
-)
-@click.option(
-    "--init", type=click.Path(path_type=Path), help="head to go on from  [default: the target's last layer]"
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="head directory to write")
-@click.option(
-    "--states", type=click.Path(path_type=Path), help="keep the target's hidden states there, and use them"
-)
+@click.option("--data", type=PATH, required=True, multiple=True, help="data directory; may be repeated")
+@click.option("--init", type=PATH, help="head to go on from  [default: the target's last layer]")
+@click.option("--out", type=PATH, required=True, help="head directory to write")
+@click.option("--states", type=PATH, help="keep the target's hidden states there, and use them")
 @click.option(
     "--lists",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="draft vocabulary, as `fastmtp vocab build` writes it  [default: one list, counted on the data]",
 )
 @click.option("--shard-target", is_flag=True, help="under torchrun: spread the target over the processes (FSDP2)")
@@ -76,47 +63,43 @@ def train(
         raise ValueError("--vanilla does not go with --shard-target; train again with --draft-steps 1")
     # First, for it says which GPU is this process's.
     processes = Processes()
-    loaded = open_torch_target(target, dtype, "cpu" if shard_target else device, for_throughput=True)
-    forward = None if shard_target else open_forward(loaded, target, engine, device)
-    summary = train_head(
-        loaded,
+    placed = "cpu" if shard_target else device
+    own = open_torch(target, dtype, placed, for_throughput=True, progress=TERMINAL)
+    states_engine = own if shard_target else open_states_engine(own, engine, device, TERMINAL)
+    run = partial(
+        train_head,
+        own.target,
         data,
-        chosen,
-        out,
         init=init,
         processes=processes,
-        forward=forward,
+        engine=states_engine,
         states=states,
         lists=lists,
-        shard_target=shard_target,
+        progress=TERMINAL,
     )
+    summary = run(chosen, out, shard_target=shard_target)
+    facts = asdict(summary)
     if vanilla:
-        summary["vanilla"] = train_head(
-            loaded,
-            data,
-            replace(chosen, draft_steps=1),
-            out.with_name(out.name + "-vanilla"),
-            init=init,
-            processes=processes,
-            forward=forward,
-            states=states,
-            lists=lists,
-            measure_steps=chosen.draft_steps,
-        )
+        beside = out.with_name(out.name + "-vanilla")
+        one_step = run(replace(chosen, draft_steps=1), beside, measure_steps=chosen.draft_steps)
+        facts["vanilla"] = asdict(one_step)
     if not processes.first:
         return
     if vanilla:
-        for name, found in (("one step only", summary["vanilla"]), (f"K = {chosen.draft_steps}", summary)):
-            accepted = percentages(found["acceptance"])
-            click.echo(f"trained for {name}: held-out tau {found['tau']:.3f}, acceptance {accepted}", err=True)
+        for name, found in (("one step only", one_step), (f"K = {chosen.draft_steps}", summary)):
+            accepted = percentages(found.acceptance)
+            click.echo(f"trained for {name}: held-out tau {found.tau:.3f}, acceptance {accepted}", err=True)
     if profile:
-        total = sum(summary["seconds"].values())
-        for part, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):
+        total = sum(summary.seconds.values())
+        for part, seconds in sorted(summary.seconds.items(), key=lambda item: -item[1]):
             click.echo(f"{part:18} {seconds:8.1f} s  {100 * seconds / total:3.0f} %", err=True)
-    finish(
-        as_json,
-        {**summary, "out": str(out)},
-        f"held-out tau {summary['tau']:.3f} (at the start {summary['start_tau']:.3f}) at K = {chosen.draft_steps}, "
-        f"{summary['steps']} steps, {summary['tokens_per_second']:,.0f} tokens/s, "
-        f"{summary['peak_memory_gb']:.1f} GB at most, head in {out}",
+    finish(as_json, {**facts, "out": str(out)}, trained(summary, out))
+
+
+def trained(summary: TrainSummary, out: Path) -> str:
+    """The run in one line."""
+    return (
+        f"held-out tau {summary.tau:.3f} (at the start {summary.start_tau:.3f}) at K = {len(summary.acceptance)}, "
+        f"{summary.steps} steps, {summary.tokens_per_second:,.0f} tokens/s, "
+        f"{summary.peak_memory_gb:.1f} GB at most, head in {out}"
     )

@@ -7,39 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import settings_options
-from fastmtp.config import VocabularyConfig, load_config
-from fastmtp.decode.drafting.open import backend_of
-from fastmtp.engines.open import (
-    EngineOptions,
+from fastmtp.cli.options import (
+    PATH,
     config_option,
-    describe_target,
     finish,
-    forward_of,
     json_option,
-    open_target,
-    open_torch_target,
+    settings_options,
     target_option,
+    text_options,
 )
+from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.config import VocabularyConfig, load_config
+from fastmtp.models.source import describe
+from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fastmtp.vocabulary.builder import Ranking, SizeOf
-
-_head_option = click.option("--head", type=click.Path(path_type=Path), required=True, help="head directory")
-
-
-def _text_options(command: Any) -> Any:
-    command = click.option(
-        "--text",
-        "texts",
-        multiple=True,
-        help="text to count, FILE or LABEL=FILE: .txt, .jsonl, .parquet; may be repeated",
-    )(command)
-    return click.option(
-        "--data", type=click.Path(path_type=Path), multiple=True, help="data directory; may be repeated"
-    )(command)
+    from fastmtp.evaluate.list_sizes import SizePoint
+    from fastmtp.evaluate.lists import WrittenLists
 
 
 @click.group()
@@ -49,9 +33,9 @@ def vocab() -> None:
 
 @vocab.command()
 @target_option
-@click.option("--head", type=click.Path(path_type=Path), help="head directory to write the lists into")
-@click.option("--out", type=click.Path(path_type=Path), help="file to write them to instead, for `fastmtp train`")
-@_text_options
+@click.option("--head", type=PATH, help="head directory to write the lists into")
+@click.option("--out", type=PATH, help="file to write them to instead, for `fastmtp train`")
+@text_options
 @config_option
 @json_option
 @settings_options(VocabularyConfig)
@@ -74,89 +58,49 @@ def build(
         raise ValueError("give --head DIR to write into a head, or --out FILE, and not both")
     if out is not None and out.exists():
         raise ValueError(f"{out}: exists; choose another --out")
+    if head is None and chosen.size == "auto" and not chosen.coverage:
+        raise ValueError("--size auto measures a head's acceptance; give --head DIR, or a --size")
+    from fastmtp.evaluate.lists import build_lists
+
+    tell_written(build_lists(target, path, chosen, data, texts, head=head, progress=TERMINAL), as_json)
+
+
+def tell_written(found: WrittenLists, as_json: bool) -> None:
+    """The sizes that were compared, the lists, and how the command ends."""
     from rich.console import Console
 
-    from fastmtp.cli.tables import figures_table
-    from fastmtp.distill.dataset import data_sha256
-    from fastmtp.distill.token_counts import count
-    from fastmtp.heads.format import read_description
-    from fastmtp.provenance import provenance
-    from fastmtp.vocabulary import builder
+    from fastmtp.evaluate.lists import fastest
 
-    described = describe_target(target)
-    if head is not None:
-        read_description(head, described)
-    always, console = described.basic_ids, Console(stderr=as_json)
-    if chosen.coverage:
-        size_of = builder.by_coverage(chosen.coverage, len(always))
-    elif isinstance(chosen.size, int):
-        size_of = builder.of_size(chosen.size)
-    elif head is None:
-        raise ValueError("--size auto measures a head's acceptance; give --head DIR, or a --size")
-    else:
-        size_of = _fastest(target, head, len(always), console)
-    labelled = count(described, data, texts)
-    built = builder.build(labelled, always, described.vocabulary_size, size_of)
-    record = provenance(chosen, data=data_sha256(data), texts=list(texts), tokens=built.tokens)
-    built.lists.save(path, described.identity.tokenizer_sha256, record)
-    if not as_json:
-        table = figures_table("list", ["tokens counted", "size", "covers of text kept aside"])
-        for name, ids in built.lists.lists.items():
-            table.add_row(name, f"{built.tokens[name]:,}", f"{len(ids):,}", f"{100 * built.coverage[name]:.2f} %")
-        console.print(table)
+    built, console = found.built, Console(stderr=as_json)
+    for label, points in found.curves.items():
+        head = ["size", "covers", "tau", "ms a draft step", "speed"]
+        title = f"{label}: speed against all tokens, and the best"
+        console.print(table(Grid(title, head, list(map(_point, points)), [_point(fastest(points))])))
     sizes = {name: len(ids) for name, ids in built.lists.lists.items()}
+    if not as_json:
+        rows = [
+            [name, f"{built.tokens[name]:,}", f"{size:,}", f"{100 * built.coverage[name]:.2f} %"]
+            for name, size in sizes.items()
+        ]
+        console.print(table(Grid("", ["list", "tokens counted", "size", "covers of text kept aside"], rows)))
     finish(
         as_json,
-        {"sizes": sizes, "tokens": built.tokens, "coverage": built.coverage, "out": str(path)},
-        f"{len(sizes)} lists, {len(built.lists.union()):,} tokens together, in {path}",
+        {"sizes": sizes, "tokens": built.tokens, "coverage": built.coverage, "out": str(found.path)},
+        f"{len(sizes)} lists, {len(built.lists.union()):,} tokens together, in {found.path}",
     )
 
 
-def _fastest(name: str, head: Path, least: int, console: Console) -> SizeOf:
-    """The size whose predicted speed is highest on the engine that this machine decodes with; prints the curves."""
-    from fastmtp.cli.tables import figures_table
-    from fastmtp.engines import costs
-    from fastmtp.evaluate.list_sizes import curve, sizes_for
-    from fastmtp.heads.format import load_head
-    from fastmtp.vocabulary.lists import VocabularyLists
-
-    decoding = open_target(name, EngineOptions())
-    loaded = open_torch_target(name, None, None, for_throughput=True)
-    forward = forward_of(decoding)
-    mtp_head, _, steps = load_head(head, loaded)
-    sizes = sizes_for(loaded.vocabulary_size, least)
-    everything = range(loaded.vocabulary_size)
-    with console.status("timing draft steps"):
-        drafting = {size: backend_of(decoding, head, VocabularyLists.of(everything[:size]))[0] for size in sizes}
-        timed = costs.of_chains(drafting, steps, loaded.vocabulary_size)
-
-    def size_of(ranking: Ranking) -> int:
-        with console.status(f"acceptance by size, {ranking.label}"):
-            points = curve(mtp_head, loaded, forward, ranking, timed)
-        best = max(points, key=lambda point: point.speed)
-        table = figures_table(ranking.label, ["covers", "tau", "ms a draft step", "speed against all tokens"])
-        for point in points:
-            cells = (
-                f"{100 * point.coverage:.2f} %",
-                f"{point.tau:.3f}",
-                f"{point.draft_ms:.2f}",
-                f"{point.speed:.3f}x",
-            )
-            table.add_row(f"{point.size:,}", *cells, style="bold" if point is best else "")
-        console.print(table)
-        return best.size
-
-    return size_of
+def _point(point: SizePoint) -> list[str]:
+    covers, tau = f"{100 * point.coverage:.2f} %", f"{point.tau:.3f}"
+    return [f"{point.size:,}", covers, tau, f"{point.draft_ms:.2f}", f"{point.speed:.3f}x"]
 
 
 @vocab.command()
 @target_option
-@_head_option
-@_text_options
+@click.option("--head", type=PATH, required=True, help="head directory")
+@text_options
 @click.option("--missing", type=click.IntRange(0), default=10, show_default=True, help="left-out tokens to print")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="draw coverage against size there: .png, .svg or .html"
-)
+@click.option("--plot", type=PATH, help="draw coverage against size there: .png, .svg or .html")
 @json_option
 def show(
     target: str,
@@ -176,36 +120,36 @@ def show(
             raise ValueError("--plot draws how much of a text the lists cover; give --data or --text")
     from rich.console import Console
 
-    from fastmtp.cli.tables import figures_table
     from fastmtp.distill.token_counts import count
     from fastmtp.heads.format import read_description
     from fastmtp.vocabulary.builder import compare, coverage_curves
 
-    described = describe_target(target)
+    described = describe(target)
     vocabulary, _ = read_description(head, described)
-    labelled = count(described, data, texts) if data or texts else {}
-    found = compare(vocabulary, {label: counts.total for label, counts in labelled.items()}, missing)
+    labelled = count(described, data, texts, TERMINAL) if data or texts else {}
+    totals = {label: counts.total for label, counts in labelled.items()}
+    found = compare(vocabulary, totals, missing)
     if plot is not None:
-        plot_coverage(plot, coverage_curves(vocabulary, {label: own.total for label, own in labelled.items()}))
+        plot_coverage(plot, coverage_curves(vocabulary, totals))
     words = {
         label: [str(described.tokenizer.decode([token])) for token in tokens]
         for label, tokens in found.left_out.items()
     }
     if not as_json:
         console = Console()
-        console.print("how many of a list's tokens the others have:")
-        overlaps = figures_table("list", ["size", *found.sizes])
-        for name, size in found.sizes.items():
-            shares = (f"{100 * found.overlap[name][other]:.0f} %" for other in found.sizes)
-            overlaps.add_row(name, f"{size:,}", *shares)
-        console.print(overlaps)
+        overlaps = [
+            [name, f"{size:,}", *(f"{100 * share:.0f} %" for share in found.overlap[name].values())]
+            for name, size in found.sizes.items()
+        ]
+        title = "how many of a list's tokens the others have:"
+        console.print(table(Grid(title, ["list", "size", *found.sizes], overlaps)))
         if found.coverage:
-            console.print("how much of a text the lists cover:")
-            covers = figures_table("text", ["tokens", *found.sizes, "all lists"])
-            for label, by_list in found.coverage.items():
-                shares = (f"{100 * share:.2f} %" for share in by_list.values())
-                covers.add_row(label, f"{labelled[label].total.total():,}", *shares)
-            console.print(covers)
+            covers = [
+                [label, f"{totals[label].total():,}", *(f"{100 * share:.2f} %" for share in by_list.values())]
+                for label, by_list in found.coverage.items()
+            ]
+            title = "how much of a text the lists cover:"
+            console.print(table(Grid(title, ["text", "tokens", *found.sizes, "all lists"], covers)))
         for label, left_out in words.items():
             if left_out:
                 console.print(f"{label}, in no list: " + " ".join(map(repr, left_out)), markup=False)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.sampling import choose
+from fastmtp.decode.sampling import choose, derived_seed
 from fastmtp.engines.protocol import Engine
 
 PREFILL_TOKENS = 8192
@@ -27,6 +27,10 @@ class Request:
     max_new_tokens: int
     sampling: SamplingConfig
     end_ids: frozenset[int]
+
+    def again(self) -> Request:
+        """The same with another seed."""
+        return replace(self, sampling=replace(self.sampling, seed=derived_seed(self.sampling.seed, 1)))
 
 
 @dataclass(frozen=True)

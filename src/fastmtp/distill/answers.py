@@ -5,22 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from fastmtp.config import DistillConfig
+from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Completion, Request, decode_batch
+from fastmtp.decode.sampling import derived_seed
 from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
 from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
-from fastmtp.engines.protocol import Batch
+from fastmtp.engines.protocol import Engine
 from fastmtp.models.info import TargetInfo, tokenizer_sha256
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 
 # These may change between a run and its continuation without changing any exchange.
@@ -31,10 +30,10 @@ Decode = Callable[[deque[Request], int], Iterator[Completion]]
 
 @dataclass
 class DistillSummary(Mix):
-    """What one run added to a data directory, and what the mix came out as.
+    """What one run added to a data directory, and the mix that resulted.
 
-    Of endpoints: `refused` requests (a later run tries them again), and how many completions came as text only and
-    were tokenised here, and of these how many do not decode to the same text (`mismatched`).
+    For endpoints only: `refused` counts requests that a later run tries again, `retokenised` completions that came
+    as text without token ids and were tokenised here, and `mismatched` those of them that decode to another text.
     """
 
     exchanges: int = 0
@@ -52,15 +51,21 @@ class DistillSummary(Mix):
         self.count(exchange.kind, exchange.prompt, exchange.answer)
 
 
-def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts: str | None) -> DistillSummary:
-    """Fill the data directory `out`; goes on where an earlier run stopped.
+def distill(
+    engine: Engine | Endpoints,
+    config: DistillConfig,
+    out: Path,
+    prompts: str | None,
+    progress: Progress = QUIET,
+) -> DistillSummary:
+    """Fill the data directory `out`, continuing an earlier run that stopped.
 
     Args:
-        engine: what decodes, in this process or behind endpoints.
+        engine: decodes in this process, or by endpoints.
         prompts: a prompt file or a data set on the hub; None lets the target write `config.count` prompts itself.
     Raises:
         FileNotFoundError, ValueError: the prompts, the target or the directory do not fit; the message says how.
-        ConnectionError: no endpoint is left; what was answered is on disk.
+        ConnectionError: no endpoint is left; the answers so far are on disk.
     """
     target = engine.target
     mix = config.mix_weights()
@@ -90,12 +95,12 @@ def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts
         decode, width = partial(decode_batch, engine), config.slots
     summary = DistillSummary()
     started = time.monotonic()
-    with bar("distill", total, total - len(remaining), seconds=60 * config.minutes or None) as progress:
+    with progress.bar("distill", total, total - len(remaining), seconds=60 * config.minutes or None) as bar:
         try:
             for exchange in _exchanges(target, decode, width, config, work, turn):
                 writer.add(exchange)
                 summary.add(exchange)
-                progress.advance(1, sum(exchange.answer_mask), f"{summary.truncated} truncated")
+                bar.advance(1, sum(exchange.answer_mask), f"{summary.truncated} truncated")
         finally:
             writer.flush()
     summary.seconds = time.monotonic() - started
@@ -108,7 +113,7 @@ def distill(engine: Batch | Endpoints, config: DistillConfig, out: Path, prompts
 
 
 def _until(indices: Sequence[int], minutes: float) -> Iterator[int]:
-    """Indices, as long as there is time; what was begun is finished, so that short answers are not preferred."""
+    """Indices until the time is over. Answers under way are finished; dropping them would favour short ones."""
     started = time.monotonic()
     for index in indices:
         if minutes and time.monotonic() - started > 60 * minutes:
@@ -124,7 +129,7 @@ def _exchanges(
     work: Iterator[Opening | Prompt],
     turn: UserTurn | None,
 ) -> Iterator[Exchange]:
-    """Exchanges in order of completion. The queue feeds itself: a prompt that is written asks for its answer."""
+    """Exchanges in order of completion. A prompt that the target has finished writing is queued for its answer."""
     queue: deque[Request] = deque()
     answered: deque[Exchange] = deque()
 
@@ -144,7 +149,7 @@ def _exchanges(
     for completion in decode(queue, len(queue)):
         task = completion.request.key
         if not completion.tokens:
-            pass  # Refused; it is not on disk, so the next run asks again.
+            pass  # Refused: it is not written to disk, so the next run asks again.
         elif isinstance(task, Prompt):
             yield _exchange(target, task, completion.tokens, completion.finished)
         else:
@@ -153,8 +158,8 @@ def _exchanges(
                 prompt = Prompt(task.index, task.kind, user(text))
                 queue.appendleft(_answer_request(target, config, prompt))
             else:
-                # A prompt that did not end is written anew, from the next draws of the same generator.
-                queue.append(completion.request)
+                # A prompt that did not end is written again, with other draws.
+                queue.append(completion.request.again())
         refill()
         yield from answered
         answered.clear()
@@ -165,9 +170,8 @@ def _prompt_request(config: DistillConfig, turn: UserTurn, task: Opening) -> Req
         key=task,
         prompt=turn.open(task),
         max_new_tokens=config.max_prompt_tokens,
-        sampling=config.prompt_sampling(),
+        sampling=_seeded(config.prompt_sampling(), 2 * task.index),
         end_ids=turn.end_ids,
-        generator=_generator(config.seed, 2 * task.index),
     )
 
 
@@ -176,15 +180,14 @@ def _answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -
         key=prompt,
         prompt=target.encode_chat(prompt.messages),
         max_new_tokens=config.max_new_tokens,
-        sampling=config.answer_sampling(prompt.index),
+        sampling=_seeded(config.answer_sampling(prompt.index), 2 * prompt.index + 1),
         end_ids=target.end_ids,
-        generator=_generator(config.seed, 2 * prompt.index + 1),
     )
 
 
-def _generator(seed: int, stream: int) -> torch.Generator:
-    """A generator of its own for every request, so that a resumed run draws what an uninterrupted one would."""
-    return torch.Generator().manual_seed(hash((seed, stream)) & 0x7FFFFFFFFFFFFFFF)
+def _seeded(sampling: SamplingConfig, stream: int) -> SamplingConfig:
+    """A seed for each request, so that a resumed run draws what an uninterrupted one would have drawn."""
+    return replace(sampling, seed=derived_seed(sampling.seed, stream))
 
 
 def _exchange(target: TargetInfo, prompt: Prompt, answer_ids: list[int], finished: bool) -> Exchange:

@@ -1,4 +1,4 @@
-"""Cleaning: what should not be trained on is left out of a copy, and counted by the reason."""
+"""Cleaning: copy a data directory without the exchanges that should not be trained on, counted by reason."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rensa import RMinHashDeduplicator
 from fastmtp.config import CleanConfig
 from fastmtp.distill.dataset import Exchange, ShardWriter, data_sha256, exchange_count, iter_exchanges
 from fastmtp.files import read_json, replacing, write_json
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 
 REASONS = ("unfinished", "too short", "too long", "loop", "near-duplicate")
-# Characters in one shingle: long enough that two texts on one subject share few, and fit for any script.
+# Characters in one shingle: long enough that two texts on one subject share few, in any script.
 SHINGLE = 8
-# Enough that the estimate of the similarity is off by 0.04 (standard deviation at 0.8).
+# The estimate of a similarity of 0.8 then has a standard deviation of 0.04.
 _PERMUTATIONS = 128
 _SHARD_ROWS = 256
 _EXCERPT = 160
@@ -28,7 +28,7 @@ _EXCERPT = 160
 
 @dataclass
 class CleanReport:
-    """Exchanges kept, and by reason: how many were left out, and the first of them."""
+    """How many exchanges were kept, and by reason how many were left out, with the first as an example."""
 
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
@@ -37,14 +37,14 @@ class CleanReport:
     def drop(self, reason: str, exchange: Exchange) -> None:
         self.dropped[reason] += 1
         answer = exchange.answer
-        # The end of an answer shows a loop or a cut, the beginning what it is about.
+        # The beginning shows the subject, the end a loop or a cut.
         excerpt = answer if len(answer) <= 2 * _EXCERPT else f"{answer[:_EXCERPT]} … {answer[-_EXCERPT:]}"
         example = {"index": exchange.index, "prompt": exchange.prompt[:_EXCERPT], "answer": excerpt}
         self.examples.setdefault(reason, example)
 
 
-def clean(directory: Path, out: Path, config: CleanConfig) -> CleanReport:
-    """Write the exchanges of `directory` that are fit to train on to the data directory `out`, in their order.
+def clean(directory: Path, out: Path, config: CleanConfig, progress: Progress = QUIET) -> CleanReport:
+    """Write the exchanges of `directory` that are fit to train on to the data directory `out`, in order.
 
     Raises:
         FileNotFoundError: `directory` is no data directory.
@@ -55,7 +55,7 @@ def clean(directory: Path, out: Path, config: CleanConfig) -> CleanReport:
     before = read_json(directory / "provenance.json")
     report = CleanReport()
     seen = Seen(config.max_similarity)
-    with replacing(out) as temporary, bar("clean", exchange_count(directory)) as progress:
+    with replacing(out) as temporary, progress.bar("clean", exchange_count(directory)) as bar:
         temporary.mkdir(parents=True)
         writer = ShardWriter(temporary, _SHARD_ROWS)
         for exchange in iter_exchanges(directory):
@@ -67,7 +67,7 @@ def clean(directory: Path, out: Path, config: CleanConfig) -> CleanReport:
                 report.kept += 1
             else:
                 report.drop(reason, exchange)
-            progress.advance(1, len(exchange.ids))
+            bar.advance(1, len(exchange.ids))
         writer.flush()
         if not report.kept:
             raise ValueError(f"{directory}: nothing is left of it ({told(report)}); allow more, or distill more")
@@ -79,7 +79,7 @@ def clean(directory: Path, out: Path, config: CleanConfig) -> CleanReport:
 
 
 def unfit(exchange: Exchange, config: CleanConfig) -> str | None:
-    """Why an exchange should not be trained on, looking at it alone; None if it is fit."""
+    """Why an exchange should not be trained on, apart from duplicates; None if it is fit."""
     answer = list(compress(exchange.ids, exchange.answer_mask))
     if not exchange.finished:
         return "unfinished"
@@ -91,20 +91,20 @@ def unfit(exchange: Exchange, config: CleanConfig) -> str | None:
 
 
 def repeated_share(tokens: Sequence[int], length: int) -> float:
-    """Share of the sequences of `length` tokens that have come before in the same text."""
+    """Share of the n-grams of `length` tokens that occur earlier in the same text."""
     sequences = [tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
 
 
 class Seen:
-    """Remembers exchanges by their MinHash, to tell whether one much like them has been before."""
+    """The MinHashes of exchanges, to find near-duplicates."""
 
     def __init__(self, similarity: float) -> None:
         self._index = RMinHashDeduplicator(threshold=similarity, num_perm=_PERMUTATIONS, use_lsh=True)
         self._count = 0
 
     def before(self, exchange: Exchange) -> bool:
-        """Whether prompt and answer together are much like an earlier exchange; if not, it is remembered."""
+        """Whether an earlier exchange is nearly the same, prompt and answer together; if not, this one is added."""
         text = re.sub(r"\s+", " ", f"{exchange.prompt} {exchange.answer}").strip().lower()
         shingles = {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
         self._count += 1

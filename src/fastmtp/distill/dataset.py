@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastmtp.config import DistillConfig
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.models.info import TargetInfo
 from fastmtp.models.info import tokenizer_sha256 as sha256_of
@@ -46,7 +45,7 @@ class Exchange:
 
 
 class ShardWriter:
-    """Appends exchanges to a data directory, a shard at a time; what is on disk is always whole shards."""
+    """Appends exchanges to a data directory, a shard at a time; shards on disk are always whole."""
 
     def __init__(self, directory: Path, shard_rows: int) -> None:
         self._directory = directory
@@ -60,7 +59,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, as a shard of its own."""
+        """Write the pending exchanges as a shard."""
         if not self._pending:
             return
         table = pa.Table.from_pylist([vars(exchange) for exchange in self._pending], schema=SCHEMA)
@@ -82,10 +81,10 @@ def finished_indices(directory: Path) -> set[int]:
 def read_exchanges(
     directories: Iterable[Path], tokenizer_sha256: str, *, finished_only: bool = False
 ) -> list[Exchange]:
-    """The exchanges of data directories, in their order.
+    """The exchanges of data directories, in order.
 
     Args:
-        finished_only: drop answers that were cut.
+        finished_only: leave out answers that were cut.
     Raises:
         FileNotFoundError: a directory is missing or holds no shard.
         ValueError: a shard is damaged, or the data is of another tokenizer, or no answer is finished.
@@ -101,7 +100,7 @@ def read_exchanges(
 
 
 def tokenizer_of(directory: Path) -> str | None:
-    """Hash of the tokenizer that a data directory's ids are of."""
+    """Hash of the tokenizer of a data directory's ids."""
     return read_json(directory / "provenance.json").get("tokenizer_sha256")
 
 
@@ -114,14 +113,8 @@ def check_tokenizer(directories: Iterable[Path], target: TargetInfo) -> None:
 
 
 def target_of(directory: Path) -> str:
-    """The target that a data directory was distilled from, as it was called then."""
+    """The name that the target had when a data directory was distilled from it."""
     return str(read_json(directory / "provenance.json").get("target"))
-
-
-def distilled_with(directory: Path) -> DistillConfig:
-    """The settings that the answers of a data directory were made with, also if it is a cleaned copy."""
-    facts = read_json(directory / "provenance.json")
-    return DistillConfig(**(facts.get("distilled_with") or facts["settings"]))
 
 
 def exchange_count(directory: Path) -> int:
@@ -129,8 +122,15 @@ def exchange_count(directory: Path) -> int:
     return sum(_read(path, []).num_rows for path in shards(directory))
 
 
+def token_count(directory: Path) -> int:
+    """How many tokens the exchanges on disk have together, from the shards' metadata alone."""
+    files, column = map(pq.read_metadata, shards(directory)), SCHEMA.names.index("ids")
+    groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
+    return sum(group.column(column).num_values for group in groups)
+
+
 def iter_exchanges(directory: Path) -> Iterator[Exchange]:
-    """Every exchange of a data directory, unfinished ones too, a shard in memory at a time.
+    """Every exchange of a data directory, unfinished ones too, with one shard in memory at a time.
 
     Raises:
         FileNotFoundError: it holds no shard.
@@ -157,10 +157,10 @@ def data_sha256(directories: Iterable[Path]) -> dict[str, str]:
 def claim_directory(
     directory: Path, facts: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]
 ) -> None:
-    """Start a data directory, or go on with one made with the same settings but for the `free` ones.
+    """Start a data directory, or continue one; its settings must be the same except for the `free` ones.
 
     Args:
-        defaults: what a setting was before there was such a setting.
+        defaults: values of settings that did not exist when the directory was made.
     Raises:
         ValueError: the directory was made with other settings, or is not a data directory.
     """
@@ -192,7 +192,7 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _check_mask(exchange: Exchange, path: Path) -> None:
-    """A mask that is all ones would train on the prompt, one that is all zeros on nothing."""
+    """A mask of only ones would train on the prompt; one of only zeros has nothing to train on."""
     mask = exchange.answer_mask
     if len(mask) != len(exchange.ids):
         wrong = f"has {len(mask)} flags for {len(exchange.ids)} tokens"

@@ -1,6 +1,6 @@
-"""What an exchange is about and in which language, judged from its text: what a mix came out as.
+"""The domain and the language of an exchange, judged from its text.
 
-The domains are rough, by keywords; their names are those of the kinds of own prompts.
+Domains are judged roughly, by keywords; their names are those of the kinds of prompts in own_prompts.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-# Characters that are looked at: enough to judge by, and a long text costs no more than a short one.
+# Only so many characters are examined, so that a long text costs no more than a short one.
 _LOOKED_AT = 2000
-# Of few words many a rare language is likely; these are the ones that models are asked in.
+# Those in which models are asked. Among all languages, a text of few words is often taken for a rare one.
 LANGUAGES = (
     *("ar", "bn", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fr", "he", "hi", "hu", "id", "it", "ja", "ko"),
     *("nl", "no", "pl", "pt", "ro", "ru", "sv", "th", "tr", "uk", "ur", "vi", "zh"),
@@ -52,7 +52,7 @@ _QUESTION = re.compile(
 def domain(prompt: str, answer: str) -> str:
     """code, mathematics, reasoning, question, passage, summary, translation, or general."""
     prompt, answer = prompt.strip()[:_LOOKED_AT], answer[:_LOOKED_AT]
-    # What is asked is said at either end of a prompt that carries a text.
+    # In a prompt that carries a text, the request stands at the beginning or at the end.
     ends = f"{prompt[:160]} … {prompt[-160:]}"
     if _TRANSLATION.search(ends):
         return "translation"
@@ -70,7 +70,7 @@ def domain(prompt: str, answer: str) -> str:
 
 
 def language(text: str) -> str:
-    """ISO 639-1 code of the language that most of the text is in; `und` where there is too little text to tell."""
+    """ISO 639-1 code of the language of most of the text; `und` if there is too little text to judge."""
     prose = re.sub(r"```.*?(```|$)|`[^`]*`|\$[^$]*\$|https?://\S+", " ", text[:_LOOKED_AT], flags=re.S)
     if sum(map(str.isalpha, prose)) < 4:
         return "und"
@@ -79,7 +79,7 @@ def language(text: str) -> str:
 
 @dataclass
 class Mix:
-    """How many exchanges were asked for of each kind, and how many are of each domain and language as judged."""
+    """Counts of exchanges by the kind that was asked for, and by the domain and language that were judged."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     domains: Counter[str] = field(default_factory=Counter)

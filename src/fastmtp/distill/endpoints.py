@@ -1,7 +1,7 @@
 """Decoding by OpenAI-compatible servers (vLLM, SGLang, llama-server): many requests at once, over many servers.
 
-The text-completions route is used, with the prompt as token ids in the target's own chat template: so the prompt
-is exactly the one that is stored, and a server can write the model's own prompts as well as answer them.
+Requests go to the text-completions route, with the prompt as token ids in the target's own chat template. So the
+prompt is exactly the one that is stored, and servers can also write the model's own prompts.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# The HTTP library that transformers brings along already: pooled connections that asyncio can cancel at Ctrl-C.
+# transformers depends on it already. Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
-import torch
 
 from fastmtp.decode.batch import Completion, Request
 from fastmtp.distill.prompts import user
 from fastmtp.models.info import TargetInfo
-from fastmtp.progress import console
+from fastmtp.progress import QUIET, Progress
 
-# Wrong key, address or model: trying again does not help.
+# Wrong key, address or model: another try does not help.
 _HOPELESS = (401, 403, 404, 405)
-# Worth another try although the client is blamed: timeout, too early, too many requests.
+# Client errors that are worth another try: timeout, too early, too many requests.
 _AGAIN = (408, 425, 429)
 
 
@@ -51,7 +50,7 @@ class _RefusedError(Exception):
 
 
 class Endpoints:
-    """Servers of one target. What they did is counted: `refused` requests, and how token ids were had."""
+    """Servers of one target; counts `refused` requests, and completions `retokenised` and `mismatched`."""
 
     def __init__(
         self,
@@ -62,17 +61,19 @@ class Endpoints:
         timeout: float = 600.0,
         retries: int = 5,
         wait: float = 1.0,
+        progress: Progress = QUIET,
     ) -> None:
-        """Nothing is sent yet.
+        """Check the addresses; nothing is sent yet.
 
         Args:
             urls: the servers' addresses, with or without `/v1`.
             model: the name the servers know the target by; None where each serves only one.
             timeout: seconds to wait for a reply.
-            retries: tries after a failed one, before an endpoint is given up.
-            wait: seconds before the first of them; each further one waits twice as long.
+            retries: further tries after a failed one, before an endpoint is given up.
+            wait: seconds before the first retry; the wait doubles with each further one.
+            progress: told of a refused request and of endpoints that are given up.
         Raises:
-            ValueError: an address is not one.
+            ValueError: a url is no http address.
         """
         for url in urls:
             if not url.startswith(("http://", "https://")):
@@ -88,12 +89,13 @@ class Endpoints:
         self._retries = retries
         self._wait = wait
         self._end = _end_token(target)
+        self._progress = progress
 
     def decode(self, queue: deque[Request], concurrency: int) -> Iterator[Completion]:
-        """Decode every request in the queue, so many at a time, in order of completion.
+        """Decode every request in the queue, up to `concurrency` at a time; yields in order of completion.
 
-        The caller may append to the queue whenever a completion comes out. A completion without tokens is a
-        request that was refused.
+        The caller may append to the queue between completions. A completion without tokens stands for a request
+        that was refused.
 
         Raises:
             ConnectionError: no endpoint is left.
@@ -113,7 +115,7 @@ class Endpoints:
                         work = self._complete(client, pool, queue.popleft())
                         running.add(runner.get_loop().create_task(work))
                     done, running = runner.run(_first_of(running))
-                    # What came at the same moment as a failure is not lost with it.
+                    # Completions first: a failure at the same moment must not lose them.
                     for task in sorted(done, key=lambda task: task.exception() is not None):
                         yield task.result()
             finally:
@@ -130,7 +132,7 @@ class Endpoints:
                 self.refused += 1
                 self.refusal = self.refusal or str(error)
                 if self.refused == 1:
-                    console.print(f"fastmtp: a request is left out: {error}", markup=False)
+                    self._progress.say(f"fastmtp: a request is left out: {error}")
                 return Completion(request, [], False)
             finally:
                 endpoint.running -= 1
@@ -140,12 +142,12 @@ class Endpoints:
     async def _ask(
         self, client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The reply's one choice, after as many tries as it takes; None if the endpoint is given up."""
+        """The reply's one choice, after retries if need be; None if the endpoint is given up."""
         clock = asyncio.get_running_loop().time
         failed_at, reason = math.inf, ""
         for attempt in range(self._retries + 1):
             if attempt:
-                # With jitter, so that requests that failed together do not come back together.
+                # Jitter keeps requests that failed together from coming back together.
                 await asyncio.sleep(self._wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
             if endpoint.dead:
                 return None
@@ -158,12 +160,12 @@ class Endpoints:
             else:
                 endpoint.answered_at = clock()
                 return choice
-        # It went on answering others: then it is this request that it cannot do.
+        # It has answered others since, so the cause is this request.
         if endpoint.answered_at > failed_at:
             raise _RefusedError(f"{endpoint.url}: {reason}")
         if not endpoint.dead:
             endpoint.dead = reason
-            console.print(f"fastmtp: {endpoint.url} is given up: {reason}", markup=False)
+            self._progress.say(f"fastmtp: {endpoint.url} is given up: {reason}")
         return None
 
     def _body(self, request: Request) -> dict[str, Any]:
@@ -174,13 +176,12 @@ class Endpoints:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            # A new draw each time: the same request may be made again because its result was of no use.
-            "seed": int(torch.randint(2**31 - 1, (1,), generator=request.generator)),
+            "seed": sampling.seed % 2**31,
             "stop_token_ids": sorted(request.end_ids),
-            # Servers have defaults of their own for these: llama-server for the first, vLLM from the model's files.
+            # Servers have other defaults: llama-server for min_p, vLLM (from the model's files) for both.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            # Token ids: the first for vLLM and SGLang, the others for llama-server.
+            # Ask for token ids: the first is for vLLM and SGLang, the others are for llama-server.
             "return_token_ids": True,
             "return_tokens": True,
             "verbose": True,
@@ -199,7 +200,7 @@ class Endpoints:
         if ends:
             tokens = tokens[: ends[0]]
         elif choice["finish_reason"] == "stop":
-            # Some servers keep the end token to themselves.
+            # Some servers leave out the end token.
             tokens = [*tokens, self._end]
         return Completion(request, tokens, bool(tokens) and tokens[-1] in request.end_ids)
 
@@ -254,7 +255,7 @@ def _least_busy(pool: list[_Endpoint]) -> _Endpoint:
 
 
 def _end_token(target: TargetInfo) -> int:
-    """The token that ends an answer in the chat template; without a template the tokenizer's own end token."""
+    """The token that ends an answer in the chat template; without a template the tokenizer's end token."""
     marker = "the-answer-goes-here"
     if target.tokenizer.chat_template:
         messages = [*user("question"), {"role": "assistant", "content": marker}]

@@ -1,7 +1,7 @@
 """Prompts that the target writes itself: the mix of their kinds, and how a user's turn is opened.
 
-The model continues a user's turn that is only begun (the idea is Magpie's, arXiv 2406.08464); the system message
-and the opening words steer what it writes about.
+The model continues a user's turn that has only begun (after Magpie, arXiv 2406.08464); the system message and the
+opening words steer what it writes about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastmtp.models.info import TargetInfo
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of prompt: its weight in the default mix, who the assistant is, how the user's turn may open."""
+    """A kind of prompt: its weight in the default mix, the system message, and openings of the user's turn."""
 
     weight: int
     system: str
@@ -100,7 +100,7 @@ KINDS: dict[str, Kind] = {
         ["Translate the following sentence", "Translate to English:"],
     ),
     "chinese": Kind(3, "你是一个中文助手。用户用中文提问。", ["请", "什么是", "以下是", "用中文"]),
-    # Without a mix these are not written.
+    # These are not in the default mix.
     "reasoning": Kind(
         0,
         "You think step by step. The user sets a puzzle that takes several steps of reasoning.",
@@ -127,7 +127,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Opening:
-    """How a prompt begins that the target is to write itself; without a system message, the template's own."""
+    """How a prompt begins that the target writes itself. With an empty system message the template has its own."""
 
     index: int
     kind: str
@@ -136,16 +136,16 @@ class Opening:
 
 
 def check_mix(mix: Mapping[str, float]) -> None:
-    """Raises ValueError if the mix names a kind that there is not."""
+    """Raises ValueError if the mix names an unknown kind."""
     for kind in mix:
         if kind not in KINDS:
             raise ValueError(f"mix: there is no kind {kind!r}; kinds: {', '.join(KINDS)}")
 
 
 def opening(seed: int, index: int, mix: Mapping[str, float]) -> Opening:
-    """How the index-th own prompt opens, drawn in the proportions of the mix; an empty mix is the default one.
+    """How prompt number `index` opens, drawn in the proportions of the mix; an empty mix is the default one.
 
-    Only a mix that is asked for brings its system messages: the default stays what the bare template gives.
+    Only with a mix that was asked for are there system messages; the default leaves the template as it is.
     """
     chooser = random.Random(f"{seed}/{index}")
     weights = mix or {name: kind.weight for name, kind in KINDS.items() if kind.weight}
@@ -154,7 +154,7 @@ def opening(seed: int, index: int, mix: Mapping[str, float]) -> Opening:
 
 
 class UserTurn:
-    """The chat template around a user's turn, so that the model can be asked to write one."""
+    """The chat template around a user's turn, for the model to write that turn."""
 
     def __init__(self, target: TargetInfo) -> None:
         """Raises ValueError if the target has no chat template to write a user's turn in."""
@@ -181,7 +181,7 @@ class UserTurn:
         try:
             text = template(messages + user(marker), tokenize=False, add_generation_prompt=True)
         except TemplateError:
-            # Some templates know no system message; the opening words steer alone then.
+            # Some templates refuse a system message; then only the opening words steer.
             text = template(user(marker), tokenize=False, add_generation_prompt=True)
         before, _, after = text.partition(marker)
         return before, after

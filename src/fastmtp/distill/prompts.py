@@ -1,4 +1,4 @@
-"""Prompts that a user has: text and JSONL files, Parquet files, chat logs, data sets on the Hugging Face hub."""
+"""A user's prompts: text, JSONL and Parquet files, chat logs, data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation up to the user's last turn, with an answer if there already is one."""
+    """A conversation up to the user's last turn, with the answer if there already is one."""
 
     index: int
     kind: str
@@ -30,15 +30,15 @@ class Prompt:
 
 
 def read_prompts(source: str) -> list[Prompt]:
-    """Prompts from a file, by its name: Parquet, JSONL (`.gz` is unpacked), else text with one prompt a line; or
-    from the hub, as `hf:owner/name` or `hf:owner/name:split`.
+    """Prompts from a file or from the hub (`hf:owner/name` or `hf:owner/name:split`).
 
+    The file's name says its format: Parquet, JSONL, or else text with one prompt a line; `.gz` is unpacked.
     A row has a text `prompt` (or `user`), or a conversation: `messages` of `role` and `content`, or ShareGPT's
-    `conversations` of `from` and `value`. Of a conversation, what follows the user's last turn is left out.
-    Optional are `kind`, and `answer_ids` with `finished` where the target has answered already.
+    `conversations` of `from` and `value`. Turns after the user's last one are dropped. Optional are `kind`, and
+    `answer_ids` with `finished` where the target has already answered.
 
     Raises:
-        FileNotFoundError: no such file, or the data set cannot be had.
+        FileNotFoundError: no such file, or the data set cannot be loaded.
         ValueError: a row does not fit (it is named), or there is no prompt at all, or `datasets` is missing.
     """
     if source.startswith(HUB):
@@ -55,7 +55,7 @@ def read_prompts(source: str) -> list[Prompt]:
 
 
 def prompts_sha256(source: str, prompts: list[Prompt]) -> str:
-    """Tells one list of prompts from another; a file is known by its bytes, what the hub gave by its content."""
+    """A hash that identifies a list of prompts: of a file's bytes, or of the messages that came from the hub."""
     if not source.startswith(HUB):
         return file_sha256(Path(source))
     return hashlib.sha256(json.dumps([prompt.messages for prompt in prompts]).encode()).hexdigest()
@@ -76,7 +76,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{source}: needs the `datasets` extra: pip install 'fastmtp[datasets]'") from error
     try:
         rows = load_dataset(name, split=split or "train")
-    # The library passes on the errors of whatever it uses: the network, the hub, a parser.
+    # The library passes on errors of every kind: of the network, the hub, a parser.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from error
@@ -105,7 +105,7 @@ def _prompt(index: int, row: Any, where: str) -> Prompt:
 
 
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The turns of a chat log with the field names of a chat template; empty if there are none in it."""
+    """The turns of a chat log, with the field names of a chat template; empty if it holds none."""
     turns = row.get("messages", row.get("conversations"))
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return []

@@ -1,4 +1,4 @@
-"""Rows of the files that users have: Parquet, JSONL, lines of text."""
+"""Rows of users' files: Parquet, JSONL, lines of text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 
 
 def file_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Where each row is, and the row itself. `.gz` is unpacked.
+    """Each row, after a text that says where it is. `.gz` is unpacked.
 
-    Of Parquet a row has those of `columns` that there are; of JSONL it is what the line holds; a line of any other
-    file is a row with the first column.
+    A row of Parquet has those of `columns` that the file has; a row of JSONL is the line's value; a line of any
+    other file becomes a row with the first column.
 
     Raises:
-        ValueError: the file is damaged, or a line is not JSON; it is named.
+        ValueError: the file is damaged, or a line is not JSON; the message names it.
     """
     if path.suffix == ".parquet":
         yield from _parquet_rows(path, columns)

@@ -14,7 +14,7 @@ import numpy as np
 from fastmtp.distill.dataset import Exchange, check_tokenizer, exchange_count, iter_exchanges
 from fastmtp.distill.domains import Mix
 from fastmtp.models.info import TargetInfo
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 99, 100)
 FREQUENT = 20
@@ -22,7 +22,7 @@ FREQUENT = 20
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a sample, special tokens visible: the target's own answer, or not."""
+    """A piece of a sample with special tokens visible; either of the target's answer or of the prompt."""
 
     is_answer: bool
     text: str
@@ -30,7 +30,7 @@ class Span:
 
 @dataclass
 class Statistics(Mix):
-    """Lengths are in tokens; frequent tokens are of the answers, with their share of these."""
+    """Lengths are in tokens. Frequent tokens are of the answers, each with its share of the answers' tokens."""
 
     exchanges: int = 0
     finished: int = 0
@@ -46,15 +46,17 @@ class Statistics(Mix):
         return vars(self) | {"samples": [[vars(span) for span in sample] for sample in self.samples]}
 
 
-def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> Statistics:
+def measure(
+    directories: Sequence[Path], target: TargetInfo, samples: int, progress: Progress = QUIET
+) -> Statistics:
     """Read data directories once, a shard in memory at a time.
 
     Args:
         target: whose tokenizer the ids are of.
-        samples: how many to keep, each of another kind as far as there are kinds.
+        samples: how many exchanges to keep as samples, of as many kinds as possible.
     Raises:
         FileNotFoundError: a directory is no data directory.
-        ValueError: a shard is damaged, a mask cannot be right, or the ids are of another tokenizer.
+        ValueError: a shard is damaged, an answer mask cannot be right, or the ids are of another tokenizer.
     """
     check_tokenizer(directories, target)
     found = Statistics()
@@ -62,7 +64,7 @@ def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> St
     answer_lengths: list[int] = []
     tokens: Counter[int] = Counter()
     kept: dict[tuple[int, str], Exchange] = {}
-    with bar("read", sum(map(exchange_count, directories))) as progress:
+    with progress.bar("read", sum(map(exchange_count, directories))) as bar:
         for directory in directories:
             for exchange in iter_exchanges(directory):
                 answer = list(compress(exchange.ids, exchange.answer_mask))
@@ -75,7 +77,7 @@ def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> St
                 if place[0] < samples:
                     kept[place] = exchange
                 found.count(exchange.kind, exchange.prompt, exchange.answer)
-                progress.advance(1, len(exchange.ids))
+                bar.advance(1, len(exchange.ids))
     found.exchanges = len(answer_lengths)
     found.prompt_tokens, found.answer_tokens = sum(prompt_lengths), sum(answer_lengths)
     found.prompt_lengths, found.answer_lengths = _quantiles(prompt_lengths), _quantiles(answer_lengths)
@@ -89,7 +91,7 @@ def measure(directories: Sequence[Path], target: TargetInfo, samples: int) -> St
 
 
 def spans(exchange: Exchange, target: TargetInfo) -> list[Span]:
-    """The exchange as the answer mask divides it."""
+    """The exchange, divided by its answer mask."""
     marked = groupby(zip(exchange.answer_mask, exchange.ids, strict=True), key=lambda pair: pair[0])
     return [Span(mask, str(target.tokenizer.decode([token for _, token in run]))) for mask, run in marked]
 

@@ -1,4 +1,4 @@
-"""Counting tokens by language and domain: of self-distilled answers, and of texts that a user has."""
+"""Counting tokens by language and domain, in self-distilled answers and in a user's texts."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from fastmtp.distill.dataset import check_tokenizer, exchange_count, iter_exchan
 from fastmtp.distill.domains import domain, language
 from fastmtp.distill.rows import file_rows, is_jsonl
 from fastmtp.models.info import TargetInfo
-from fastmtp.progress import bar
+from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.builder import LabelledCounts
 
-# Domains with words of their own in any language.
+# Domains with a vocabulary of their own, whatever the language.
 DOMAINS = ("code", "mathematics")
-# Every tenth text is kept aside.
+# Every tenth text is held out.
 HELD_OUT = 10
-# Of the texts kept aside, as many tokens of each label are kept whole; more would only cost time to measure on.
+# Held-out texts are kept whole up to so many tokens of each label; more would only make measuring slower.
 SAMPLE_TOKENS = 12000
-# Characters of a plain text that are labelled and counted together.
+# Most characters of a plain text that are labelled and counted together.
 _PIECE = 4000
 
 
-def count(target: TargetInfo, data: Sequence[Path], texts: Sequence[str]) -> dict[str, LabelledCounts]:
-    """Token counts by label: a domain of DOMAINS, or else a language.
+def count(
+    target: TargetInfo, data: Sequence[Path], texts: Sequence[str], progress: Progress = QUIET
+) -> dict[str, LabelledCounts]:
+    """Token counts by label, which is a domain of DOMAINS or else a language.
 
     Args:
         data: data directories; their answers are counted.
         texts: files of text (`.txt`), rows with `text` (`.jsonl`, `.parquet`), each as FILE or LABEL=FILE.
     Raises:
         FileNotFoundError: no such directory or file.
-        ValueError: it cannot be read, or its token ids are another tokenizer's.
+        ValueError: one cannot be read, or its token ids are of another tokenizer.
     """
     found: dict[str, LabelledCounts] = defaultdict(lambda: LabelledCounts(Counter(), Counter()))
     numbers: Counter[str] = Counter()
@@ -51,18 +53,18 @@ def count(target: TargetInfo, data: Sequence[Path], texts: Sequence[str]) -> dic
         return len(own)
 
     check_tokenizer(data, target)
-    with bar("count", sum(map(exchange_count, data)) + len(texts)) as progress:
+    with progress.bar("count", sum(map(exchange_count, data)) + len(texts)) as bar:
         for directory in data:
             for exchange in iter_exchanges(directory):
                 label = _label(exchange.prompt, exchange.answer)
-                progress.advance(1, add(label, exchange.ids, exchange.answer_mask))
+                bar.advance(1, add(label, exchange.ids, exchange.answer_mask))
         for text in texts:
             label, _, name = text.rpartition("=")
             for piece in _pieces(Path(name)):
                 ids = target.tokenizer.encode(piece, add_special_tokens=False)
                 if ids:
                     add(label or _label("", piece), ids, [True] * len(ids))
-            progress.advance(1, 0)
+            bar.advance(1, 0)
     return dict(found)
 
 
@@ -84,13 +86,13 @@ def _pieces(path: Path) -> Iterator[str]:
         text = row.get("text") if isinstance(row, dict) else None
         if isinstance(text, str):
             yield text
-        # A missing value of Parquet is no text.
+        # A row of Parquet may lack its text.
         elif not is_parquet:
             raise ValueError(f"{where}: must be a JSON object with a string `text`")
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Whole lines together up to a piece's length."""
+    """Pieces of whole lines, up to _PIECE characters each."""
     piece = ""
     for line in text.splitlines(keepends=True):
         if piece and len(piece) + len(line) > _PIECE:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fastmtp.engines.protocol import Engine
 from fastmtp.extras import require
+from fastmtp.models.config import ONLY_TORCH
 from fastmtp.progress import QUIET, Progress
 
 EngineName = Literal["native", "torch"]
@@ -77,6 +78,19 @@ def open_torch(
     chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
     with progress.status(f"loading {name}"):
         return TorchEngine(load_target(name, dtype=chosen, device=device))
+
+
+def open_states_engine(
+    trained: Any, engine: EngineName | None = None, device: str | None = None, progress: Progress = QUIET
+) -> Engine:
+    """The fastest engine for the states of a target, which is loaded in PyTorch already (`trained`)."""
+    if engine is None and trained.target.config.model_type in ONLY_TORCH:
+        engine = "torch"
+    options = EngineOptions(engine, device=device)
+    if choose_engine(options) == "torch":
+        own: Engine = trained
+        return own
+    return open_engine(trained.target.source, options, progress=progress)
 
 
 def choose_engine(options: EngineOptions) -> EngineName:

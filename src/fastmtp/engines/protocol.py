@@ -139,6 +139,16 @@ class Engine(Protocol):
         ...
 
     @property
+    def device(self) -> str:
+        """cpu, cuda, ..., as PyTorch calls it."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Of the CPU."""
+        ...
+
+    @property
     def target(self) -> TargetInfo: ...
 
     def load_head(self, directory: Path) -> Head:

@@ -1,27 +1,30 @@
-"""How near a tie was where output differs from plain decoding's."""
+"""How near to a tie the target was where an answer differs from plain decoding's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from fastmtp.engines.protocol import Backend
-from fastmtp.evaluate.competitors import PLAIN
+import numpy as np
+
+from fastmtp.engines.protocol import TokenSequence
+from fastmtp.evaluate.figures import Difference, Divergence
+from fastmtp.evaluate.records import PLAIN, Turn
 
 
 def with_margins(
-    differences: Sequence[dict[str, Any]], lines: Sequence[Mapping[str, Any]], backend: Backend
-) -> list[dict[str, Any]]:
-    """Differences with the target's own margin there: the logit of its first choice less that of its second.
+    differences: Sequence[Difference], turns: Sequence[Turn], sequence: TokenSequence
+) -> list[Divergence]:
+    """Differences with the target's margin there.
 
     Where arithmetic depends on how many tokens are computed together only near-ties may flip.
     """
-    by_key = {line["key"]: line for line in lines}
+    by_key = {turn.key: turn for turn in turns}
     found = []
-    for difference in differences:
-        line = by_key[difference["key"]]
-        before = line["cells"][PLAIN]["tokens"][: difference["token"]]
-        backend.reset()
-        first, second = backend.prefill([*line["prompt"], *before]).float().topk(2).values.tolist()
-        found.append({**difference, "margin": first - second})
+    for one in differences:
+        plain = by_key[one.key].answer(PLAIN)
+        assert plain is not None
+        sequence.reset()
+        logits_V = sequence.prefill([*by_key[one.key].prompt, *plain.tokens[: one.token]])
+        second, first = np.partition(logits_V, -2)[-2:].tolist()
+        found.append(Divergence(one.key, one.competitor, one.token, first - second))
     return found

@@ -1,24 +1,20 @@
-"""The same prompts by every competitor in one run, in turns.
-
-A line of the journal is one turn of a conversation: what each competitor answered, and how steady the machine was.
-"""
+"""The same prompts to every competitor, in turns. What comes out is a journal (records.Turn)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from fastmtp.config import SamplingConfig
-from fastmtp.evaluate.competitors import PLAIN, Competitor
+from fastmtp.evaluate.competitors import Competitor
 from fastmtp.evaluate.drift import Kernels
 from fastmtp.evaluate.journal import Journal
 from fastmtp.evaluate.prompts import Conversation
 from fastmtp.evaluate.quality import right
+from fastmtp.evaluate.records import PLAIN, Answer, Failure, Turn
 from fastmtp.models.info import TargetInfo
-from fastmtp.progress import Bar, bar
+from fastmtp.progress import QUIET, Progress
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ def run(
     settings: Settings,
     journal: Journal,
     announce: Callable[[str, str], None] | None = None,
+    progress: Progress = QUIET,
 ) -> None:
     """Answers of every competitor to every turn, into the journal; what is there already is not asked again.
 
@@ -44,38 +41,33 @@ def run(
 
     Args:
         announce: gets benchmark and competitor before each answer, and these come in the order given; without it
-            the order is random, turn by turn, and there is a progress bar.
+            the order is random, turn by turn.
     """
     kernels = Kernels()
     total = settings.repeats * sum(len(conversation.turns) for conversation in conversations)
     # The first forwards of a process are slower than all others.
     for competitor in competitors:
         _cell(competitor, target.encode("Hello"), replace(settings, max_new_tokens=8))
-    with bar("bench", total) if announce is None else nullcontext() as progress:
+    with progress.bar("bench", total) as bar:
         for repeat in range(settings.repeats):
             for number, conversation in enumerate(conversations):
                 messages: list[dict[str, str]] = []
-                for turn, text in enumerate(conversation.turns):
-                    key = f"{repeat}/{number}/{turn}"
+                for index, text in enumerate(conversation.turns):
+                    key = f"{repeat}/{number}/{index}"
                     messages.append({"role": "user", "content": text})
                     if key not in journal:
                         prompt = target.encode_chat(messages)
                         cells = _cells(competitors, prompt, settings, conversation, key, announce)
-                        _judge(cells, conversation, turn)
-                        place = {"benchmark": conversation.benchmark, "id": conversation.id, "turn": turn}
-                        machine = kernels.read().as_json()
-                        rest = {"repeat": repeat, "prompt": prompt, "machine": machine, "cells": cells}
-                        journal.add(key, place | rest)
-                    answered = journal[key]["cells"]
-                    _advance(progress, answered)
-                    if "error" in answered[PLAIN]:
+                        if conversation.answer is not None and index == len(conversation.turns) - 1:
+                            cells = {name: _judged(cell, conversation.answer) for name, cell in cells.items()}
+                        place = (key, conversation.benchmark, conversation.id, index, repeat)
+                        journal.add(Turn(*place, prompt, kernels.read(), cells))
+                    turn = journal[key]
+                    bar.advance(1, sum(cell.length for cell in turn.cells.values()))
+                    plain = turn.answer(PLAIN)
+                    if plain is None:
                         break
-                    messages.append({"role": "assistant", "content": answered[PLAIN]["text"]})
-
-
-def length(cell: dict[str, Any]) -> int:
-    """Tokens of an answer; 0 if it failed."""
-    return len(cell.get("tokens", ())) or int(cell.get("count", 0))
+                    messages.append({"role": "assistant", "content": plain.text})
 
 
 def _cells(
@@ -85,7 +77,7 @@ def _cells(
     conversation: Conversation,
     key: str,
     announce: Callable[[str, str], None] | None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Answer | Failure]:
     order = list(competitors)
     if announce is None:
         random.Random(key).shuffle(order)
@@ -97,21 +89,12 @@ def _cells(
     return {competitor.name: found[competitor.name] for competitor in competitors}
 
 
-def _cell(competitor: Competitor, prompt: Sequence[int], settings: Settings) -> dict[str, Any]:
-    """An answer as JSON; of one that failed only the error."""
+def _cell(competitor: Competitor, prompt: Sequence[int], settings: Settings) -> Answer | Failure:
     try:
-        return asdict(competitor.answer(prompt, settings.max_new_tokens, settings.sampling))
+        return competitor.answer(prompt, settings.max_new_tokens, settings.sampling)
     except (ValueError, RuntimeError, MemoryError) as error:
-        return {"error": str(error) or type(error).__name__}
+        return Failure(str(error) or type(error).__name__)
 
 
-def _judge(cells: dict[str, dict[str, Any]], conversation: Conversation, turn: int) -> None:
-    if conversation.answer is not None and turn == len(conversation.turns) - 1:
-        for cell in cells.values():
-            if "error" not in cell:
-                cell["right"] = right(cell["text"], conversation.answer)
-
-
-def _advance(progress: Bar | None, cells: dict[str, dict[str, Any]]) -> None:
-    if progress is not None:
-        progress.advance(1, sum(length(cell) for cell in cells.values()))
+def _judged(cell: Answer | Failure, answer: str) -> Answer | Failure:
+    return replace(cell, right=right(cell.text, answer)) if isinstance(cell, Answer) else cell

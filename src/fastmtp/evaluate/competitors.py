@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastmtp.config import SamplingConfig
@@ -16,28 +15,9 @@ from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.generation import Generation
 from fastmtp.engines.costs import TOGETHER, ask_task, draft_task, forward_task, least_ms, some_ids
 from fastmtp.evaluate.measured import MeasuredSequence
+from fastmtp.evaluate.records import PLAIN, Answer
 
-PLAIN = "plain"
 _REPEATS = 3
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer. What only our own engines know is empty for the others."""
-
-    tokens: list[int]
-    text: str
-    prefill_seconds: float
-    decode_seconds: float
-    count: int = 0  # of tokens, where an engine does not name them
-    rounds: list[int] = field(default_factory=list)  # tokens that each round settled, after the first token
-    verified: dict[int, int] = field(default_factory=dict)  # forwards by their tokens
-    draft_steps: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by measured.PARTS
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens) or self.count
 
 
 class Competitor(Protocol):

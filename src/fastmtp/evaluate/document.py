@@ -2,73 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
-from fastmtp.evaluate.audit import with_margins
-from fastmtp.evaluate.bench import length
-from fastmtp.evaluate.competitors import PLAIN, Competitor, Own
-from fastmtp.evaluate.drift import STEADY, spread
-from fastmtp.evaluate.summary import differences, summarize
+from fastmtp.evaluate.drift import Reading
+from fastmtp.evaluate.figures import Divergence, Facts, Figures, Summary, nested
+from fastmtp.evaluate.records import Json, from_json
 from fastmtp.files import read_json
-from fastmtp.models.info import TargetInfo
 
 FORMAT = "fastmtp bench 1"
 
 
-def document(
-    lines: Sequence[dict[str, Any]],
-    competitors: Sequence[Competitor],
-    main: str,
-    target: TargetInfo,
-    *,
-    greedy: bool,
-    **facts: Any,
-) -> dict[str, Any]:
-    """Figures, the audit, the machine's steadiness, and answers to look at.
+@dataclass(frozen=True)
+class Floor:
+    """The least time of a forward: the bytes that it reads, at the memory's bandwidth."""
 
-    Args:
-        greedy: whether answers are comparable beyond our own engine, whose draws at a temperature are its own.
-        facts: what the caller knows of the run; taken over as they are.
-    """
-    # Costs are timed where the answers were, so that they can be compared.
-    context = int(median(len(line["prompt"]) + length(line["cells"][PLAIN]) // 2 for line in lines))
-    forward_ms = competitors[0].forward_ms(context) if isinstance(competitors[0], Own) else {}
-    owns = [competitor for competitor in competitors if isinstance(competitor, Own)]
-    known = {
-        competitor.name: {
-            "version": competitor.version,
-            "reference": competitor.reference if greedy or isinstance(competitor, Own) else None,
-            **(
-                {"costs": {"forward_ms": forward_ms, "draft_ms": competitor.draft_ms(context)}}
-                if isinstance(competitor, Own)
-                else {}
-            ),
+    bytes: float
+    bandwidth_gb_s: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run besides its answers."""
+
+    engine: str
+    machine: str
+    floor: Floor
+    settings: Json
+    missing: dict[str, str]  # competitors that could not take part, and why
+    provenance: Json
+
+
+@dataclass(frozen=True)
+class Spread:
+    """95th over 5th percentile of a kernel's times between prompts."""
+
+    memory: float
+    arithmetic: float
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """How steady the machine was: load is the median number of processes that wanted to run."""
+
+    spread: Spread
+    load: float
+    noisy: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer in pieces of text, each with the draft step that proposed it; 0 if the target gave it."""
+
+    benchmark: str
+    id: str
+    pieces: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class ShortTurn:
+    """A turn without its texts: by competitor tokens, and seconds of prefill and decoding; or the error."""
+
+    key: str
+    benchmark: str
+    id: str
+    turn: int
+    repeat: int
+    prompt_tokens: int
+    machine: Reading
+    cells: dict[str, tuple[int, float, float] | str]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A run. `main` is the competitor that the headline is about; `costs_context` is in tokens."""
+
+    main: str
+    target: str
+    run: Run
+    facts: dict[str, Facts]
+    summary: Summary
+    costs_context: int
+    divergences: list[Divergence]
+    steadiness: Steadiness
+    samples: list[Sample]
+    answers: list[ShortTurn]
+
+    @property
+    def breaks_promise(self) -> bool:
+        """Whether output differs from plain decoding's where the engine promises that it is the same."""
+        return bool(self.divergences) and self.run.engine.startswith("native")
+
+    @property
+    def mean(self) -> Figures:
+        return self.summary.means[self.main]
+
+    def as_json(self) -> dict[str, Any]:
+        own = asdict(self)
+        means = {name: found.as_json() | asdict(self.facts[name]) for name, found in self.summary.means.items()}
+        return {
+            "format": FORMAT,
+            **{name: own[name] for name in ("main", "target")},
+            **own["run"],
+            "mean": means[self.main],
+            "competitors": means,
+            "benchmarks": {name: self._benchmark(found) for name, found in self.summary.benchmarks.items()},
+            **{name: own["summary"][name] for name in ("identical", "failed_cells")},
+            "costs_context": self.costs_context,
+            "audit": {"differences": own["divergences"]},
+            **{name: own[name] for name in ("steadiness", "samples", "answers")},
         }
-        for competitor in competitors
-    }
-    summary = summarize(lines, known, main)
-    for name, figures in summary["competitors"].items():
-        figures.update({key: known[name].get(key) for key in ("version", "reference", "costs")})
-    return {
-        "format": FORMAT,
-        "main": main,
-        "target": target.source,
-        **facts,
-        **summary,
-        "costs_context": context,
-        "audit": {"differences": with_margins(differences(lines, known), lines, owns[0].backend)},
-        "steadiness": _steadiness(lines),
-        "samples": list(_views(lines, main, target)) if main != PLAIN else [],
-        "answers": [_compact(line) for line in lines],
-    }
+
+    def _benchmark(self, by_competitor: dict[str, Figures]) -> dict[str, Any]:
+        found = {name: figures.as_json() for name, figures in by_competitor.items()}
+        main = {key: found[self.main][key] for key in ("speedup", "speedup_interval", "tau", "identical")}
+        return {**main, "competitors": found}
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def document_from_json(value: dict[str, Any]) -> Document:
+    """Raises AttributeError, KeyError, TypeError or ValueError if it is no document."""
+    means = {name: nested(found) for name, found in value["competitors"].items()}
+    benchmarks = {
+        benchmark: {name: nested(figures) for name, figures in found["competitors"].items()}
+        for benchmark, found in value["benchmarks"].items()
+    }
+    parts = {
+        "run": value,
+        "facts": value["competitors"],
+        "summary": value | {"means": means, "benchmarks": benchmarks},
+        "divergences": value["audit"]["differences"],
+    }
+    return from_json(Document, value | parts)
+
+
+def read_document(path: Path) -> Document:
     """A document that `bench` wrote.
 
     Raises:
@@ -78,49 +147,7 @@ def read_document(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if found.get("format") != FORMAT:
         raise ValueError(f"{path}: not a document of `fastmtp bench` of this version (format {FORMAT!r})")
-    return found
-
-
-def _steadiness(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    readings = [line["machine"] for line in lines]
-    spreads = {kind: spread([reading[f"{kind}_ms"] for reading in readings]) for kind in ("memory", "arithmetic")}
-    return {
-        "spread": spreads,
-        "load": median(reading["load"] for reading in readings),
-        "noisy": max(spreads.values()) > STEADY,
-    }
-
-
-def _views(lines: Sequence[dict[str, Any]], main: str, target: TargetInfo) -> Iterator[dict[str, Any]]:
-    """The first answer of each benchmark in pieces of text, each with the step that drafted it; 0 if none did."""
-    seen = set()
-    for line in lines:
-        cell = line["cells"][main]
-        if line["benchmark"] in seen or "error" in cell:
-            continue
-        seen.add(line["benchmark"])
-        steps = [0, *(step for settled in cell["rounds"] for step in [*range(1, settled), 0])]
-        yield {"benchmark": line["benchmark"], "id": line["id"], "pieces": _pieces(cell["tokens"], steps, target)}
-
-
-def _pieces(tokens: Sequence[int], steps: Sequence[int], target: TargetInfo) -> list[tuple[str, int]]:
-    stream = DecodeStream(skip_special_tokens=True)
-    pieces = []
-    for token, step in zip(tokens, steps, strict=False):
-        # Bytes of a character that is not whole yet come with its last token.
-        if text := stream.step(target.tokenizer.backend_tokenizer, token):
-            pieces.append((text, step))
-    return pieces
-
-
-def _compact(line: dict[str, Any]) -> dict[str, Any]:
-    """A turn without its texts: by competitor tokens, and seconds of prefill and decoding."""
-    cells = {
-        name: [length(cell), round(cell["prefill_seconds"], 5), round(cell["decode_seconds"], 5)]
-        if "error" not in cell
-        else cell["error"]
-        for name, cell in line["cells"].items()
-    }
-    place = {key: line[key] for key in ("key", "benchmark", "id", "turn", "repeat")}
-    machine = {name: round(value, 3) for name, value in line["machine"].items()}
-    return {**place, "prompt_tokens": len(line["prompt"]), "machine": machine, "cells": cells}
+    try:
+        return document_from_json(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole document of `fastmtp bench`: {error}") from error

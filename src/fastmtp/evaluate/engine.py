@@ -115,7 +115,7 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
 
     config = target.config
-    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.head_size * CONTEXT
+    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.config.head_dim * CONTEXT
     return EngineReport(
         model=target.source,
         engine=engine.name,

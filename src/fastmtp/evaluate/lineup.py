@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fastmtp.decode.drafting.open import DraftOptions, open_backend
-
-if TYPE_CHECKING:
-    from fastmtp.evaluate.competitors import Competitor, Own
-    from fastmtp.models.info import TargetInfo
+from fastmtp.decode.drafting.open import PLAIN, DraftOptions, open_drafting
+from fastmtp.engines.open import TORCH_DTYPES
+from fastmtp.engines.protocol import Engine
+from fastmtp.evaluate.competitors import Competitor, Own
+from fastmtp.evaluate.other_engines import LlamaCpp, Transformers
+from fastmtp.models.source import locate
+from fastmtp.others import llama_cpp
+from fastmtp.progress import QUIET, Progress
 
 ALL = "all"
 KINDS = (
@@ -40,105 +42,90 @@ def check_names(against: Sequence[str], vanilla: Path | None) -> None:
 
 def own_competitor(
     name: str,
-    target: TargetInfo,
-    target_name: str,
-    drafting: DraftOptions,
+    engine: Engine,
+    options: DraftOptions,
     show: Callable[[str], None] | None = None,
+    progress: Progress = QUIET,
 ) -> Own:
-    """One of our ways to decode, as `drafting` says."""
-    from fastmtp.evaluate.competitors import Own
-
-    backend, drafter = open_backend(target, target_name, drafting)
-    if drafter is None and drafting.draft != "plain":
-        raise ValueError(f"{target_name}: there is no head to compare with plain decoding; give --head DIR")
-    return Own(name, backend, target, drafter, show)
+    """One of our ways to decode."""
+    drafting = open_drafting(engine, options, progress)
+    if drafting.new_drafter is None and options.draft != PLAIN:
+        source = engine.target.source
+        raise ValueError(f"{source}: there is no head to compare with plain decoding; give --head DIR")
+    return Own(name, drafting, show)
 
 
 def lineup(
     against: Sequence[str],
-    target: TargetInfo,
-    target_name: str,
-    drafting: DraftOptions,
-    vanilla: Path | None,
+    engine: Engine,
+    options: DraftOptions,
+    vanilla: Path | None = None,
+    progress: Progress = QUIET,
 ) -> tuple[list[Competitor], dict[str, str]]:
-    """Plain decoding, what `drafting` says, and those named; and of those that cannot take part, why."""
-    names = [name for given in against for name in (_everyone(target, vanilla) if given == ALL else [given])]
+    """Plain decoding, what `options` says, and those named; and of those that cannot take part, why."""
+    names = [name for given in against for name in (_everyone(engine, vanilla) if given == ALL else [given])]
     found: list[Competitor] = [
-        own_competitor("plain", target, target_name, replace(drafting, draft="plain")),
-        own_competitor(drafting.draft, target, target_name, drafting),
+        own_competitor(PLAIN, engine, replace(options, draft=PLAIN)),
+        own_competitor(options.draft, engine, options, progress=progress),
     ]
     missing = {}
     for name in dict.fromkeys(names):
         if name in (competitor.name for competitor in found):
             continue
         try:
-            found.append(_competitor(name, target, target_name, drafting, vanilla))
+            found.append(_competitor(name, engine, options, vanilla, progress))
         except FileNotFoundError as error:
             missing[name] = str(error)
     return found, missing
 
 
-def _everyone(target: TargetInfo, vanilla: Path | None) -> list[str]:
-    from fastmtp.others import llama_cpp
-
+def _everyone(engine: Engine, vanilla: Path | None) -> list[str]:
     names = [*(["vanilla"] if vanilla else []), "chain:3@full", "chain:3", "transformers", "transformers+lookup"]
-    if llama_cpp.version() is not None and _gguf(target) is not None:
+    if llama_cpp.version() is not None and _gguf(engine) is not None:
         names += [*(f"llama.cpp:{kind}" for kind in llama_cpp.TYPES), "llama.cpp:Q8_0+ngram"]
     return names
 
 
 def _competitor(
-    name: str, target: TargetInfo, target_name: str, drafting: DraftOptions, vanilla: Path | None
+    name: str, engine: Engine, options: DraftOptions, vanilla: Path | None, progress: Progress
 ) -> Competitor:
     other = _OTHERS.fullmatch(name)
     if other is not None:
         if other["type"]:
-            return _llama_cpp(name, other["type"], bool(other["ngram"]), target)
-        return _transformers(name, target, target_name)
+            return _llama_cpp(name, other["type"], bool(other["ngram"]), engine)
+        return _transformers(name, engine)
     draft, _, vocabulary = name.partition("@")
-    chosen = replace(drafting, draft=draft, draft_vocabulary=vocabulary or drafting.draft_vocabulary)
+    chosen = replace(options, draft=draft, draft_vocabulary=vocabulary or options.draft_vocabulary)
     if draft == "vanilla":
         chosen = replace(chosen, head=vanilla, draft="chain:3")
-    return own_competitor(name, target, target_name, chosen)
+    return own_competitor(name, engine, chosen, progress=progress)
 
 
-def _transformers(name: str, target: TargetInfo, target_name: str) -> Competitor:
+def _transformers(name: str, engine: Engine) -> Competitor:
     from fastmtp.engines.torch.target import throughput_dtype
-    from fastmtp.evaluate.other_engines import Transformers
 
+    # That of our own PyTorch engine, where it is this one that is measured.
+    own = engine.arithmetic.removeprefix("torch.")
+    dtype = own if own in TORCH_DTYPES else str(throughput_dtype("cpu")).removeprefix("torch.")
     return Transformers(
         name,
-        target_name,
-        dtype=getattr(target, "dtype", None) or throughput_dtype("cpu"),
-        device=str(getattr(target, "device", "cpu")),
-        threads=_threads(target),
+        engine.target.source,
+        dtype=dtype,
+        device=engine.device,
+        threads=engine.threads,
         lookup=name.endswith("+lookup"),
     )
 
 
-def _llama_cpp(name: str, kind: str, ngram: bool, target: TargetInfo) -> Competitor:
-    from fastmtp.evaluate.other_engines import LlamaCpp
-    from fastmtp.others import llama_cpp
-
+def _llama_cpp(name: str, kind: str, ngram: bool, engine: Engine) -> Competitor:
     if llama_cpp.version() is None:
         raise FileNotFoundError("llama.cpp is not installed; pip install 'fastmtp[llama-cpp]'")
-    source = _gguf(target)
+    source = _gguf(engine)
     if source is None:
-        raise FileNotFoundError(f"llama.cpp runs GGUF files; {target.source} is none")
-    context = min(target.context_limit, _CONTEXT)
-    return LlamaCpp(name, source, kind, context=context, threads=_threads(target), ngram=ngram)
+        raise FileNotFoundError(f"llama.cpp runs GGUF files; {engine.target.source} is none")
+    context = min(engine.target.context_limit, _CONTEXT)
+    return LlamaCpp(name, source, kind, context=context, threads=engine.threads, ngram=ngram)
 
 
-def _gguf(target: TargetInfo) -> Path | None:
-    from fastmtp.models.source import locate
-
-    return locate(target.source).gguf
-
-
-def _threads(target: TargetInfo) -> int:
-    runtime: Any = getattr(target, "runtime", None)
-    if runtime is not None:
-        return int(runtime.threads)
-    import torch
-
-    return torch.get_num_threads()
+def _gguf(engine: Engine) -> Path | None:
+    return locate(engine.target.source).gguf

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastmtp.config import SamplingConfig
-from fastmtp.evaluate.competitors import Answer
+from fastmtp.evaluate.records import Answer
 from fastmtp.others import llama_cpp
 from fastmtp.others.process import EngineProcess
 
@@ -21,15 +19,14 @@ class Transformers:
     """`generate` of transformers, plainly or with prompt lookup, in the given arithmetic."""
 
     def __init__(
-        self, name: str, target: str, *, dtype: torch.dtype, device: str | None, threads: int, lookup: bool
+        self, name: str, target: str, *, dtype: str, device: str | None, threads: int, lookup: bool
     ) -> None:
         self.name = name
-        kind = str(dtype).removeprefix("torch.")
-        self.version = f"transformers {importlib.metadata.version('transformers')}, {kind}"
+        self.version = f"transformers {importlib.metadata.version('transformers')}, {dtype}"
         self.reference = "transformers" if lookup else None
         settings = {
             "target": target,
-            "dtype": kind,
+            "dtype": dtype,
             "device": device,
             "threads": threads,
             "lookup": LOOKUP_TOKENS if lookup else 0,
@@ -55,7 +52,7 @@ class LlamaCpp:
         self.version = f"llama.cpp through xllamacpp {llama_cpp.version()}, {kind}"
         self.reference = f"llama.cpp:{kind}" if ngram else None
         path = llama_cpp.requantized(source, kind)
-        self._process = llama_cpp.process(path, context, threads, "NGRAM_SIMPLE" if ngram else None)
+        self._process = llama_cpp.process(path, context, threads, speculation="NGRAM_SIMPLE" if ngram else None)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
         request = {
@@ -66,10 +63,11 @@ class LlamaCpp:
             "top_p": sampling.top_p,
             "min_p": 0.0,
             "seed": sampling.seed,
+            "cache_prompt": False,
         }
         found = self._process.ask(request)
-        kept = ("text", "count", "prefill_seconds", "decode_seconds")
-        return Answer(tokens=[], **{name: found[name] for name in kept})
+        names = ("text", "count", "prefill_seconds", "decode_seconds")
+        return Answer(tokens=[], **{name: found[name] for name in names})
 
     def close(self) -> None:
         self._process.close()

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import DRAWN_AMONG
@@ -20,7 +19,7 @@ from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
 from fastmtp.engines.protocol import Candidates, TokenSequence
 from fastmtp.engines.tree import Tree
-from fastmtp.evaluate.competitors import PLAIN
+from fastmtp.evaluate.records import PLAIN, Turn
 from fastmtp.files import replacing
 from fastmtp.progress import QUIET, Progress
 
@@ -45,18 +44,15 @@ class Recording:
 
 
 def record_all(
-    sequence: TokenSequence,
-    lines: Iterable[Mapping[str, Any]],
-    sampling: SamplingConfig,
-    progress: Progress = QUIET,
+    sequence: TokenSequence, turns: Iterable[Turn], sampling: SamplingConfig, progress: Progress = QUIET
 ) -> list[Recording]:
-    """Plain decoding's answers of a benchmark's lines, each with what the head says along it."""
-    answered = [line for line in lines if line["repeat"] == 0 and len(line["cells"][PLAIN].get("tokens", ())) > 1]
+    """Plain decoding's answers of a benchmark's turns, each with what the head says along it."""
+    answered = [(turn, plain.tokens) for turn in turns if turn.repeat == 0 and (plain := turn.answer(PLAIN))]
+    long = [(turn, tokens) for turn, tokens in answered if len(tokens) > 1]
     found = []
-    with progress.bar("record", len(answered)) as bar:
-        for line in answered:
-            tokens = line["cells"][PLAIN]["tokens"]
-            found.append(record(sequence, line["benchmark"], line["id"], line["prompt"], tokens, sampling))
+    with progress.bar("record", len(long)) as bar:
+        for turn, tokens in long:
+            found.append(record(sequence, turn.benchmark, turn.id, turn.prompt, tokens, sampling))
             bar.advance(1, len(tokens))
     return found
 

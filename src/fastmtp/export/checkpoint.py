@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.heads.checkpoint import find_head, write_back
 
 OPTIONS: tuple[str, ...] = ()

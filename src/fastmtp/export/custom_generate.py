@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fastmtp.engines.torch.target import load_target
 from fastmtp.export import generate_script
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.generate_script import FILE
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.info import ALIASES, ONLY_TORCH, SUPPORTED
+from fastmtp.models.config import ALIASES, ONLY_TORCH, SUPPORTED
 
 OPTIONS: tuple[str, ...] = ()
 CONVENTION = (
@@ -85,7 +86,7 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
     read_head(directory, manifest)
-    target, steps = load_target(manifest["target"]["source"]), int(manifest["head"]["draft_steps"])
+    target, steps = load_target(manifest.target), manifest.draft_steps
     drafting = {"custom_generate": str(directory), "trust_remote_code": True, "mtp_head": str(directory)}
     parts, plain_texts, seconds = [], [], {"plain": 0.0, "drafting": 0.0}
     for ids in prompts(target):

@@ -1,4 +1,4 @@
-"""What is exported: a target by its name, a head that was checked against it, and the engine's options."""
+"""What is exported: a target, a head that was checked against it, and the engine's options."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target
-from fastmtp.heads.format import read_description, read_head_tensors
+from fastmtp.heads.format import read_description, read_tensors_as_stored
+from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
-from fastmtp.models.weights import Weights, open_weights
+from fastmtp.models.weights import Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
 
@@ -23,7 +24,7 @@ class Job:
     """A head to export.
 
     Attributes:
-        target: the target's configuration, tokenizer and shapes, without memory for its weights.
+        target: configuration, tokenizer and shapes, without memory for weights.
         tensors: the head's, under the names of `MTPHead`, as they are on disk.
         vocabulary: the head's draft vocabularies.
         draft_steps: K that the head was trained for.
@@ -53,11 +54,12 @@ class Job:
     def weights(self) -> Weights:
         """The target's tensors, to be read a piece at a time."""
         with reading(self.source):
-            return open_weights(self.source, self.config)
+            return self.source.open_weights()
 
 
 def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Job:
-    """
+    """Open a target and a head for export.
+
     Raises:
         FileNotFoundError: the target, the head, or one of their files is missing.
         ValueError: the head is not one for this target; every mismatch is named.
@@ -65,9 +67,7 @@ def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Jo
     source = locate(name)
     with reading(source):
         config = source.read_any_config().get_text_config()
-        model = skeleton(config)
-        if (settings := source.read_generation_config()) is not None:
-            model.generation_config = settings
-        target = Target(model, source.read_tokenizer(), name)
+        target = Target(skeleton(config), source.read_tokenizer(), name, source.end_ids())
     vocabulary, steps = read_description(head, target)
-    return Job(target, source, head, read_head_tensors(head, target), vocabulary, steps, out, options)
+    tensors = read_tensors_as_stored(head, target, shapes(target.model))
+    return Job(target, source, head, tensors, vocabulary, steps, out, options)

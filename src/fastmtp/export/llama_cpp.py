@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
 
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.evaluate.prompts import short_prompts
+from fastmtp.export.engines import Verification
 from fastmtp.export.gguf import layout as gguf_layout
 from fastmtp.export.gguf.file import write_gguf
 from fastmtp.export.gguf.tokenizer import tokenizer_keys
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.registry import GGUF_TYPES
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.source import describe, gguf_reader
+from fastmtp.models.gguf_file import gguf_reader
+from fastmtp.models.source import describe
 from fastmtp.others import llama_cpp
 
 OPTIONS = ("type", "split")
@@ -75,7 +73,7 @@ Add `-c N` for a shorter context than {context}. The server's log says how many 
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    path = directory / (_HEAD if manifest["options"].get("split") else _ONE)
+    path = directory / (_HEAD if manifest.options.get("split") else _ONE)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the export is not whole")
     reader = gguf_reader(path)
@@ -96,24 +94,27 @@ def verify(directory: Path, manifest: Manifest) -> Verification:
     read_head(directory, manifest)
     if (version := llama_cpp.version()) is None:
         return Verification(None)
-    split, steps = manifest["options"].get("split"), int(manifest["head"]["draft_steps"])
-    model, head = directory / (_TRUNK if split else _ONE), directory / _HEAD if split else None
-    target = describe(manifest["target"]["source"])
-    asked = prompts(target)
-    plain = replay(model, asked, chats=target.tokenizer.chat_template is not None)
-    drafted = replay(model, asked, draft_steps=steps, head=head)
-    pairs = list(zip(plain["texts"], drafted["texts"], strict=True))
+    split, steps = manifest.options.get("split"), manifest.draft_steps
+    model = directory / (_TRUNK if split else _ONE)
+    drafting = llama_cpp.Drafting(steps, directory / _HEAD if split else None)
+    target = describe(manifest.target)
+    questions = short_prompts() if target.tokenizer.chat_template is not None else []
+    # OMP_NUM_THREADS, else the physical cores.
+    request = (model, prompts(target), NEW_TOKENS, torch.get_num_threads())
+    plain = llama_cpp.replay(*request, questions=questions)
+    drafted = llama_cpp.replay(*request, drafting=drafting)
+    pairs = list(zip(plain.texts, drafted.texts, strict=True))
     identical = sum(without == having for without, having in pairs)
-    problems = [f"prompt {number}: {problem}" for number, problem in enumerate(plain["chats"], 1) if problem]
+    problems = [f"prompt {number}: {problem}" for number, problem in enumerate(plain.mismatches, 1) if problem]
     # llama.cpp's arithmetic depends on how many tokens it verifies together, so near-ties may fall differently.
     if 2 * identical < len(pairs):
         problems.append(f"only {identical} of {len(pairs)} answers are the same with and without the head")
-    kept = [Acceptance.of(rounds, steps) for rounds in drafted["accepted"]]
+    kept = [Acceptance.of(rounds, steps) for rounds in drafted.accepted]
     if len(kept) != len(pairs) or not any(part.rounds for part in kept):
         return Verification(
             f"xllamacpp {version}", problems=["llama.cpp drafted nothing, or its log tells no rounds"]
         )
-    speeds = {"plain tokens/s": plain["tokens_per_second"], "drafting tokens/s": drafted["tokens_per_second"]}
+    speeds = {"plain tokens/s": plain.tokens_per_second, "drafting tokens/s": drafted.tokens_per_second}
     return Verification(
         f"xllamacpp {version}",
         Acceptance.total(kept).cumulative,
@@ -121,55 +122,5 @@ def verify(directory: Path, manifest: Manifest) -> Verification:
         identical,
         problems,
         speeds,
-        list(zip(drafted["texts"], kept, strict=True)),
+        list(zip(drafted.texts, kept, strict=True)),
     )
-
-
-def replay(
-    model: Path,
-    asked: list[list[int]],
-    *,
-    draft_steps: int = 0,
-    head: Path | None = None,
-    least_probability: float = 0.0,
-    chats: bool = False,
-) -> dict[str, Any]:
-    """Greedy answers by llama.cpp, in a process of its own (as evaluate/llama_cpp_process.py says why).
-
-    Args:
-        asked: prompts as token ids.
-        draft_steps: K; 0 decodes plainly.
-        head: the file of the head, if it is not in `model`.
-        least_probability: --spec-draft-p-min.
-        chats: ask for the built-in prompts by llama.cpp's own template and tokenizer too.
-    Returns:
-        texts; accepted, by answer the kept drafts of each round; tokens_per_second; chats, what differs in each.
-    Raises:
-        ValueError: llama.cpp failed; the message holds its last words.
-    """
-    request = {
-        "model": str(model),
-        "head": str(head or ""),
-        "prompts": asked,
-        "new_tokens": NEW_TOKENS,
-        "threads": torch.get_num_threads(),  # OMP_NUM_THREADS, else the physical cores
-        "draft_steps": draft_steps,
-        "least_probability": least_probability,
-        "chats": chats,
-    }
-    command = [sys.executable, "-m", "fastmtp.others.llama_cpp_mtp_process"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, errors="replace")
-    if done.returncode != 0:
-        raise ValueError(f"{model}: llama.cpp failed: {done.stderr.strip()[-300:]}")
-    answers: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**answers, "accepted": _accepted(done.stderr)}
-
-
-def _accepted(log: str) -> list[list[int]]:
-    """By answer the kept drafts of each round, which only the log tells."""
-    rounds: dict[str, list[int]] = {}
-    for task, what in re.findall(r"\| task (\d+) \| (processing task|accepted +\d+/ *\d+ draft tokens)", log):
-        answer = rounds.setdefault(task, [])
-        if what.startswith("accepted"):
-            answer.append(int(what.split()[1].partition("/")[0]))
-    return list(rounds.values())

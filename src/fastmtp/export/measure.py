@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
+import logging
+
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.drafter import chains
+from fastmtp.decode.drafting.open import Drafting, draft_lists
 from fastmtp.decode.generation import Generation
-from fastmtp.engines.protocol import Backend
+from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.evaluate.prompts import short_prompts
-from fastmtp.export.package import Measured
+from fastmtp.export.job import Job
+from fastmtp.export.manifest import Measured
+from fastmtp.models.config import ONLY_TORCH, SUPPORTED
 from fastmtp.models.info import TargetInfo
+from fastmtp.progress import QUIET, Progress
+from fastmtp.vocabulary.draft import DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
 
 NEW_TOKENS = 64
 
 
 def prompts(target: TargetInfo) -> list[list[int]]:
-    """The built-in prompts as token ids, what an export is measured and verified on."""
+    """The built-in prompts as token ids, on which an export is measured and verified."""
     return [target.encode_chat([{"role": "user", "content": text}]) for text in short_prompts()]
 
 
-def measure(target: TargetInfo, backend: Backend, draft_steps: int, draft_vocabulary: str) -> Measured:
-    """Greedy acceptance of chains of K on the built-in prompts."""
-    results = []
-    for ids in prompts(target):
-        backend.reset()
-        generation = Generation(
-            backend,
-            target,
+def measure_job(job: Job, drafts_from: str, progress: Progress = QUIET) -> Measured | None:
+    """Acceptance in our engine, with bfloat16 weights where it has them; None for targets that it does not run.
+
+    Args:
+        drafts_from: `DRAFTS_FROM` of the engine that the job is for.
+    """
+    if job.kind not in (*SUPPORTED, *ONLY_TORCH):
+        remark = f"acceptance is not measured: {job.kind} does not run in fastmtp"
+        logging.getLogger("fastmtp").warning(remark)
+        return None
+    options = EngineOptions("torch") if job.kind in ONLY_TORCH else EngineOptions(dtype="bfloat16")
+    engine = open_engine(job.target.source, options, progress=progress)
+    head, size = engine.load_head(job.head), engine.target.vocabulary_size
+    lists = draft_lists(head, drafts_from, size) if drafts_from != "union" else _union(head.lists, size)
+    return measure(Drafting(engine, head, lists, chains(job.draft_steps)), drafts_from)
+
+
+def _union(lists: VocabularyLists, vocabulary_size: int) -> DraftLists | None:
+    """All lists together as one that does not grow."""
+    return DraftLists(VocabularyLists.of(lists.union()), vocabulary_size, 0) if lists.lists else None
+
+
+def measure(drafting: Drafting, draft_vocabulary: str) -> Measured:
+    """Greedy acceptance of chains on the built-in prompts."""
+    engine, sequence = drafting.engine, drafting.new_sequence()
+    parts = []
+    for ids in prompts(engine.target):
+        sequence.reset()
+        result = Generation(
+            sequence,
+            engine.target,
             ids,
-            drafter=Chain(draft_steps),
-            sampling=SamplingConfig(temperature=0.0),
+            new_drafter=drafting.new_drafter,
+            sampling=SamplingConfig(),
             max_new_tokens=NEW_TOKENS,
-        )
-        results.append(generation.run())
-    parts = [(result.text, result.acceptance) for result in results]
-    return Measured(backend.name, draft_vocabulary, NEW_TOKENS, parts)
+        ).run()
+        parts.append((result.text, result.acceptance))
+    return Measured(engine.name, draft_vocabulary, NEW_TOKENS, parts)

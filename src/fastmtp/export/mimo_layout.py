@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 
 from fastmtp.export.job import Job
 from fastmtp.heads.layouts import MIMO, State, from_head, keys_of, places, to_head
+from fastmtp.models.config import FULL
 from fastmtp.models.info import head_size, raise_problems
-from fastmtp.models.layers import FULL
 
 FILE = "model.safetensors"
 _KINDS = ("llama", "mistral", "qwen2")

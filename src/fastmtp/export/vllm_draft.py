@@ -27,7 +27,7 @@ from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 
 from fastmtp.export.vllm_plugin import ALL, CHOICE, LISTS, MARK, chosen, gathered, scattered
 from fastmtp.heads.layouts import MIMO
-from fastmtp.models.layers import FULL
+from fastmtp.models.config import FULL
 
 _LAYERS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer, "gemma3_text": Gemma3DecoderLayer}
 _GEMMA = "gemma3_text"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256
-from fastmtp.heads.format import check_free, read_head_tensors, write_head
+from fastmtp.heads.format import check_free, read_tensors_as_stored, write_head
 from fastmtp.heads.layouts import Layout, Places, from_head, keys_of, layout_of, places, to_head
-from fastmtp.method.head import MTPHead
+from fastmtp.method.head import shapes
 from fastmtp.models.checkpoint import Checkpoint, write_overlay
-from fastmtp.models.info import raise_problems
+from fastmtp.models.info import TargetInfo, raise_problems
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import locate, reading
 from fastmtp.provenance import provenance
@@ -24,9 +23,10 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 @dataclass(frozen=True)
 class CheckpointHead:
-    """Where a checkpoint's head is; `target` has the checkpoint's shapes and no memory for its weights."""
+    """Where a checkpoint's head is; `shapes` are those of a head for the target."""
 
-    target: Target
+    target: TargetInfo
+    shapes: Mapping[str, tuple[int, ...]]
     checkpoint: Checkpoint
     layout: Layout
     places: Places
@@ -47,7 +47,7 @@ class CheckpointHead:
         tensors = to_head(self.layout, self.places, stored)
         problems = [
             f"{name}: shape {list(tensors[name].shape)}, must be {list(shape)}"
-            for name, shape in _shapes(self.target).items()
+            for name, shape in self.shapes.items()
             if tensors[name].shape != shape
         ]
         problems += [
@@ -80,10 +80,10 @@ def find_head(name: str) -> CheckpointHead:
     with reading(source):
         config = source.read_any_config().get_text_config()
         layout = layout_of(config, name)
-        target = Target(skeleton(config), source.read_tokenizer(), name)
-    checkpoint = Checkpoint(directory)
-    shapes = _shapes(target)
-    found = places(layout, shapes, checkpoint.files)
+        model = skeleton(config)
+        target = TargetInfo(config, (), source.read_tokenizer(), type(model).__name__, name)
+    checkpoint, own = Checkpoint(directory), shapes(model)
+    found = places(layout, own, checkpoint.files)
     inside = {key for key in checkpoint.files if key.startswith(layout.namespace)}
     if not inside:
         raise ValueError(f"{name}: carries no MTP layer; none of its tensors is named {layout.namespace[0]}*")
@@ -91,14 +91,28 @@ def find_head(name: str) -> CheckpointHead:
     problems = [f"missing tensor {key}" for key in sorted(expected - inside)]
     problems += [f"unknown tensor {key}" for key in sorted(inside - expected - layout.copies.keys())]
     _raise_if(name, problems)
-    return CheckpointHead(target, checkpoint, layout, found)
+    return CheckpointHead(target, own, checkpoint, layout, found)
 
 
-def import_head(name: str, out: Path) -> dict[str, Any]:
-    """Write the head that a checkpoint carries as a head directory, with the checkpoint's own bits.
+@dataclass(frozen=True)
+class ImportedHead:
+    """How many tensors and parameters a head has."""
 
-    Returns:
-        tensors and parameters: how many.
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """How many tensors an overlay of a checkpoint replaces, and the name of the file that holds them."""
+
+    tensors: int
+    file: str
+
+
+def import_head(name: str, out: Path) -> ImportedHead:
+    """Write the head that a checkpoint carries as a head directory, without changing a bit of it.
+
     Raises:
         FileNotFoundError, ValueError: as `find_head`; or `out` is something other than a head directory.
     """
@@ -114,25 +128,19 @@ def import_head(name: str, out: Path) -> dict[str, Any]:
         vocabulary=VocabularyLists({}),
         provenance=provenance(target=name),
     )
-    return {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+    return ImportedHead(len(tensors), sum(tensor.numel() for tensor in tensors.values()))
 
 
-def write_back(name: str, head: Path, out: Path) -> dict[str, Any]:
-    """Write an overlay of a checkpoint in which a head directory's tensors stand for the MTP layer.
+def write_back(name: str, head: Path, out: Path) -> Overlay:
+    """Write an overlay of a checkpoint in which a head directory's tensors replace the MTP layer.
 
-    Returns:
-        tensors: how many were written; file: in which.
     Raises:
         FileNotFoundError, ValueError: as `find_head`; the head does not fit; or `out` exists.
     """
     own = find_head(name)
-    tensors = from_head(own.layout, own.places, read_head_tensors(head, own.target))
+    tensors = from_head(own.layout, own.places, read_tensors_as_stored(head, own.target, own.shapes))
     record = provenance(target=name, head=str(head), head_sha256=file_sha256(head / "model.safetensors"))
-    return {"tensors": len(tensors), "file": write_overlay(own.checkpoint, tensors, out, record)}
-
-
-def _shapes(target: Target) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in MTPHead(target).state_dict().items()}
+    return Overlay(len(tensors), write_overlay(own.checkpoint, tensors, out, record))
 
 
 def _raise_if(name: str, problems: list[str]) -> None:

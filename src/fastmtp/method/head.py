@@ -11,7 +11,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from fastmtp.models.layers import FULL, Cache, Rotations, norm_offset, run_layers
+from fastmtp.models.config import FULL
+from fastmtp.models.layers import Cache, Rotations, norm_offset, run_layers
 
 
 class Frozen(Protocol):

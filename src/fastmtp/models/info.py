@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-# Experts and latent attention, which the native engine does not have.
-ONLY_TORCH = ("glm4_moe", "deepseek_v3")
-# What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (vLLM's mimo.py, 055e47c).
-ALIASES = {"mimo": "qwen2"}
+from fastmtp.models.tokenizer import Tokenizer
+
 # Sets of the LM head's rows that a target keeps gathered; of the lists of one head a few unions are in use.
 GATHERED = 16
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
@@ -43,9 +43,15 @@ class TargetIdentity:
 class TargetInfo:
     """A target as text goes in and comes out; what every engine's target is."""
 
-    def __init__(self, config: Any, generation_config: Any, tokenizer: Any, architecture: str, source: str) -> None:
+    def __init__(
+        self, config: Any, end_ids: Iterable[int], tokenizer: Tokenizer, architecture: str, source: str
+    ) -> None:
         """Describe a target.
 
+        Args:
+            config: a `ModelConfig`, or transformers' own configuration.
+            end_ids: ends of an answer besides those that the configuration and the tokenizer name.
+            architecture: transformers' name of the model's class.
         Raises:
             ValueError: the tokenizer does not fit.
         """
@@ -55,12 +61,19 @@ class TargetInfo:
         self.source = source
         self.vocabulary_size = int(config.vocab_size)
         self.context_limit = int(config.max_position_embeddings)
-        self._generation_config = generation_config
-        if tokenizer is not None and len(tokenizer) > self.vocabulary_size:
+        self._more_end_ids = frozenset(end_ids)
+        if len(tokenizer) > self.vocabulary_size and self._has_words_beyond():
             raise ValueError(
                 f"{source}: the tokenizer has {len(tokenizer)} tokens, the model {self.vocabulary_size}; "
                 "use the tokenizer that came with the model"
             )
+
+    def _has_words_beyond(self) -> bool:
+        """Whether tokens without an embedding are more than special ones, as an image's, which no text holds."""
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        return any(
+            token >= self.vocabulary_size and token not in special for token in self.tokenizer.get_vocab().values()
+        )
 
     @property
     def identity(self) -> TargetIdentity:
@@ -68,27 +81,39 @@ class TargetInfo:
             architecture=self.architecture,
             hidden_size=int(self.config.hidden_size),
             vocabulary_size=self.vocabulary_size,
-            tokenizer_sha256=tokenizer_sha256(self.tokenizer) if self.tokenizer is not None else "",
+            tokenizer_sha256=tokenizer_sha256(self.tokenizer),
         )
 
-    @property
+    @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's own and those of the generation settings."""
-        ids: set[int] = set()
-        for source in (self.tokenizer, self._generation_config, self.config):
-            end = getattr(source, "eos_token_id", None)
-            ids.update(end if isinstance(end, list) else [] if end is None else [end])
-        return frozenset(ids)
+        """Tokens that end an answer: those that a file of the model names, and the template's end of a turn."""
+        ids = self._more_end_ids | self._turn_end()
+        return ids.union(*(ids_of(source.eos_token_id) for source in (self.tokenizer, self.config)))
+
+    def _turn_end(self) -> set[int]:
+        """The special token that the chat template puts after what an assistant says."""
+        if not self.tokenizer.chat_template:
+            return set()
+        marker = "the answer"
+        messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError):
+            return set()
+        ids = self.tokenizer.encode(text.partition(marker)[2], add_special_tokens=False)[:1]
+        added = self.tokenizer.added_tokens_decoder
+        return {token for token in ids if token in added and added[token].special}
 
     @property
     def basic_ids(self) -> list[int]:
         """Ends of an answer, special tokens, and the tokens of single bytes, of which every text can be made."""
-        words: dict[str, int] = self.tokenizer.get_vocab()
+        words = self.tokenizer.get_vocab()
         single = {token for word, token in words.items() if _BYTE_FALLBACK.fullmatch(word)}
         if not single:
             alphabet = set(ByteLevel.alphabet())
             single = {token for word, token in words.items() if word in alphabet}
-        return list(dict.fromkeys([*sorted(self.end_ids), *self.tokenizer.all_special_ids, *sorted(single)]))
+        ids = dict.fromkeys([*sorted(self.end_ids), *self.tokenizer.all_special_ids, *sorted(single)])
+        return [token for token in ids if token < self.vocabulary_size]
 
     def encode_chat(self, messages: list[dict[str, str]], *, reply: bool = True) -> list[int]:
         """Token ids of a conversation in the model's chat template, opened for a reply if asked.
@@ -98,16 +123,27 @@ class TargetInfo:
         if not self.tokenizer.chat_template:
             return self.encode("\n\n".join(message["content"] for message in messages))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        return cast("list[int]", self.tokenizer.encode(text, add_special_tokens=False))
+        return self._known(self.tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str) -> list[int]:
-        return cast("list[int]", self.tokenizer.encode(text))
+        return self._known(self.tokenizer.encode(text))
 
-    def decode(self, ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+    def _known(self, ids: list[int]) -> list[int]:
+        if ids and max(ids) >= self.vocabulary_size:
+            word = self.tokenizer.decode([max(ids)])
+            raise ValueError(f"{self.source}: the text holds {word!r}, for which the model has no embedding")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
+def ids_of(value: int | Sequence[int] | None) -> list[int]:
+    """Token ids of a setting that holds one, several, or none."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Hash of the map from tokens to ids; equal for one tokenizer in different file formats."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
@@ -117,12 +153,3 @@ def raise_problems(headline: str, problems: list[str]) -> None:
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise ValueError("\n  ".join([headline, *problems[:8], *more]))
-
-
-def check_supported(config: Any, source: str) -> None:
-    """Raises ValueError if no engine here runs models of this kind."""
-    if config.model_type not in (*SUPPORTED, *ONLY_TORCH):
-        supported = ", ".join((*SUPPORTED, *ALIASES, *ONLY_TORCH))
-        raise ValueError(f"{source}: architecture {config.model_type!r} is not supported; supported: {supported}")
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        raise ValueError(f"{source}: a model with final_logit_softcapping is not supported")

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from fastmtp.models.family import windows
+
 # transformers 5.24 gave the argument another name.
 _CACHE_ARGUMENT = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
-FULL = "full_attention"
-SLIDING = "sliding_attention"
 Masks = Mapping[str, Tensor | None]
 Rotations = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -41,15 +41,6 @@ def norm_offset(norm: nn.Module) -> float:
     return 1.0 - float(cast("Any", type(norm))(1).weight.detach())
 
 
-def layer_types(config: Any) -> list[str]:
-    """Attention kind of each layer; configs without `layer_types` have the same kind throughout."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return list(types)
-    kind = SLIDING if getattr(config, "sliding_window", None) else FULL
-    return [kind] * int(config.num_hidden_layers)
-
-
 def causal_mask(start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
     """Which of the `start + tokens` keys each new token sees: [1, 1, T, L] of bool, or None where that is plain.
 
@@ -65,12 +56,6 @@ def causal_mask(start: int, tokens: int, window: int | None, device: torch.devic
     if window is not None:
         mask &= keys > queries - window
     return mask[None, None]
-
-
-def windows(config: Any) -> dict[str, int | None]:
-    """By kind of attention that the model has, how many of the last tokens it sees; None is all."""
-    sizes = {FULL: None, SLIDING: getattr(config, "sliding_window", None)}
-    return {kind: sizes[kind] for kind in sorted(set(layer_types(config)))}
 
 
 def causal_masks(config: Any, start: int, tokens: int, device: torch.device) -> Masks:

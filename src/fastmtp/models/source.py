@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import gguf
-from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
+from fastmtp.files import read_json
 from fastmtp.models import embedded
-from fastmtp.models.info import ALIASES, TargetInfo, check_supported
+from fastmtp.models.config import ALIASES, ONLY_TORCH, ModelConfig, check_supported
+from fastmtp.models.family import family
+from fastmtp.models.gguf_config import end_ids as gguf_end_ids
+from fastmtp.models.gguf_config import gguf_config
+from fastmtp.models.gguf_file import read_gguf
+from fastmtp.models.gguf_tokenizer import gguf_tokenizer
+from fastmtp.models.info import TargetInfo, ids_of
+from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
+from fastmtp.models.weights import GgufWeights, SafetensorsWeights, directory_weights
+
+_DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -27,41 +32,95 @@ class Source:
     place: str
     gguf: Path | None = None
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What transformers wants to know besides the place; unless told no, it asks whether to run remote code."""
-        return {"trust_remote_code": False} | ({} if self.gguf is None else {"gguf_file": self.gguf.name})
+    @cached_property
+    def directory(self) -> Path:
+        """A Hugging Face directory; that of a hub id is fetched, without the weights."""
+        if Path(self.place).is_dir():
+            return Path(self.place)
+        return _fetched(self.place, _DESCRIPTION)
 
     def read_config(self) -> Any:
-        """The configuration of a model that the engines run."""
-        config = self.read_any_config()
-        check_supported(config, self.name)
-        return config
+        """The configuration of a model that the engines run: a `ModelConfig` if the native engine does.
+
+        Raises:
+            ValueError: no engine here runs such a model.
+        """
+        if self.gguf is not None:
+            return gguf_config(read_gguf(self.gguf), self.name)
+        values = self._config_json()
+        check_supported(values, self.name)
+        if values["model_type"] in ONLY_TORCH:
+            return self.read_any_config()
+        return ModelConfig.from_json(values, self.name)
 
     def read_any_config(self) -> Any:
-        """The configuration of a model of any kind; an alias has that of what it runs as."""
-        if self.gguf is None:
-            values, _ = PreTrainedConfig.get_config_dict(self.place)
-            kind = values.get("model_type")
-            if kind in ALIASES:
-                named = {"model_type", "architectures", "auto_map"}
-                own = {key: value for key, value in values.items() if key not in named}
-                return CONFIG_MAPPING[ALIASES[kind]].from_dict(own)
-            if kind not in CONFIG_MAPPING:
-                return PreTrainedConfig.from_dict(values)
-        return AutoConfig.from_pretrained(self.place, **self.arguments)
+        """transformers' configuration of a model of any kind; an alias has that of what it runs as."""
+        from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    def read_tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.place, **self.arguments)
-
-    def read_generation_config(self) -> GenerationConfig | None:
-        """None where the model has none."""
         if self.gguf is not None:
-            return None
+            return transformers_config(gguf_config(read_gguf(self.gguf), self.name))
+        values = self._config_json()
+        kind = values.get("model_type")
+        if kind in ALIASES:
+            named = {"model_type", "architectures", "auto_map"}
+            own = {key: value for key, value in values.items() if key not in named}
+            return CONFIG_MAPPING[ALIASES[kind]].from_dict(own)
+        if kind not in CONFIG_MAPPING:
+            return PreTrainedConfig.from_dict(values)
+        return AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+
+    def _config_json(self) -> dict[str, Any]:
         try:
-            return GenerationConfig.from_pretrained(self.place)
-        except OSError:
-            return None
+            return read_json(self.directory / "config.json")
+        except ValueError as error:
+            raise ValueError(f"{self.name}: damaged or incomplete: {error}") from error
+
+    def read_tokenizer(self) -> Tokenizer:
+        if self.gguf is not None:
+            return gguf_tokenizer(read_gguf(self.gguf), self.name)
+        return directory_tokenizer(self.directory)
+
+    def end_ids(self) -> list[int]:
+        """Ends of an answer that are named beside the configuration and the tokenizer."""
+        if self.gguf is not None:
+            return gguf_end_ids(read_gguf(self.gguf))
+        path = self.directory / "generation_config.json"
+        return ids_of(read_json(path).get("eos_token_id")) if path.is_file() else []
+
+    def open_weights(self) -> GgufWeights | SafetensorsWeights:
+        """The tensors; those of a hub id are fetched first."""
+        if self.gguf is not None:
+            file = read_gguf(self.gguf)
+            return GgufWeights(file, gguf_config(file, self.name))
+        if Path(self.place).is_dir():
+            return directory_weights(Path(self.place))
+        return directory_weights(_fetched(self.place, [*_DESCRIPTION, "*.safetensors"]))
+
+
+def _fetched(place: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(place, allow_patterns=patterns))
+
+
+def transformers_config(config: ModelConfig) -> Any:
+    """The configuration of a GGUF file as transformers' own class."""
+    from transformers import CONFIG_MAPPING
+
+    values = {**asdict(config), "layer_types": list(config.layer_types)}
+    kind = values.pop("model_type")
+    if kind == "gemma3_text":
+        values["hidden_activation"] = values.pop("hidden_act")
+        values["query_pre_attn_scalar"] = round(values["query_pre_attn_scalar"])
+    else:
+        del values["query_pre_attn_scalar"]
+    if kind == "llama":
+        del values["layer_types"], values["sliding_window"]
+    else:
+        del values["mlp_bias"]
+    if kind == "qwen2":
+        del values["attention_bias"]
+    return CONFIG_MAPPING[kind](**values)
 
 
 def locate(name: str) -> Source:
@@ -101,10 +160,16 @@ def describe(name: str) -> TargetInfo:
     source = locate(name)
     with reading(source):
         config = source.read_config()
-        # A GGUF file does not say; a head's files name the class.
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        architecture = model_class.__name__ if model_class else (config.architectures or [config.model_type])[0]
-        return TargetInfo(config, source.read_generation_config(), source.read_tokenizer(), architecture, name)
+        return TargetInfo(config, source.end_ids(), source.read_tokenizer(), model_class(config), name)
+
+
+def model_class(config: Any) -> str:
+    """transformers' name of the model's class; heads on disk hold it."""
+    if isinstance(config, ModelConfig):
+        return family(config).model_class
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
 
 
 @contextmanager
@@ -116,25 +181,9 @@ def reading(source: Source) -> Iterator[None]:
         ValueError: a damaged or unsupported model.
     """
     try:
-        # transformers parses a GGUF header, which takes seconds, anew for the config and for the tokenizer.
-        with patch.object(gguf, "GGUFReader", gguf_reader):
-            yield
-    except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise _explained(source.name, error) from error
-
-
-_original_reader = gguf.GGUFReader
-
-
-def gguf_reader(path: Any, *_: Any) -> gguf.GGUFReader:
-    """The parsed file; parsed once."""
-    stat = Path(path).stat()
-    return _parsed(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _parsed(path: str, size: int, changed: int) -> gguf.GGUFReader:
-    return _original_reader(path)
 
 
 def _explained(name: str, error: Exception) -> Exception:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from fastmtp.files import cache_directory, replacing
-from fastmtp.models.source import gguf_reader
+from fastmtp.models.gguf_file import gguf_reader
 from fastmtp.others.process import EngineProcess
 
 TYPES = ("Q8_0", "BF16", "Q4_0")
@@ -53,13 +56,45 @@ def requantized(source: Path, kind: str) -> Path:
     return path
 
 
-def process(path: Path, context: int, threads: int, speculation: str | None = None) -> EngineProcess:
+@dataclass(frozen=True)
+class Drafting:
+    """Speculation with a head (`draft-mtp`): K draft steps, and the head's file if it is not in the model's."""
+
+    steps: int
+    head: Path | None = None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Greedy answers: by answer its text and the number of drafts that each round accepted.
+
+    `mismatches` says by prompt how llama.cpp's own template and tokenizer differ from it; empty if they do not.
+    """
+
+    texts: list[str]
+    accepted: list[list[int]]
+    tokens_per_second: float
+    mismatches: list[str]
+
+
+def process(
+    path: Path, context: int, threads: int, *, speculation: str | None = None, drafting: Drafting | None = None
+) -> EngineProcess:
     """llama.cpp with a model, in a process of its own; the caller closes it.
 
+    Args:
+        speculation: a type of llama.cpp's that needs no head, as NGRAM_SIMPLE.
     Raises:
         ValueError: llama.cpp failed; the message holds its last words.
     """
-    settings = {"path": str(path), "context": context, "threads": threads, "speculation": speculation}
+    settings = {
+        "path": str(path),
+        "context": context,
+        "threads": threads,
+        "speculation": speculation if drafting is None else "DRAFT_MTP",
+        "draft_steps": 0 if drafting is None else drafting.steps,
+        "head": "" if drafting is None else str(drafting.head or ""),
+    }
     return EngineProcess("fastmtp.others.llama_cpp_process", settings, f"{path}: llama.cpp")
 
 
@@ -67,5 +102,56 @@ def decode_speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -
     """Tokens a second of plain decoding and of prefill, by llama.cpp's own clock."""
     with process(path, len(prompt) + new_tokens + 16, threads) as engine:
         request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
-        found = engine.ask(request)
+        found = engine.ask(request | {"cache_prompt": False})
     return float(found["decode_per_second"]), float(found["prefill_per_second"])
+
+
+def replay(
+    path: Path,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    threads: int,
+    *,
+    drafting: Drafting | None = None,
+    questions: Sequence[str] = (),
+) -> Replay:
+    """Greedy answers to prompts of token ids.
+
+    Args:
+        questions: the user messages behind the prompts, to compare llama.cpp's own template and tokenizer with.
+    Raises:
+        ValueError: llama.cpp failed; the message holds its last words.
+    """
+    with process(path, max(map(len, prompts)) + new_tokens + 16, threads, drafting=drafting) as engine:
+        greedy = {"n_predict": new_tokens, "temperature": 0}
+        answers = [engine.ask({"prompt": prompt, **greedy}) for prompt in prompts]
+        pairs = zip(questions, prompts, strict=True) if questions else ()
+        mismatches = [_mismatch(engine, *pair) for pair in pairs]
+    seconds = sum(answer["decode_seconds"] for answer in answers)
+    return Replay(
+        [answer["text"] for answer in answers],
+        _accepted(engine.log),
+        sum(answer["count"] for answer in answers) / seconds,
+        mismatches,
+    )
+
+
+def _mismatch(engine: EngineProcess, question: str, prompt: list[int]) -> str:
+    """What differs between a prompt and what llama.cpp's own template and tokenizer make of its question."""
+    engine.ask({"prompt": prompt, "n_predict": 1, "cache_prompt": True})
+    messages = [{"role": "user", "content": question}]
+    usage = engine.ask({"messages": messages, "max_tokens": 1, "cache_prompt": True})
+    # The cache has all of an equal prompt but its last token, which is computed anew.
+    if usage["count"] == len(prompt) and usage["cached"] >= usage["count"] - 1:
+        return ""
+    return f"llama.cpp's template and tokenizer make {usage['count']} tokens of it, {len(prompt)} were expected"
+
+
+def _accepted(log: str) -> list[list[int]]:
+    """By answer the accepted drafts of each round, which only the log tells."""
+    rounds: dict[str, list[int]] = {}
+    for task, what in re.findall(r"\| task (\d+) \| (processing task|accepted +\d+/ *\d+ draft tokens)", log):
+        answer = rounds.setdefault(task, [])
+        if what.startswith("accepted"):
+            answer.append(int(what.split()[1].partition("/")[0]))
+    return list(rounds.values())

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own (evaluate/process.py)."""
+"""llama.cpp in a process of its own (process.py)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import xllamacpp
 
 from fastmtp.others.process import serve
 
+# Of llama.cpp's log: nothing, or the drafts that each round accepted.
+_SILENT, _TELLS_ROUNDS = -1, 5
+
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A server for one sequence; `path`, `context`, `threads`, and the kind of `speculation`, which may be None."""
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = settings["path"]
-    parameters.n_ctx = settings["context"]
-    parameters.n_parallel = 1
-    parameters.n_gpu_layers = 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings["threads"]
-    parameters.verbosity = -1
-    if settings["speculation"]:
-        kind = f"COMMON_SPECULATIVE_TYPE_{settings['speculation']}"
-        parameters.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
-    server = xllamacpp.Server(parameters)
+    """A server for one sequence, with the settings of `llama_cpp.process`.
+
+    A request is llama.cpp's own: a completion, or a chat completion, of which only the size of the prompt is told.
+    """
+    server = xllamacpp.Server(_parameters(settings))
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        found = server.handle_completions({**request, "cache_prompt": False})
+        if "messages" in request:
+            usage = server.handle_chat_completions(request)["usage"]
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            return {"count": usage["prompt_tokens"], "cached": cached}
+        found = server.handle_completions(request)
         timings = found["timings"]
         return {
             "text": found["choices"][0]["text"],
@@ -37,6 +37,26 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]
         }
 
     return answer
+
+
+def _parameters(settings: dict[str, Any]) -> xllamacpp.CommonParams:
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = settings["path"]
+    parameters.n_ctx = settings["context"]
+    parameters.n_parallel = 1
+    parameters.n_gpu_layers = 0
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings["threads"]
+    parameters.verbosity = _TELLS_ROUNDS if settings["draft_steps"] else _SILENT
+    if settings["speculation"]:
+        kind = f"COMMON_SPECULATIVE_TYPE_{settings['speculation']}"
+        parameters.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
+    if settings["draft_steps"]:
+        parameters.load_mtp = True
+        draft = parameters.speculative.draft
+        draft.n_max = settings["draft_steps"]
+        draft.p_min = 0.0
+        draft.mparams.path = settings["head"]
+    return parameters
 
 
 if __name__ == "__main__":

@@ -7,31 +7,42 @@ process, which costs llama.cpp a third of its speed, and ours too.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
+
+# Characters of an engine's log that an error shows.
+_LAST_WORDS = 1000
 
 
 class EngineProcess:
     """Starts `python -m MODULE`, gives it its settings, and asks it as often as wanted.
 
+    Attributes:
+        log: what it wrote to standard error; complete once it is closed.
     Raises:
         ValueError: the engine failed; the message holds `name` and its last words.
     """
 
-    def __init__(self, module: str, settings: dict[str, Any], name: str) -> None:
+    def __init__(
+        self, module: str, settings: dict[str, Any], name: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start the process; `environment` is added to our own."""
         self._name = name
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115
+        self.log = ""
+        self._log_file = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=self._log_file,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.ask(settings)
 
@@ -46,19 +57,20 @@ class EngineProcess:
                     return answer
         except BrokenPipeError:
             pass
-        self._process.wait()
-        self._words.seek(0)
-        said = self._words.read().decode(errors="replace").strip()
         self.close()
-        raise ValueError(f"{self._name} failed: {said[-300:]}")
+        raise ValueError(f"{self._name} failed: {self.log.strip()[-_LAST_WORDS:]}")
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
+        if self._log_file.closed:
+            return
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
-        self._words.close()
+        self._log_file.seek(0)
+        self.log = self._log_file.read().decode(errors="replace")
+        self._log_file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,242 +1,195 @@
-"""A run's document as tables: for the terminal, and as Markdown. The same cells stand in the page (page.py)."""
+"""A run's document as tables and remarks. The same cells stand in the page (page.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-from rich.table import Table
-
-from fastmtp.cli.tables import figures_table
-from fastmtp.evaluate.competitors import PLAIN
-
-Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table's texts: a title, the head of each column, rows, and rows that sum up."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    totals: list[list[str]] = field(default_factory=list)
+from fastmtp.evaluate.document import Document
+from fastmtp.evaluate.figures import Drafting, Figures, Interval
+from fastmtp.evaluate.records import PLAIN
+from fastmtp.report.grid import Grid
+from fastmtp.report.grid import markdown as grid_markdown
 
 
 def headline(document: Document) -> str:
     """The run in one line."""
-    mean, main = document["mean"], document["main"]
-    same = document["identical"]
-    identical = f"; identical: {same['same']}/{same['total']}" if same else ""
+    mean, same = document.mean, document.summary.identical
+    interval = f" ({_interval(mean.speedup_interval)})" if mean.speedup_interval else ""
+    identical = f"; identical: {same.same}/{same.total}" if same else ""
     return (
-        f"{main} {_times(mean['speedup'])}{_between(mean['speedup_interval'])} at tau {_number(mean['tau'])}, "
-        f"{document['engine']}{identical}"
+        f"{document.main} {_times(mean.speedup)}{interval} at tau {_number(mean.tau)}, "
+        f"{document.run.engine}{identical}"
     )
 
 
 def grids(document: Document) -> list[Grid]:
     """By benchmark, by competitor, whole answers, where time goes, acceptance by step; each fits a terminal."""
     found = [by_benchmark(document), by_competitor(document), whole_answers(document), time_split(document)]
-    if any(figures.get("cumulative") for figures in document["competitors"].values()):
-        found.append(by_step(document))
-    return found
+    return [*found, by_step(document)] if _accepting(document) else found
 
 
 def by_benchmark(document: Document) -> Grid:
-    main = document["main"]
-    head = ["tokens", "plain tok/s", f"{main} tok/s", "speedup", "interval", "tau", "same"]
+    main = document.main
 
-    def row(name: str, all_figures: Document) -> list[str]:
-        figures, plain = all_figures[main], all_figures[PLAIN]
+    def row(name: str, by_competitor: dict[str, Figures]) -> list[str]:
+        figures, plain = by_competitor[main], by_competitor[PLAIN]
         return [
             name,
-            str(figures["tokens"]),
-            _number(plain["tokens_per_second"], 1),
-            _number(figures["tokens_per_second"], 1),
-            _times(figures["speedup"]),
-            _interval(figures["speedup_interval"]),
-            _number(figures["tau"]),
-            _share_of(figures["identical"], "same"),
+            str(figures.tokens),
+            _number(plain.tokens_per_second, 1),
+            _number(figures.tokens_per_second, 1),
+            _times(figures.speedup),
+            _interval(figures.speedup_interval),
+            _number(figures.tau),
+            _same(figures),
         ]
 
-    rows = [row(name, found["competitors"]) for name, found in document["benchmarks"].items()]
-    return Grid(f"{main}, by benchmark", ["", *head], rows, [row("mean", document["competitors"])])
+    head = ["", "tokens", "plain tok/s", f"{main} tok/s", "speedup", "interval", "tau", "same"]
+    rows = [row(name, found) for name, found in document.summary.benchmarks.items()]
+    return Grid(f"{main}, by benchmark", head, rows, [row("mean", document.summary.means)])
 
 
 def by_competitor(document: Document) -> Grid:
-    head = ["", "tok/s", "speedup", "interval", "tau", "verified a round", "same"]
     rows = [
         [
             name,
-            _number(figures["tokens_per_second"], 1),
-            _times(figures["speedup"]),
-            _interval(figures["speedup_interval"]),
-            _number(figures["tau"]),
-            _number(figures.get("verified_per_round"), 1),
-            _share_of(figures["identical"], "same"),
+            _number(figures.tokens_per_second, 1),
+            _times(figures.speedup),
+            _interval(figures.speedup_interval),
+            _number(figures.tau),
+            _number(figures.drafting.verified_per_round if figures.drafting else None, 1),
+            _same(figures),
         ]
-        for name, figures in document["competitors"].items()
+        for name, figures in document.summary.means.items()
     ]
+    head = ["", "tok/s", "speedup", "interval", "tau", "verified a round", "same"]
     return Grid("competitors, means over benchmarks", head, rows)
 
 
 def whole_answers(document: Document) -> Grid:
-    head = ["", "ms to first token", "tok/s with prefill", "right answers"]
     rows = [
         [
             name,
-            _number(figures["first_token_ms"], 0),
-            _number(figures["tokens_per_second_with_prefill"], 1),
-            _share_of(figures["right"], "right"),
+            _number(figures.first_token_ms, 0),
+            _number(figures.tokens_per_second_with_prefill, 1),
+            f"{figures.right.right}/{figures.right.total}" if figures.right else "",
         ]
-        for name, figures in document["competitors"].items()
+        for name, figures in document.summary.means.items()
     ]
-    return Grid("whole answers", head, rows)
+    return Grid("whole answers", ["", "ms to first token", "tok/s with prefill", "right answers"], rows)
 
 
 def time_split(document: Document) -> Grid:
     head = ["", "prompt", "draft", "verify", "rest", "speedup predicted", "measured", "verify cost", "draft cost"]
     rows = []
-    for name, figures in document["competitors"].items():
-        if "split" in figures:
-            split, over = figures["split"], figures["measured_over_predicted"]
-            # Runs of earlier versions have no share of the prompt.
-            shares = (split.get("prompt"), split["draft"], split["verify"], split["keep"] + split["rest"])
-            parts = [_percent(share) for share in shares]
-            predicted = [_times(figures["predicted_speedup"]), _times(figures["speedup"])]
-            rows.append([name, *parts, *predicted, _number(over["verify"]), _number(over.get("draft"))])
+    for name, figures in document.summary.means.items():
+        if (drafting := figures.drafting) is not None:
+            split, excess = drafting.split, drafting.measured_over_predicted
+            shares = (split.prompt, split.draft, split.verify, split.keep + split.rest)
+            speedups = (_times(drafting.predicted_speedup), _times(figures.speedup))
+            costs = (_number(excess.verify), _number(excess.draft))
+            rows.append([name, *map(_percent, shares), *speedups, *costs])
     return Grid("where the decoding time goes (cost: times what was timed apart)", head, rows)
 
 
-def by_step(document: Document, steps: int = 8) -> Grid:
-    drafting = {name: found for name, found in document["competitors"].items() if found.get("cumulative")}
-    used = range(min(steps, max(_last_step(found["cumulative"]) for found in drafting.values())))
+def by_step(document: Document) -> Grid:
+    accepting = _accepting(document)
+    last = max(
+        (step for found in accepting.values() for step, share in enumerate(found.cumulative, 1) if share >= 0.005),
+        default=1,
+    )
     rows = []
-    for name, figures in drafting.items():
-        for kind in ("cumulative", "conditional"):
-            shares = figures[kind]
-            cells = [_percent(shares[step]) if figures["cumulative"][step] else "" for step in used]
+    for name, found in accepting.items():
+        for kind, shares in (("cumulative", found.cumulative), ("conditional", found.conditional)):
+            cells = [
+                _percent(share) if reached else ""
+                for share, reached in zip(shares[:last], found.cumulative, strict=False)
+            ]
             rows.append([f"{name}, {kind}", *cells])
-    return Grid("drafts accepted, by step", ["", *(str(step + 1) for step in used)], rows)
+    return Grid("drafts accepted, by step", ["", *(str(step) for step in range(1, last + 1))], rows)
 
 
 def speedups(document: Document) -> Grid:
     """Every competitor on every benchmark: too wide for a terminal."""
-    means, benchmarks = document["competitors"], document["benchmarks"].values()
+    benchmarks = {**document.summary.benchmarks, "mean": document.summary.means}
     rows = [
-        [
-            name,
-            *(_times(found["competitors"][name]["speedup"]) for found in benchmarks),
-            _times(means[name]["speedup"]),
-        ]
-        for name in means
+        [name, *(_times(found[name].speedup) for found in benchmarks.values())]
+        for name in document.summary.means
         if name != PLAIN
     ]
-    return Grid("speedup over plain decoding", ["", *document["benchmarks"], "mean"], rows)
-
-
-def remarks(document: Document) -> list[str]:
-    """What a reader must know besides the figures."""
-    mean, plain, floor = document["mean"], document["competitors"][PLAIN], document["floor"]
-    steady = document["steadiness"]
-    plain_ms = 1e3 / plain["tokens_per_second"] if plain["tokens_per_second"] else None
-    found = [
-        f"{document['machine']}; {document['engine']}",
-        f"floor: {floor['bytes'] / 1e6:.0f} MB a forward, {floor['bandwidth_gb_s']:.1f} GB/s: {floor['ms']:.2f} ms"
-        + (
-            f"; plain decoding takes {plain_ms:.2f} ms a token, {100 * floor['ms'] / plain_ms:.0f} %"
-            if plain_ms
-            else ""
-        ),
-    ]
-    if "split" in mean:
-        found.append(_prediction(mean))
-    spreads = steady["spread"]
-    found.append(
-        f"{'NOISY RUN' if steady['noisy'] else 'steady run'}: between prompts memory varied by "
-        f"{spreads['memory']:.2f}x, arithmetic by {spreads['arithmetic']:.2f}x; load {steady['load']:.1f}"
-    )
-    found += _audit_remarks(document)
-    found += [f"{name} did not take part: {why}" for name, why in document["missing"].items()]
-    if document["failed_cells"]:
-        found.append(f"{document['failed_cells']} answers failed; see `answers` in the JSON document")
-    return found
-
-
-def _prediction(mean: Document) -> str:
-    over = mean["measured_over_predicted"]
-    speedups = [_times(mean[kind]) for kind in ("predicted_speedup", "speedup")]
-    said = "predicted {} from acceptance and costs, measured {}".format(*speedups)
-    parts = [f"verification took {over['verify']:.2f} times what was timed"]
-    if "draft" in over:
-        parts.append(f"drafting {over['draft']:.2f} times")
-    if "prompt" in mean["split"]:
-        parts.append(f"the head read prompts in {_percent(mean['split']['prompt'])} of the time")
-    return f"{said}: {', '.join(parts)}, and {_percent(mean['split']['rest'])} of the time is neither"
-
-
-def _audit_remarks(document: Document) -> list[str]:
-    margins = [difference["margin"] for difference in document["audit"]["differences"]]
-    total = document["identical"]["total"] if document["identical"] else 0
-    if not margins:
-        return []
-    return [
-        f"{len(margins)} of {total} answers leave plain decoding's ({_percent(len(margins) / total)}); "
-        f"there the target's margin between its first two tokens is at most {max(margins):.2g} (logits)"
-    ]
+    return Grid("speedup over plain decoding", ["", *benchmarks], rows)
 
 
 def compared(one: Document, other: Document) -> Grid:
     """Two runs side by side, by the benchmarks that both have."""
-    rows = []
-    pairs = [(name, one["benchmarks"][name], other["benchmarks"].get(name)) for name in one["benchmarks"]]
-    for name, left, right in [*pairs, ("mean", one["mean"], other["mean"])]:
-        if right is not None and left["speedup"] and right["speedup"]:
-            change = 100 * (right["speedup"] / left["speedup"] - 1)
-            rows.append(
-                [
-                    name,
-                    *(f"{_times(run['speedup'])} {_interval(run['speedup_interval'])}" for run in (left, right)),
-                    f"{change:+.0f} %",
-                    *(_number(run["tau"]) for run in (left, right)),
-                ]
-            )
-    head = ["", f"A: {one['main']}", f"B: {other['main']}", "B to A", "tau A", "tau B"]
-    return Grid("two runs", head, rows[:-1], rows[-1:])
+
+    def row(name: str, left: Figures, right: Figures) -> list[list[str]]:
+        if not left.speedup or not right.speedup:
+            return []
+        runs = (f"{_times(run.speedup)} {_interval(run.speedup_interval)}" for run in (left, right))
+        change = f"{100 * (right.speedup / left.speedup - 1):+.0f} %"
+        return [[name, *runs, change, _number(left.tau), _number(right.tau)]]
+
+    theirs = other.summary.benchmarks
+    rows = [
+        cells
+        for name, found in one.summary.benchmarks.items()
+        if name in theirs
+        for cells in row(name, found[one.main], theirs[name][other.main])
+    ]
+    head = ["", f"A: {one.main}", f"B: {other.main}", "B to A", "tau A", "tau B"]
+    return Grid("two runs", head, rows, row("mean", one.mean, other.mean))
 
 
-def terminal(grid: Grid) -> Table:
-    """For a terminal of 80 columns: long heads on two lines."""
-    table = figures_table("", [head.replace(" ", "\n", 1) for head in grid.head[1:]])
-    table.title, table.title_justify, table.title_style = grid.title, "left", "italic"
-    for row in grid.rows:
-        table.add_row(*row)
-    if grid.totals:
-        table.add_section()
-    for row in grid.totals:
-        table.add_row(*row, style="bold")
-    return table
+def remarks(document: Document) -> list[str]:
+    """What a reader must know besides the figures."""
+    run, summary, steady = document.run, document.summary, document.steadiness
+    floor, speed = run.floor, summary.means[PLAIN].tokens_per_second
+    said = f"floor: {floor.bytes / 1e6:.0f} MB a forward, {floor.bandwidth_gb_s:.1f} GB/s: {floor.ms:.2f} ms"
+    if speed:
+        said += f"; plain decoding takes {1e3 / speed:.2f} ms a token, {100 * floor.ms * speed / 1e3:.0f} %"
+    found = [f"{run.machine}; {run.engine}", said]
+    if document.mean.drafting is not None:
+        found.append(_prediction(document.mean.drafting, document.mean.speedup))
+    found.append(
+        f"{'NOISY RUN' if steady.noisy else 'steady run'}: between prompts memory varied by "
+        f"{steady.spread.memory:.2f}x, arithmetic by {steady.spread.arithmetic:.2f}x; load {steady.load:.1f}"
+    )
+    if (differing := document.divergences) and summary.identical:
+        share, margin = len(differing) / summary.identical.total, max(one.margin for one in differing)
+        found.append(
+            f"{len(differing)} of {summary.identical.total} answers leave plain decoding's ({_percent(share)}); "
+            f"there the target's margin between its first two tokens is at most {margin:.2g} (logits)"
+        )
+    found += [f"{name} did not take part: {why}" for name, why in run.missing.items()]
+    if summary.failed_cells:
+        found.append(f"{summary.failed_cells} answers failed; see `answers` in the JSON document")
+    return found
 
 
 def markdown(document: Document) -> str:
     """Headline, remarks and tables."""
     said = "\n".join(f"- {remark}" for remark in remarks(document))
+    tables = map(grid_markdown, [*grids(document), speedups(document)])
+    return "\n\n".join([f"**{headline(document)}**", said, *tables]) + "\n"
+
+
+def _accepting(document: Document) -> dict[str, Drafting]:
+    """The competitors whose drafts were counted by step."""
+    means = document.summary.means
+    return {name: found.drafting for name, found in means.items() if found.drafting and found.drafting.cumulative}
+
+
+def _prediction(drafting: Drafting, speedup: float | None) -> str:
+    excess, split = drafting.measured_over_predicted, drafting.split
+    predicted = f"predicted {_times(drafting.predicted_speedup)} from acceptance and costs"
+    parts = [f"verification took {excess.verify:.2f} times what was timed"]
+    if excess.draft is not None:
+        parts.append(f"drafting {excess.draft:.2f} times")
+    if split.prompt is not None:
+        parts.append(f"the head read prompts in {_percent(split.prompt)} of the time")
     return (
-        "\n\n".join(
-            [f"**{headline(document)}**", said, *map(_markdown_table, [*grids(document), speedups(document)])]
-        )
-        + "\n"
+        f"{predicted}, measured {_times(speedup)}: {', '.join(parts)}, and {_percent(split.rest)} of the time is "
+        "neither"
     )
-
-
-def _markdown_table(grid: Grid) -> str:
-    rows = [grid.head, ["---", *["---:"] * (len(grid.head) - 1)], *grid.rows, *grid.totals]
-    return f"{grid.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _last_step(cumulative: Sequence[float]) -> int:
-    return max((step + 1 for step, share in enumerate(cumulative) if share >= 0.005), default=1)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -247,17 +200,13 @@ def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def _interval(edges: Sequence[float] | None) -> str:
+def _interval(edges: Interval | None) -> str:
     return f"{edges[0]:.2f}–{edges[1]:.2f}" if edges else ""
-
-
-def _between(edges: Sequence[float] | None) -> str:
-    return f" ({_interval(edges)})" if edges else ""
 
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _share_of(counts: dict[str, int] | None, part: str) -> str:
-    return f"{counts[part]}/{counts['total']}" if counts else ""
+def _same(figures: Figures) -> str:
+    return f"{figures.identical.same}/{figures.identical.total}" if figures.identical else ""

@@ -1,64 +1,55 @@
-"""Statistics and cleaning reports for a terminal."""
+"""What data directories hold and what cleaning left out, as text and tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
-from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
-from rich.rule import Rule
-from rich.table import Table
-from rich.text import Text
-
-from fastmtp.cli.tables import figures_table
 from fastmtp.distill.clean import CleanReport
 from fastmtp.distill.statistics import Span, Statistics
+from fastmtp.report.grid import Grid
 
 _SPAN_CHARACTERS = 900
 
 
-def statistics_report(found: Statistics) -> Iterator[RenderableType]:
-    """Tables, then the samples with the prompt dim and the answer bright."""
+def statistics_report(found: Statistics) -> Iterator[Grid | str]:
+    """Counts, lengths and frequent tokens; `samples` follow."""
     yield (
         f"{found.exchanges} exchanges, {found.finished} finished; "
         f"{found.prompt_tokens} prompt tokens, {found.answer_tokens} answer tokens"
     )
     for title, counts in (("kind", found.kinds), ("domain", found.domains), ("language", found.languages)):
         yield _counts(title, counts)
-    lengths = figures_table("tokens", found.answer_lengths)
-    for name, quantiles in (("prompt", found.prompt_lengths), ("answer", found.answer_lengths)):
-        lengths.add_row(name, *map(str, quantiles.values()))
-    yield lengths
+    lengths = (("prompt", found.prompt_lengths), ("answer", found.answer_lengths))
+    rows = [[name, *map(str, quantiles.values())] for name, quantiles in lengths]
+    yield Grid("", ["tokens", *found.answer_lengths], rows)
     frequent = ", ".join(f"{token!r} {100 * share:.1f}%" for token, share in found.frequent_tokens)
-    yield Text(f"{found.distinct_tokens} distinct tokens in the answers, most often {frequent}")
+    yield f"{found.distinct_tokens} distinct tokens in the answers, most often {frequent}"
+
+
+def samples(found: Statistics) -> Iterator[list[Span]]:
+    """The samples, the middle of long spans left out."""
+    half = _SPAN_CHARACTERS // 2
     for sample in found.samples:
-        yield Rule()
-        yield _sample(sample)
+        yield [
+            span
+            if len(span.text) <= _SPAN_CHARACTERS
+            else replace(span, text=f"{span.text[:half]}\n […]\n{span.text[-half:]}")
+            for span in sample
+        ]
 
 
-def clean_report(report: CleanReport) -> Iterator[RenderableType]:
-    """How many were left out for each reason, with an example."""
-    table = Table("left out", "exchanges", "for example", box=SIMPLE_HEAD, pad_edge=False)
-    for reason, count in report.dropped.items():
-        example = report.examples.get(reason)
-        shown = "" if example is None else f"{example['index']}: {example['prompt']!r} → {example['answer']!r}"
-        table.add_row(reason, str(count), Text(shown, overflow="ellipsis"))
-    yield table
+def clean_report(report: CleanReport) -> Grid:
+    """How many exchanges were left out for each reason, with an example."""
+    examples = {
+        reason: f"{example['index']}: {example['prompt']!r} → {example['answer']!r}"
+        for reason, example in report.examples.items()
+    }
+    rows = [[reason, str(count), examples.get(reason, "")] for reason, count in report.dropped.items()]
+    return Grid("", ["left out", "exchanges", "for example"], rows)
 
 
-def _counts(title: str, counts: Counter[str]) -> Table:
-    table = figures_table(title, ("exchanges", "share"))
-    for name, count in counts.most_common():
-        table.add_row(Text(name), str(count), f"{100 * count / counts.total():.1f}%")
-    return table
-
-
-def _sample(sample: list[Span]) -> Text:
-    shown = Text()
-    for span in sample:
-        text, half = span.text, _SPAN_CHARACTERS // 2
-        if len(text) > _SPAN_CHARACTERS:
-            text = f"{text[:half]}\n […]\n{text[-half:]}"
-        shown.append(text, style="bold" if span.is_answer else "dim")
-    return shown
+def _counts(title: str, counts: Counter[str]) -> Grid:
+    rows = [[name, str(count), f"{100 * count / counts.total():.1f}%"] for name, count in counts.most_common()]
+    return Grid("", [title, "exchanges", "share"], rows)

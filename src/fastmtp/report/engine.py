@@ -1,46 +1,53 @@
-"""The engine's figures as tables for the terminal."""
+"""The engine's figures as text and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from fastmtp.cli.tables import figures_table
+from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
     from fastmtp.evaluate.engine import EngineReport
 
 
-def engine_report(report: EngineReport) -> list[Table | str]:
-    """The engine's figures: single forwards, draft steps, speeds beside llama.cpp's, and rounds."""
-    facts = report.as_json()
-    intro = (
+def engine_report(report: EngineReport) -> Iterator[Grid | str]:
+    """Single forwards, draft steps, speeds beside llama.cpp's, and rounds."""
+    facts, forward_ms = report.as_json(), report.forward_ms.values()
+    yield (
         f"{report.model}, {report.engine}, {report.machine}\n"
         f"reads {report.bandwidth_gb_s:.1f} GB/s; a forward reads {report.forward_bytes / 1e6:.0f} MB at "
         f"{facts['context']} tokens of context, so takes {report.floor_ms:.2f} ms at least"
     )
-    forwards = figures_table("tokens together", report.forward_ms)
-    forwards.add_row("ms", *[f"{ms:.2f}" for ms in report.forward_ms.values()])
-    forwards.add_row("times one", *[f"{ms / report.forward_ms[1]:.2f}" for ms in report.forward_ms.values()])
-    parts: list[Table | str] = [intro, forwards]
+    ratios = [ms / report.forward_ms[1] for ms in forward_ms]
+    forwards = [["ms", *_texts(list(forward_ms))], ["times one", *_texts(ratios)]]
+    yield Grid("", ["tokens together", *map(str, report.forward_ms)], forwards)
     if report.draft_ms:
-        drafts = figures_table("draft vocabulary", report.draft_ms)
-        drafts.add_row("ms a draft step", *[f"{ms:.2f}" for ms in report.draft_ms.values()])
-        drafts.add_row("ms a level of a tree", *[f"{ms:.2f}" for ms in report.level_ms.values()])
-        parts.append(drafts)
-    speeds = figures_table("tokens/s", ["fastmtp", *(f"llama.cpp {kind}" for kind in report.llama_cpp)])
-    for name, ours, theirs in (
-        ("plain", report.plain_tokens_per_second, report.llama_cpp),
-        (f"plain, {facts['sequences']} together", report.batch_tokens_per_second, {}),
-        ("prefill", report.prefill_tokens_per_second, report.llama_cpp_prefill),
-    ):
-        speeds.add_row(name, f"{ours:.0f}", *[f"{speed:.0f}" for speed in theirs.values()])
-    parts.append(speeds)
+        steps = ["ms a draft step", *_texts(list(report.draft_ms.values()))]
+        levels = ["ms a level of a tree", *_texts(list(report.level_ms.values()))]
+        yield Grid("", ["draft vocabulary", *map(str, report.draft_ms)], [steps, levels])
+    # Spaces that do not break keep each name on one line.
+    names = ["fastmtp", *(f"llama.cpp\N{NO-BREAK SPACE}{kind}" for kind in report.llama_cpp)]
+    yield Grid(
+        "",
+        ["tokens/s", *names],
+        [
+            ["plain", *_texts([report.plain_tokens_per_second, *report.llama_cpp.values()], 0)],
+            [
+                f"plain, {facts['sequences']} together",
+                *_texts([report.batch_tokens_per_second], 0),
+                *[""] * len(report.llama_cpp),
+            ],
+            ["prefill", *_texts([report.prefill_tokens_per_second, *report.llama_cpp_prefill.values()], 0)],
+        ],
+    )
     if (rounds := report.rounds) is not None:
-        parts.append(
+        yield (
             f"K = {rounds.draft_steps}, {rounds.draft_vocabulary} draft tokens, {facts['rounds_context']} tokens "
             f"of context: {rounds.speedup:.2f}x with tau {rounds.tau:.2f}, {rounds.round_ms:.2f} ms a round, "
             f"{100 * rounds.outside_matmul:.0f}% of it outside the matrix products"
         )
-    return parts
+
+
+def _texts(values: Sequence[float], digits: int = 2) -> list[str]:
+    return [f"{value:.{digits}f}" for value in values]

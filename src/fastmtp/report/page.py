@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import jinja2
 
-from fastmtp.evaluate.competitors import PLAIN
-from fastmtp.evaluate.measured import PARTS
-from fastmtp.report import bench as bench_report
-from fastmtp.report.bench import Document
+from fastmtp.evaluate.document import Document
+from fastmtp.evaluate.figures import Figures
+from fastmtp.evaluate.records import PLAIN
+from fastmtp.report import bench as tables
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Widths in per cent; `low` and `high` are the ends of the interval, if there is one."""
+
+    name: str
+    text: str
+    width: float
+    low: float | None = None
+    high: float | None = None
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Bars on a common scale, which begins at 0 and has a line at `one`."""
+
+    bars: list[Bar]
+    one: float
 
 
 def page(documents: Sequence[Document]) -> str:
@@ -18,77 +38,53 @@ def page(documents: Sequence[Document]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastmtp.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    comparison = bench_report.compared(*documents) if len(documents) == 2 else None
+    comparison = tables.compared(*documents) if len(documents) == 2 else None
     runs = [_run(document) for document in documents]
     return environment.get_template("page.html.j2").render(runs=runs, comparison=comparison)
 
 
-def _run(document: Document) -> dict[str, Any]:
-    competitors = document["competitors"]
-    splits = {name: found["split"] for name, found in competitors.items() if "split" in found}
+def _run(document: Document) -> dict[str, object]:
+    """What the template shows of a run."""
+    means = document.summary.means
+    by_benchmark = {name: found[document.main] for name, found in document.summary.benchmarks.items()}
     return {
-        "headline": bench_report.headline(document),
-        "target": document["target"],
-        "created": document["provenance"]["created"],
-        "command": document["provenance"]["command"],
-        "remarks": bench_report.remarks(document),
-        "main": document["main"],
-        "by_benchmark": _bars(
-            [
-                *(
-                    (name, found["speedup"], found["speedup_interval"])
-                    for name, found in document["benchmarks"].items()
-                ),
-                ("mean", document["mean"]["speedup"], document["mean"]["speedup_interval"]),
-            ]
-        ),
-        "by_competitor": _bars(
-            [
-                (name, found["speedup"], found["speedup_interval"])
-                for name, found in competitors.items()
-                if name != PLAIN
-            ]
-        ),
-        "steps": _steps(document),
-        "splits": [
-            (name, [(part, 100 * split[part]) for part in (*PARTS, "rest") if part in split])
-            for name, split in splits.items()
-        ],
-        "samples": document["samples"],
-        "versions": [(name, found["version"]) for name, found in competitors.items()],
-        "grids": [*bench_report.grids(document), bench_report.speedups(document)],
+        "document": document,
+        "headline": tables.headline(document),
+        "remarks": tables.remarks(document),
+        "by_benchmark": _plot({**by_benchmark, "mean": document.mean}),
+        "by_competitor": _plot({name: found for name, found in means.items() if name != PLAIN}),
+        "steps": {
+            name: _steps(found.drafting.cumulative)
+            for name, found in means.items()
+            if found.drafting and found.drafting.cumulative
+        },
+        "splits": {name: _split(found) for name, found in means.items() if found.drafting},
+        "grids": [*tables.grids(document), tables.speedups(document)],
     }
 
 
-def _bars(rows: Sequence[tuple[str, float | None, Sequence[float] | None]]) -> dict[str, Any]:
-    """Widths in per cent of a common scale, which begins at 0 and has a line at 1."""
-    there = [(name, value, edges) for name, value, edges in rows if value is not None]
-    top = max([1.0, *(edges[1] if edges else value for _, value, edges in there)]) * 1.02
-    bars = [
-        {
-            "name": name,
-            "text": f"{value:.2f}x",
-            "width": 100 * value / top,
-            "low": 100 * edges[0] / top if edges else None,
-            "high": 100 * edges[1] / top if edges else None,
-            "interval": f"{edges[0]:.2f} to {edges[1]:.2f}" if edges else "",
-        }
-        for name, value, edges in there
-    ]
-    return {"bars": bars, "one": 100 / top}
+def _plot(speedups: Mapping[str, Figures]) -> Plot:
+    known = [(name, found.speedup, found.speedup_interval) for name, found in speedups.items() if found.speedup]
+    scale = 100 / (max([1.0, *(edges[1] if edges else speedup for _, speedup, edges in known)]) * 1.02)
+    bars = []
+    for name, speedup, edges in known:
+        bar = Bar(name, f"{speedup:.2f}x", scale * speedup)
+        if edges:
+            low, high = edges
+            bar = Bar(name, bar.text, bar.width, scale * low, scale * high, f"{low:.2f} to {high:.2f}")
+        bars.append(bar)
+    return Plot(bars, scale)
 
 
-def _steps(document: Document) -> list[dict[str, Any]]:
-    """By competitor that drafts, the share of rounds that kept the first k drafts."""
-    return [
-        {
-            "name": name,
-            "bars": [
-                {"name": f"{step}", "width": 100 * share, "text": f"{100 * share:.0f} %"}
-                for step, share in enumerate(found["cumulative"], 1)
-                if share >= 0.005
-            ],
-        }
-        for name, found in document["competitors"].items()
-        if found.get("cumulative")
-    ]
+def _steps(cumulative: Sequence[float]) -> list[Bar]:
+    """By step k, the share of rounds that accepted the first k drafts."""
+    shares = [(step, 100 * share) for step, share in enumerate(cumulative, 1) if share >= 0.005]
+    return [Bar(str(step), f"{share:.0f} %", share) for step, share in shares]
+
+
+def _split(figures: Figures) -> list[tuple[str, float]]:
+    """Per cent of the decoding time by part, in the order of a round."""
+    assert figures.drafting is not None
+    split = figures.drafting.split
+    parts = {name: getattr(split, name) for name in ("prompt", "draft", "verify", "keep", "rest")}
+    return [(name, 100 * share) for name, share in parts.items() if share is not None]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from statistics import mean
-from typing import Any
 
-from rich.table import Table
-
-from fastmtp.cli.tables import figures_table
+from fastmtp.evaluate.records import Json
 from fastmtp.evaluate.replay import Replayed
+from fastmtp.report.grid import Grid
 
 # By drafter and benchmark.
 Compared = Mapping[str, Mapping[str, Replayed]]
@@ -21,21 +19,31 @@ def mean_speedup(by_benchmark: Mapping[str, Replayed]) -> float:
     return mean(one.speedup for one in by_benchmark.values())
 
 
-def table(compared: Compared) -> Table:
+def replay_grid(compared: Compared) -> Grid:
     """Speedups by benchmark, and over all rounds tau, tokens verified, and how often the head was asked."""
-    found = figures_table("replayed", compared)
-    for benchmark in next(iter(compared.values())):
-        found.add_row(benchmark, *(f"{of[benchmark].speedup:.2f}x" for of in compared.values()))
-    found.add_section()
-    found.add_row("mean", *(f"{mean_speedup(of):.2f}x" for of in compared.values()), style="bold")
+    rows = [
+        [benchmark, *(f"{of[benchmark].speedup:.2f}x" for of in compared.values())]
+        for benchmark in next(iter(compared.values()))
+    ]
     totals = [sum(of.values(), Replayed()) for of in compared.values()]
-    found.add_row("tau", *(f"{total.tau:.2f}" for total in totals))
-    found.add_row("verified", *(f"{total.verified / total.rounds:.2f}" for total in totals))
-    found.add_row("asked", *(f"{total.asked / total.rounds:.2f}" for total in totals))
-    return found
+
+    def over_all(name: str, figure: Callable[[Replayed], float]) -> list[str]:
+        return [name, *(f"{figure(total):.2f}" for total in totals)]
+
+    return Grid(
+        "",
+        ["replayed", *compared],
+        rows,
+        [
+            ["mean", *(f"{mean_speedup(of):.2f}x" for of in compared.values())],
+            over_all("tau", lambda total: total.tau),
+            over_all("verified", lambda total: total.verified / total.rounds),
+            over_all("asked", lambda total: total.asked / total.rounds),
+        ],
+    )
 
 
-def as_json(compared: Compared) -> dict[str, Any]:
+def as_json(compared: Compared) -> Json:
     return {
         name: {
             benchmark: {**asdict(one), "speedup": one.speedup, "tau": one.tau}

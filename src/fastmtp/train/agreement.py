@@ -2,8 +2,8 @@
 
 Shapes: T tokens, D draft vocabulary, H hidden, K draft steps.
 
-On the target's own greedy text this is exactly what the decoder accepts: the tokens fed to the chain are the
-text's, and an accepted draft is the text's token.
+On the target's own greedy text the result equals what the decoder accepts: there, an accepted draft is the text's
+token, so the chain reads the same tokens.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
 
-# Positions whose logits are alive together.
+# Positions whose logits are in memory together.
 CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A text and what the target makes of it, which stays the same while the head learns.
+    """A text and the target's results on it, which do not change while the head learns.
 
-    Its states [T, H]; after every token its own choice [T], and the logarithm of the sum of its exponentiated
-    logits [T], with which probabilities of a few tokens need the logits of these only.
+    Attributes:
+        states_TH: the target's states.
+        choices_T: the argmax after every token.
+        log_totals_T: logsumexp of the logits, so that the probabilities of some tokens need only their logits.
     """
 
     ids: Sequence[int]
@@ -50,18 +52,37 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of draft k of the chain at t: whether it is the target's own choice after the text up to t + k, [T, K] of
-    bool; and sum min(p, q), with which probability rejection sampling at temperature 1 keeps a draft there, [T, K].
+    """For draft k of the chain at t, compared with the target after the text up to t + k.
+
+    Attributes:
+        same_TK: whether the draft is the target's argmax.
+        overlap_TK: sum min(p, q), the probability that a draft is accepted when sampling at temperature 1.
     """
 
     same_TK: Tensor
     overlap_TK: Tensor
 
     def expected(self, answer_start: int) -> list[float]:
-        """By step k, the probability that the first k drafts of a chain in the answer are kept when sampling."""
+        """By step k, the probability that sampling accepts the first k drafts of a chain in the answer."""
         steps = self.overlap_TK.shape[1]
         inside_NK = self.overlap_TK[answer_start - 1 : len(self.overlap_TK) - steps]
         return cast("list[float]", inside_NK.cumprod(1).mean(0).tolist()) if len(inside_NK) else [0.0] * steps
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Acceptance on texts: of greedy drafts, and by step k the share expected to be accepted when sampling."""
+
+    acceptance: Acceptance
+    expected: list[float]
+
+    def figures(self, prefix: str) -> dict[str, float | list[float]]:
+        """The figures by name, as metrics.jsonl has them."""
+        return {
+            f"{prefix}tau": self.acceptance.tau,
+            f"{prefix}acceptance": self.acceptance.cumulative,
+            f"{prefix}expected_acceptance": self.expected,
+        }
 
 
 @torch.no_grad()
@@ -73,7 +94,7 @@ def agreement(
     draft_steps: int,
     answer_start: int = 1,
 ) -> Agreement:
-    """How far the head agrees with the target along a text; before the answer nothing is compared."""
+    """Compare the head with the target along a text, from the answer's start on."""
     ids, states_TH = text.ids, text.states_TH
     ids_1T = torch.tensor([list(ids)], device=target.device)
     outputs = recursion(head, target, ids_1T, states_TH[None], draft_steps)
@@ -81,7 +102,7 @@ def agreement(
     same_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
     overlap_TK = torch.zeros(len(ids), draft_steps)
     for seen in torch.split(torch.arange(answer_start, len(ids), device=target.device), CHUNK):
-        # Everything is lined up by the last token seen: t + k for draft k of the chain at t.
+        # Rows are aligned by the last token read: t + k for draft k of the chain at t.
         choice_N = text.choices_T[seen]
         p_ND = (target.logits(states_TH[seen], rows).float() - text.log_totals_T[seen, None]).exp()
         for k, out in enumerate(outputs, 1):
@@ -96,11 +117,11 @@ def agreement(
 
 
 def replay(agrees_TK: Tensor, prompt_length: int) -> Acceptance:
-    """The rounds that greedy speculative decoding goes through to write the text after its prompt."""
+    """The rounds in which greedy speculative decoding would write the text after its prompt."""
     total, draft_steps = agrees_TK.shape
     run_T = agrees_TK.long().cumprod(1).sum(1).tolist()
     accepted: list[int] = []
-    # A round starts when token `last` is known but not yet verified; it settles the ones after it.
+    # A round starts with token `last`, which is known but not in the cache yet, and commits the tokens after it.
     last = prompt_length
     while last < total - 1:
         accepted.append(min(run_T[last - 1], total - 1 - last - 1))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Exchanges that are sorted by length together, so that a batch has little padding.
+# So many exchanges are sorted by length together, so that a batch has little padding.
 WINDOW = 512
 
 
@@ -36,7 +36,7 @@ def batch_order(lengths: Sequence[int], batch_tokens: int, epochs: float, seed: 
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts [B, T], filled up on the right: `inside` is true on their tokens, `answer` on the target's own."""
+    """Texts [B, T], padded on the right: `inside` is true on their tokens, `answer` on those of the answer."""
 
     ids_BT: Tensor
     inside_BT: Tensor
@@ -59,7 +59,7 @@ def _fill(window: list[int], lengths: Sequence[int], batch_tokens: int) -> list[
     batches: list[list[int]] = []
     batch: list[int] = []
     for index in window:
-        # Lengths rise, so the newest text sets the padded length of the batch.
+        # Lengths increase, so the newest text sets the padded length of the batch.
         if batch and lengths[index] * (len(batch) + 1) > batch_tokens:
             batches.append(batch)
             batch = []

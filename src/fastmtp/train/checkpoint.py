@@ -1,4 +1,4 @@
-"""Checkpoints of a training run; tensors and plain values only, nothing that runs code when it is read."""
+"""Checkpoints of a training run: tensors and plain values only, so that reading one runs no code."""
 
 from __future__ import annotations
 

@@ -13,18 +13,18 @@ from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 
-# Some fifty positions for each of a small model's unknowns; more changes little.
+# About fifty positions for each unknown of a small model; more changes little.
 TOKENS = 60000
-# Of the mean square of an input: enough for texts with fewer positions than unknowns.
+# Relative to the mean square of an input; enough for texts with fewer positions than unknowns.
 RIDGE = 1e-2
 
 
 @torch.no_grad()
 def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence[int]], engine: Engine) -> None:
-    """Set `input_proj` so that the head's layer, which is the target's last one, gets what it knows.
+    """Set `input_proj` so that the head's layer, a copy of the target's last one, gets inputs like the target's.
 
-    Least squares from a state and the embedding of the next token to the target's own input of its last layer at
-    that next token. So an untrained head already drafts: it lacks only what the layers below would have read.
+    Least squares from a state and the embedding of the next token to the input of the target's last layer at that
+    next token. So an untrained head already drafts well.
     """
     seen = 0
     size = head.input_proj.in_features
@@ -40,7 +40,7 @@ def fit_input_projection(head: MTPHead, target: Target, texts: Iterable[Sequence
             [head.hidden_norm(state_TH[:-1]), head.token_norm(target.embed(after).float())], dim=-1
         ).float()
         wanted_NH = wanted_TH[1:]
-        # The layer begins with a norm, so it is the direction that counts: not the few tokens with huge states.
+        # The layer begins with a norm, so only directions matter: weight away the few tokens with huge states.
         weighted_NI = inputs_NI / wanted_NH.pow(2).mean(-1, keepdim=True).clamp(min=1e-6)
         squares_II += weighted_NI.T @ inputs_NI
         products_IH += weighted_NI.T @ wanted_NH

@@ -1,4 +1,4 @@
-"""What a training run reports of itself: one JSON object a line, the same to TensorBoard, and where time goes."""
+"""Figures of a training run by step (JSON lines and TensorBoard), time by part of the work, peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 
 class Metrics:
-    """Rows of figures by step, in `metrics.jsonl`, and for TensorBoard where it is installed."""
+    """Writes figures by step to `metrics.jsonl`, and to TensorBoard if it is installed."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "metrics.jsonl"
@@ -28,7 +28,7 @@ class Metrics:
             self._writer = SummaryWriter(directory / "tensorboard")
 
     def write(self, step: int, figures: dict[str, float | list[float]]) -> None:
-        """A list holds a figure for each draft step."""
+        """Append a row; a list holds one figure for each draft step."""
         with self._path.open("a") as stream:
             stream.write(json.dumps({"time": time.time(), "step": step, **figures}) + "\n")
         if self._writer is None:
@@ -64,7 +64,7 @@ class Stopwatch:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that was in use: the device's, or the process's on a CPU."""
+    """Peak memory: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

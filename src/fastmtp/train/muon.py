@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MOMENTUM = 0.95
-# Of the odd polynomial that each iteration applies to the singular values: steepest at zero.
+# Coefficients of the odd polynomial that each iteration applies to the singular values; steep at zero.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPSILON = 1e-7
@@ -18,7 +18,7 @@ EPSILON = 1e-7
 class Muon(Optimizer):
     """`torch.optim.Muon` with "match_rms_adamw", orthogonalising in a dtype of the caller's choice.
 
-    That one takes bfloat16 always, which processors without instructions for it multiply fifty times slower than
+    PyTorch's always takes bfloat16, which a CPU without bfloat16 instructions multiplies fifty times slower than
     float32.
     """
 
@@ -45,7 +45,7 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T, by Newton and Schulz's iteration: singular values between 0.5 and 1.5."""
+    """About U V^T for a matrix U S V^T, by Newton-Schulz iteration; its singular values are from 0.5 to 1.5."""
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
     a, b, c = COEFFICIENTS

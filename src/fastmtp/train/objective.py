@@ -1,4 +1,4 @@
-"""From the head's states to losses and gradients, with few logits alive at a time.
+"""From the head's states to losses and gradients, with few logits in memory at a time.
 
 Shapes: B batch, T tokens, S starts of longer chains, N = B T positions, H hidden, D draft vocabulary, V vocabulary,
 K draft steps.
@@ -17,19 +17,19 @@ from fastmtp.train.batches import Batch
 
 
 class Objective:
-    """What the drafts are compared with: the target's distribution, or the answer's tokens (cross_entropy)."""
+    """The loss of the drafts against the target's distribution, or against the answer's tokens (cross_entropy)."""
 
     def __init__(self, kind: str, target: Target, draft_ids: list[int] | None) -> None:
         """
         Args:
-            draft_ids: the tokens that the draft step scores; None is all.
+            draft_ids: the draft vocabulary; None is all tokens.
         """
         self._loss, self._target = DISTRIBUTION_LOSSES.get(kind, token_loss), target
         self._on_tokens = kind == "cross_entropy"
         self.draft_ids_D = None if draft_ids is None else torch.tensor(draft_ids, device=target.device)
         rows = target.lm_head.weight
         self._rows_DH = rows if self.draft_ids_D is None else rows[self.draft_ids_D]
-        # From token id to its place in the draft vocabulary, -1 outside it.
+        # From token id to its index in the draft vocabulary, -1 outside it.
         self._place_V = torch.arange(target.vocabulary_size, device=target.device)
         if self.draft_ids_D is not None:
             self._place_V = torch.full_like(self._place_V, -1)
@@ -43,17 +43,15 @@ class Objective:
         states_BTH: Tensor,
         total: Callable[[list[Tensor]], None],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Mean loss of each step [K], and its gradients by the head's states, shaped as these.
+        """Mean loss of each step [K], and its gradients with respect to the head's states, in their shapes.
 
-        Both are this process's part of what the whole batch gives.
-
-        The LM head is frozen, so the gradient stops at the states, and only the logits of one chunk of
-        positions are alive at a time. Everything is lined up by the last token seen: for step k of the chain
-        at t that is t + k. So all steps share one reference.
+        Both are this process's part of the whole batch's. The LM head is frozen, so the gradient stops at the
+        states, and only one chunk of positions has its logits in memory. Positions are aligned by the last token
+        read, t + k for step k of the chain at t, so that all steps share one reference.
 
         Args:
             outputs: the head's states after each step, [B, T, H] and [B, S, H] after the first.
-            starts_S: where the chains start that go on after it.
+            starts_S: where the chains of more than one step start.
             states_BTH: the target's states.
             total: replaces tensors by their sums over all processes.
         """
@@ -82,13 +80,13 @@ class Objective:
         return losses_K, [part.view_as(output) for part, output in zip(gradients, outputs, strict=True)]
 
     def _references(self, batch: Batch, states_BTH: Tensor) -> Tensor:
-        """By last token seen: the target's state [N, H], or the next token's place in the draft vocabulary [N]."""
+        """By last token read: the target's state [N, H], or the next token's index in the draft vocabulary [N]."""
         if self._on_tokens:
             return self._place_V[batch.ids_BT.roll(-1, 1)].flatten()
         return states_BTH.flatten(0, 1)
 
     def _valid(self, batch: Batch) -> Tensor:
-        """Where a prediction of the token after this one counts, [B, T] of bool."""
+        """Where the prediction of the next token counts, [B, T] of bool."""
         if not self._on_tokens:
             return batch.inside_BT
         valid_BT = batch.answer_BT.roll(-1, 1) & (self._place_V[batch.ids_BT.roll(-1, 1)] >= 0)
@@ -97,7 +95,7 @@ class Objective:
 
 
 def _rows(valid_BT: Tensor, starts_S: Tensor, step: int) -> Tensor:
-    """By last token seen [N]: the row of the step's B S states that has seen just this; -1 where none counts."""
+    """By last token read [N]: the row of that position among the step's B S states; -1 where it does not count."""
     texts, tokens = valid_BT.shape
     inside_S = starts_S[starts_S + step < tokens]
     rows_BT = torch.full((texts, tokens), -1, device=valid_BT.device)
@@ -107,7 +105,7 @@ def _rows(valid_BT: Tensor, starts_S: Tensor, step: int) -> Tensor:
 
 
 def _grouped(rows_KN: Tensor) -> Tensor:
-    """The positions that a step counts; those of the same steps together, so that a chunk's products are whole."""
+    """The positions that count in a step, sorted by these steps, so that most chunks need no masking."""
     powers_K1 = 2 ** torch.arange(len(rows_KN), device=rows_KN.device)[:, None]
     kind_N = ((rows_KN >= 0) * powers_K1).sum(0)
     order = kind_N.argsort(stable=True)

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 class Processes:
-    """Which process this is, of how many, and the sums over all of them; each takes the GPU of its number."""
+    """The rank of this process, their count, and sums over all of them. Each takes the GPU of its local rank."""
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -29,15 +29,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this is the process that writes and shows progress."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part."""
+        """This process's part of the items."""
         return items[self.rank :: self.count]
 
     def share_of_forwards(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of what takes forwards of the target: all, if each of them takes all processes."""
+        """This process's part of items that need forwards of the target; a sharded target needs all processes."""
         return items if self._target_is_sharded else self.share(items)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
@@ -52,20 +52,20 @@ class Processes:
             start += tensor.numel()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
     def shard(self, target: Target) -> None:
-        """Spread the layers of a target on the CPU over the processes (FSDP2); each is gathered while it computes.
+        """Spread the layers of a target on the CPU over the processes (FSDP2).
 
-        Layer by layer, so no GPU ever holds more of them than its part and one.
+        A layer is gathered only while it computes, so a GPU never holds more than its part and one layer.
         """
         from torch.distributed.fsdp import fully_shard
 
         self._target_is_sharded = True
         for layer in target.model.model.layers:
-            # Said, because a module that is sharded by itself stays whole after its first forward otherwise.
+            # Explicit: by default the root module of FSDP2 is not resharded after its forward.
             fully_shard(layer, reshard_after_forward=True)
         if torch.cuda.is_available():
             target.model.cuda()

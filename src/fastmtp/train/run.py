@@ -5,21 +5,44 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import data_sha256, read_exchanges
-from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import check_free, read_vocabulary, save_head
-from fastmtp.progress import bar, console
+from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
+from fastmtp.train.agreement import Measured
 from fastmtp.train.metrics import peak_memory_gb
 from fastmtp.train.processes import Processes
-from fastmtp.train.trainer import Measured, Trainer
+from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import merge_order, ranked, smoothed
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """A finished training run.
+
+    Attributes:
+        tau, acceptance, expected_acceptance: held-out figures of the head that was written: acceptance length, and
+            by draft step the cumulative acceptance, greedy and expected when sampling.
+        start_tau: held-out acceptance length of the head that training started from.
+        tokens_per_second: of this run alone, if it continued an earlier one.
+        seconds: by part of the work.
+    """
+
+    steps: int
+    tau: float
+    acceptance: list[float]
+    expected_acceptance: list[float]
+    start_tau: float
+    tokens_per_second: float
+    seconds: dict[str, float]
+    peak_memory_gb: float
 
 
 def train_head(
@@ -30,34 +53,33 @@ def train_head(
     *,
     init: Path | None = None,
     processes: Processes,
-    forward: Forward | None = None,
+    engine: Engine | None = None,
     states: Path | None = None,
     lists: Path | None = None,
     shard_target: bool = False,
     measure_steps: int | None = None,
-) -> dict[str, Any]:
+    progress: Progress = QUIET,
+) -> TrainSummary:
     """Train, and write the head with the best held-out acceptance length to `out`.
 
-    The first weights are those of the head in `init`, or without one of the target's last layer.
-    Checkpoints and metrics lie beside it, in `<out>.training`; a run that was stopped goes on from there. Started
-    by `torchrun` in several processes, all of them share each batch, and the first one writes.
+    Training starts from the head in `init`, or without one from the target's last layer. Checkpoints and metrics go
+    to `<out>.training`; a run that was stopped continues from there. Under `torchrun` all processes share each
+    batch, and the first one writes and shows progress.
 
     Args:
         processes: those that share the work.
-        forward: what computes the target's states; None is the target itself.
+        engine: computes the target's states; None is the target itself.
         states: a directory that keeps the target's hidden states for this and other runs.
         lists: the file of the draft vocabulary, whose union the loss scores; None is one list, counted on the data.
         shard_target: spread the target's layers over the processes.
         measure_steps: length of the chains that acceptance is measured on; None is the length trained.
-    Returns:
-        steps; tau, acceptance (cumulative by step) and the expectation of it when sampling, of the head that was
-        written; tau of the head that it began as; tokens a second, where the time went, and the peak of memory.
     """
     check_free(out)
-    # Now, not at the end: the code may have changed by then.
+    shown = progress if processes.first else QUIET
+    # Before the training, during which the code may change.
     record = provenance(config)
-    # The target's distribution after every token is as good in an answer that was cut; a cut answer's own tokens
-    # would teach not to end.
+    # The target's distribution is as good after the tokens of a cut answer, but cross-entropy on these tokens would
+    # teach the head that answers do not end.
     finished_only = config.objective == "cross_entropy"
     exchanges = read_exchanges(data, target.identity.tokenizer_sha256, finished_only=finished_only)
     if lists is None:
@@ -72,19 +94,20 @@ def train_head(
         config,
         directory,
         init=init,
-        forward=forward,
+        engine=engine,
         states=states,
         processes=processes,
         shard_target=shard_target,
         measure_steps=measure_steps,
+        progress=shown,
     )
     started, tokens = time.monotonic(), 0
-    with bar("train", trainer.steps, trainer.step, hidden=not processes.first) as progress:
+    with shown.bar("train", trainer.steps, trainer.step) as bar:
         for done in trainer.train():
             tokens += done.tokens
-            progress.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
-            if done.held_out is not None and processes.first:
-                console.print(_measured(done.step, done.held_out))
+            bar.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
+            if done.held_out is not None:
+                shown.say(_measured(done.step, done.held_out))
     seconds = time.monotonic() - started
     processes.wait()
     head, measured = trainer.best()
@@ -107,18 +130,20 @@ def train_head(
             vocabulary=vocabulary,
             provenance=record | facts,
         )
-    return {
-        "steps": trainer.steps,
-        **measured.figures(""),
-        "start_tau": trainer.start_tau,
-        "tokens_per_second": tokens / seconds,
-        "seconds": dict(trainer.clock.seconds),
-        "peak_memory_gb": peak_memory_gb(target.device),
-    }
+    return TrainSummary(
+        steps=trainer.steps,
+        tau=held_out.tau,
+        acceptance=held_out.cumulative,
+        expected_acceptance=measured.expected,
+        start_tau=trainer.start_tau,
+        tokens_per_second=tokens / seconds,
+        seconds=dict(trainer.clock.seconds),
+        peak_memory_gb=peak_memory_gb(target.device),
+    )
 
 
 def _counted(target: Target, texts: list[list[int]], size: int) -> VocabularyLists:
-    """The likeliest tokens of the data, special tokens and bytes first; nothing where all tokens are wanted."""
+    """One list of the data's likeliest tokens, after special tokens and bytes; no list if all tokens are scored."""
     if size == 0 or size >= target.vocabulary_size:
         return VocabularyLists({})
     counts: Counter[int] = Counter()

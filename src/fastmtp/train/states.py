@@ -1,4 +1,4 @@
-"""The target's hidden states on disk, so that the target runs once over the data and not in every pass and run.
+"""The target's hidden states on disk, so that the target reads the data once, not in every pass of every run.
 
 Shapes: T tokens, H hidden.
 """
@@ -17,42 +17,44 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmtp.engines.torch.forward import Forward
+from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256, read_json, replacing, write_json
-from fastmtp.progress import bar, console
+from fastmtp.progress import QUIET, Progress
+from fastmtp.train.forward import states_of
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256
 
 
 class StateCache:
-    """States of a list of texts in a directory: shards of some texts, and an index with the hash of each shard."""
+    """The states of a list of texts: a directory of shards, each with a JSON file that holds its hash."""
 
     def __init__(
         self,
         directory: Path,
         target: Target,
-        forward: Forward,
+        engine: Engine,
         texts: Sequence[Sequence[int]],
         processes: Processes,
+        progress: Progress = QUIET,
     ) -> None:
-        """Use what the directory holds, and compute what it lacks, a shard at a time.
+        """Use the shards that the directory holds, and compute the others.
 
         Raises:
             ValueError: the directory is of another target or of other texts, a shard is damaged, or the disk is
-                too small; nothing was written then.
+                too small; then nothing was written.
         """
         self._directory = directory
         self._lengths = [len(text) for text in texts]
         self._starts = [sum(self._lengths[index - index % SHARD_TEXTS : index]) for index in range(len(texts))]
         shards = range(0, len(texts), SHARD_TEXTS)
         fingerprint = hashlib.sha256(
-            json.dumps([asdict(target.identity), forward.name, list(map(list, texts))]).encode()
+            json.dumps([asdict(target.identity), engine.arithmetic, list(map(list, texts))]).encode()
         ).hexdigest()
         index = directory / "states.json"
         if not index.is_file():
-            self._announce(target)
+            progress.say(self._announcement(target))
             if processes.first:
                 write_json(index, {"fingerprint": fingerprint})
         processes.wait()
@@ -61,16 +63,16 @@ class StateCache:
                 f"{directory}: holds the states of another target or other data; choose another directory"
             )
         missing = [start for start in shards if not self._is_whole(start)]
-        # Only now may a shard appear: what is missing is the same list in all processes.
+        # No process writes a shard before all of them have listed the same missing ones.
         processes.wait()
-        with bar("hidden states", len(shards), len(shards) - len(missing), hidden=not processes.first) as progress:
+        with progress.bar("hidden states", len(shards), len(shards) - len(missing)) as bar:
             for start in processes.share_of_forwards(missing):
-                # Each alone: what is kept does not depend on neighbours, and no shard is in memory twice.
-                states = [forward([text])[0] for text in texts[start : start + SHARD_TEXTS]]
+                # One text at a time, so that a state does not depend on its neighbours in a batch.
+                states = [states_of(engine, [text], target)[0] for text in texts[start : start + SHARD_TEXTS]]
                 states_TH = torch.cat(states).to("cpu", target.dtype)
                 if start in processes.share(missing):
                     self._write(start, states_TH)
-                progress.advance(1, len(states_TH))
+                bar.advance(1, len(states_TH))
         processes.wait()
 
     def __getitem__(self, index: int) -> Tensor:
@@ -81,7 +83,7 @@ class StateCache:
             states: Tensor = shard.get_slice("states")[start : start + self._lengths[index]]
         return states
 
-    def _announce(self, target: Target) -> None:
+    def _announcement(self, target: Target) -> str:
         needed = sum(self._lengths) * int(target.config.hidden_size) * target.dtype.itemsize
         self._directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._directory).free
@@ -89,7 +91,7 @@ class StateCache:
             raise ValueError(
                 f"{self._directory}: the hidden states take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
             )
-        console.print(f"hidden states: {needed / 1e9:.2f} GB in {self._directory}")
+        return f"hidden states: {needed / 1e9:.2f} GB in {self._directory}"
 
     def _path(self, start: int) -> Path:
         return self._directory / f"states-{start // SHARD_TEXTS:05d}.safetensors"
@@ -106,5 +108,5 @@ class StateCache:
         path = self._path(start)
         with replacing(path) as temporary:
             save_file({"states": states_TH}, temporary)
-            # The hash first: a shard without one would be an error, a hash without its shard is nothing.
+            # The hash first: a hash without its shard is ignored, a shard without its hash would be an error.
             write_json(path.with_suffix(".json"), {"sha256": file_sha256(temporary)})

@@ -18,17 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import Exchange
-from fastmtp.engines.torch.forward import Forward, TorchForward
+from fastmtp.engines.protocol import Engine
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256
-from fastmtp.heads.format import load_head
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
 from fastmtp.method.recursion import recursion, trained_starts
-from fastmtp.train.agreement import Reference, agreement, replay
+from fastmtp.progress import QUIET, Progress
+from fastmtp.train.agreement import Measured, Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
+from fastmtp.train.forward import states_of
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
@@ -38,26 +40,10 @@ from fastmtp.train.states import StateCache
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Acceptance on texts: of greedy decoding, and by step k the share that sampling is expected to keep."""
-
-    acceptance: Acceptance
-    expected: list[float]
-
-    def figures(self, prefix: str) -> dict[str, float | list[float]]:
-        return {
-            f"{prefix}tau": self.acceptance.tau,
-            f"{prefix}acceptance": self.acceptance.cumulative,
-            f"{prefix}expected_acceptance": self.expected,
-        }
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one optimiser step did; `held_out` is there after the steps that measured it."""
+class Step:
+    """One optimiser step; `held_out` is None unless acceptance was measured after it."""
 
     step: int
-    steps: int
     tokens: int
     losses: list[float]
     held_out: Measured | None
@@ -75,25 +61,26 @@ class Trainer:
         directory: Path,
         *,
         init: Path | None = None,
-        forward: Forward | None = None,
+        engine: Engine | None = None,
         states: Path | None = None,
         processes: Processes | None = None,
         shard_target: bool = False,
         measure_steps: int | None = None,
+        progress: Progress = QUIET,
     ) -> None:
-        """Start a run, or go on from the directory's checkpoint.
+        """Start a run, or continue from the directory's checkpoint.
 
         Args:
-            draft_ids: the tokens that the loss and the draft step score; None is all.
-            init: a head directory to start from; None is the target's last layer, its input fitted to the data.
-            forward: what computes the target's states; None is the target itself.
+            draft_ids: the draft vocabulary, which the loss scores; None is all tokens.
+            init: a head directory to start from; None is the target's last layer, with its input projection fitted.
+            engine: computes the target's states; None is the target itself.
             states: a directory that keeps the target's hidden states; None computes them for every batch.
             processes: those that share the work; None is this one alone.
             shard_target: spread the target's layers over the processes.
             measure_steps: length of the chains that acceptance is measured on; None is the length trained.
         Raises:
             FileNotFoundError: there is no head in `init`.
-            ValueError: too little data, a head that does not fit, or the checkpoint of another run is there.
+            ValueError: too little data, a head that does not fit, or `directory` has another run's checkpoint.
         """
         if len(exchanges) < 2:
             raise ValueError("the data has a single exchange, and one is kept aside to measure on; distill more")
@@ -101,7 +88,11 @@ class Trainer:
         self.config = config
         self._measure_steps = measure_steps or config.draft_steps
         self._processes = processes or Processes()
-        start = MTPHead(target) if init is None else load_head(init, target)[0].requires_grad_(True)
+        start: MTPHead = (
+            MTPHead(target.model)
+            if init is None
+            else TorchEngine(target).load_head(init).weights.requires_grad_(True)
+        )
         self.head = start.float()
         if shard_target:
             self._processes.shard(target)
@@ -114,7 +105,7 @@ class Trainer:
         self._masks = [exchange.answer_mask[: config.max_length] for exchange in trained]
         self._objective = Objective(config.objective, target, draft_ids)
         self._optimizers = make_optimizers(self.head, config)
-        # Sizes differ from batch to batch, so they are no constants of the compiled code.
+        # Sizes differ from batch to batch, so the compiled code must not depend on them.
         self._recursion = torch.compile(recursion, dynamic=True) if config.compile else recursion
         self._order = batch_order(
             [len(text) for text in self._texts], config.batch_tokens, config.epochs, config.seed
@@ -122,8 +113,10 @@ class Trainer:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = Metrics(directory) if self._processes.first else None
-        self._forward = forward or TorchForward(target)
-        self._states = StateCache(states, target, self._forward, self._texts, self._processes) if states else None
+        self._engine = engine or TorchEngine(target)
+        self._states = (
+            StateCache(states, target, self._engine, self._texts, self._processes, progress) if states else None
+        )
         self._texts_measured: dict[bool, list[tuple[Reference, int]]] = {}
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
@@ -133,16 +126,16 @@ class Trainer:
         self.step = 0
         if not self._resume() and init is None:
             with self.clock("first weights"):
-                fit_input_projection(self.head, target, self._texts, self._forward)
+                fit_input_projection(self.head, target, self._texts, self._engine)
 
     @property
     def steps(self) -> int:
         return len(self._order)
 
-    def train(self) -> Iterator[Progress]:
-        """Run to the end, a step at a time; checkpoints and the best head so far go to the directory."""
+    def train(self) -> Iterator[Step]:
+        """Run to the end, a step at a time; writes checkpoints and the best head so far to the directory."""
         if self.step == 0:
-            # What the run began with is the first candidate for the best.
+            # The head at the start is the first candidate for the best.
             start = self.measure()
             self.start_tau = start.acceptance.tau
             self._evaluate([], start)
@@ -155,10 +148,10 @@ class Trainer:
             self._evaluate(losses, held_out)
             if last or self.step % self.config.checkpoint_every == 0:
                 self._save()
-            yield Progress(self.step, self.steps, tokens, losses, held_out)
+            yield Step(self.step, tokens, losses, held_out)
 
     def measure(self, *, trained: bool = False) -> Measured:
-        """Acceptance on the answers of the held-out exchanges, or of as many that are trained on."""
+        """Acceptance on the answers of the held-out exchanges, or of equally many training exchanges."""
         parts, expected = [], []
         with self._autocast(), self.clock("measuring"):
             for text, start in self._references(trained):
@@ -171,20 +164,20 @@ class Trainer:
         return Measured(Acceptance.total(parts), shares)
 
     def _references(self, trained: bool) -> list[tuple[Reference, int]]:
-        """The texts that are measured on, and where their answers start; the target runs over them once."""
+        """The texts for `measure`, each with its answer's start; the target reads them once."""
         if trained not in self._texts_measured:
             texts = [(exchange.ids[: self.config.max_length], exchange.answer_mask) for exchange in self._held_out]
             if trained:
                 texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
             self._texts_measured[trained] = [
-                (Reference.of(self.target, ids, self._as_target(self._forward([ids])[0])), mask.index(True))
+                (Reference.of(self.target, ids, states_of(self._engine, [ids], self.target)[0]), mask.index(True))
                 for ids, mask in texts
                 if True in mask[: len(ids)]
             ]
         return self._texts_measured[trained]
 
     def best(self) -> tuple[MTPHead, Measured]:
-        """The head with the highest held-out acceptance length so far, and what was measured of it."""
+        """The head with the highest held-out acceptance length so far, and its measurement."""
         best = load_checkpoint(self._best_path, self.target.device)
         self.head.load_state_dict(best["head"])
         return self.head, Measured(Acceptance(best["rounds"], tuple(best["kept"])), best["expected"])
@@ -230,7 +223,7 @@ class Trainer:
     def _batch(self, chosen: Sequence[int]) -> tuple[Batch, Tensor]:
         """This process's part of a batch, and the target's states over it [B, T, H]."""
         device = self.target.device
-        # Every process goes through the same steps, so one without a text of its own takes one that does not count.
+        # Every process must take the same steps: one without a text of its own runs one whose mask is empty.
         own = self._processes.share(chosen)
         indices = own or chosen[:1]
         batch = make_batch(
@@ -240,7 +233,7 @@ class Trainer:
             batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
         with torch.no_grad(), self.clock("target"):
             states = (
-                self._forward([self._texts[index] for index in indices])
+                states_of(self._engine, [self._texts[index] for index in indices], self.target)
                 if self._states is None
                 else [self._states[index] for index in indices]
             )
@@ -250,7 +243,7 @@ class Trainer:
         return states.to(self.target.device, self.target.dtype)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        # A target in half precision says that half precision is fast here.
+        # If the target runs in half precision, that is fast here.
         half = self.target.dtype != torch.float32
         return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=half)
 
@@ -259,7 +252,7 @@ class Trainer:
         return self._directory / "best.pt"
 
     def _evaluate(self, losses: list[float], held_out: Measured | None) -> None:
-        """Log a step, and keep the head if it is the best so far."""
+        """Log a step, and save the head if it is the best so far."""
         figures: dict[str, float | list[float]] = {"losses": losses} if losses else {}
         if held_out is not None:
             figures |= held_out.figures("") | self.measure(trained=True).figures("train_")
@@ -285,7 +278,7 @@ class Trainer:
         save_checkpoint(self._directory / "checkpoint.pt", state)
 
     def _resume(self) -> bool:
-        """Go on from the directory's checkpoint, if there is one."""
+        """Continue from the directory's checkpoint; False if there is none."""
         path = self._directory / "checkpoint.pt"
         if not path.is_file():
             return False

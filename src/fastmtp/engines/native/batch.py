@@ -19,7 +19,7 @@ class NativeBatch:
 
     def __init__(self, target: NativeTarget, slots: int) -> None:
         self._target = target
-        self._caches = [target.stack.new_cache() for _ in range(slots)]
+        self._caches = [target.model.new_cache() for _ in range(slots)]
         self._lengths = [0] * slots
 
     def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Logits:

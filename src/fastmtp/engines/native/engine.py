@@ -37,6 +37,14 @@ class NativeEngine:
     def arithmetic(self) -> str:
         return f"native {self.target.weight_type}"
 
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @property
+    def threads(self) -> int:
+        return self.target.runtime.threads
+
     def load_head(self, directory: Path) -> Head:
         stored = read_head(directory, self.target, self.target.head_shapes())
         return Head(NativeHead(self.target, stored.tensors), stored.lists, stored.draft_steps, directory)
@@ -47,12 +55,12 @@ class NativeEngine:
         return TextSequence(runner, self.target, vocabulary)
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[States]:
-        cache = self.target.stack.new_cache()
+        cache = self.target.model.new_cache()
         return [forward(self.target, [cache], [0], [text]) for text in texts]
 
     def forward_with_inputs(self, text: Sequence[int]) -> tuple[States, States]:
         inputs_TH = np.empty((len(text), int(self.target.config.hidden_size)), np.float32)
-        cache = self.target.stack.new_cache()
+        cache = self.target.model.new_cache()
         return forward(self.target, [cache], [0], [text], last_inputs_TH=inputs_TH), inputs_TH
 
     def batch(self, slots: int) -> NativeBatch:

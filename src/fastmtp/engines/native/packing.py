@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
-from torch import nn
 
 from fastmtp import _native
-from fastmtp.models.layers import norm_offset
 from fastmtp.models.weights import Floats, Weights, whole
 
 _CHUNK_BYTES = 1 << 25
@@ -19,9 +17,21 @@ _LANES = 16
 Places = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
 
 
-def gains(norm: nn.Module, weights: Weights, name: str) -> list[float]:
-    """What a norm multiplies by, whichever way its class stores it."""
-    return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(norm_offset(norm))).tolist())
+def gains(weights: Weights, name: str, offset: float) -> list[float]:
+    """What a norm multiplies by: its stored weights plus the family's offset."""
+    return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(offset)).tolist())
+
+
+def equal(weights: Weights, first: str, second: str) -> bool:
+    """Whether two matrices are the same."""
+    shape = weights.shapes()[first]
+    if weights.shapes()[second] != shape:
+        return False
+    step = max(1, _CHUNK_BYTES // (4 * shape[1]))
+    return all(
+        np.array_equal(weights.rows(first, start, start + step), weights.rows(second, start, start + step))
+        for start in range(0, shape[0], step)
+    )
 
 
 def pack(matrix: _native.Matrix, weights: Weights, module: str, places: Places = lambda rows: rows) -> None:

@@ -36,18 +36,11 @@ class NativeRunner:
         # Rows of the LM head that the draft step scores, and their tokens; rows of the text's own tokens.
         self._rows, self._row_ids = target.lm_head, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, vocabulary.own_tokens), hidden) if vocabulary else None
-        self._cache = target.stack.new_cache()
+        self._cache = target.model.new_cache()
         self.no_states = np.empty((0, hidden), np.float32) if head else None
         if head:
-            self._head, self._draft_cache = head, head.stack.new_cache()
-            self._drafter = _native.Drafter(
-                target.runtime,
-                head.stack,
-                head.projection,
-                target.embedding,
-                target.embedding_scale,
-                self._draft_cache,
-            )
+            self._head, self._draft_cache = head.native, head.native.new_cache()
+            self._drafter = _native.Drafter(self._head, self._draft_cache)
         if vocabulary is not None:
             self.fit_rows(vocabulary, {})
 
@@ -55,13 +48,13 @@ class NativeRunner:
         return forward(self._target, [self._cache], [start], [tokens], parents or ())
 
     def commit(self, start: int, rows: Sequence[int]) -> None:
-        self._cache.move([start + row for row in rows], start)
+        self._cache.commit(start, [start + row for row in rows])
 
     def logits(self, states_TH: States) -> Logits:
         return logits(self._target, states_TH)
 
     def argmax(self, states_TH: States) -> list[int]:
-        return _native.choices(self._target.runtime, self._target.lm_head, states_TH)
+        return self._target.model.argmax(states_TH)
 
     def draft(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
         last = self._all_but_the_last(start, states_TH, inputs, steps)
@@ -69,10 +62,10 @@ class NativeRunner:
 
     def start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> list[Candidates]:
         last = self._all_but_the_last(start, states_TH, inputs, _native.PAGE_TOKENS)
-        return _candidates(self._drafter.start_tree(*last, self._draft_rows(), width))
+        return _candidates(self._drafter.start(*last, self._draft_rows(), width))
 
     def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        return _candidates(self._drafter.extend_tree(parents, tokens, self._draft_rows(), width))
+        return _candidates(self._drafter.extend(parents, tokens, self._draft_rows(), width))
 
     def _all_but_the_last(
         self, start: int, states_TH: States, inputs: Sequence[int], more: int
@@ -80,22 +73,9 @@ class NativeRunner:
         """Run the head over a long input up to its last chunk, which is returned; make room for `more` tokens."""
         reserve(self._draft_cache, start + len(inputs) + more)
         many = max(0, len(inputs) - CHUNK)
-        target, head = self._target, self._head
         for begin, end in _chunks(many):
             after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
-            _native.head_forward(
-                target.runtime,
-                head.stack,
-                head.projection,
-                target.embedding,
-                target.embedding_scale,
-                [self._draft_cache],
-                [start + begin],
-                [end - begin],
-                inputs[begin:end],
-                states_TH[begin:end],
-                after_TH,
-            )
+            self._head.forward(self._draft_cache, start + begin, inputs[begin:end], states_TH[begin:end], after_TH)
         return start + many, inputs[many:], states_TH[many:]
 
     def _draft_rows(self) -> list[tuple[_native.Matrix, NDArray[np.int32]]]:
@@ -137,11 +117,7 @@ def forward(
     states_TH = np.empty((sum(map(len, tokens)), int(target.config.hidden_size)), np.float32)
 
     def run(starts: list[int], tokens: Sequence[Sequence[int]], begin: int, end: int) -> None:
-        _native.target_forward(
-            target.runtime,
-            target.stack,
-            target.embedding,
-            target.embedding_scale,
+        target.model.forward(
             caches,
             starts,
             [len(own) for own in tokens],
@@ -162,7 +138,7 @@ def forward(
 def logits(target: NativeTarget, states_TH: States) -> Logits:
     """[T, V]"""
     out = np.empty((len(states_TH), target.lm_head.stride), np.float32)
-    _native.scores(target.runtime, target.lm_head, states_TH, out)
+    target.model.logits(states_TH, out)
     return out[:, : target.vocabulary_size]
 
 

@@ -1,25 +1,26 @@
-"""Targets and heads in the native CPU engine (docs/native-engine.md): weights converted once, run by `_native`.
-
-What a layer is made of is read off transformers' own modules, built without memory: no table by family.
-"""
+"""Targets and heads in the native CPU engine (docs/native-engine.md): weights converted once, run by `_native`."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from fastmtp import _native
-from fastmtp.engines.native.packing import gains, interleaved, pack, rows_from
-from fastmtp.models.info import GATHERED, ONLY_TORCH, TargetInfo, raise_problems
-from fastmtp.models.layers import FULL, layer_types, skeleton, windows
+from fastmtp.engines.native.packing import equal, gains, interleaved, pack, rows_from
+from fastmtp.models import family
+from fastmtp.models.config import FULL, ModelConfig
+from fastmtp.models.info import GATHERED, TargetInfo
+from fastmtp.models.rope import ropes
 from fastmtp.models.source import locate, reading
-from fastmtp.models.weights import Weights, open_weights
+from fastmtp.models.tokenizer import Tokenizer
+from fastmtp.models.weights import Weights
 
 WeightType = Literal["int8", "int4", "bfloat16"]
 _TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
@@ -29,11 +30,13 @@ _BYTES_PER_WEIGHT = {"int8": 1.04, "int4": 0.625, "bfloat16": 2.0}
 class NativeTarget(TargetInfo):
     """A frozen model in the native engine. States are always the ones after the final norm."""
 
+    config: ModelConfig
+
     def __init__(
         self,
-        config: Any,
-        generation_config: Any,
-        tokenizer: Any,
+        config: ModelConfig,
+        end_ids: Iterable[int],
+        tokenizer: Tokenizer,
         source: str,
         weights: Weights,
         runtime: _native.Runtime,
@@ -43,36 +46,38 @@ class NativeTarget(TargetInfo):
         """Convert a model's weights, a piece at a time.
 
         Args:
+            end_ids: as for `TargetInfo`.
             weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
                 layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
         Raises:
-            ValueError: tensors are missing or of another shape.
+            ValueError: tensors are missing, of another shape, or have no place in the model.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
-        self._model = skeleton(config)
-        super().__init__(config, generation_config, tokenizer, type(self._model).__name__, source)
+        self.family = family.family(config)
+        super().__init__(config, end_ids, tokenizer, self.family.model_class, source)
         self._gathered = lru_cache(GATHERED)(self._gather)
         self.runtime = runtime
         self.weight_type = weight_type
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
         self._check(weights)
-        base = self._model.model
         self._rope_factors = getattr(weights, "rope_factors", None)
-        self.embedding_scale = float(getattr(base.embed_tokens, "scalar_embed_scale", 1.0))
-        self.embedding = self.matrix(self.vocabulary_size, int(config.hidden_size))
+        self.embedding_scale = family.embedding_scale(config)
+        self.embedding = self.matrix(self.vocabulary_size, config.hidden_size)
         pack(self.embedding, weights, "model.embed_tokens")
         self.lm_head = self.embedding
-        if not config.tie_word_embeddings:
-            self.lm_head = self.matrix(self.vocabulary_size, int(config.hidden_size))
+        # A file that stores an LM head means it, even if its configuration says that the two are tied.
+        if "lm_head.weight" in weights.shapes() and not equal(
+            weights, "lm_head.weight", "model.embed_tokens.weight"
+        ):
+            self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size)
             pack(self.lm_head, weights, "lm_head")
-        self.head_size = int(base.layers[0].self_attn.head_dim)
-        kinds = layer_types(config)
-        seen = windows(config)
+        seen = family.windows(config)
         self.stack = self.new_stack()
-        for index, (module, kind) in enumerate(zip(base.layers, kinds, strict=True)):
+        for index, kind in enumerate(config.layer_types):
             prefix = f"model.layers.{index}."
-            self.add_layer(self.stack, weight_type, module, kind, seen[kind], weights, prefix)
-        self.stack.final_norm = gains(base.norm, weights, "model.norm")
+            self.add_layer(self.stack, weight_type, kind, seen[kind], weights, prefix)
+        self.stack.final_norm = gains(weights, "model.norm", self.family.norm_offset)
+        self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
 
     def matrix(self, outputs: int, inputs: int) -> _native.Matrix:
         """A matrix of zeros for what is not in the target's layers."""
@@ -84,49 +89,49 @@ class NativeTarget(TargetInfo):
 
     def _gather(self, ids: bytes) -> _native.Matrix:
         ids_D = np.frombuffer(ids, np.int32)
-        rows = self.matrix(len(ids_D), int(self.config.hidden_size))
+        rows = self.matrix(len(ids_D), self.config.hidden_size)
         rows.copy(np.arange(len(ids_D), dtype=np.int32), self.lm_head, ids_D)
         return rows
 
     def new_stack(self) -> _native.Stack:
         """A stack without layers, shaped as the target's."""
-        config, attention = self.config, self._model.model.layers[0].self_attn
+        config = self.config
+        found = ropes(config, self._rope_kinds(), self._rope_factors, self.source)
         return _native.Stack(
-            hidden=int(config.hidden_size),
-            heads=int(config.num_attention_heads),
-            key_heads=int(config.num_key_value_heads),
-            head_size=self.head_size,
-            feed_forward=int(config.intermediate_size),
-            epsilon=float(config.rms_norm_eps),
-            attention_scale=float(attention.scaling),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            head_size=config.head_dim,
+            feed_forward=config.intermediate_size,
+            epsilon=config.rms_norm_eps,
+            attention_scale=family.attention_scale(config),
             gelu=self._activation() == "gelu_pytorch_tanh",
-            ropes=self._ropes(),
+            ropes=[(frequencies.tolist(), scale) for frequencies, scale in found],
         )
 
     def add_layer(
         self,
         stack: _native.Stack,
         weight_type: WeightType,
-        module: Any,
         kind: str,
         window: int | None,
         weights: Weights,
         prefix: str,
     ) -> None:
-        """Append a layer to a stack, of the make of a transformers module and with a checkpoint's tensors."""
-        attention, network = module.self_attn, module.mlp
+        """Append a layer to a stack, of the family's make and with a checkpoint's tensors."""
+        projections, own_norms = family.projections(self.config), family.norms(self.config)
         layer = stack.add_layer(
             _TYPES[weight_type],
-            bias=attention.q_proj.bias is not None,
-            out_bias=attention.o_proj.bias is not None,
-            feed_forward_bias=network.down_proj.bias is not None,
+            bias=projections["self_attn.q_proj"].bias,
+            out_bias=projections["self_attn.o_proj"].bias,
+            feed_forward_bias=projections["mlp.down_proj"].bias,
             window=window or 0,
             rope=self._rope_kinds().index(kind),
         )
         start = 0
         for name in ("q_proj", "k_proj", "v_proj"):
             pack(layer.query_key_value, weights, f"{prefix}self_attn.{name}", rows_from(start))
-            start += getattr(attention, name).out_features
+            start += projections[f"self_attn.{name}"].outputs
         pack(layer.out, weights, prefix + "self_attn.o_proj")
         pack(layer.gate_up, weights, prefix + "mlp.gate_proj", interleaved(0))
         pack(layer.gate_up, weights, prefix + "mlp.up_proj", interleaved(1))
@@ -137,31 +142,21 @@ class NativeTarget(TargetInfo):
             "key_norm": "self_attn.k_norm",
             "feed_forward_norm": "post_attention_layernorm",
         }
-        if hasattr(module, "pre_feedforward_layernorm"):
+        if self.family.outer_norms:
             norms |= {
                 "attention_out_norm": "post_attention_layernorm",
                 "feed_forward_norm": "pre_feedforward_layernorm",
                 "feed_forward_out_norm": "post_feedforward_layernorm",
             }
         for ours, theirs in norms.items():
-            norm = dict(module.named_modules()).get(theirs)
-            if norm is not None:
-                setattr(layer, ours, gains(norm, weights, prefix + theirs))
-
-    @property
-    def last_layer(self) -> Any:
-        """The target's last layer as a transformers module without memory; what a head's layer is made like."""
-        return self._model.model.layers[-1]
-
-    @property
-    def final_norm(self) -> Any:
-        return self._model.model.norm
+            if theirs in own_norms:
+                setattr(layer, ours, gains(weights, prefix + theirs, self.family.norm_offset))
 
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of an `MTPHead` for this target."""
-        hidden = int(self.config.hidden_size)
+        hidden = self.config.hidden_size
         norms = {f"{name}.weight": (hidden,) for name in ("token_norm", "hidden_norm", "final_norm")}
-        layer = {f"layer.{name}": tuple(value.shape) for name, value in self.last_layer.state_dict().items()}
+        layer = {f"layer.{name}": shape for name, shape in family.layer_shapes(self.config).items()}
         return {**norms, "input_proj.weight": (hidden, 2 * hidden), **layer}
 
     @property
@@ -172,16 +167,7 @@ class NativeTarget(TargetInfo):
         return sum(matrix.bytes for matrix in [*matrices, self.lm_head])
 
     def _check(self, weights: Weights) -> None:
-        shapes = weights.shapes()
-        expected = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
-        wrong = [
-            f"{name}: {list(shapes[name]) if name in shapes else 'missing'}, must be {list(shape)}"
-            for name, shape in expected.items()
-            if shapes.get(name) != shape
-        ]
-        raise_problems(f"{self.source}: tensors do not fit the configuration:", wrong)
+        expected = family.check_tensors(self.config, weights.shapes(), self.source)
         needed = sum(
             math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
             for name, shape in expected.items()
@@ -193,31 +179,14 @@ class NativeTarget(TargetInfo):
         )
 
     def _activation(self) -> str:
-        name = str(getattr(self.config, "hidden_act", None) or self.config.hidden_activation)
-        if name not in ("silu", "gelu_pytorch_tanh"):
-            raise ValueError(
-                f"{self.source}: activation {name!r} is not supported; supported: silu, gelu_pytorch_tanh"
-            )
+        name = self.config.hidden_act
+        if name not in family.ACTIVATIONS:
+            supported = ", ".join(family.ACTIVATIONS)
+            raise ValueError(f"{self.source}: activation {name!r} is not supported; supported: {supported}")
         return name
 
     def _rope_kinds(self) -> list[str]:
-        return sorted({*layer_types(self.config), FULL})
-
-    def _ropes(self) -> list[tuple[list[float], float]]:
-        """Frequencies and scale for each kind of attention, as transformers derives them from the configuration."""
-        parameters = self.config.rope_parameters
-        for settings in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-            if settings.get("rope_type") == "longrope":
-                raise ValueError(f"{self.source}: rope_type 'longrope' is not supported by the native engine")
-        rotary = type(self._model.model.rotary_emb)(self.config)
-        ropes = []
-        for kind in self._rope_kinds():
-            prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
-            frequencies = getattr(rotary, f"{prefix}inv_freq").numpy()
-            if self._rope_factors is not None:
-                frequencies = frequencies / self._rope_factors
-            ropes.append((frequencies.tolist(), float(getattr(rotary, f"{prefix}attention_scaling"))))
-        return ropes
+        return sorted({*self.config.layer_types, FULL})
 
 
 class NativeHead:
@@ -225,15 +194,16 @@ class NativeHead:
 
     def __init__(self, target: NativeTarget, weights: Weights) -> None:
         """Convert a head's tensors, whose names and shapes were checked against the target."""
-        hidden = int(target.config.hidden_size)
-        self.projection = _native.Projection(_TYPES[target.outer_type], hidden)
+        offset = target.family.norm_offset
+        self.projection = _native.Projection(_TYPES[target.outer_type], target.config.hidden_size)
         pack(self.projection.matrix, weights, "input_proj")
-        self.projection.hidden_norm = gains(target.final_norm, weights, "hidden_norm")
-        self.projection.token_norm = gains(target.final_norm, weights, "token_norm")
+        self.projection.hidden_norm = gains(weights, "hidden_norm", offset)
+        self.projection.token_norm = gains(weights, "token_norm", offset)
         self.stack = target.new_stack()
         # The layer always attends to the full context (models/head.py).
-        target.add_layer(self.stack, target.outer_type, target.last_layer, FULL, None, weights, "layer.")
-        self.stack.final_norm = gains(target.final_norm, weights, "final_norm")
+        target.add_layer(self.stack, target.outer_type, FULL, None, weights, "layer.")
+        self.stack.final_norm = gains(weights, "final_norm", offset)
+        self.native = _native.Head(target.model, self.stack, self.projection)
 
 
 def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: int | None = None) -> NativeTarget:
@@ -251,16 +221,16 @@ def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: 
     source = locate(name)
     with reading(source):
         config = source.read_config()
-        if config.model_type in ONLY_TORCH:
+        if not isinstance(config, ModelConfig):
             raise ValueError(
                 f"{name}: architecture {config.model_type!r} runs in PyTorch only; give --engine torch"
             )
         return NativeTarget(
             config,
-            source.read_generation_config(),
+            source.end_ids(),
             source.read_tokenizer(),
             name,
-            open_weights(source, config),
+            source.open_weights(),
             runtime,
             weight_type=weight_type,
         )

@@ -43,6 +43,14 @@ class TorchEngine:
     def arithmetic(self) -> str:
         return str(self.target.dtype)
 
+    @property
+    def device(self) -> str:
+        return str(self.target.device)
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
     def load_head(self, directory: Path) -> Head:
         head = MTPHead(self.target.model)
         shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}

@@ -13,37 +13,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
-from fastmtp.models.info import GATHERED, TargetInfo
-from fastmtp.models.layers import (
-    FULL,
-    Cache,
-    Masks,
-    Rotations,
-    causal_masks,
-    layer_types,
-    rotations,
-    run_layers,
-    skeleton,
-    windows,
-)
+from fastmtp.models.config import FULL, ModelConfig
+from fastmtp.models.family import check_tensors, layer_types, windows
+from fastmtp.models.info import GATHERED, TargetInfo, ids_of, raise_problems
+from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, skeleton
 from fastmtp.models.source import Source, locate, reading
-from fastmtp.models.weights import GgufWeights, whole
+from fastmtp.models.weights import whole
 
 
 class Target(TargetInfo):
     """A frozen model with its tokenizer. States are always the ones after the final norm."""
 
-    def __init__(self, model: Any, tokenizer: Any, source: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: str, end_ids: Iterable[int] = ()) -> None:
         """Wrap a loaded transformers model.
 
+        Args:
+            end_ids: ends of an answer besides those that the model and the tokenizer name.
         Raises:
             ValueError: the tokenizer does not fit.
         """
-        super().__init__(model.config, model.generation_config, tokenizer, type(model).__name__, source)
+        ends = [*end_ids, *ids_of(model.generation_config.eos_token_id)]
+        super().__init__(model.config, ends, tokenizer, type(model).__name__, source)
         self._gathered = lru_cache(GATHERED)(self._gather)
         self.model = model.eval().requires_grad_(False)
         self.kinds = layer_types(self.config)
@@ -112,18 +106,31 @@ def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | to
     with reading(source):
         config, tokenizer = source.read_config(), source.read_tokenizer()
         model = _read_model(source, config, dtype)
-    return Target(model.to(device), tokenizer, name)
+        return Target(model.to(device), tokenizer, name, source.end_ids())
 
 
 def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
-    settings: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
-    if source.gguf is None:
-        return AutoModelForCausalLM.from_pretrained(source.place, use_safetensors=True, **settings)
-    weights = GgufWeights(source.gguf, config)
-    tensors = {name: torch.from_numpy(whole(weights, name)).to(dtype) for name in weights.shapes()}
-    model = type(skeleton(config)).from_pretrained(None, state_dict=tensors, **settings)
-    if weights.rope_factors is not None:
-        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(weights.rope_factors))
+    settings: dict[str, Any] = {
+        "config": config if isinstance(config, PreTrainedConfig) else source.read_any_config(),
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "output_loading_info": True,
+    }
+    weights = None
+    if isinstance(config, ModelConfig):
+        weights = source.open_weights()
+        check_tensors(config, weights.shapes(), source.name)
+    if weights is None or source.gguf is None:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.place, use_safetensors=True, trust_remote_code=False, **settings
+        )
+    else:
+        tensors = {name: torch.from_numpy(whole(weights, name)).to(dtype) for name in weights.shapes()}
+        model, info = type(skeleton(settings["config"])).from_pretrained(None, state_dict=tensors, **settings)
+    # transformers fills what is missing with random numbers.
+    raise_problems(f"{source.name}: tensors are missing:", sorted(info["missing_keys"]))
+    if (factors := getattr(weights, "rope_factors", None)) is not None:
+        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(factors))
     return model
 
 

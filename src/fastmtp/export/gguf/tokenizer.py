@@ -9,7 +9,7 @@ import gguf
 from gguf import GGUFValueType as Value
 
 from fastmtp.export.job import Job
-from fastmtp.models.source import gguf_reader
+from fastmtp.models.gguf_file import gguf_reader
 
 # A key's value, its type, and the type of the items if it is an array.
 Keys = dict[str, tuple[Any, Value, Value | None]]

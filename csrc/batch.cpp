@@ -1,0 +1,38 @@
+#include "batch.hpp"
+
+#include <cmath>
+
+namespace fastmtp {
+
+Batch::Batch(Runtime& runtime, const std::vector<Segment>& segments, const std::vector<Rope>& ropes)
+    : runtime(runtime), segments(segments), ropes_(ropes),
+      angle_size_(ropes.empty() ? 0 : 2 * int(ropes.front().inverse_frequencies.size())) {
+  for (const Segment& segment : segments) {
+    segment.cache->reserve(segment.start + segment.count);
+    rows += segment.count;
+  }
+  positions.reserve(rows);
+  paths.reserve(rows);
+  for (const Segment& segment : segments)
+    for (int i = 0; i < segment.count; i++) {
+      positions.push_back(segment.position(i));
+      paths.push_back(segment.path(i));
+    }
+  runtime.angles.reserve(size_t(rows) * ropes.size() * angle_size_);
+}
+
+void Batch::set_angles(Team& team) const {
+  const int half = angle_size_ / 2;
+  team.each(int(ropes_.size()), [&](int r) {
+    const Rope& rope = ropes_[r];
+    for (int m = 0; m < rows; m++)
+      for (int d = 0; d < half; d++) {
+        // In single precision, as the reference implementations compute it.
+        const float angle = float(positions[m]) * rope.inverse_frequencies[d];
+        angles(r, m)[d] = float(std::cos(double(angle))) * rope.scale;
+        angles(r, m)[half + d] = float(std::sin(double(angle))) * rope.scale;
+      }
+  });
+}
+
+}  // namespace fastmtp

@@ -1,0 +1,35 @@
+#include "head.hpp"
+
+#include <stdexcept>
+
+namespace fastmtp {
+
+Head::Head(const Model& model, const Stack& stack, const Projection& projection)
+    : model(model), stack(stack), projection(projection) {
+  if (stack.layers.empty()) throw std::invalid_argument("the head's stack has no layers");
+  if (stack.hidden != model.stack.hidden || projection.matrix.outputs() != model.stack.hidden)
+    throw std::invalid_argument("the head's stack and projection must have the model's hidden size");
+}
+
+void Head::forward(const Segment& segment, const int32_t* tokens, const float* before, float* after) const {
+  Runtime& runtime = model.runtime;
+  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
+  const int hidden = stack.hidden;
+  const std::vector<Segment> segments{segment};
+  const Pass pass(runtime, stack, segments);
+  runtime.reserve_operand(pass.rows(), 2 * hidden);
+  runtime.reserve_rows(2 * hidden);
+  with_team(runtime.threads, runtime.barrier, [&](Team team) {
+    team.each(pass.rows(), [&](int m) {
+      float* joined = runtime.own_row(team);
+      model.embed(tokens[m], joined);
+      runtime.norm(joined, projection.token_norm, stack.epsilon, joined + hidden);
+      runtime.norm(before + size_t(m) * hidden, projection.hidden_norm, stack.epsilon, joined);
+      runtime.convert(projection.matrix, joined, m);
+    });
+    runtime.matmul(team, projection.matrix, pass.rows(), pass.branch(0), pass.stride());
+    pass.run(team, after);
+  });
+}
+
+}  // namespace fastmtp

@@ -1,0 +1,108 @@
+"""Which stages fit into a budget of time, how long each takes, and the disk that they need."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastmtp.accelerate.facts import Facts
+from fastmtp.accelerate.stages import Bench, Distill, Export, Native, Settings, Train, Vocabulary
+from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.models.source import locate
+
+# Answering (in batches) and training reach these shares of the prefill's tokens a second, on two cores with matrix
+# units. Without such units prefill is slower, and both reach half of it.
+_ANSWERED, _TRAINED = 0.2, 0.3
+# Loading the model, the lists, the benchmark and the export take some minutes (of a short run at most a share), and
+# a share of the budget.
+_OTHER_MINUTES, _OTHER_MOST, _OTHER_SHARE = 4.0, 0.4, 0.1
+# The default budget answers and trains on so many tokens; more improve the head slowly.
+_DEFAULT_TOKENS = 1_000_000
+# More passes over the same answers improve little.
+_MOST_EPOCHS = 3.0
+# Compiling pays in longer runs than this.
+_COMPILE_MINUTES = 20
+_BYTES_A_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, about how many minutes it takes, and what it leaves in the output directory."""
+
+    name: str
+    settings: Settings
+    minutes: float
+    makes: tuple[str, ...]
+
+    def shown(self) -> str:
+        """The command line that does the same."""
+        return shlex.join(["fastmtp", *self.settings.command()])
+
+
+def default_minutes(facts: Facts) -> float:
+    """The budget in which about a million tokens are answered and trained on."""
+    seconds = _DEFAULT_TOKENS / facts.prefill_per_second * (1 / _ANSWERED + 1 / _TRAINED)
+    return float(round(seconds / 60 / (1 - _OTHER_SHARE) + _OTHER_MINUTES))
+
+
+def default_engine(target: str) -> str:
+    """What to export to."""
+    return "transformers" if locate(target).gguf is None else "llama.cpp"
+
+
+def distill_minutes(minutes: float) -> float:
+    """Half of the time that is left for data and training."""
+    return round(0.5 * _working_minutes(minutes), 2)
+
+
+def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, tokens: int | None) -> list[Stage]:
+    """The stages that fit into a budget.
+
+    Args:
+        engine: what to export to.
+        tokens: in the data, once it is there; None estimates them.
+    """
+    answering = distill_minutes(minutes)
+    training = _working_minutes(minutes) - answering
+    expected = tokens or max(1, int(60 * answering * _ANSWERED * facts.prefill_per_second))
+    epochs = min(_MOST_EPOCHS, 60 * training * _TRAINED * facts.prefill_per_second / expected)
+    data, head, native = out / "data", out / "head", out / "native"
+    train = Train(
+        target,
+        data,
+        head,
+        # Rounded, so that a continued run has the same settings.
+        TrainConfig(epochs=float(f"{epochs:.2g}"), compile=facts.compiler and training >= _COMPILE_MINUTES),
+        str(native) if facts.native_head else facts.shipped_head,
+    )
+    rest = _OTHER_SHARE * minutes / 2
+    found = [
+        Stage("distill", Distill(target, data, DistillConfig(count=1_000_000, minutes=answering)), answering, ()),
+        Stage("train", train, training, ("head", ".head.tmp", "head.training")),
+        Stage("vocabulary", Vocabulary(target, head, data, VocabularyConfig(size="auto")), 1 + rest / 2, ()),
+        Stage("bench", Bench(target, head, out / "bench", 2, 128), 1 + rest, ("bench",)),
+        Stage("export", Export(engine, target, head, out / engine), 1 + rest / 2, (engine,)),
+    ]
+    return [Stage("native", Native(target, native), 1, ("native",)), *found] if facts.native_head else found
+
+
+def needed_bytes(minutes: float, facts: Facts) -> int:
+    """Roughly the disk for the answers, training's checkpoints and an export with the target's weights."""
+    answers = 60 * distill_minutes(minutes) * _ANSWERED * facts.prefill_per_second * _BYTES_A_TOKEN
+    return int(answers + 2.5 * facts.target_bytes)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises OSError if the disk has less room than is needed."""
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"{existing}: {free / 1e9:.1f} GB are free and about {needed / 1e9:.1f} GB needed; give another --out"
+        )
+
+
+def _working_minutes(minutes: float) -> float:
+    return minutes - min(_OTHER_MINUTES, _OTHER_MOST * minutes) - _OTHER_SHARE * minutes

@@ -1,0 +1,157 @@
+"""The stages' settings: each runs its stage, and says the command line that does the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.distill.answers import DistillSummary, distill
+from fastmtp.engines.open import open_engine, open_states_engine, open_torch
+from fastmtp.evaluate.benchmark import quick
+from fastmtp.evaluate.document import Document
+from fastmtp.evaluate.lists import WrittenLists, build_lists
+from fastmtp.export.manifest import Manifest
+from fastmtp.export.package import export_head
+from fastmtp.heads.checkpoint import ImportedHead, import_head
+from fastmtp.progress import Progress
+from fastmtp.report.written import write_run
+from fastmtp.train.processes import Processes
+from fastmtp.train.run import TrainSummary, train_head
+
+Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | Document | Manifest
+
+
+class Settings(Protocol):
+    def command(self) -> list[str]:
+        """The arguments of the `fastmtp` command that does the same."""
+        ...
+
+    def run(self, progress: Progress) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Native:
+    """Import the checkpoint's own MTP layer as a head."""
+
+    target: str
+    out: Path
+
+    def command(self) -> list[str]:
+        return _command("head", "import", target=self.target, out=self.out)
+
+    def run(self, progress: Progress) -> ImportedHead:
+        return import_head(self.target, self.out)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil answers to the target's own prompts."""
+
+    target: str
+    out: Path
+    config: DistillConfig
+
+    def command(self) -> list[str]:
+        limits = {"count": self.config.count, "minutes": self.config.minutes}
+        return _command("distill", target=self.target, out=self.out, **limits)
+
+    def run(self, progress: Progress) -> DistillSummary:
+        return distill(
+            open_engine(self.target, for_throughput=True, progress=progress), self.config, self.out, None, progress
+        )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a head."""
+
+    target: str
+    data: Path
+    out: Path
+    config: TrainConfig
+    init: str | None = None
+
+    def command(self) -> list[str]:
+        given = {"epochs": f"{self.config.epochs:.2g}", "init": self.init}
+        command = _command("train", target=self.target, data=self.data, out=self.out, **given)
+        return [*command, "--compile"] if self.config.compile else command
+
+    def run(self, progress: Progress) -> TrainSummary:
+        own = open_torch(self.target, for_throughput=True, progress=progress)
+        return train_head(
+            own.target,
+            [self.data],
+            self.config,
+            self.out,
+            init=None if self.init is None else Path(self.init),
+            processes=Processes(),
+            engine=open_states_engine(own, progress=progress),
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Build the head's lists."""
+
+    target: str
+    head: Path
+    data: Path
+    config: VocabularyConfig
+
+    def command(self) -> list[str]:
+        given = {"data": self.data, "size": self.config.size}
+        return _command("vocab", "build", target=self.target, head=self.head, **given)
+
+    def run(self, progress: Progress) -> WrittenLists:
+        path = self.head / "vocabulary.json"
+        return build_lists(self.target, path, self.config, [self.data], head=self.head, progress=progress)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Benchmark the head against plain decoding."""
+
+    target: str
+    head: Path
+    out: Path
+    limit: int
+    max_new_tokens: int
+
+    def command(self) -> list[str]:
+        given = {"limit": self.limit, "max_new_tokens": self.max_new_tokens, "out": self.out}
+        return _command("bench", target=self.target, head=self.head, **given)
+
+    def run(self, progress: Progress) -> Document:
+        chosen, engine = (
+            quick(self.head, self.limit, self.max_new_tokens),
+            open_engine(self.target, progress=progress),
+        )
+        found, _ = chosen.run(engine, self.out, progress)
+        write_run(found, self.out)
+        if found.summary.failed_cells or found.breaks_promise:
+            raise ValueError(f"{self.out / 'report.html'}: an answer failed, or differs from plain decoding's")
+        return found
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export the head."""
+
+    engine: str
+    target: str
+    head: Path
+    out: Path
+
+    def command(self) -> list[str]:
+        return _command("export", to=self.engine, target=self.target, head=self.head, out=self.out)
+
+    def run(self, progress: Progress) -> Manifest:
+        return export_head(self.engine, self.target, self.out, head=self.head, progress=progress)
+
+
+def _command(*words: str, **options: object) -> list[str]:
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    return [*words, *(part for pair in given for part in pair)]

@@ -1,0 +1,91 @@
+"""What is done in an output directory, in its accelerate.json."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastmtp.accelerate import plan as planning
+from fastmtp.accelerate.facts import Facts, measure_facts
+from fastmtp.accelerate.plan import Stage
+from fastmtp.accelerate.stages import Result
+from fastmtp.distill.dataset import token_count
+from fastmtp.files import read_json, write_json
+from fastmtp.progress import QUIET, Progress
+
+STATE = "accelerate.json"
+
+
+class State:
+    """Which stages are done. A stage is known by its command, and is not done again with the same one."""
+
+    def __init__(self, out: Path, target: str) -> None:
+        """Open an output directory.
+
+        Raises:
+            ValueError: it holds something else, or was made for another target.
+        """
+        self._out, self._path = out, out / STATE
+        if self._path.is_file():
+            self._state: dict[str, Any] = read_json(self._path)
+            if self._state["target"] != target:
+                raise ValueError(f"{out}: was made for {self._state['target']}; choose another --out for {target}")
+        elif out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out}: is not empty and was not made by `fastmtp accelerate`; choose another --out")
+        else:
+            self._state = {"target": target, "stages": {}}
+
+    def facts(self, progress: Progress = QUIET) -> Facts:
+        """Measured at the first call only, so that a continued run has the same plan."""
+        if "facts" not in self._state:
+            self._state["facts"] = asdict(measure_facts(self._state["target"], progress))
+        return Facts(**self._state["facts"])
+
+    def stages(self, minutes: float, engine: str) -> list[Stage]:
+        """The plan; once there is data, training is planned by its tokens."""
+
+        def planned(tokens: int | None) -> list[Stage]:
+            return planning.plan(self._state["target"], minutes, engine, self._out, self.facts(), tokens)
+
+        stages = planned(None)
+        answered = any(stage.name == "distill" and self.done(stage) for stage in stages)
+        return planned(token_count(self._out / "data")) if answered else stages
+
+    def remaining(self, minutes: float, engine: str) -> Iterator[Stage]:
+        """The stages to do, from the first that is not done; planned again after each."""
+        again = False
+        for number in range(len(self.stages(minutes, engine))):
+            stage = self.stages(minutes, engine)[number]
+            again = again or not self.done(stage)
+            if again:
+                yield stage
+
+    def done(self, stage: Stage) -> bool:
+        return bool(self._state["stages"].get(stage.name) == {"command": stage.settings.command(), "done": True})
+
+    def do(self, stage: Stage, progress: Progress = QUIET) -> Result:
+        """Run a stage. One that was stopped goes on; if its command changed, what it made before is removed."""
+        command = stage.settings.command()
+        if self._state["stages"].get(stage.name, {}).get("command") != command or self.done(stage):
+            for name in stage.makes:
+                _remove(self._out / name)
+        self._state["stages"][stage.name] = {"command": command, "done": False}
+        self._save()
+        result = stage.settings.run(progress)
+        self._state["stages"][stage.name]["done"] = True
+        self._save()
+        return result
+
+    def _save(self) -> None:
+        self._out.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, self._state)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

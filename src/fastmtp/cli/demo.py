@@ -1,0 +1,54 @@
+"""`fastmtp demo`: the embedded model, plainly and with its head."""
+
+from __future__ import annotations
+
+import click
+
+from fastmtp.cli.bench_report import show
+from fastmtp.cli.options import json_option
+from fastmtp.cli.terminal import TERMINAL
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.engines.open import open_engine
+from fastmtp.evaluate.lineup import own_competitor
+
+
+@click.command()
+@click.option("--max-new-tokens", type=int, default=96, show_default=True, help="for each answer")
+@json_option
+def demo(max_new_tokens: int, as_json: bool) -> None:
+    """The embedded model and its head: the same prompts plain and speculative, compared."""
+    from fastmtp.evaluate.prompts import builtin_conversations, one_of_each
+
+    main = DraftOptions().draft
+    engine = open_engine("smollm2", progress=TERMINAL)
+    stream = _Stream()
+    piece, announce = (None, None) if as_json else (stream.show, stream.announce)
+    competitors = [
+        own_competitor(draft, engine, DraftOptions(draft=draft), piece, TERMINAL) for draft in ("plain", main)
+    ]
+    from fastmtp.evaluate.bench import Settings, run
+    from fastmtp.evaluate.journal import Journal
+    from fastmtp.evaluate.results import document, run_facts
+
+    journal = Journal(None, {})
+    settings = Settings(max_new_tokens, 1, SamplingConfig())
+    run(competitors, engine.target, one_of_each(builtin_conversations()), settings, journal, announce)
+    facts = run_facts(engine, {}, {})
+    show(document(list(journal), competitors, main, engine.target, facts, greedy=True), as_json, short=True)
+
+
+class _Stream:
+    """Prints the pieces of answers, each answer under a headline."""
+
+    def __init__(self) -> None:
+        self._started = False
+
+    def announce(self, kind: str, name: str) -> None:
+        click.echo(("\n\n" if self._started else "") + click.style(f"[{kind}, {name}]", bold=True))
+        self._started = True
+
+    def show(self, piece: str) -> None:
+        # Before the first headline the engines are warmed up.
+        if self._started:
+            click.echo(piece, nl=False)

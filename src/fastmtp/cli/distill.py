@@ -1,0 +1,90 @@
+"""`fastmtp distill`: a data directory of the target's own answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastmtp.cli.options import PATH, config_option, engine_options, finish, json_option, settings_options
+from fastmtp.cli.terminal import TERMINAL
+from fastmtp.config import DistillConfig, load_config
+from fastmtp.engines.open import EngineOptions, open_engine
+from fastmtp.models.source import describe
+
+if TYPE_CHECKING:
+    from fastmtp.distill.answers import DistillSummary
+
+
+@click.command()
+@engine_options
+@click.option("--out", type=PATH, required=True, help="data directory to fill")
+@click.option(
+    "--prompts",
+    help="JSONL, Parquet or text file, or hf:owner/name[:split]  [default: the model writes its own prompts]",
+)
+@click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    help="OpenAI-compatible server of the target, instead of an engine here; may be repeated; "
+    "its key is taken from OPENAI_API_KEY",
+)
+@click.option("--endpoint-model", help="the name the servers know the target by  [default: the one they serve]")
+@config_option
+@json_option
+@settings_options(DistillConfig)
+def distill(
+    target: str,
+    options: EngineOptions,
+    out: Path,
+    prompts: str | None,
+    endpoints: tuple[str, ...],
+    endpoint_model: str | None,
+    config: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Let the target answer prompts; its own answers are the training data. Goes on where it stopped."""
+    chosen = load_config(DistillConfig, config, settings)
+    if endpoint_model and not endpoints:
+        raise ValueError("--endpoint-model is the name at an --endpoint; give that too")
+    if endpoints and options != EngineOptions():
+        raise ValueError("--endpoint decodes elsewhere; leave out --engine, --dtype, --device and --threads")
+    from fastmtp.distill.answers import distill as run
+    from fastmtp.distill.endpoints import Endpoints
+
+    engine: Any = (
+        Endpoints(
+            describe(target),
+            endpoints,
+            endpoint_model,
+            timeout=chosen.timeout,
+            retries=chosen.retries,
+            progress=TERMINAL,
+        )
+        if endpoints
+        else open_engine(target, options, for_throughput=True, progress=TERMINAL)
+    )
+    tell_distilled(run(engine, chosen, out, prompts, TERMINAL), out, as_json)
+
+
+def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:
+    """The mix that resulted, and how the command ends."""
+    from fastmtp.distill.domains import shares
+
+    rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
+    if summary.exchanges and not as_json:
+        TERMINAL.say(f"came out as {shares(summary.domains)}; languages {shares(summary.languages)}")
+    told = [f"{summary.truncated} truncated"]
+    if summary.refused:
+        told.append(f"{summary.refused} refused")
+    if summary.retokenised:
+        told.append(f"{100 * summary.mismatched / summary.retokenised:.1f}% of the texts differ once tokenised")
+    finish(
+        as_json,
+        {**vars(summary), "answer_tokens_per_second": rate, "out": str(out)},
+        f"{summary.exchanges} exchanges, {summary.answer_tokens} answer tokens, {rate:.0f} tokens/s, "
+        f"{', '.join(told)}, in {out}",
+    )

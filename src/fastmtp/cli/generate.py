@@ -1,0 +1,94 @@
+"""`fastmtp generate`: one answer, and what an answer's statistics look like in a line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastmtp.api import Model
+from fastmtp.cli.options import (
+    decoding_options,
+    engine_options,
+    finish,
+    json_option,
+    settings_options,
+    verbose_option,
+)
+from fastmtp.cli.terminal import TERMINAL
+from fastmtp.config import SamplingConfig, load_config
+from fastmtp.decode.drafting.open import DraftOptions, open_drafting
+from fastmtp.engines.open import EngineOptions, open_engine
+
+if TYPE_CHECKING:
+    from fastmtp.decode.generation import Result
+
+_STOPPED = {"end": "", "stop_string": "", "length": ", cut at max-new-tokens", "context": ", context is full"}
+
+
+@click.command()
+@click.argument("prompt")
+@engine_options
+@decoding_options
+@settings_options(SamplingConfig)
+@click.option("--max-new-tokens", type=int, default=512, show_default=True)
+@click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
+@verbose_option
+@click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
+@json_option
+def generate(
+    prompt: str,
+    target: str,
+    options: EngineOptions,
+    drafting: DraftOptions,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    verbose: bool,
+    raw: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Answer one prompt. PROMPT may be - for standard input."""
+    sampling = load_config(SamplingConfig, None, settings)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    model = open_model(target, options, drafting)
+    generation = model.stream(text, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw)
+    for piece in generation:
+        if not as_json:
+            click.echo(piece, nl=False)
+    result = generation.result
+    facts = {
+        "text": result.text,
+        "tokens": result.tokens,
+        "stopped": result.stopped,
+        "tokens_per_second": result.tokens_per_second,
+        "prefill_seconds": result.prefill_seconds,
+        "tau": result.acceptance.tau,
+        "verified": result.verified,
+        "acceptance": result.acceptance.cumulative,
+        "plans": None if result.plans is None else vars(result.plans),
+    }
+    if not as_json:
+        click.echo()
+    if verbose:
+        tell_plans(result)
+    finish(as_json, facts, described(result), to_stderr=True)
+
+
+def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> Model:
+    """What `generate` and `chat` answer with."""
+    return Model(open_drafting(open_engine(target, options, progress=TERMINAL), drafting, TERMINAL))
+
+
+def described(result: Result) -> str:
+    """An answer's statistics in one line."""
+    verified = result.verified / max(1, result.acceptance.rounds)
+    tau = f", tau {result.acceptance.tau:.2f}, {verified:.1f} verified a round" if result.plans else ", plain"
+    return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s{tau}{_STOPPED[result.stopped]}"
+
+
+def tell_plans(result: Result) -> None:
+    """What was drafted for an answer; of plain steps there is nothing to tell."""
+    if result.plans is not None:
+        click.echo("\n".join(result.plans.lines()), err=True)

@@ -1,0 +1,22 @@
+"""`fastmtp import`: the head of an export as a head directory again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastmtp.cli.options import PATH, finish, json_option
+
+
+@click.command("import")
+@click.argument("directory", type=PATH)
+@click.option("--out", type=PATH, required=True, help="head directory to write")
+@json_option
+def import_(directory: Path, out: Path, as_json: bool) -> None:
+    """Write the head of an export, DIRECTORY, as a head directory again."""
+    from fastmtp.export.package import import_export
+
+    exact = import_export(directory, out).exact
+    bits = "bit for bit the exported head" if exact else "rounded by the export's type"
+    finish(as_json, {"out": str(out), "exact": exact}, f"head in {out}, {bits}")

@@ -1,0 +1,34 @@
+"""`fastmtp report`: what a benchmark measured, again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.report.written import write_text
+
+
+@click.command()
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FILE [FILE]")
+@click.option("--html", type=click.Path(path_type=Path), help="write the page here")
+@click.option("--markdown", type=click.Path(path_type=Path), help="write the tables here, as Markdown")
+def report(files: tuple[Path, ...], html: Path | None, markdown: Path | None) -> None:
+    """Show what `bench --out` or `bench --json` measured; two files are compared."""
+    from fastmtp.evaluate.document import read_document
+    from fastmtp.report import bench as tables
+    from fastmtp.report.page import page
+
+    if len(files) > 2:
+        raise ValueError(f"report shows one run or compares two; {len(files)} files were given")
+    documents = [read_document(path) for path in files]
+    grids = [tables.compared(*documents)] if len(documents) == 2 else tables.grids(documents[0])
+    if html is not None:
+        write_text(html, page(documents))
+    if markdown is not None:
+        write_text(markdown, "\n".join(map(tables.markdown, documents)))
+    for grid in grids:
+        TERMINAL.console.print(table(grid))
+    for document in documents:
+        click.echo(tables.headline(document))

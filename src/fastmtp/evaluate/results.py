@@ -1,0 +1,110 @@
+"""From the turns of a run to its document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+
+from tokenizers.decoders import DecodeStream
+
+from fastmtp.engines.protocol import Engine
+from fastmtp.evaluate.audit import with_margins
+from fastmtp.evaluate.competitors import Competitor, Own
+from fastmtp.evaluate.document import Document, Floor, Run, Sample, ShortTurn, Spread, Steadiness
+from fastmtp.evaluate.drift import STEADY, Reading, spread
+from fastmtp.evaluate.figures import Facts, RoundCosts
+from fastmtp.evaluate.records import PLAIN, Answer, Json, Turn
+from fastmtp.evaluate.summary import differences, summarize
+from fastmtp.models.info import TargetInfo
+from fastmtp.provenance import machine, provenance
+
+
+def run_facts(engine: Engine, settings: Json, missing: Mapping[str, str]) -> Run:
+    """What is known of a run on this machine."""
+    floor = engine.floor()
+    measured = Floor(floor.bytes, floor.bandwidth_gb_s, floor.ms)
+    return Run(engine.name, machine(), measured, settings, dict(missing), provenance())
+
+
+def document(
+    turns: Sequence[Turn],
+    competitors: Sequence[Competitor],
+    main: str,
+    target: TargetInfo,
+    run: Run,
+    *,
+    greedy: bool,
+) -> Document:
+    """Figures, the audit, the machine's steadiness, and answers to look at.
+
+    Args:
+        competitors: plain decoding first.
+        greedy: whether the answers of other engines can be compared too. At a temperature each engine draws in
+            its own way.
+    """
+    # Forwards are timed at the answers' typical context, so that predicted and measured times are comparable.
+    context = int(median(len(turn.prompt) + turn.cells[PLAIN].length // 2 for turn in turns))
+    plain = _owns(competitors)[0]
+    forward_ms = {int(count): ms for count, ms in plain.forward_ms(context).items()}
+    facts = {}
+    for competitor in competitors:
+        costs = RoundCosts(forward_ms, competitor.draft_ms(context)) if isinstance(competitor, Own) else None
+        reference = competitor.reference if greedy or costs else None
+        facts[competitor.name] = Facts(competitor.version, reference, costs)
+    return Document(
+        main=main,
+        target=target.source,
+        run=run,
+        facts=facts,
+        summary=summarize(turns, facts),
+        costs_context=context,
+        divergences=with_margins(differences(turns, facts), turns, plain.sequence),
+        steadiness=_steadiness([turn.machine for turn in turns]),
+        samples=list(_samples(turns, main, target)) if main != PLAIN else [],
+        answers=[_short(turn) for turn in turns],
+    )
+
+
+def _owns(competitors: Sequence[Competitor]) -> list[Own]:
+    return [competitor for competitor in competitors if isinstance(competitor, Own)]
+
+
+def _steadiness(readings: Sequence[Reading]) -> Steadiness:
+    memory = spread([reading.memory_ms for reading in readings])
+    arithmetic = spread([reading.arithmetic_ms for reading in readings])
+    load = median(reading.load for reading in readings)
+    return Steadiness(Spread(memory, arithmetic), load, max(memory, arithmetic) > STEADY)
+
+
+def _samples(turns: Sequence[Turn], main: str, target: TargetInfo) -> Iterator[Sample]:
+    """The first answer of each benchmark."""
+    seen = set()
+    for turn in turns:
+        answer = turn.answer(main)
+        if turn.benchmark in seen or answer is None:
+            continue
+        seen.add(turn.benchmark)
+        steps = [0, *(step for committed in answer.rounds for step in [*range(1, committed), 0])]
+        yield Sample(turn.benchmark, turn.id, _pieces(answer.tokens, steps, target))
+
+
+def _pieces(tokens: Sequence[int], steps: Sequence[int], target: TargetInfo) -> list[tuple[str, int]]:
+    stream = DecodeStream(skip_special_tokens=True)
+    pieces = []
+    for token, step in zip(tokens, steps, strict=False):
+        # A character of several tokens appears with its last one.
+        if text := stream.step(target.tokenizer.backend_tokenizer, token):
+            pieces.append((text, step))
+    return pieces
+
+
+def _short(turn: Turn) -> ShortTurn:
+    cells = {
+        name: (cell.length, round(cell.prefill_seconds, 5), round(cell.decode_seconds, 5))
+        if isinstance(cell, Answer)
+        else cell.error
+        for name, cell in turn.cells.items()
+    }
+    now = turn.machine
+    machine = Reading(round(now.memory_ms, 3), round(now.arithmetic_ms, 3), round(now.load, 3))
+    return ShortTurn(turn.key, turn.benchmark, turn.id, turn.turn, turn.repeat, len(turn.prompt), machine, cells)

@@ -1,0 +1,167 @@
+"""What a family of models is, as tables: names and shapes of tensors, norms, biases, scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastmtp.models.config import FULL, SLIDING, ModelConfig
+from fastmtp.models.info import raise_problems
+
+Shape = tuple[int, ...]
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+# Of Hugging Face checkpoints: what other software left there, and MTP layers, which are read as heads.
+_LEFT_OVER = ("rotary_emb.inv_freq", ".rotary_emb.inv_freq")
+_MTP_LAYERS = ("model.mtp_layers.", "mtp.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Attributes:
+        model_class: transformers' name of the causal language model; heads on disk hold it.
+        norm_offset: what is added to a norm's stored weights to get its gains.
+        query_key_norms: q and k of each head are normalised.
+        outer_norms: attention and feed-forward network have a norm after them, too.
+        scaled_embedding: embeddings are multiplied by the root of the hidden size.
+        query_bias: q, k and v have biases whatever the configuration says.
+    """
+
+    model_class: str
+    norm_offset: float = 0.0
+    query_key_norms: bool = False
+    outer_norms: bool = False
+    scaled_embedding: bool = False
+    query_bias: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", query_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", query_key_norms=True),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", norm_offset=1.0, query_key_norms=True, outer_norms=True, scaled_embedding=True
+    ),
+}
+
+
+def family(config: ModelConfig) -> Family:
+    return FAMILIES[config.model_type]
+
+
+def layer_types(config: Any) -> list[str]:
+    """Attention kind of each layer; configs without `layer_types` have the same kind throughout."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types)
+    kind = SLIDING if getattr(config, "sliding_window", None) else FULL
+    return [kind] * int(config.num_hidden_layers)
+
+
+def windows(config: Any) -> dict[str, int | None]:
+    """By kind of attention that the model has, how many of the last tokens it sees; None is all."""
+    sizes = {FULL: None, SLIDING: getattr(config, "sliding_window", None)}
+    return {kind: sizes[kind] for kind in sorted(set(layer_types(config)))}
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """What scores of queries and keys are multiplied by."""
+    return float((config.query_pre_attn_scalar or config.head_dim) ** -0.5)
+
+
+def embedding_scale(config: ModelConfig) -> float:
+    return float(config.hidden_size**0.5) if family(config).scaled_embedding else 1.0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module's size, and whether it has a bias."""
+
+    outputs: int
+    inputs: int
+    bias: bool
+
+
+def projections(config: ModelConfig) -> dict[str, Projection]:
+    """A layer's linear modules."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (config.head_dim * count for count in (config.num_attention_heads, config.num_key_value_heads))
+    bias = config.attention_bias or family(config).query_bias
+    return {
+        "self_attn.q_proj": Projection(queries, hidden, bias),
+        "self_attn.k_proj": Projection(keys, hidden, bias),
+        "self_attn.v_proj": Projection(keys, hidden, bias),
+        "self_attn.o_proj": Projection(hidden, queries, config.attention_bias),
+        "mlp.gate_proj": Projection(inner, hidden, config.mlp_bias),
+        "mlp.up_proj": Projection(inner, hidden, config.mlp_bias),
+        "mlp.down_proj": Projection(hidden, inner, config.mlp_bias),
+    }
+
+
+def norms(config: ModelConfig) -> dict[str, int]:
+    """A layer's norms, and their sizes."""
+    own = family(config)
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if own.outer_norms:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    sizes = dict.fromkeys(names, config.hidden_size)
+    if own.query_key_norms:
+        sizes |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), config.head_dim)
+    return sizes
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The tensors of one layer, under their names in it."""
+    shapes: dict[str, Shape] = {}
+    for name, own in projections(config).items():
+        shapes[f"{name}.weight"] = own.outputs, own.inputs
+        if own.bias:
+            shapes[f"{name}.bias"] = (own.outputs,)
+    return shapes | {f"{name}.weight": (size,) for name, size in norms(config).items()}
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """All tensors of a model, the LM head too if it is the embedding."""
+    outer = (config.vocab_size, config.hidden_size)
+    layer = layer_shapes(config)
+    layers = {
+        f"model.layers.{index}.{name}": shape
+        for index in range(config.num_hidden_layers)
+        for name, shape in layer.items()
+    }
+    return {
+        "model.embed_tokens.weight": outer,
+        **layers,
+        "model.norm.weight": (config.hidden_size,),
+        "lm_head.weight": outer,
+    }
+
+
+def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], source: str) -> dict[str, Shape]:
+    """The tensors that a model needs; a tied LM head is needed only where it is stored.
+
+    Raises:
+        ValueError: a tensor is missing, of another shape, or has no place in the model.
+    """
+    expected = tensor_shapes(config)
+    if config.tie_word_embeddings and "lm_head.weight" not in shapes:
+        del expected["lm_head.weight"]
+    wrong = [
+        f"{name}: {list(shapes[name]) if name in shapes else 'missing'}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if shapes.get(name) != shape
+    ]
+    wrong += [f"{name}: has no place in a {config.model_type}" for name in _strange(shapes, expected)]
+    raise_problems(f"{source}: tensors do not fit the configuration:", wrong)
+    return expected
+
+
+def _strange(stored: Iterable[str], expected: Mapping[str, Shape]) -> list[str]:
+    return [
+        name
+        for name in stored
+        if name not in expected and not name.startswith(_MTP_LAYERS) and not name.endswith(_LEFT_OVER)
+    ]

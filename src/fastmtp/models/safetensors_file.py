@@ -1,0 +1,66 @@
+"""The tensors of a safetensors file on disk: its header, and a memory map."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# How a type is stored; bfloat16, which numpy lacks, as the upper halves of float32.
+_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_MOST_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as stored; `values` are mapped, not read."""
+
+    kind: str
+    values: NDArray[np.generic]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        rows = self.values[start:stop]
+        if self.kind == "BF16":
+            return (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float32)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or a tensor is of a type that is not supported.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(_MOST_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path}: damaged or incomplete: it is no safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            infos = {name: info for name, info in header.items() if name != "__metadata__"}
+            facts = [(name, info["dtype"], info["shape"], *info["data_offsets"]) for name, info in infos.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged or incomplete: its header cannot be read: {error!r}") from error
+    tensors = {}
+    data = np.memmap(path, np.uint8, "r", 8 + length) if facts and size > 8 + length else np.empty(0, np.uint8)
+    for name, kind, shape, start, stop in facts:
+        if kind not in _TYPES:
+            raise ValueError(f"{path}: {name} is stored as {kind}; supported: {', '.join(_TYPES)}")
+        dtype = _TYPES[kind]
+        if not 0 <= start <= stop <= len(data) or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: damaged or incomplete: {name} is not whole")
+        tensors[name] = StoredTensor(kind, np.frombuffer(data[start:stop], dtype).reshape(shape))
+    return tensors
