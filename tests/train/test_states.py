@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastmtp.cli.terminal import TERMINAL
 from fastmtp.engines.torch.forward import TorchForward, text_states
 from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
@@ -27,7 +28,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache(directory: Path, target: Target) -> StateCache:
-    return StateCache(directory, target, TorchForward(target), TEXTS, Processes())
+    return StateCache(directory, target, TorchForward(target), TEXTS, Processes(), TERMINAL)
 
 
 def test_states_are_the_targets(tmp_path: Path, target: Target) -> None:
