@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastmtp.cli.main import commands
+from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import DistillConfig
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, iter_exchanges
@@ -95,7 +96,7 @@ def written(tmp_path: Path, count: int = 6) -> str:
 
 
 def endpoints(*urls: str, retries: int = 2, timeout: float = 10.0) -> Endpoints:
-    return Endpoints(TARGET, urls, retries=retries, timeout=timeout, wait=0.01)
+    return Endpoints(TARGET, urls, retries=retries, timeout=timeout, wait=0.01, progress=TERMINAL)
 
 
 def stored(directory: Path) -> dict[int, Exchange]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fastmtp.distill.dataset import iter_exchanges, token_count
 from fastmtp.distill.token_counts import count
 from fastmtp.files import write_json
 from tests.conftest import tiny_target
@@ -64,3 +65,9 @@ def test_what_cannot_be_counted(tmp_path: Path) -> None:
     write_json(data / "provenance.json", {"tokenizer_sha256": "another"})
     with pytest.raises(ValueError, match="its token ids are not those of"):
         count(TARGET, [data], [])
+
+
+def test_tokens_are_counted_from_metadata(tmp_path: Path) -> None:
+    """The shards' metadata tell as many tokens as reading them does."""
+    source = write(tmp_path / "data", [exchange(index, "b" * (index + 1)) for index in range(9)])
+    assert token_count(source) == sum(len(one.ids) for one in iter_exchanges(source)) > 0

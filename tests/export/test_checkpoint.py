@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from fastmtp.cli.main import commands
+from fastmtp.export.manifest import read_manifest
+from fastmtp.files import read_json
 from tests.checkpoints import make_checkpoint
 
 
@@ -29,6 +31,9 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
         "export", "--to", "checkpoint", "--target", model, "--head", tmp_path / "head", "--out", tmp_path / "export"
     )
     assert written["exact"]
+    stored = read_json(tmp_path / "export" / "export.json")
+    assert json.loads(json.dumps(read_manifest(tmp_path / "export").to_json())) == stored
+    assert stored | {"out": written["out"]} == written
     assert run("verify-export", tmp_path / "export")["problems"] == []
     run("import", tmp_path / "export", "--out", tmp_path / "again")
     for name in ("config.json", "vocabulary.json", "provenance.json"):

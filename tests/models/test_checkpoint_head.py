@@ -21,7 +21,7 @@ from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import ChainCache
 from fastmtp.models.checkpoint import Checkpoint
 from fastmtp.models.config import FULL
-from fastmtp.models.layers import rotations
+from fastmtp.models.layers import rotations, skeleton
 from tests.checkpoints import KINDS, Made, make_checkpoint
 from tests.conftest import random_ids, tiny_target
 
@@ -77,7 +77,7 @@ def test_formula(made: Made) -> None:
     """Our head with the imported tensors gives the published layer's logits, K steps deep, on its own cache."""
     states, ids = torch.randn(TOKENS, 32), torch.tensor(random_ids(TOKENS + 1))
     found = find_head(str(made.directory))
-    head = MTPHead(found.target.model)
+    head = MTPHead(skeleton(found.target.config))
     head.load_state_dict({name: tensor.float() for name, tensor in found.tensors().items()}, assign=True)
     model, cache = made.model, ChainCache()
     state, tokens, start = states[None], ids[None, 1:], 0

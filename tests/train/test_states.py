@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastmtp.cli.terminal import TERMINAL
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
@@ -28,7 +29,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cache(directory: Path, target: Target) -> StateCache:
-    return StateCache(directory, target, TorchEngine(target), TEXTS, Processes())
+    return StateCache(directory, target, TorchEngine(target), TEXTS, Processes(), TERMINAL)
 
 
 def test_states_are_the_targets(tmp_path: Path, target: Target) -> None:
