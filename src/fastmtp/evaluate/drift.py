@@ -1,14 +1,14 @@
 """How steady the machine was: two small kernels timed between prompts, and the load of other work.
 
 A shared machine changes its speed by tens of percent within minutes. Competitors take turns prompt by prompt, but a
-slow stretch can be longer than one prompt; who reads the figures must know.
+slow stretch can be longer than one prompt, so reports say how steady the machine was.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import psutil
@@ -20,18 +20,15 @@ _BYTES, _NUMBERS = 1 << 25, 1 << 15
 
 @dataclass(frozen=True)
 class Reading:
-    """Milliseconds to read 32 MiB and to compute within the caches, on one core; how many processes want to run."""
+    """Milliseconds to read 32 MiB and to compute within the caches, on one core; number of runnable processes."""
 
     memory_ms: float
     arithmetic_ms: float
     load: float
 
-    def as_json(self) -> dict[str, float]:
-        return asdict(self)
-
 
 class Kernels:
-    """The same work each time it is read."""
+    """Fixed work whose times show how fast the machine is now."""
 
     def __init__(self) -> None:
         self._data = np.ones(_BYTES // 8)

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: names, as a user gives them, to competitors."""
+"""Which competitors take part in a benchmark, from the names that a user gives."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KINDS = (
     "llama.cpp:TYPE, llama.cpp:TYPE+ngram with TYPE one of Q8_0, BF16, Q4_0, or all"
 )
 _OTHERS = re.compile(r"transformers(\+lookup)?|llama\.cpp:(?P<type>Q8_0|BF16|Q4_0)(?P<ngram>\+ngram)?")
-# Tokens that llama.cpp makes room for; a longer prompt costs its cell.
+# Most tokens of context that llama.cpp reserves memory for; a longer prompt gives an error instead of an answer.
 _CONTEXT = 8192
 
 
 def check_names(against: Sequence[str], vanilla: Path | None) -> None:
-    """Raises ValueError if a name is none of KINDS, or `vanilla` is asked for without its head."""
+    """Raises ValueError if a name is not one of KINDS, or if `vanilla` is named without a head for it."""
     for name in against:
         draft = name.partition("@")[0]
         if draft == "vanilla" and vanilla is None:
@@ -47,7 +47,7 @@ def own_competitor(
     show: Callable[[str], None] | None = None,
     progress: Progress = QUIET,
 ) -> Own:
-    """One of our ways to decode."""
+    """Our own decoding, as `options` says; `show` gets each piece of text as it comes."""
     drafting = open_drafting(engine, options, progress)
     if drafting.new_drafter is None and options.draft != PLAIN:
         source = engine.target.source
@@ -62,7 +62,10 @@ def lineup(
     vanilla: Path | None = None,
     progress: Progress = QUIET,
 ) -> tuple[list[Competitor], dict[str, str]]:
-    """Plain decoding, what `options` says, and those named; and of those that cannot take part, why."""
+    """The competitors, and by name why others cannot take part.
+
+    First plain decoding, then our own with `options`, then those of `against`.
+    """
     names = [name for given in against for name in (_everyone(engine, vanilla) if given == ALL else [given])]
     found: list[Competitor] = [
         own_competitor(PLAIN, engine, replace(options, draft=PLAIN)),

@@ -16,7 +16,7 @@ LOOKUP_TOKENS = 10
 
 
 class Transformers:
-    """`generate` of transformers, plainly or with prompt lookup, in the given arithmetic."""
+    """`generate` of transformers, plainly or with prompt lookup, in the given dtype."""
 
     def __init__(
         self, name: str, target: str, *, dtype: str, device: str | None, threads: int, lookup: bool

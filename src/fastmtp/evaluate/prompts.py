@@ -1,4 +1,4 @@
-"""Prompts to measure on: those in the package, the paper's seven benchmarks, and files of the user's."""
+"""Prompts of a benchmark: the built-in ones, the paper's seven benchmarks, or the user's own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUILTIN, PAPER = "builtin", "fastmtp7"
 
 @dataclass(frozen=True)
 class Conversation:
-    """User turns, put to the model in turn; `answer` is the right one to the last, where it is known."""
+    """User messages, asked one after the other. `answer` is the right one to the last, if it is known."""
 
     benchmark: str
     id: str
@@ -40,7 +40,7 @@ def suite(name: str, limit: int | None) -> list[Conversation]:
 
 
 def builtin_conversations() -> list[Conversation]:
-    """Six for each kind of task that people bring; the first of each kind is short."""
+    """Six for each kind of task; the first of each kind is short."""
     text = files("fastmtp.evaluate").joinpath("builtin.jsonl").read_text(encoding="utf-8")
     return _read(Path("builtin.jsonl"), text)
 
@@ -51,15 +51,15 @@ def one_of_each(conversations: Sequence[Conversation]) -> list[Conversation]:
 
 
 def short_prompts() -> list[str]:
-    """One text of each kind of the built-in ones, for short measurements."""
+    """The first built-in prompt of each kind, for short measurements."""
     return [conversation.turns[0] for conversation in one_of_each(builtin_conversations())]
 
 
 def read_conversations(path: Path) -> list[Conversation]:
     """Conversations from a JSONL file, or from all of a directory.
 
-    A line has `turns`, a list of user messages, and optionally `benchmark` (the file's name stands in for it), `id`
-    and `answer`, the right answer to the last turn.
+    A line has `turns`, a list of user messages, and optionally `benchmark` (default: the file's name), `id` and
+    `answer`, the right answer to the last turn.
     """
     found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not found or not found[0].is_file():

@@ -1,19 +1,23 @@
-"""Is an answer right? Exact match, where the right answer is a choice or a short expression."""
+"""Whether an answer is right, by exact match: of a letter, or of a short expression."""
 
 from __future__ import annotations
 
 import re
 
-# A letter that is named as the answer, or stands alone and is not the article.
+# A letter that the text calls the answer, or a letter by itself that is not the article "A".
 _NAMED = re.compile(r"(?:answer|答案)[^A-Za-z]*(?:is|:|：)?[^A-Za-z]*([A-E])(?![A-Za-z])", re.IGNORECASE)
 _CHOICE = re.compile(r"(?<![A-Za-z])([A-E])(?![A-Za-z]| [a-z])")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?")
-# Spelling of LaTeX that does not change what an expression says.
+# LaTeX that does not change the meaning of an expression.
 _SPELLING = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", ""), ("\\right", ""), ("\\!", ""), ("$", ""))
 
 
 def right(text: str, answer: str) -> bool:
-    """A choice (A to E) is the letter named or standing alone; else the last \\boxed{}, or the last number."""
+    """Whether `text` gives `answer`.
+
+    If `answer` is a letter from A to E, the text's answer is the letter that it names, or the first one by itself;
+    otherwise it is what stands in the last \\boxed{}, or else the last number.
+    """
     if re.fullmatch("[A-E]", answer):
         found = _NAMED.search(text) or _CHOICE.search(text)
         return found is not None and found[1] == answer

@@ -21,7 +21,7 @@ _LAST_WORDS = 1000
 
 
 class EngineProcess:
-    """Starts `python -m MODULE`, gives it its settings, and asks it as often as wanted.
+    """Starts `python -m MODULE`, sends it its settings, and then one request at a time.
 
     Attributes:
         log: what it wrote to standard error; complete once it is closed.
@@ -50,7 +50,7 @@ class EngineProcess:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            # Engines print what they like; the answer is the line that is a JSON object.
+            # Engines print other lines too; the answer is the line that is a JSON object.
             for line in self._process.stdout:
                 if line.startswith("{"):
                     answer: dict[str, Any] = json.loads(line)
@@ -82,7 +82,7 @@ class EngineProcess:
 
 
 def serve(start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
-    """The other end: settings from the first line of standard input, then a request a line."""
+    """The child's side: settings from the first line of standard input, then one request a line."""
     requests = (json.loads(line) for line in sys.stdin)
     answer = start(next(requests))
     print("{}", flush=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastmtp.files import replacing
 
 SUFFIXES = (".png", ".svg", ".html")
-# Told apart without colours too.
+# So that curves can be told apart without colours.
 _STYLES = ("-", "--", "-.", ":")
 
 
