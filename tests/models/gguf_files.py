@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,18 @@ from gguf import GGUFWriter
 HIDDEN, INNER, HEADS = 32, 48, 4
 
 
-def write_random(path: Path, tokenizer: dict[str, Any], architecture: str = "llama", **more: Any) -> None:
+def write_random(
+    path: Path,
+    tokenizer: dict[str, Any],
+    architecture: str = "llama",
+    *,
+    tensors: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+    **more: Any,
+) -> None:
     """A model of one layer.
 
     Args:
+        tensors: besides those of the layer.
         tokenizer: keys below `tokenizer.`, with `.` or `__` between their parts.
         more: keys below the architecture's name, as well.
     """
@@ -39,6 +49,8 @@ def write_random(path: Path, tokenizer: dict[str, Any], architecture: str = "lla
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", random.standard_normal(shape, np.float32) / 4)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
