@@ -181,15 +181,16 @@ def test_parts_of_a_split_gguf_file_are_read_as_one(tmp_path: Path, llama: Targe
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    first = str(tmp_path / "m-00001-of-00003.gguf")
-    expected = states(load_native_target(str(tmp_path / "whole.gguf")))
-    assert torch.equal(states(load_native_target(first)), expected)
-    ids = torch.tensor([random_ids(8)])
-    found = load_target(first, device="cpu").model.model(ids).last_hidden_state
-    torch.testing.assert_close(found, llama.model.model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
-    (tmp_path / "m-00002-of-00003.gguf").unlink()
+    first, second = (tmp_path / f"m-0000{part}-of-00003.gguf" for part in (1, 2))
+    second.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf, another part of the model, is missing"):
-        load_native_target(first)
+        load_native_target(str(first))
+    (tmp_path / "elsewhere").rename(second)
+    expected = states(load_native_target(str(tmp_path / "whole.gguf")))
+    assert torch.equal(states(load_native_target(str(first))), expected)
+    ids = torch.tensor([random_ids(8)])
+    found = load_target(str(first), device="cpu").model.model(ids).last_hidden_state
+    torch.testing.assert_close(found, llama.model.model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
 def test_biases_of_a_gguf_file(tmp_path: Path) -> None:
@@ -210,3 +211,52 @@ def test_biases_of_a_gguf_file(tmp_path: Path) -> None:
     for load in (load_native_target, load_target):
         with pytest.raises(ValueError, match=r"blk\.0\.attn_gate\.weight: has no place in a llama"):
             load(str(path))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3"])
+def test_gguf_files_of_other_families_give_the_model(tmp_path: Path, name: str) -> None:
+    """Under the names that llama.cpp's converter uses, with Gemma's gains as it stores them."""
+    path, target = tmp_path / "model.gguf", tiny_target(name)
+    config, values = target.config, dict(target.model.state_dict())
+    keys = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": target.model.model.layers[0].self_attn.head_dim,
+    }
+    writer = gguf.GGUFWriter(str(path), name)
+    for key, value in keys.items():
+        writer.add_uint32(f"{name}.{key}", value)
+    writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    if name == "gemma3":
+        writer.add_uint32("gemma3.attention.sliding_window", config.sliding_window)
+        pattern = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_array("gemma3.attention.sliding_window_pattern", pattern)
+        # The tiny model keeps the class's scale, which is that of heads of 256.
+        for layer in range(config.num_hidden_layers):
+            key = f"model.layers.{layer}.self_attn.q_norm.weight"
+            values[key] = (1 + values[key]) * (8 / 256) ** 0.5 - 1
+    for key, value in (("model", "gpt2"), ("pre", "gpt-2")):
+        writer.add_string(f"tokenizer.ggml.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{index}" for index in range(config.vocab_size)])
+    architecture = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[name]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for own, value in values.items():
+        if own != "lm_head.weight" or not config.tie_word_embeddings:
+            gain = 1 if name == "gemma3" and own.endswith("norm.weight") else 0
+            writer.add_tensor(names.get_name(own, (".weight", ".bias")), (value + gain).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = target.model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
+    error = states(load_native_target(str(path), weight_type="bfloat16")) - expected
+    if name == "qwen2":  # whose windows no key of a GGUF file names
+        error = error[: config.sliding_window]
+    assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
+    loaded = load_target(str(path), device="cpu").model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
+    torch.testing.assert_close(loaded[:24], expected[:24], atol=1e-4, rtol=1e-3)
