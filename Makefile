@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check docs prove-vllm clean
 
-demo: .venv/installed
+demo: .venv/core
 	$(BIN)/fastmtp demo
 
 test: check
@@ -14,6 +14,11 @@ check: .venv/installed
 	$(BIN)/ruff format --check src tests tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+.venv/core: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
 
 .venv/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ def provenance(config: Any = None, **facts: Any) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {} if config is None else dataclasses.asdict(config),
-        "versions": {name: importlib.metadata.version(name) for name in ("fastmtp", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": {**_versions("fastmtp", "torch", "transformers"), "python": platform.python_version()},
         "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}",
         **facts,
@@ -40,6 +40,15 @@ def machine() -> str:
         pass
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     return f"{model}, {cores} cores, {psutil.virtual_memory().total / (1 << 30):.0f} GiB"
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _commit() -> str | None:

@@ -30,7 +30,7 @@ from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
 
 CONFIG = DistillConfig(
-    count=12, max_new_tokens=8, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0
+    count=12, max_new_tokens=8, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0, seed=1
 )
 
 

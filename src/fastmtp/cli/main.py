@@ -24,6 +24,7 @@ from fastmtp.cli.report import report
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
 from fastmtp.cli.vocab import vocab
+from fastmtp.extras import MissingExtraError
 
 
 class _Remarks(logging.Handler):
@@ -42,7 +43,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         commands.main(standalone_mode=False)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, MissingExtraError) as error:
         click.echo(f"fastmtp: {error or 'out of memory'}", err=True)
         sys.exit(2)
     except click.ClickException as error:

@@ -1,0 +1,219 @@
+"""Sequences of one engine do not know of each other, and each has one caller and one text at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import chain, islice
+from random import Random
+from threading import Barrier, Event
+from typing import Any
+
+import numpy as np
+import gc
+import pytest
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.adaptive import Adaptive
+from fastmtp.decode.drafting.drafter import NewDrafter, chains
+from fastmtp.decode.drafting.learned import Learned
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import speculative
+from fastmtp.engines import protocol
+from fastmtp.engines.costs import Costs
+from fastmtp.engines.protocol import Head, TokenSequence
+from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Tree
+from fastmtp.vocabulary.draft import DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
+from tests.conftest import random_ids, tiny_target
+from tests.engines import ENGINES, NATIVE, Engine, convert, feed, native_head
+from tests.train.test_recursion import greedy_text, tuned_head
+
+GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=0.8, top_k=20, seed=3)
+# Forwards that cost the same up to 16 tokens, so that trees are large.
+COSTS = Costs({128: {1: 5.0, 16: 5.001}}, 0.01)
+ROUNDS = 14
+
+NewSequence = Callable[[], TokenSequence]
+
+
+@cache
+def new_sequence_of(engine: Engine) -> NewSequence:
+    """Sequences of one engine and one head, which draft from few tokens and their own."""
+    target = tiny_target("llama")
+    opened, head = engine.open(target), engine.head(target, tuned_head(target))
+    return lambda: _sequence(opened, head)
+
+
+def _sequence(opened: protocol.Engine, head: Head) -> TokenSequence:
+    lists = DraftLists(VocabularyLists.of(range(0, 300, 2)), opened.target.vocabulary_size, 8)
+    return opened.new_sequence(head, lists)
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Of texts that the head was fitted to, so that drafts are accepted; some that repeat themselves."""
+    texts = [greedy_text(tiny_target("llama"), seed) for seed in range(4)]
+    return [texts[0][:8], texts[1][:12], [*texts[2][:9], *texts[2][:9]], texts[3][:30], texts[1][:20]]
+
+
+def rounds_of(
+    sequence: TokenSequence, prompt: Sequence[int], new_drafter: NewDrafter, sampling: SamplingConfig
+) -> Iterator[list[int]]:
+    """The tokens that each round settles."""
+    return (tokens for tokens, _ in drafted_rounds(sequence, prompt, new_drafter, sampling))
+
+
+def drafted_rounds(
+    sequence: TokenSequence, prompt: Sequence[int], new_drafter: NewDrafter, sampling: SamplingConfig
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens that each round settles, and those that were verified for it."""
+    drafter, verified = new_drafter(prompt, sampling), list[list[int]]([[]])
+    really = drafter.propose
+
+    def propose(*arguments: Any) -> Tree:
+        tree = really(*arguments)
+        verified.append(tree.tokens)
+        return tree
+
+    drafter.propose = propose  # type: ignore[method-assign]
+    for one in islice(speculative(sequence, prompt, drafter, sampling), ROUNDS):
+        yield one.tokens, verified[-1]
+
+
+def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
+    """Each text learns for itself, so that its trees are the same whatever else is decoded."""
+    return Adaptive(Learned(COSTS), prompt, sampling)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("new_drafter", [chains(3), trees], ids=["chain", "trees"])
+def test_streams_that_take_turns_are_streams_alone(
+    engine: Engine, new_drafter: NewDrafter, sampling: SamplingConfig
+) -> None:
+    """Round by round: the same tokens from the same drafts."""
+    new_sequence, pair = new_sequence_of(engine), prompts()[:2]
+    alone = [list(drafted_rounds(new_sequence(), prompt, new_drafter, sampling)) for prompt in pair]
+    streams = [drafted_rounds(new_sequence(), prompt, new_drafter, sampling) for prompt in pair]
+    together = list(zip(*streams, strict=True))
+    assert [list(rounds) for rounds in zip(*together, strict=True)] == alone
+    assert min(max(len(verified) for _, verified in rounds) for rounds in alone) > 1
+
+
+def test_what_one_text_teaches_changes_no_token_of_another(engine: Engine) -> None:
+    """Trees that are planned from what all texts have taught are other trees, and the texts are the same."""
+    new_sequence, learned = new_sequence_of(engine), Learned(COSTS)
+
+    def shared(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
+        return Adaptive(learned, prompt, sampling)
+
+    for sampling in (GREEDY, DRAWN):
+        streams = [rounds_of(new_sequence(), prompt, shared, sampling) for prompt in prompts()[:3]]
+        found = [list(chain(*rounds)) for rounds in zip(*zip(*streams, strict=True), strict=True)]
+        for prompt, tokens in zip(prompts(), found, strict=False):
+            assert tokens == list(islice(plain(new_sequence(), prompt, sampling), len(tokens)))
+
+
+CALLS: dict[str, Callable[[TokenSequence], object]] = {
+    "prefill": lambda sequence: sequence.prefill([1, 2]),
+    "verify": lambda sequence: sequence.verify(Tree(1)),
+    "verify_greedy": lambda sequence: sequence.verify_greedy(Tree(1)),
+    "commit": lambda sequence: sequence.commit([0]),
+    "draft": lambda sequence: sequence.draft(1, 2),
+    "ask": lambda sequence: sequence.ask(Tree(1), [0], 2),
+    "reset": lambda sequence: sequence.reset(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_sequence_in_use_says_so(engine: Engine, call: str) -> None:
+    """Whatever another thread calls while a forward runs; the forward's own result is not touched."""
+    sequence, prompt = new_sequence_of(engine)(), prompts()[0]
+    running, go_on = Event(), Event()
+    really = sequence._runner.forward
+
+    def slow(*arguments: Any) -> Any:
+        running.set()
+        assert go_on.wait(timeout=60)
+        return really(*arguments)
+
+    sequence._runner.forward = slow
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(sequence.prefill, prompt)
+        try:
+            assert running.wait(timeout=60)
+            with pytest.raises(RuntimeError, match="in use by another thread; give each thread one of its own"):
+                CALLS[call](sequence)
+        finally:
+            go_on.set()
+        assert np.array_equal(first.result(), new_sequence_of(engine)().prefill(prompt))
+    assert list(sequence.tokens) == prompt
+    # It is free again, after an error too.
+    with pytest.raises(AssertionError):
+        sequence.commit([0])
+    CALLS["draft"](sequence)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "speculative"])
+def test_a_second_text_ends_the_first(engine: Engine, drafted: bool, sampling: SamplingConfig) -> None:
+    """One error instead of tokens that belong to neither; the second text is what it is alone."""
+    sequence, (one, other) = new_sequence_of(engine)(), prompts()[:2]
+
+    def stream(prompt: list[int]) -> Iterator[Any]:
+        if not drafted:
+            return plain(sequence, prompt, sampling)
+        return rounds_of(sequence, prompt, chains(3), sampling)
+
+    # A text that begins like the first is another text too.
+    for second in (other, one):
+        first = stream(one)
+        list(islice(first, 3))
+        going_on = stream(second)
+        begun = [next(going_on)]
+        with pytest.raises(RuntimeError, match="another text was begun in this sequence"):
+            next(first)
+        begun += islice(going_on, 8)
+        tokens = list(chain(*begun)) if drafted else begun
+        assert tokens == list(islice(plain(new_sequence_of(engine)(), second, sampling), len(tokens)))
+
+
+def branching(seed: int) -> Tree:
+    """A random tree whose nodes are neither verified in the order of their numbers nor all verified."""
+    dice, tree = Random(seed), Tree(7)
+    for token in dice.sample(range(256), 14):
+        tree.add(dice.randrange(max(0, len(tree.nodes) - 4), len(tree.nodes)), token)
+    chosen, waiting = [0], list(tree.nodes[0].children.values())
+    while waiting and len(chosen) < 11:
+        node = waiting.pop(dice.randrange(len(waiting)))
+        chosen.append(node)
+        waiting += tree.nodes[node].children.values()
+    tree.select(chosen)
+    return tree
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_path_can_be_committed(engine: Engine, target: Target, seed: int) -> None:
+    """Its logits, what follows it, and what the head drafts are those of its tokens fed one by one."""
+    prompt, more, tree = random_ids(25, seed=seed), random_ids(3, seed=9), branching(seed)
+    assert not tree.is_chain and len(tree.verified) < len(tree.nodes)
+    head = tuned_head(target)
+    sequence, fed = engine.sequence(target, head), engine.sequence(target, head)
+    for last in tree.verified:
+        path = tree.path(last)
+        sequence.prefill(prompt)
+        fed.prefill(prompt)
+        found = [sequence.verify(tree)[tree.rows[last]]]
+        sequence.commit(path)
+        expected = [feed(fed, [tree.nodes[node].token])[0] for node in path][-1:]
+        assert list(sequence.tokens) == list(fed.tokens) == [*prompt, *(tree.nodes[node].token for node in path)]
+        assert sequence.draft(more[0], 4) == fed.draft(more[0], 4)
+        found += list(feed(sequence, more))
+        expected += [feed(fed, [token])[0] for token in more]
+        if engine.weight_type:
+            assert np.array_equal(found, expected)
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        assert sequence.draft(5, 4) == fed.draft(5, 4)
