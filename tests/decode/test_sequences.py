@@ -115,27 +115,24 @@ def test_what_one_text_teaches_changes_no_token_of_another(engine: Engine) -> No
             assert tokens == list(islice(plain(new_sequence(), prompt, sampling), len(tokens)))
 
 
-def _on_two_threads() -> NewSequence:
-    target = tiny_target("llama")
-    native = convert(target, "int8", threads=2)
-    return new_sequence_in(native, Head(native_head(native, tuned_head(target)), VocabularyLists({}), 3))
-
-
-def new_sequence_in(native: Any, head: Head) -> NewSequence:
+def new_sequence_on_two_threads() -> NewSequence:
+    """Of the native engine, whose forwards then share what it has two threads for."""
     from fastmtp.engines.native.engine import NativeEngine
 
+    target = tiny_target("llama")
+    native = convert(target, "int8", threads=2)
+    head = Head(native_head(native, tuned_head(target)), VocabularyLists({}), 3)
     return lambda: _sequence(NativeEngine(native), head)
 
 
-WAYS = {name: lambda engine=engine: new_sequence_of(engine) for name, engine in ENGINES.items()}
-if NATIVE:
-    WAYS["native-int8 on two threads"] = _on_two_threads
+WAYS = [*ENGINES, *(["native-int8 on two threads"] if NATIVE else [])]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_with_a_sequence_each_get_what_they_get_alone(way: str) -> None:
     """Several texts one after the other in each, drafted from what both have learned so far."""
-    new_sequence, learned, start = WAYS[way](), Learned(COSTS), Barrier(2)
+    new_sequence = new_sequence_of(ENGINES[way]) if way in ENGINES else new_sequence_on_two_threads()
+    learned, start = Learned(COSTS), Barrier(2)
 
     def shared(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
         return Adaptive(learned, prompt, sampling)
