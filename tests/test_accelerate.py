@@ -18,7 +18,7 @@ from fastmtp.accelerate.state import State
 from fastmtp.cli.main import commands
 from fastmtp.config import TrainConfig, VocabularyConfig
 from fastmtp.distill.answers import distill
-from fastmtp.engines.open import EngineOptions, open_batch
+from fastmtp.engines.open import open_engine
 from fastmtp.evaluate.lists import build_lists
 from fastmtp.progress import Progress
 from tests.conftest import tiny_target
@@ -145,7 +145,7 @@ def _small(settings: Any, directory: Path) -> Settings:
     # A random model's own prompts never end, so the data comes from answers that are given.
     class Given(type(settings)):
         def run(self, progress: Progress) -> Result:
-            engine = open_batch(self.target, EngineOptions())
+            engine = open_engine(self.target)
             return distill(engine, self.config, self.out, str(directory / "prompts.jsonl"), progress)
 
     class Texts(type(settings)):

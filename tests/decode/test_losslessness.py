@@ -272,13 +272,14 @@ def test_a_second_turn_feeds_its_new_tokens_only(engine: Engine, llama: Target) 
     """What a conversation has in common with the one before is not computed again, but for its last tokens."""
     first = random_ids(60, seed=1)
     sequence, fed = engine.sequence(llama, MTPHead(llama.model)), list[int]()
-    really = sequence._forward
+    runner = sequence._runner
+    really = runner.forward
 
     def forward(start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Any:
         fed.append(len(tokens))
         return really(start, tokens, parents)
 
-    sequence._forward = forward  # type: ignore[method-assign]
+    runner.forward = forward  # type: ignore[method-assign]
     answer = speculative_tokens(sequence, first, 3, 10)
     fed.clear()
     sequence.prefill([*first, *answer, *random_ids(5, seed=2)])

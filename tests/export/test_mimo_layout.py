@@ -189,7 +189,7 @@ def test_there_and_back(engine: str, family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_verification_without_the_engine(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files alone are checked, and that is said; what is missing or damaged in them is named."""
-    monkeypatch.setattr("fastmtp.export.vllm.installed", lambda: None)
+    monkeypatch.setattr("fastmtp.others.vllm.version", lambda: None)
     export(engine, made("qwen2", tmp_path))
     arguments = ["verify-export", str(tmp_path / "export")]
     result = CliRunner().invoke(commands, arguments)

@@ -55,7 +55,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: damaged or incomplete: its header cannot be read: {error!r}") from error
     tensors = {}
-    data = np.memmap(path, np.uint8, "r", 8 + length) if facts and size > 8 + length else np.empty(0, np.uint8)
+    data = np.empty(0, np.uint8)
+    if size > 8 + length:
+        data = np.asarray(np.memmap(path, np.uint8, "r", 8 + length))
     for name, kind, shape, start, stop in facts:
         if kind not in _TYPES:
             raise ValueError(f"{path}: {name} is stored as {kind}; supported: {', '.join(_TYPES)}")

@@ -5,7 +5,8 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
 
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
@@ -103,10 +105,24 @@ def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | to
         raise ValueError("device cuda: this machine, or this build of torch, has no usable GPU")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     source = locate(name)
-    with reading(source):
+    with reading(source), _quiet():
         config, tokenizer = source.read_config(), source.read_tokenizer()
         model = _read_model(source, config, dtype)
         return Target(model.to(device), tokenizer, name, source.end_ids())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """None of transformers' own messages and bars."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
