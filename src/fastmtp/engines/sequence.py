@@ -6,8 +6,7 @@ own kind of array.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -90,7 +89,7 @@ class TextSequence(Generic[States]):
         self._verified: tuple[Tree, States] | None = None
         # By node of the tree that the head is asked about, its place in the draft cache.
         self._asked: dict[int, int] = {}
-        self._running = Lock()
+        self._alone = _Alone()
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -102,11 +101,11 @@ class TextSequence(Generic[States]):
         return self._vocabulary_size if vocabulary is None else len(vocabulary.ids_D) + len(vocabulary.own_ids)
 
     def reset(self) -> None:
-        with self._alone():
+        with self._alone:
             self._rewind(0)
 
     def prefill(self, prompt: Sequence[int]) -> Logits:
-        with self._alone():
+        with self._alone:
             self.texts += 1
             # The last shared token is computed again: its state and logits are wanted, and the draft state before
             # it has seen the token itself, which is shared.
@@ -120,15 +119,15 @@ class TextSequence(Generic[States]):
             return logits_V
 
     def verify(self, tree: Tree) -> Logits:
-        with self._alone():
+        with self._alone:
             return self._runner.logits(self._run(tree))
 
     def verify_greedy(self, tree: Tree) -> list[int]:
-        with self._alone():
+        with self._alone:
             return self._runner.argmax(self._run(tree))
 
     def commit(self, path: Sequence[int]) -> None:
-        with self._alone():
+        with self._alone:
             assert self._verified is not None, "nothing was verified since the last commit"
             tree, states_TH = self._verified
             rows = [tree.rows[node] for node in path]
@@ -140,13 +139,13 @@ class TextSequence(Generic[States]):
             self._append([tree.nodes[node].token for node in path], states_TH)
 
     def draft(self, token: int, steps: int) -> list[int]:
-        with self._alone():
+        with self._alone:
             drafted = self._runner.draft(*self._waiting(token), steps)
             self._caught_up()
             return drafted
 
     def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        with self._alone():
+        with self._alone:
             if nodes[0] == 0:
                 self._asked = {0: 0}
                 found = self._runner.start_tree(*self._waiting(tree.nodes[0].token), width)
@@ -157,15 +156,6 @@ class TextSequence(Generic[States]):
             for node in nodes:
                 self._asked[node] = len(self._asked)
             return self._runner.extend_tree(parents, [node.token for node in asked], width)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError("this sequence is in use by another thread; give each thread one of its own")
-        try:
-            yield
-        finally:
-            self._running.release()
 
     def _run(self, tree: Tree) -> States:
         parents = None if tree.is_chain else tree.parents
@@ -201,6 +191,20 @@ class TextSequence(Generic[States]):
         self._drafted = min(length, self._drafted)
         if self._states_TH is not None:
             self._states_TH = self._states_TH[: length - self._drafted]
+
+
+class _Alone:
+    """Around what one caller at a time may do."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this sequence is in use by another thread; give each thread one of its own")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -31,7 +31,9 @@ class Tree:
 
     Attributes:
         verified: the nodes that the target runs over, each after its parent; row i of its output is of verified[i].
-        asked: the nodes after which the head was asked for candidates, or how often for a chain.
+        asked: the nodes after which the head was asked for candidates.
+        rows: the row of each verified node.
+        is_chain: whether the verified nodes follow one another.
         expected_ms: predicted duration of the round; 0 where nothing was predicted.
     """
 
@@ -39,7 +41,7 @@ class Tree:
         self.nodes = [Node(token, -1, 0, 1.0)]
         self.asked: list[int] = []
         self.expected_ms = 0.0
-        self.select([0])
+        self.verified, self.rows, self.is_chain = [0], {0: 0}, True
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> Tree:
@@ -76,7 +78,8 @@ class Tree:
         for node in chosen[1:]:
             if self.nodes[node].parent == path[-1]:
                 path.append(node)
-        self.verified = path if len(path) == len(chosen) else [*path, *(n for n in chosen if n not in path)]
+        self.is_chain = len(path) == len(chosen)
+        self.verified = path if self.is_chain else [*path, *(node for node in chosen if node not in path)]
         self.rows = {node: row for row, node in enumerate(self.verified)}
 
     def path(self, node: int) -> list[int]:
@@ -95,10 +98,6 @@ class Tree:
     def parents(self) -> list[int]:
         """By row, the row of the node before; -1 for the root."""
         return [self.rows.get(self.nodes[node].parent, -1) for node in self.verified]
-
-    @property
-    def is_chain(self) -> bool:
-        return all(self.nodes[node].depth == row for row, node in enumerate(self.verified))
 
     def children(self, node: int) -> Iterator[int]:
         """The verified nodes after one."""

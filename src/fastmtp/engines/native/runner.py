@@ -114,24 +114,16 @@ def forward(
     """
     for cache, start, own in zip(caches, starts, tokens, strict=True):
         reserve(cache, start + len(own))
-    states_TH = np.empty((sum(map(len, tokens)), int(target.config.hidden_size)), np.float32)
-
-    def run(starts: list[int], tokens: Sequence[Sequence[int]], begin: int, end: int) -> None:
-        target.model.forward(
-            caches,
-            starts,
-            [len(own) for own in tokens],
-            [token for own in tokens for token in own],
-            states_TH[begin:end],
-            parents,
-            None if last_inputs_TH is None else last_inputs_TH[begin:end],
-        )
-
-    if len(caches) > 1 or parents:
-        run(starts, tokens, 0, len(states_TH))
+    counts = [len(own) for own in tokens]
+    states_TH = np.empty((sum(counts), target.config.hidden_size), np.float32)
+    if len(caches) > 1 or parents or counts[0] <= CHUNK:
+        flat = tokens[0] if len(caches) == 1 else [token for own in tokens for token in own]
+        target.model.forward(caches, starts, counts, flat, states_TH, parents, last_inputs_TH)
         return states_TH
-    for begin, end in _chunks(len(tokens[0])):
-        run([starts[0] + begin], [tokens[0][begin:end]], begin, end)
+    for begin, end in _chunks(counts[0]):
+        given = None if last_inputs_TH is None else last_inputs_TH[begin:end]
+        part = tokens[0][begin:end]
+        target.model.forward(caches, [starts[0] + begin], [len(part)], part, states_TH[begin:end], [], given)
     return states_TH
 
 
