@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,33 @@ def test_drawing_is_repeatable(arguments: dict[str, str]) -> None:
         for seed in (1, 1, 2)
     )
     assert first == second != other
+
+
+def test_decoding_needs_neither_torch_nor_transformers(arguments: dict[str, str]) -> None:
+    """Nor anything of the terminal: a core install has no more than the native engine needs."""
+    pytest.importorskip("fastmtp._native")
+    program = (
+        "import sys, fastmtp\n"
+        "model = fastmtp.load({target!r}, head={head!r}, device='cpu')\n"
+        "model.generate('one two', max_new_tokens=4)\n"
+        "model.generate('one', max_new_tokens=4, sampling=fastmtp.SamplingConfig(temperature=1.0))\n"
+        "print([name for name in ('torch', 'transformers', 'click', 'rich', 'pyarrow') if name in sys.modules])"
+    ).format(**arguments)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_streams_at_the_same_time(arguments: dict[str, str]) -> None:
+    """Answers that are under way together are those that each gives alone, and a later one reuses their sequences."""
+    model = load(**arguments)
+    expected = {prompt: model.generate(prompt, max_new_tokens=20).text for prompt in ("one two", "three", "two")}
+    streams = {prompt: model.stream(prompt, max_new_tokens=20) for prompt in expected}
+    pieces = dict.fromkeys(expected, "")
+    for together in itertools.zip_longest(*streams.values(), fillvalue=""):
+        for prompt, piece in zip(expected, together, strict=True):
+            pieces[prompt] += piece
+    assert pieces == expected
+    assert len(model._idle) == 3
 
 
 def test_messages_are_not_continued_as_text(arguments: dict[str, str]) -> None:
