@@ -81,7 +81,7 @@ def test_decoding_needs_neither_torch_nor_transformers(arguments: dict[str, str]
 
 
 def test_streams_at_the_same_time(arguments: dict[str, str]) -> None:
-    """Answers that are under way together are those that each gives alone, and a later one reuses their sequences."""
+    """Answers that are under way together are those that each gives alone, on a sequence each."""
     model = load(**arguments)
     expected = {prompt: model.generate(prompt, max_new_tokens=20).text for prompt in ("one two", "three", "two")}
     streams = {prompt: model.stream(prompt, max_new_tokens=20) for prompt in expected}
