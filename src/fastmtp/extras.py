@@ -19,4 +19,14 @@ def require(*extras: str) -> None:
     for extra in extras:
         missing = [name for name in _MODULES[extra] if importlib.util.find_spec(name) is None]
         if missing:
-            raise MissingExtraError(f"this needs {' and '.join(missing)}; pip install 'fastmtp[{extra}]'")
+            raise MissingExtraError(_remedy(missing, extra))
+
+
+def remedy(module: str | None) -> str | None:
+    """What to install where importing a module failed; None if it is of no extra."""
+    extra = next((extra for extra, modules in _MODULES.items() if module in modules), None)
+    return None if extra is None or module is None else _remedy([module], extra)
+
+
+def _remedy(missing: list[str], extra: str) -> str:
+    return f"this needs {' and '.join(missing)}; pip install 'fastmtp[{extra}]'"

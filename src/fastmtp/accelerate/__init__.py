@@ -1,1 +1,5 @@
-"""From a model to a measured and exported head: planned for a budget of time, each stage done once."""
+"""What `fastmtp accelerate` does: facts, a plan, its stages, and which of them are done."""
+
+from fastmtp.extras import require
+
+require("torch", "data")

@@ -24,7 +24,7 @@ from fastmtp.cli.report import report
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
 from fastmtp.cli.vocab import vocab
-from fastmtp.extras import MissingExtraError
+from fastmtp.extras import MissingExtraError, remedy
 
 
 class _Remarks(logging.Handler):
@@ -45,6 +45,11 @@ def main() -> None:
         commands.main(standalone_mode=False)
     except (ValueError, OSError, MemoryError, MissingExtraError) as error:
         click.echo(f"fastmtp: {error or 'out of memory'}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (said := remedy(error.name)) is None:
+            raise
+        click.echo(f"fastmtp: {said}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

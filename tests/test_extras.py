@@ -1,0 +1,49 @@
+"""What is not installed is named, with the command that installs it."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+from typing import Any
+
+import pytest
+
+from fastmtp.cli.main import main
+from fastmtp.extras import MissingExtraError, require
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that an extra lacks in one message; what is there is not asked for."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("pyarrow", "rensa") else found(name)
+    )
+    require("torch")
+    with pytest.raises(MissingExtraError, match=r"needs pyarrow and rensa; pip install 'fastmtp\[data\]'"):
+        require("torch", "data")
+
+
+def test_a_command_that_lacks_a_library_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line and exit code 2; a module that is of no extra is a fault of ours, and its error comes through."""
+    really = builtins.__import__
+
+    def without(missing: str) -> Any:
+        def find(name: str, *rest: Any, **named: Any) -> Any:
+            if name.split(".")[0] == missing:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=missing)
+            return really(name, *rest, **named)
+
+        return find
+
+    monkeypatch.setattr("sys.argv", ["fastmtp", "report", "nowhere.json"])
+    monkeypatch.setattr("fastmtp.cli.main.commands.main", lambda **_: __import__("torch"))
+    monkeypatch.setattr(builtins, "__import__", without("torch"))
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == "fastmtp: this needs torch; pip install 'fastmtp[torch]'\n"
+    monkeypatch.setattr("fastmtp.cli.main.commands.main", lambda **_: __import__("nothing_like_it"))
+    monkeypatch.setattr(builtins, "__import__", without("nothing_like_it"))
+    with pytest.raises(ModuleNotFoundError, match="nothing_like_it"):
+        main()
