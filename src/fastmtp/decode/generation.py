@@ -157,7 +157,7 @@ class _Answer:
                 self.stopped = "end"
             else:
                 self.text += self._stream.step(self._target.tokenizer.backend_tokenizer, token) or ""
-                found = [place for text in self._stop if (place := self.text.find(text, self._shown)) >= 0]
+                found = [index for text in self._stop if (index := self.text.find(text, self._shown)) >= 0]
                 if found:
                     self.text = self.text[: min(found)]
                     self.stopped = "stop_string"

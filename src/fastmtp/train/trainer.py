@@ -30,13 +30,12 @@ from fastmtp.progress import QUIET, Progress
 from fastmtp.train.agreement import Measured, Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
-from fastmtp.train.forward import states_of
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.processes import Processes
-from fastmtp.train.states import StateCache
+from fastmtp.train.states import StateCache, states_of
 
 
 @dataclass(frozen=True)
