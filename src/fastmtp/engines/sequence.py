@@ -21,7 +21,7 @@ States = TypeVar("States", bound=Any)
 class Runner(Protocol[States]):
     """What an engine computes for one sequence, and its caches: the target's, and the head's own (the draft cache).
 
-    Neither cache knows its length: whoever calls says where tokens begin, over what was held there.
+    Neither cache knows its length: the caller says where tokens begin, and overwrites what was there.
     """
 
     @property
@@ -179,8 +179,7 @@ class TextSequence(Generic[States]):
 
     def _caught_up(self) -> None:
         """The head has consumed all states; its next forward overwrites the draft's."""
-        assert self._states_TH is not None
-        self._drafted, self._states_TH = len(self._tokens), self._states_TH[:0]
+        self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
 
     def _rewind(self, length: int) -> None:
         """Begin another text with the first `length` tokens; their draft states must not depend on later ones."""

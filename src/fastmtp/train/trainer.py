@@ -236,10 +236,7 @@ class Trainer:
                 if self._states is None
                 else [self._states[index] for index in indices]
             )
-            return batch, self._as_target(pad_sequence(states, batch_first=True))
-
-    def _as_target(self, states: Tensor) -> Tensor:
-        return states.to(self.target.device, self.target.dtype)
+            return batch, pad_sequence(states, batch_first=True).to(device, self.target.dtype)
 
     def _autocast(self) -> AbstractContextManager[None]:
         # If the target runs in half precision, that is fast here.
