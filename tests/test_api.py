@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
 from fastmtp import SamplingConfig, load
+from fastmtp.api import IDLE
 from fastmtp.engines.torch.target import load_target
 from fastmtp.heads.format import save_head
 from fastmtp.vocabulary.lists import VocabularyLists
@@ -80,19 +81,32 @@ def test_decoding_needs_neither_torch_nor_transformers(arguments: dict[str, str]
     assert done.stdout == "[]\n"
 
 
-def test_streams_at_the_same_time(arguments: dict[str, str]) -> None:
-    """Answers that are under way together are those that each gives alone, on a sequence each."""
-    model = load(**arguments)
-    expected = {prompt: model.generate(prompt, max_new_tokens=20).text for prompt in ("one two", "three", "two")}
-    streams = {prompt: model.stream(prompt, max_new_tokens=20) for prompt in expected}
-    pieces = dict.fromkeys(expected, "")
-    for together in itertools.zip_longest(*streams.values(), fillvalue=""):
-        for prompt, piece in zip(expected, together, strict=True):
-            pieces[prompt] += piece
-    assert pieces == expected
-    assert len(model._idle) == 3
-
-
 def test_messages_are_not_continued_as_text(arguments: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="raw continues a text"):
         load(**arguments).generate([{"role": "user", "content": "x"}], raw=True)
+
+
+def test_an_answer_gives_its_sequence_back_once(arguments: dict[str, str]) -> None:
+    """However it ends: to the end, closed early, iterated over again, refused, or never begun."""
+    model = load(**arguments)
+    stream = model.stream("one two", max_new_tokens=20)
+    expected, (first,) = "".join(stream), model._idle
+    assert "".join(stream) == expected and model._idle == [first]
+    pieces = iter(model.stream("one two", max_new_tokens=20))
+    assert next(pieces) and model._idle == []
+    pieces.close()  # type: ignore[attr-defined]
+    assert model._idle == [first]
+    model.stream("one two")
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        model.stream("one two", max_new_tokens=0)
+    assert model._idle == [first]
+
+
+def test_answers_at_once_have_a_sequence_each(arguments: dict[str, str]) -> None:
+    """Even those of one stream; a few sequences are kept afterwards."""
+    model = load(**arguments)
+    expected = model.generate("one two", max_new_tokens=20).text
+    stream = model.stream("one two", max_new_tokens=20)
+    turns = zip_longest(*[iter(stream) for _ in range(IDLE + 2)], fillvalue="")
+    assert ["".join(pieces) for pieces in zip(*turns, strict=True)] == [expected] * (IDLE + 2)
+    assert len(set(map(id, model._idle))) == len(model._idle) == IDLE

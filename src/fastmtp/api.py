@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from threading import RLock
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.open import AUTO, GROWING, Drafting, DraftOptions, open_drafting
@@ -17,6 +17,8 @@ from fastmtp.progress import QUIET, Progress
 
 # A question, or a conversation: {"role": "user" or "assistant" or "system", "content": text} for each message.
 Prompt = str | Sequence[dict[str, str]]
+# Sequences that are kept for what later prompts may share with them.
+IDLE = 8
 
 
 def load(
@@ -52,7 +54,8 @@ def load(
 class Model:
     """A loaded target. Any number of answers may be under way, in one thread or in several.
 
-    What a prompt begins with is not computed again if an earlier answer's sequence still holds it.
+    Each answer has a sequence of its own while somebody iterates over it. What a prompt begins with is not computed
+    again if the sequence of an earlier answer still holds it.
     """
 
     def __init__(self, drafting: Drafting) -> None:
@@ -60,7 +63,8 @@ class Model:
         self.engine = drafting.engine
         self._drafting = drafting
         self._idle: list[TokenSequence] = []
-        self._lock = Lock()
+        # Reentrant: garbage collection may end an abandoned answer while the lock is held.
+        self._lock = RLock()
 
     def generate(
         self,
@@ -97,9 +101,8 @@ class Model:
             raise ValueError("raw continues a text; messages need the chat template")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         ids = self.target.encode(prompt) if raw and isinstance(prompt, str) else self.target.encode_chat(messages)
-        return _Stream(
-            self._give_back,
-            self._borrow(ids),
+        return Generation(
+            self._lend,
             self.target,
             ids,
             new_drafter=self._drafting.new_drafter,
@@ -108,28 +111,16 @@ class Model:
             stop=stop,
         )
 
-    def _borrow(self, prompt: Sequence[int]) -> TokenSequence:
+    @contextmanager
+    def _lend(self, prompt: Sequence[int]) -> Iterator[TokenSequence]:
         """A sequence that nobody else uses: the idle one that shares most of the prompt, or a new one."""
         with self._lock:
-            if self._idle:
-                shared = [common_prefix(idle.tokens, prompt) for idle in self._idle]
-                return self._idle.pop(shared.index(max(shared)))
-        return self._drafting.new_sequence()
-
-    def _give_back(self, sequence: TokenSequence) -> None:
-        with self._lock:
-            self._idle.append(sequence)
-
-
-class _Stream(Generation):
-    """An answer that gives its sequence back when it ends."""
-
-    def __init__(self, give_back: Callable[[TokenSequence], None], *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._give_back = give_back
-
-    def __iter__(self) -> Iterator[str]:
+            shared = [common_prefix(idle.tokens, prompt) for idle in self._idle]
+            sequence = self._idle.pop(shared.index(max(shared))) if shared else None
+        if sequence is None:
+            sequence = self._drafting.new_sequence()
         try:
-            yield from super().__iter__()
+            yield sequence
         finally:
-            self._give_back(self._sequence)
+            with self._lock:
+                self._idle = [*self._idle, sequence][-IDLE:]

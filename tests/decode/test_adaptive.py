@@ -272,3 +272,12 @@ def test_costs_by_tokens_and_context() -> None:
     assert timed.forward(1, 0) == 4.0
     assert timed.forward(3, 1152) == 6.0
     assert replace(timed, forward_ms={128: {1: 4.0, 3: 6.0}}).forward(3, 4000) == 6.0
+
+
+def test_the_head_is_tried_again_though_rounds_were_counted_at_once() -> None:
+    """Threads that plan at the same time may count past the round in which it was due."""
+    learned, prompt = Learned(STEEP), list(range(20))
+    drafter, now = Adaptive(learned, prompt, GREEDY), learned.experience(GREEDY)
+    now.worth[1].value = 0.0
+    now.rounds_without_head = now.probe_after + 3
+    assert drafter.propose(Told(range(100), True, 0.5), 50, 100).asked == [0]

@@ -13,9 +13,9 @@ from fastmtp.decode.drafting.estimates import (
     CONFIDENCES,
     FILE,
     PRIOR_DRAFTS,
-    PROMISED,
     TEXT_FIRST,
     TEXT_NEXT,
+    TRUSTED,
     Estimates,
     both_bin,
     head_bin,
@@ -30,7 +30,7 @@ def test_a_source_is_believed_until_its_drafts_are_counted() -> None:
     for right in (True, False, False, False):
         estimates.learn(head_bin(1, 0.5), right)
     # Four drafts of about 0.55 promised 2.2 right ones, and one was: the head's word counts for less elsewhere too.
-    kept = (PROMISED + 1) / (PROMISED + 2.2)
+    kept = (TRUSTED + 1) / (TRUSTED + 2.2)
     assert estimates.of_head(1, 0.5) == pytest.approx((kept * 0.5 * PRIOR_DRAFTS + 1) / (PRIOR_DRAFTS + 4))
     assert estimates.of_head(2, 0.5) == pytest.approx(kept * 0.5)
     assert estimates.of_head(1, 0.7) == pytest.approx(kept * 0.7)

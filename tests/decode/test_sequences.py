@@ -221,6 +221,35 @@ def test_a_second_text_ends_the_first(engine: Engine, drafted: bool, sampling: S
         assert tokens == list(islice(plain(new_sequence_of(engine)(), second, sampling), len(tokens)))
 
 
+def test_a_text_that_was_forgotten_does_not_go_on(engine: Engine) -> None:
+    sequence = new_sequence_of(engine)()
+    stream = plain(sequence, prompts()[0], GREEDY)
+    next(stream)
+    sequence.reset()
+    with pytest.raises(RuntimeError, match="another text was begun in this sequence"):
+        next(stream)
+
+
+def test_a_failed_change_of_lists_is_made_up_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that did not fit into memory are gathered the next time, not those of the lists before."""
+    target = tiny_target("llama")
+    lists = VocabularyLists({"low": list(range(100)), "high": list(range(100, 300))})
+    sequence, fresh = (engine.sequence(target, tuned_head(target), lists) for _ in range(2))
+    low, high = [3, 9, 27] * 12, [203, 209, 227] * 12
+    sequence.prefill(low)
+
+    def fails(_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequence._runner._target, "lm_head_rows", fails)
+        with pytest.raises(MemoryError):
+            sequence.prefill(high)
+    for one in (sequence, fresh):
+        one.prefill(high)
+    assert sequence.draft(203, 3) == fresh.draft(203, 3)
+
+
 def branching(seed: int) -> Tree:
     """A random tree whose nodes are neither verified in the order of their numbers nor all verified."""
     dice, tree = Random(seed), Tree(7)

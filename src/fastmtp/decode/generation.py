@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.info import TargetInfo
 
 StopReason = Literal["end", "stop_string", "length", "context"]
+# Lends a sequence for the time in which a prompt is answered.
+Lend = Callable[[Sequence[int]], AbstractContextManager[TokenSequence]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,16 @@ class Result:
 
 
 class Generation:
-    """Iterate over it for pieces of text as they are settled; `result` is there afterwards."""
+    """Iterate over it for pieces of text as they are settled; `result` is there afterwards.
+
+    Iterating again decodes the answer again.
+    """
 
     result: Result
 
     def __init__(
         self,
-        sequence: TokenSequence,
+        sequence: TokenSequence | Lend,
         target: TargetInfo,
         prompt: Sequence[int],
         *,
@@ -60,6 +66,7 @@ class Generation:
         """Prepare an answer.
 
         Args:
+            sequence: where to decode, or what lends one while somebody iterates.
             new_drafter: makes the drafter; None decodes plainly.
             stop: the answer ends before the first of these strings.
         Raises:
@@ -67,25 +74,30 @@ class Generation:
         """
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
-        if len(prompt) >= sequence.context_limit:
+        if len(prompt) >= target.context_limit:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context ends at {sequence.context_limit}; shorten it"
+                f"the prompt has {len(prompt)} tokens and the context ends at {target.context_limit}; shorten it"
             )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         if any(not text for text in stop):
             raise ValueError("a stop string is empty")
-        self._sequence, self._target, self._prompt = sequence, target, list(prompt)
+        self._lend: Lend = sequence if callable(sequence) else lambda _: nullcontext(sequence)
+        self._target, self._prompt = target, list(prompt)
         self._new_drafter, self._sampling = new_drafter, sampling
         self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
 
     def __iter__(self) -> Iterator[str]:
+        with self._lend(self._prompt) as sequence:
+            yield from self._answer(sequence)
+
+    def _answer(self, sequence: TokenSequence) -> Iterator[str]:
         answer = _Answer(self._target, self._max_new_tokens, self._stop)
         rounds: list[int] = []
         verified, planned = 0, []
-        drafter = None if self._new_drafter is None else self._new_drafter(self._prompt, self._sampling)
         started = first = time.perf_counter()
-        for settled in self._rounds(drafter):
+        drafter = None if self._new_drafter is None else self._new_drafter(self._prompt, self._sampling)
+        for settled in self._rounds(sequence, drafter):
             used = answer.extend(settled.tokens)
             if len(answer.tokens) == used:
                 first = time.perf_counter()
@@ -120,10 +132,10 @@ class Generation:
             pass
         return self.result
 
-    def _rounds(self, drafter: Drafter | None) -> Iterator[Round]:
+    def _rounds(self, sequence: TokenSequence, drafter: Drafter | None) -> Iterator[Round]:
         if drafter is not None:
-            return speculative(self._sequence, self._prompt, drafter, self._sampling)
-        return (Round([token], 0) for token in plain(self._sequence, self._prompt, self._sampling))
+            return speculative(sequence, self._prompt, drafter, self._sampling)
+        return (Round([token], 0) for token in plain(sequence, self._prompt, self._sampling))
 
 
 class _Answer:
@@ -145,7 +157,7 @@ class _Answer:
                 self.stopped = "end"
             else:
                 self.text += self._stream.step(self._target.tokenizer.backend_tokenizer, token) or ""
-                found = [place for text in self._stop if (place := self.text.find(text, self._shown)) >= 0]
+                found = [index for text in self._stop if (index := self.text.find(text, self._shown)) >= 0]
                 if found:
                     self.text = self.text[: min(found)]
                     self.stopped = "stop_string"

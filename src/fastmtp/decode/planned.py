@@ -1,4 +1,4 @@
-"""What was drafted, and what came of it: one round's figures, and an answer's."""
+"""What was drafted and accepted: figures of a round, and of an answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Planned:
     from_head: int
     accepted_from_text: int
     accepted_from_head: int
-    expected_ms: float  # 0 where nothing was expected
+    expected_ms: float  # 0 where nothing was predicted
     measured_ms: float
 
     @classmethod

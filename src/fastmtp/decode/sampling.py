@@ -71,16 +71,16 @@ def race(
     if sampling.temperature == 0:
         return list(tokens), list(probabilities)
     count = min(len(tokens), sampling.top_k or len(tokens))
-    ids_N, said_N = np.array(tokens[:count]), np.array(probabilities[:count])
+    ids_N, weights_N = np.array(tokens[:count]), np.array(probabilities[:count])
     if sampling.top_p < 1:
-        weights_N = said_N ** (1 / sampling.temperature)
-        before_N = np.cumsum(weights_N) - weights_N
-        inside = int((before_N < sampling.top_p * weights_N.sum()).sum())
-        ids_N, said_N = ids_N[:inside], said_N[:inside]
-    # In units of temperature 1, where the head's probabilities say how often its likeliest token is right.
+        tempered_N = weights_N ** (1 / sampling.temperature)
+        before_N = np.cumsum(tempered_N) - tempered_N
+        inside = int((before_N < sampling.top_p * tempered_N.sum()).sum())
+        ids_N, weights_N = ids_N[:inside], weights_N[:inside]
+    # In units of temperature 1, where the head's probability of its likeliest token is how often it is accepted.
     times_N = -np.log1p(-_uniforms(sampling.seed, position, ids_N))
     with np.errstate(divide="ignore"):
-        scores_N = np.log(said_N) - sampling.temperature * np.log(times_N)
+        scores_N = np.log(weights_N) - sampling.temperature * np.log(times_N)
     order_N = np.argsort(-scores_N, kind="stable")
     chances_N = np.exp(scores_N[order_N] - scores_N[order_N[0]])
     return ids_N[order_N].tolist(), (chances_N / chances_N.sum()).tolist()

@@ -18,7 +18,7 @@ from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
 from fastmtp.engines.protocol import Engine
-from fastmtp.models.info import TargetInfo, tokenizer_sha256
+from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 
@@ -77,7 +77,7 @@ def distill(
     facts = provenance(
         config,
         target=target.source,
-        tokenizer_sha256=tokenizer_sha256(target.tokenizer),
+        tokenizer_sha256=target.identity.tokenizer_sha256,
         prompts_sha256=None if prompts is None or listed is None else prompts_sha256(prompts, listed),
         endpoints=engine.urls if isinstance(engine, Endpoints) else [],
     )
@@ -131,21 +131,19 @@ def _exchanges(
 ) -> Iterator[Exchange]:
     """Exchanges in order of completion. A prompt that the target has finished writing is queued for its answer."""
     queue: deque[Request] = deque()
-    answered: deque[Exchange] = deque()
 
-    def refill() -> None:
+    def refill() -> Iterator[Exchange]:
+        """Fill the queue; prompts that have an answer already come out at once."""
         while len(queue) < width and (item := next(work, None)) is not None:
             if isinstance(item, Opening):
                 assert turn is not None
                 queue.append(_prompt_request(config, turn, item))
             elif item.answer_ids is not None:
-                answered.append(_exchange(target, item, item.answer_ids, item.finished))
+                yield _exchange(target, item, item.answer_ids, item.finished)
             else:
                 queue.append(_answer_request(target, config, item))
 
-    refill()
-    yield from answered
-    answered.clear()
+    yield from refill()
     for completion in decode(queue, len(queue)):
         task = completion.request.key
         if not completion.tokens:
@@ -160,9 +158,7 @@ def _exchanges(
             else:
                 # A prompt that did not end is written again, with other draws.
                 queue.append(completion.request.again())
-        refill()
-        yield from answered
-        answered.clear()
+        yield from refill()
 
 
 def _prompt_request(config: DistillConfig, turn: UserTurn, task: Opening) -> Request:

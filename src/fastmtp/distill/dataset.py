@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.models.info import TargetInfo
-from fastmtp.models.info import tokenizer_sha256 as sha256_of
 
 SCHEMA = pa.schema(
     [
@@ -106,7 +105,7 @@ def tokenizer_of(directory: Path) -> str | None:
 
 def check_tokenizer(directories: Iterable[Path], target: TargetInfo) -> None:
     """Raises ValueError if the ids of a data directory are not of the target's tokenizer."""
-    expected = sha256_of(target.tokenizer)
+    expected = target.identity.tokenizer_sha256
     for directory in directories:
         if tokenizer_of(directory) != expected:
             raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")

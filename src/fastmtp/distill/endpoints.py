@@ -196,7 +196,7 @@ class Endpoints:
             raise ValueError(
                 f"an endpoint gave token ids beyond the vocabulary of {self.target.source}; serve the same target"
             )
-        ends = [place for place, token in enumerate(tokens, 1) if token in request.end_ids]
+        ends = [length for length, token in enumerate(tokens, 1) if token in request.end_ids]
         if ends:
             tokens = tokens[: ends[0]]
         elif choice["finish_reason"] == "stop":

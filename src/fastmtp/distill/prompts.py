@@ -32,7 +32,7 @@ class Prompt:
 def read_prompts(source: str) -> list[Prompt]:
     """Prompts from a file or from the hub (`hf:owner/name` or `hf:owner/name:split`).
 
-    The file's name says its format: Parquet, JSONL, or else text with one prompt a line; `.gz` is unpacked.
+    The file's name gives its format: Parquet, JSONL, or else text with one prompt a line; `.gz` is unpacked.
     A row has a text `prompt` (or `user`), or a conversation: `messages` of `role` and `content`, or ShareGPT's
     `conversations` of `from` and `value`. Turns after the user's last one are dropped. Optional are `kind`, and
     `answer_ids` with `finished` where the target has already answered.
@@ -116,5 +116,5 @@ def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _to_last_user_turn(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    end = max((place for place, message in enumerate(messages, 1) if message["role"] == "user"), default=0)
+    end = max((turn for turn, message in enumerate(messages, 1) if message["role"] == "user"), default=0)
     return messages[:end]

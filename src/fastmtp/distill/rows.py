@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 
 def file_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Each row, after a text that says where it is. `.gz` is unpacked.
+    """Each row, after its file and line. `.gz` is unpacked.
 
     A row of Parquet has those of `columns` that the file has; a row of JSONL is the line's value; a line of any
     other file becomes a row with the first column.

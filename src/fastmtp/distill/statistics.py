@@ -73,9 +73,9 @@ def measure(
                 tokens.update(answer)
                 found.finished += exchange.finished
                 # The first of every kind, then the second of every kind, ...
-                place = (found.kinds[exchange.kind], exchange.kind)
-                if place[0] < samples:
-                    kept[place] = exchange
+                rank = (found.kinds[exchange.kind], exchange.kind)
+                if rank[0] < samples:
+                    kept[rank] = exchange
                 found.count(exchange.kind, exchange.prompt, exchange.answer)
                 bar.advance(1, len(exchange.ids))
     found.exchanges = len(answer_lengths)
@@ -86,7 +86,7 @@ def measure(
         (str(target.tokenizer.decode([token])), count / found.answer_tokens)
         for token, count in tokens.most_common(FREQUENT)
     ]
-    found.samples = [spans(kept[place], target) for place in sorted(kept)[:samples]]
+    found.samples = [spans(kept[rank], target) for rank in sorted(kept)[:samples]]
     return found
 
 

@@ -29,7 +29,7 @@ TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
 CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
 _REPEATS, _RUNS = 5, 3
 
-# Runs something, and says how many seconds it took.
+# Runs something, and returns how many seconds it took.
 Task = Callable[[], float]
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastmtp.engines.protocol import Engine
 from fastmtp.extras import require
 from fastmtp.models.config import ONLY_TORCH
 from fastmtp.progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from fastmtp.engines.torch.engine import TorchEngine
 
 EngineName = Literal["native", "torch"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
@@ -48,10 +53,7 @@ def open_engine(
         MemoryError: the weights would not fit.
     """
     if choose_engine(options) == "torch":
-        engine: Engine = open_torch(
-            name, options.dtype, options.device, for_throughput=for_throughput, progress=progress
-        )
-        return engine
+        return open_torch(name, options.dtype, options.device, for_throughput=for_throughput, progress=progress)
     from fastmtp.engines.native.engine import NativeEngine
     from fastmtp.engines.native.target import load_native_target
 
@@ -67,8 +69,8 @@ def open_torch(
     *,
     for_throughput: bool = False,
     progress: Progress = QUIET,
-) -> Any:
-    """A `TorchEngine`, for what needs PyTorch's own modules; arguments as for `open_engine`."""
+) -> TorchEngine:
+    """For what needs PyTorch's own modules; arguments as for `open_engine`."""
     require("torch")
     import torch
 
@@ -81,15 +83,14 @@ def open_torch(
 
 
 def open_states_engine(
-    trained: Any, engine: EngineName | None = None, device: str | None = None, progress: Progress = QUIET
+    trained: TorchEngine, engine: EngineName | None = None, device: str | None = None, progress: Progress = QUIET
 ) -> Engine:
-    """The fastest engine for the states of a target, which is loaded in PyTorch already (`trained`)."""
+    """The fastest engine for the states of a target that is loaded in PyTorch already (`trained`)."""
     if engine is None and trained.target.config.model_type in ONLY_TORCH:
         engine = "torch"
     options = EngineOptions(engine, device=device)
     if choose_engine(options) == "torch":
-        own: Engine = trained
-        return own
+        return trained
     return open_engine(trained.target.source, options, progress=progress)
 
 
@@ -135,10 +136,9 @@ def _has_gpu() -> bool:
 
 
 def _has_driver() -> bool:
-    for library in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so"):
-        try:
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        with suppress(OSError):
             ctypes.CDLL(library)
-        except OSError:
-            continue
-        return True
-    return False
+            return True
+    # That of AMD's GPUs; PyTorch brings its own library for them.
+    return Path("/dev/kfd").exists()

@@ -52,7 +52,7 @@ class Floor:
 
 
 class DraftingSequence(Protocol):
-    """What a drafter sees of a sequence: its tokens, and the head."""
+    """What a drafter uses of a sequence: its tokens, and the head."""
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -64,7 +64,7 @@ class DraftingSequence(Protocol):
         ...
 
     def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        """What the head says of what follows each of these nodes; at most `width` candidates.
+        """The head's candidates to follow each of these nodes, at most `width`.
 
         The root is asked alone and first, any other node after its parent.
         """
@@ -72,7 +72,7 @@ class DraftingSequence(Protocol):
 
 
 class TokenSequence(DraftingSequence, Protocol):
-    """One text, with everything that is kept for it: caches, the draft cache, own draft rows.
+    """One text and its state: the target's cache, the draft cache, the draft rows of its own tokens.
 
     Sequences of one engine do not know of each other. One sequence is for one caller at a time: a call while
     another one runs is a RuntimeError.
@@ -83,7 +83,7 @@ class TokenSequence(DraftingSequence, Protocol):
 
     @property
     def texts(self) -> int:
-        """How often `prefill` was called; who decodes can tell that nobody else has taken the sequence."""
+        """How many texts were begun, by `prefill` or `reset`: a caller can tell that its own was replaced."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class TokenSequence(DraftingSequence, Protocol):
         ...
 
     def prefill(self, prompt: Sequence[int]) -> Logits:
-        """Make the text exactly `prompt`, keeping what can be kept of before; logits [V] after its last token."""
+        """Make the text `prompt`, reusing the cached tokens that it begins with; logits [V] after its end."""
         ...
 
     def verify(self, tree: Tree) -> Logits:

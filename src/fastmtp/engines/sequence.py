@@ -21,7 +21,7 @@ States = TypeVar("States", bound=Any)
 class Runner(Protocol[States]):
     """What an engine computes for one sequence, and its caches: the target's, and the head's own (the draft cache).
 
-    Neither cache knows its length: whoever calls says where tokens begin, over what was held there.
+    Neither cache knows its length: the caller says where tokens begin, and overwrites what was there.
     """
 
     @property
@@ -50,15 +50,15 @@ class Runner(Protocol[States]):
         ...
 
     def start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> list[Candidates]:
-        """The head over states and tokens at `start`; the last token is place 0 of a tree in the draft cache."""
+        """The head over states and tokens at `start`; the last token is node 0 of a tree in the draft cache."""
         ...
 
     def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        """The head over tokens that follow places of that tree; they take the next places."""
+        """The head over tokens that follow nodes of that tree; they become its next nodes."""
         ...
 
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
-        """Score the LM head's rows of the lists that are chosen, and of the own tokens, by place, that changed."""
+        """Score the LM head's rows of the chosen lists; `changed` are own tokens to copy the rows of, by slot."""
         ...
 
     def join(self, states_TH: States, more_TH: States) -> States:
@@ -81,13 +81,12 @@ class TextSequence(Generic[States]):
         """
         self.context_limit = target.context_limit
         self.texts = 0
-        self._runner, self._vocabulary = runner, vocabulary
-        self._vocabulary_size = target.vocabulary_size
+        self._runner, self._vocabulary, self._vocabulary_size = runner, vocabulary, target.vocabulary_size
         self._tokens: list[int] = []
         self._drafted = 0
         self._states_TH = runner.no_states
         self._verified: tuple[Tree, States] | None = None
-        # By node of the tree that the head is asked about, its place in the draft cache.
+        # By node of the drafter's tree, its node in the draft cache's.
         self._asked: dict[int, int] = {}
         self._alone = _Alone()
 
@@ -106,7 +105,6 @@ class TextSequence(Generic[States]):
 
     def prefill(self, prompt: Sequence[int]) -> Logits:
         with self._alone:
-            self.texts += 1
             # The last shared token is computed again: its state and logits are wanted, and the draft state before
             # it has seen the token itself, which is shared.
             start = max(0, min(common_prefix(self._tokens, prompt), len(prompt) - 1) - 1)
@@ -164,7 +162,7 @@ class TextSequence(Generic[States]):
         return states_TH
 
     def _append(self, tokens: Sequence[int], states_TH: States) -> None:
-        """Take tokens, whose keys and values are in their place, into the text."""
+        """Append tokens whose keys and values are in the cache already."""
         self._verified = None
         if self._states_TH is not None:
             waiting = len(self._states_TH) > 0
@@ -172,7 +170,7 @@ class TextSequence(Generic[States]):
         self._tokens.extend(tokens)
 
     def _waiting(self, token: int) -> tuple[int, States, list[int]]:
-        """Where the head goes on, the states that it takes there, and the tokens after them, `token` last."""
+        """Where the head continues, the states that it takes from there on, and the tokens after them."""
         assert self._states_TH is not None, "this sequence has no head"
         inputs = [*self._tokens[self._drafted + 1 :], token]
         if self._vocabulary is not None:
@@ -180,12 +178,12 @@ class TextSequence(Generic[States]):
         return self._drafted, self._states_TH, inputs
 
     def _caught_up(self) -> None:
-        """The draft's own states are forgotten: the head's next forward starts where the target's states end."""
-        assert self._states_TH is not None
-        self._drafted, self._states_TH = len(self._tokens), self._states_TH[:0]
+        """The head has consumed all states; its next forward overwrites the draft's."""
+        self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
 
     def _rewind(self, length: int) -> None:
-        """Keep the first `length` tokens; their draft states must have seen no token that goes."""
+        """Begin another text with the first `length` tokens; their draft states must not depend on later ones."""
+        self.texts += 1
         self._verified = None
         del self._tokens[length:]
         self._drafted = min(length, self._drafted)
@@ -194,7 +192,7 @@ class TextSequence(Generic[States]):
 
 
 class _Alone:
-    """Around what one caller at a time may do."""
+    """Lets one caller in at a time."""
 
     def __init__(self) -> None:
         self._lock = Lock()

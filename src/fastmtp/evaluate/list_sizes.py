@@ -18,7 +18,7 @@ from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
 from fastmtp.train.agreement import CHUNK, Reference, replay
-from fastmtp.train.forward import states_of
+from fastmtp.train.states import states_of
 from fastmtp.vocabulary.builder import Ranking
 
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 65536, 131072)
@@ -88,7 +88,7 @@ def same_by_size(
             unseen_NG = first_G > starts[:, None] + 1
             best_N, place_N = logits_NV[:, own_G].masked_fill(unseen_NG, -torch.inf).max(-1)
             drafted_N = own_G[place_N]
-            choice_N = text.choices_T[(starts + k).clamp(max=len(ids_T) - 1)]
+            choice_N = text.argmax_T[(starts + k).clamp(max=len(ids_T) - 1)]
             begin = 0
             for s, part_NV in enumerate(torch.split(logits_NV[:, order_V], parts, dim=1)):
                 most_N, place_N = part_NV.max(-1)

@@ -30,24 +30,24 @@ class Reference:
 
     Attributes:
         states_TH: the target's states.
-        choices_T: the argmax after every token.
+        argmax_T: the argmax after every token.
         log_totals_T: logsumexp of the logits, so that the probabilities of some tokens need only their logits.
     """
 
     ids: Sequence[int]
     states_TH: Tensor
-    choices_T: Tensor
+    argmax_T: Tensor
     log_totals_T: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, target: Target, ids: Sequence[int], states_TH: Tensor) -> Reference:
-        choices, log_totals = [], []
+        argmaxes, log_totals = [], []
         for part_NH in torch.split(states_TH, CHUNK):
             logits_NV = target.logits(part_NH).float()
-            choices.append(logits_NV.argmax(-1))
+            argmaxes.append(logits_NV.argmax(-1))
             log_totals.append(logits_NV.logsumexp(-1))
-        return cls(ids, states_TH, torch.cat(choices), torch.cat(log_totals))
+        return cls(ids, states_TH, torch.cat(argmaxes), torch.cat(log_totals))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def agreement(
     overlap_TK = torch.zeros(len(ids), draft_steps)
     for seen in torch.split(torch.arange(answer_start, len(ids), device=target.device), CHUNK):
         # Rows are aligned by the last token read: t + k for draft k of the chain at t.
-        choice_N = text.choices_T[seen]
+        argmax_N = text.argmax_T[seen]
         p_ND = (target.logits(states_TH[seen], rows).float() - text.log_totals_T[seen, None]).exp()
         for k, out in enumerate(outputs, 1):
             inside = seen >= k
@@ -111,15 +111,15 @@ def agreement(
             logits_ND = target.logits(out[0, starts], rows).float()
             drafted_N = logits_ND.argmax(-1)
             drafted_N = drafted_N if draft_ids_D is None else draft_ids_D[drafted_N]
-            same_TK[starts, k - 1] = (drafted_N == choice_N[inside]).cpu()
+            same_TK[starts, k - 1] = (drafted_N == argmax_N[inside]).cpu()
             overlap_TK[starts, k - 1] = torch.minimum(logits_ND.softmax(-1), p_ND[inside]).sum(-1).cpu()
     return Agreement(same_TK, overlap_TK)
 
 
-def replay(agrees_TK: Tensor, prompt_length: int) -> Acceptance:
+def replay(same_TK: Tensor, prompt_length: int) -> Acceptance:
     """The rounds in which greedy speculative decoding would write the text after its prompt."""
-    total, draft_steps = agrees_TK.shape
-    run_T = agrees_TK.long().cumprod(1).sum(1).tolist()
+    total, draft_steps = same_TK.shape
+    run_T = same_TK.long().cumprod(1).sum(1).tolist()
     accepted: list[int] = []
     # A round starts with token `last`, which is known but not in the cache yet, and commits the tokens after it.
     last = prompt_length

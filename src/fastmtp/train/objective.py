@@ -30,10 +30,10 @@ class Objective:
         rows = target.lm_head.weight
         self._rows_DH = rows if self.draft_ids_D is None else rows[self.draft_ids_D]
         # From token id to its index in the draft vocabulary, -1 outside it.
-        self._place_V = torch.arange(target.vocabulary_size, device=target.device)
+        self._index_V = torch.arange(target.vocabulary_size, device=target.device)
         if self.draft_ids_D is not None:
-            self._place_V = torch.full_like(self._place_V, -1)
-            self._place_V[self.draft_ids_D] = torch.arange(len(self.draft_ids_D), device=target.device)
+            self._index_V = torch.full_like(self._index_V, -1)
+            self._index_V[self.draft_ids_D] = torch.arange(len(self.draft_ids_D), device=target.device)
 
     def __call__(
         self,
@@ -82,14 +82,14 @@ class Objective:
     def _references(self, batch: Batch, states_BTH: Tensor) -> Tensor:
         """By last token read: the target's state [N, H], or the next token's index in the draft vocabulary [N]."""
         if self._on_tokens:
-            return self._place_V[batch.ids_BT.roll(-1, 1)].flatten()
+            return self._index_V[batch.ids_BT.roll(-1, 1)].flatten()
         return states_BTH.flatten(0, 1)
 
     def _valid(self, batch: Batch) -> Tensor:
         """Where the prediction of the next token counts, [B, T] of bool."""
         if not self._on_tokens:
             return batch.inside_BT
-        valid_BT = batch.answer_BT.roll(-1, 1) & (self._place_V[batch.ids_BT.roll(-1, 1)] >= 0)
+        valid_BT = batch.answer_BT.roll(-1, 1) & (self._index_V[batch.ids_BT.roll(-1, 1)] >= 0)
         valid_BT[:, -1] = False
         return valid_BT
 

@@ -1,4 +1,4 @@
-"""The target's hidden states on disk, so that the target reads the data once, not in every pass of every run.
+"""The target's hidden states, computed, and kept on disk so that the target need not read the data in every pass.
 
 Shapes: T tokens, H hidden.
 """
@@ -21,10 +21,14 @@ from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.progress import QUIET, Progress
-from fastmtp.train.forward import states_of
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256
+
+
+def states_of(engine: Engine, texts: Sequence[Sequence[int]], target: Target) -> list[Tensor]:
+    """The states [T, H] of each text by any engine, on the target's device and in its dtype."""
+    return [torch.as_tensor(states).to(target.device, target.dtype) for states in engine.forward(texts)]
 
 
 class StateCache:

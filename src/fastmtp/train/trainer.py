@@ -30,13 +30,12 @@ from fastmtp.progress import QUIET, Progress
 from fastmtp.train.agreement import Measured, Reference, agreement, replay
 from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
-from fastmtp.train.forward import states_of
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.processes import Processes
-from fastmtp.train.states import StateCache
+from fastmtp.train.states import StateCache, states_of
 
 
 @dataclass(frozen=True)
@@ -237,10 +236,7 @@ class Trainer:
                 if self._states is None
                 else [self._states[index] for index in indices]
             )
-            return batch, self._as_target(pad_sequence(states, batch_first=True))
-
-    def _as_target(self, states: Tensor) -> Tensor:
-        return states.to(self.target.device, self.target.dtype)
+            return batch, pad_sequence(states, batch_first=True).to(device, self.target.dtype)
 
     def _autocast(self) -> AbstractContextManager[None]:
         # If the target runs in half precision, that is fast here.

@@ -42,7 +42,7 @@ class DraftLists:
         """The tokens [D] of some lists, in order and as a set; the same arrays each time."""
         if names not in self._unions:
             ids = self.lists.union(names)
-            self._unions[names] = np.array(ids, np.int32), frozenset(ids)
+            self._unions.setdefault(names, (np.array(ids, np.int32), frozenset(ids)))
         return self._unions[names]
 
 

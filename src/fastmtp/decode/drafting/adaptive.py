@@ -75,7 +75,8 @@ class Adaptive:
         now, position, node = self._now, len(sequence.tokens) + 1, 0
         width = DRAWN_AMONG if self._sampling.temperature > 0 else WIDTH
         found: list[float] = []
-        probe = now.rounds_without_head + 1 == now.probe_after
+        # Threads share the count, so it may pass the round in which the head is due.
+        probe = now.rounds_without_head + 1 >= now.probe_after
         while (depth := tree.nodes[node].depth) < MAX_DEPTH:
             open_ = _open(tree, node)
             pays = open_ * now.worth[depth + 1].value > now.rate.value * self._learned.ask_ms

@@ -10,7 +10,7 @@ from fastmtp.decode.sampling import race
 from fastmtp.engines.protocol import DraftingSequence
 from fastmtp.engines.tree import Tree
 
-# Where tokens are drawn, the next one is guessed among so many of the head's likeliest.
+# At a temperature, a draft is drawn from so many of the head's likeliest tokens.
 DRAWN_AMONG = 32
 
 
@@ -24,7 +24,7 @@ class Drafter(Protocol):
         ...
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
-        """Take what verification found: the path of nodes that stay."""
+        """Take what verification found: the path of accepted nodes."""
         ...
 
 

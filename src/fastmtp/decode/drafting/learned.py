@@ -1,4 +1,4 @@
-"""What drafting learns and keeps from one text to the next; shared by all texts of an engine and a head."""
+"""What drafting learns of an engine and a head. All texts share it, from several threads too."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Learned:
             # The estimates of a head are of greedy answers; for drawn ones they would be too high.
             known = self._known.copy() if sampling.temperature == 0 else Estimates()
             # A head that is worth having makes decoding half as fast again, or more.
-            self.experiences[way] = Experience(known, Mean(1.5 / self._costs.forward(1), 4, NEWEST_RATE))
+            new = Experience(known, Mean(1.5 / self._costs.forward(1), 4, NEWEST_RATE))
+            self.experiences.setdefault(way, new)
         return self.experiences[way]
 
     def forward_ms(self, context: int) -> list[float]:

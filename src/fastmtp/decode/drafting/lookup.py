@@ -13,7 +13,7 @@ LONGEST, SHORTEST, FOLLOWED = 4, 2, 24
 
 
 class Lookup:
-    """Where each run of tokens ended last; a token more costs the same however long the text is."""
+    """Where each run of tokens ended last; extending by a token costs the same at any length of the text."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -30,7 +30,7 @@ class Lookup:
     def continuation(self, limit: int) -> tuple[int, list[int]]:
         """Up to `limit` tokens that followed the end of the text last time, and how many tokens before them agree.
 
-        It is the last place of the longest run of up to LONGEST tokens; agreement is counted up to FOLLOWED.
+        The longest run of up to LONGEST tokens counts; agreement is counted up to FOLLOWED.
         """
         for size in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
             end = self._ends.get(tuple(self.tokens[-size:]))

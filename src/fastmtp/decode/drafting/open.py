@@ -1,4 +1,4 @@
-"""What is drafted on an engine: the head, what it drafts from, and who plans the trees."""
+"""What is drafted on an engine: the head, its draft vocabulary, and the drafter."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ CHUNK = 256
 class NativeRunner:
     """`Runner` with the caches of one text.
 
-    What a round needs is done in few calls: after a forward the processor's caches hold weights, no code, and every
-    call of numpy takes some microseconds.
+    A round makes few calls: after a forward the processor's caches hold weights, not code, and each call of numpy
+    takes some microseconds.
     """
 
     def __init__(self, target: NativeTarget, head: NativeHead | None, vocabulary: DraftVocabulary | None) -> None:
@@ -41,8 +41,6 @@ class NativeRunner:
         if head:
             self._head, self._draft_cache = head.native, head.native.new_cache()
             self._drafter = _native.Drafter(self._head, self._draft_cache)
-        if vocabulary is not None:
-            self.fit_rows(vocabulary, {})
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
         return forward(self._target, [self._cache], [start], [tokens], parents or ())
@@ -89,8 +87,8 @@ class NativeRunner:
         if vocabulary.ids_D is not self._row_ids:
             self._rows, self._row_ids = self._target.lm_head_rows(vocabulary.ids_D), vocabulary.ids_D
         if changed and self._own_rows is not None:
-            places, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
-            self._own_rows.copy(places, self._target.lm_head, ids)
+            slots, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
+            self._own_rows.copy(slots, self._target.lm_head, ids)
 
     def join(self, states_TH: States, more_TH: States) -> States:
         return np.concatenate([states_TH, more_TH])

@@ -36,8 +36,6 @@ class TorchRunner:
         # Of the tree in the draft cache: all nodes' parents and states.
         self._parents: list[int] = []
         self._states_NH = weight.new_empty(0, hidden)
-        if vocabulary is not None:
-            self.fit_rows(vocabulary, {})
 
     @torch.inference_mode()
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Tensor:
@@ -115,11 +113,10 @@ class TorchRunner:
     @torch.inference_mode()
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
         if vocabulary.ids_D is not self._row_ids_D:
-            self._row_ids_D = vocabulary.ids_D
-            self._rows_DH = self._target.lm_head_rows(vocabulary.ids_D)
+            self._rows_DH, self._row_ids_D = self._target.lm_head_rows(vocabulary.ids_D), vocabulary.ids_D
         if changed:
-            places, ids = torch.tensor([list(changed), list(changed.values())], device=self._device)
-            self._own_rows_GH[places] = self._target.lm_head.weight[ids]
+            slots, ids = torch.tensor([list(changed), list(changed.values())], device=self._device)
+            self._own_rows_GH[slots] = self._target.lm_head.weight[ids]
 
     def join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
         return torch.cat([states_TH, more_TH])
