@@ -1,5 +1,5 @@
-// Sixteen lanes in two AVX2 registers, with AVX-VNNI's products where the compiler may use them; the meaning of each
-// function is given in simd_portable.hpp.
+// Sixteen lanes in two AVX2 registers, with AVX-VNNI's products if the compiler may use them; simd_portable.hpp defines
+// each function.
 #pragma once
 
 #include <immintrin.h>
@@ -119,7 +119,7 @@ inline int32_t word_at(const void* p) {
   return word;
 }
 
-// Weights are multiplied as they are stored, w + 128; starting at -128 * sum(x) takes that out again.
+// Weights are multiplied as they are stored, w + 128; starting at -128 * sum(x) subtracts that.
 inline Ints dot_start(int32_t sum_of_x) {
   const __m256i start = _mm256_set1_epi32(-128 * sum_of_x);
   return {start, start};
