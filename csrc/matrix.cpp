@@ -56,11 +56,18 @@ uint16_t* int4_scales(uint8_t* block, int lane, int k) {
   return reinterpret_cast<uint16_t*>(block + k / kHalf * kHalfBytes + kHalfWords) + lane;
 }
 
+// Copies one lane of some lines of sixteen, and moves both pointers past them.
+template <class Number>
+void copy_lane(uint8_t*& to, int to_lane, const uint8_t*& from, int from_lane, size_t lines) {
+  for (; lines > 0; lines--, to += kLanes * sizeof(Number), from += kLanes * sizeof(Number))
+    std::memcpy(to + to_lane * sizeof(Number), from + from_lane * sizeof(Number), sizeof(Number));
+}
+
 // The orthonormal Walsh-Hadamard transform of a group; its own inverse.
 void spread(float* x) {
   for (int distance = 1; distance < kGroup; distance *= 2)
-    for (int i = 0; i < kGroup; i++)
-      if (!(i & distance)) {
+    for (int start = 0; start < kGroup; start += 2 * distance)
+      for (int i = start; i < start + distance; i++) {
         const float a = x[i], b = x[i + distance];
         x[i] = a + b;
         x[i + distance] = a - b;
@@ -164,11 +171,9 @@ void Matrix::copy(const int32_t* outputs, const Matrix& source, const int32_t* s
   for (int i = 0; i < count; i++) {
     uint8_t* to = block(outputs[i]);
     const uint8_t* from = source.block(source_outputs[i]);
-    for (size_t line = 0; line < parts * (words + scales); line++) {
-      const size_t size = line % (words + scales) < words ? 4 : 2;
-      std::memcpy(to + outputs[i] % kLanes * size, from + source_outputs[i] % kLanes * size, size);
-      to += kLanes * size;
-      from += kLanes * size;
+    for (size_t part = 0; part < parts; part++) {
+      copy_lane<uint32_t>(to, outputs[i] % kLanes, from, source_outputs[i] % kLanes, words);
+      copy_lane<uint16_t>(to, outputs[i] % kLanes, from, source_outputs[i] % kLanes, scales);
     }
     if (bias_) bias_[outputs[i]] = source.bias_ ? source.bias_[source_outputs[i]] : 0.0f;
   }

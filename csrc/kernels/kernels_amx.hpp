@@ -28,13 +28,13 @@ struct alignas(64) TileConfig {
 // Completes writes that the tiles load: GCC does not know which memory its intrinsics read.
 inline void finish_writes(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-// Rows are in tile 0; a macro, since the intrinsics take literals only.
-#define FASTMTP_PRODUCT(weights, place, sums, out) \
-  do {                                             \
-    _tile_zero(sums);                              \
-    _tile_loadd(weights, place, 64);               \
-    _tile_dpbsud(sums, 0, weights);                \
-    _tile_stored(sums, out, 64);                   \
+// Multiplies tile 0, the rows, by a tile of weights; a macro, since the intrinsics take literals only.
+#define FASTMTP_PRODUCT(weights, tile, sums, out) \
+  do {                                            \
+    _tile_zero(sums);                             \
+    _tile_loadd(weights, tile, 64);               \
+    _tile_dpbsud(sums, 0, weights);               \
+    _tile_stored(sums, out, 64);                  \
   } while (false)
 
 template <int Rows, int Blocks>
@@ -50,15 +50,15 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
   const auto multiply = [&](int g) {
     _tile_loadd(0, values + size_t(g) * kGroup, width);
     for (int b = 0; b < Blocks; b++) {
-      const uint8_t* place = weights + b * w.block_bytes + g * kTile;
+      const uint8_t* tile = weights + b * w.block_bytes + g * kTile;
       // At a block's end, the blocks after those that are computed together.
       const bool within = g * kTile + kTileAhead < w.block_bytes;
-      const uint8_t* next = place + kTileAhead + (within ? 0 : (Blocks - 1) * w.block_bytes);
+      const uint8_t* next = tile + kTileAhead + (within ? 0 : (Blocks - 1) * w.block_bytes);
       for (size_t line = 0; line < kTile; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
       int32_t* const to = sums[g % 2][b][0];
-      if (b == 0) FASTMTP_PRODUCT(2, place, 4, to);
-      if (b == 1) FASTMTP_PRODUCT(3, place, 5, to);
+      if (b == 0) FASTMTP_PRODUCT(2, tile, 4, to);
+      if (b == 1) FASTMTP_PRODUCT(3, tile, 5, to);
     }
   };
   const auto accumulate = [&](int g) {
@@ -66,9 +66,9 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
       const uint8_t* scales = weights + b * w.block_bytes + w.groups * kTile;
       const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales) + g * kLanes);
       for (int m = 0; m < Rows; m++) {
-        const size_t place = size_t(row + m) * x.groups + g;
-        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), dot_start(x.sums[place]));
-        total[b][m] = fma(to_floats(sum), mul(scale, splat(x.scales[place])), total[b][m]);
+        const size_t index = size_t(row + m) * x.groups + g;
+        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), dot_start(x.sums[index]));
+        total[b][m] = fma(to_floats(sum), mul(scale, splat(x.scales[index])), total[b][m]);
       }
     }
   };

@@ -25,9 +25,9 @@ void weigh(const Query* queries, const Factor (*weights)[kPageTokens], const uin
   Floats total[Count][Lanes] = {};
   for (int t = begin; t < end; t += 2) {
     for (int j = 0; j < Lanes; j++) {
-      const size_t place = size_t(t) * width + 2 * (start + j * kLanes);
-      prefetch(next + 2 * place);
-      const Bytes value = load_pairs(values + place);
+      const size_t offset = size_t(t) * width + 2 * (start + j * kLanes);
+      prefetch(next + 2 * offset);
+      const Bytes value = load_pairs(values + offset);
       for (int i = 0; i < Count; i++) total[i][j] = dot2(total[i][j], value, weights[i] + t);
     }
   }
@@ -73,9 +73,9 @@ inline void score(const Factor (*queries)[Count][2], const uint16_t* keys, int s
     Floats total[Together][Count] = {};
     for (int d = 0; d < size; d += 2)
       for (int b = 0; b < Together; b++) {
-        const size_t place = (size_t(block + b) * size + d) * kLanes;
-        prefetch(next + 2 * place);
-        const Bytes key = load_pairs(keys + place);
+        const size_t offset = (size_t(block + b) * size + d) * kLanes;
+        prefetch(next + 2 * offset);
+        const Bytes key = load_pairs(keys + offset);
         for (int i = 0; i < Count; i++) total[b][i] = dot2(total[b][i], key, queries[d / 2][i]);
       }
     for (int b = 0; b < Together; b++)

@@ -39,17 +39,17 @@ void amx_weigh(const Factor (*weights)[kPageTokens], const uint16_t* values, int
   for (int start = 0; start < size; start += kChunk) {
     _tile_loadd(4, totals + start, total_bytes);
     _tile_loadd(5, totals + start + kLanes, total_bytes);
-    const uint16_t* place = values + 2 * start;
-    for (int chunk = first; chunk < last; chunk++, place += kChunk * size) {
+    const uint16_t* chunk_values = values + 2 * start;
+    for (int chunk = first; chunk < last; chunk++, chunk_values += kChunk * size) {
       for (int pair = 0; pair < kChunk / 2; pair++) {
         const uint8_t* line = next + (size_t(chunk) * kChunk / 2 + pair) * pair_bytes + 4 * start;
         prefetch(line);
         prefetch(line + 64);
       }
       _tile_loadd(0, weights[0] + chunk * kChunk, kPageTokens * sizeof(Factor));
-      _tile_loadd(2, place, pair_bytes);
+      _tile_loadd(2, chunk_values, pair_bytes);
       _tile_dpbf16ps(4, 0, 2);
-      _tile_loadd(3, place + 2 * kLanes, pair_bytes);
+      _tile_loadd(3, chunk_values + 2 * kLanes, pair_bytes);
       _tile_dpbf16ps(5, 0, 3);
     }
     _tile_stored(4, totals + start, total_bytes);

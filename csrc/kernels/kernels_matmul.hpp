@@ -53,10 +53,10 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
-        prefetch(Blocks == 1 ? next : place + distance);
+        const uint8_t* line = weights + b * w.block_bytes + k * kLanes;
+        prefetch(Blocks == 1 ? next : line + distance);
         next += ahead.step;
-        const Bytes four = load_bytes(place);
+        const Bytes four = load_bytes(line);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
       }
     }
@@ -98,10 +98,10 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead
     const auto* scales = reinterpret_cast<const uint16_t*>(weights);
     const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
     for (int m = 0; m < Rows; m++) {
-      const int place = (row + m) * groups + g;
-      const Floats all = splat(static_cast<float>(x.sums[place]));
+      const int index = (row + m) * groups + g;
+      const Floats all = splat(static_cast<float>(x.sums[index]));
       const Floats product = fma(to_floats(to_ints(sums[m])), step, mul(all, least));
-      total[0][m] = fma(product, splat(x.scales[place]), total[0][m]);
+      total[0][m] = fma(product, splat(x.scales[index]), total[0][m]);
     }
     weights += 4 * kLanes;
     values += kHalf;
@@ -121,10 +121,10 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup / 2; k += 2) {
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
-        prefetch(Blocks == 1 ? next : place + distance);
+        const uint8_t* line = weights + b * w.block_bytes + 2 * k * kLanes;
+        prefetch(Blocks == 1 ? next : line + distance);
         next += ahead.step;
-        const Bytes two = load_bytes(place);
+        const Bytes two = load_bytes(line);
         for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
       }
     }
@@ -243,15 +243,15 @@ void convert(Type type, const float* x, int size, const Operand& operand, int ro
       continue;
     }
     int8_t* values = operand.int8_row(row) + g * kGroup;
-    const size_t place = size_t(row) * operand.groups + g;
+    const size_t index = size_t(row) * operand.groups + g;
     if (type == Type::int8) {
       spread(lanes);
-      quantize<kGroup / kLanes, room>(lanes, values, operand.scales[place], operand.sums[place]);
+      quantize<kGroup / kLanes, room>(lanes, values, operand.scales[index], operand.sums[index]);
       continue;
     }
     for (int half = 0; half < 2; half++)
       quantize<kHalf / kLanes, abs>(lanes + half * kHalf / kLanes, values + half * kHalf,
-                                    operand.scales[2 * place + half], operand.sums[2 * place + half]);
+                                    operand.scales[2 * index + half], operand.sums[2 * index + half]);
   }
 }
 

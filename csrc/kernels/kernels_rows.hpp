@@ -126,9 +126,9 @@ float read(const float* memory, size_t count) {
   for (Floats& one : total) one = splat(0.0f);
   for (size_t i = 0; i < part; i += kLanes)
     for (int s = 0; s < kStreams; s++) {
-      const float* place = memory + s * part + i;
-      prefetch(reinterpret_cast<const uint8_t*>(place) + 1024);
-      total[s] = add(total[s], load(place));
+      const float* numbers = memory + s * part + i;
+      prefetch(reinterpret_cast<const uint8_t*>(numbers) + 1024);
+      total[s] = add(total[s], load(numbers));
     }
   return sum(add(add(total[0], total[1]), add(total[2], total[3])));
 }
