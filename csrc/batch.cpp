@@ -7,17 +7,14 @@ namespace fastmtp {
 Batch::Batch(Runtime& runtime, const std::vector<Segment>& segments, const std::vector<Rope>& ropes)
     : runtime(runtime), segments(segments), ropes_(ropes),
       angle_size_(ropes.empty() ? 0 : 2 * int(ropes.front().inverse_frequencies.size())) {
-  for (const Segment& segment : segments) {
-    segment.cache->reserve(segment.start + segment.count);
-    rows += segment.count;
-  }
-  positions.reserve(rows);
-  paths.reserve(rows);
-  for (const Segment& segment : segments)
-    for (int i = 0; i < segment.count; i++) {
-      positions.push_back(segment.position(i));
-      paths.push_back(segment.path(i));
+  for (const auto& [cache, start, count, tree] : segments) {
+    cache->reserve(start + count);
+    rows += count;
+    for (int slot = start; slot < start + count; slot++) {
+      positions.push_back(tree ? tree->position(slot - tree->base) : slot);
+      paths.push_back(tree ? tree->path(slot - tree->base) : nullptr);
     }
+  }
   runtime.angles.reserve(size_t(rows) * ropes.size() * angle_size_);
 }
 

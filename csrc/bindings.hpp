@@ -1,10 +1,14 @@
 // What the parts of the extension module share: weights are filled from Python, forward passes run without the GIL.
 //
-// Arrays are taken as they are, never converted: a copy would be slow, and of an output it would be lost.
+// Arrays are taken as they are, never converted: a copy would be slow, and writes to a copied output would be lost.
 #pragma once
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <initializer_list>
 #include <stdexcept>
@@ -12,16 +16,19 @@
 #include <type_traits>
 #include <vector>
 
+#include "draft.hpp"
 #include "mixers/attention.hpp"
-#include "model.hpp"
+#include "networks/dense.hpp"
 
 namespace fastmtp {
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 using Numbers = std::vector<int32_t>;
 using Input = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
+using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 
 // Python's `Stack`: every layer is attention of one shape and a dense network of one size.
 struct UniformStack : Stack {
@@ -59,10 +66,17 @@ auto* data_of(const Array& array, const char* name, const char* shape_name, std:
   return static_cast<Pointer>(array.data());
 }
 
-// The length of the first dimension, of an array whose shape is yet to be checked.
+// The length of the first dimension of an array whose shape is not checked yet.
 template <class Array>
 int length_of(const Array& array) {
   return array.ndim() > 0 ? int(array.shape(0)) : 0;
+}
+
+// Fills `out` with the scores of states.
+inline void scores(Runtime& runtime, const Matrix& matrix, const Input& states, const Output& out) {
+  const int rows = length_of(states), stride = stride_of(matrix);
+  const float* from = data_of<float>(states, "states", "[rows, inputs]", {rows, matrix.inputs()});
+  runtime.scores(matrix, from, rows, data_of<float>(out, "out", "[rows, stride]", {rows, stride}), stride);
 }
 
 }  // namespace fastmtp

@@ -1,7 +1,6 @@
-// What the layers of a stack keep of one sequence.
+// What the layers of a stack store for one sequence.
 //
-// A cache does not know its length: a forward pass says at which position it writes, so taking tokens back costs
-// nothing and cannot go wrong.
+// A cache does not know its length: a forward pass says at which slot it writes, so taking tokens back costs nothing.
 #pragma once
 
 #include <memory>
@@ -19,9 +18,9 @@ class State {
 
   // How many bf16 numbers a page of kPageTokens tokens takes.
   virtual size_t page_numbers() const = 0;
-  // Room for this many tokens, a multiple of kPageTokens; the last page's is at `page` and zeroed.
+  // Room for this many tokens, a multiple of kPageTokens; the last page is at `page` and zeroed.
   virtual void reserve(int tokens, uint16_t* page) = 0;
-  // The tokens in these slots, in ascending order, become those from `start` on; none is before its new slot.
+  // The tokens in these slots, in ascending order, move to the slots from `start` on, none to a later slot.
   virtual void commit(int start, const std::vector<int32_t>& slots) = 0;
 };
 
@@ -31,13 +30,31 @@ class Cache {
   Cache(const Cache&) = delete;
   Cache(Cache&&) = default;
 
-  // Room for this many tokens; what is held stays. Throws std::bad_alloc before anything changes.
-  void reserve(int tokens);
-  void commit(int start, const std::vector<int32_t>& slots);
-
   int capacity() const { return int(pages_.size()) * kPageTokens; }
-  size_t page_bytes() const;
   const std::vector<std::unique_ptr<State>>& layers() const { return layers_; }
+
+  size_t page_numbers() const {
+    size_t numbers = 0;
+    for (const auto& layer : layers_) numbers += layer->page_numbers();
+    return numbers;
+  }
+
+  // Room for this many tokens; the contents stay. Throws std::bad_alloc before the capacity changes.
+  void reserve(int tokens) {
+    while (capacity() < tokens) {
+      Buffer<uint16_t> page = allocate<uint16_t>(page_numbers());
+      uint16_t* part = page.get();
+      for (const auto& layer : layers_) {
+        layer->reserve(capacity() + kPageTokens, part);
+        part += layer->page_numbers();
+      }
+      pages_.push_back(std::move(page));
+    }
+  }
+
+  void commit(int start, const std::vector<int32_t>& slots) {
+    for (const auto& layer : layers_) layer->commit(start, slots);
+  }
 
  private:
   std::vector<std::unique_ptr<State>> layers_;

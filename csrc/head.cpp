@@ -13,13 +13,12 @@ Head::Head(const Model& model, const Stack& stack, const Projection& projection)
 
 void Head::forward(const Segment& segment, const int32_t* tokens, const float* before, float* after) const {
   Runtime& runtime = model.runtime;
-  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
+  const std::lock_guard lock(runtime.busy);
   const int hidden = stack.hidden;
   const std::vector<Segment> segments{segment};
   const Pass pass(runtime, stack, segments);
   runtime.reserve_operand(pass.rows(), 2 * hidden);
-  runtime.reserve_rows(2 * hidden);
-  with_team(runtime.threads, runtime.barrier, [&](Team team) {
+  runtime.run([&](Team team) {
     team.each(pass.rows(), [&](int m) {
       float* joined = runtime.own_row(team);
       model.embed(tokens[m], joined);

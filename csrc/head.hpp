@@ -14,11 +14,11 @@ struct Projection {
 
 class Head {
  public:
-  // Keeps references. Throws std::invalid_argument if the parts do not fit together.
+  // Holds references. Throws std::invalid_argument if the parts do not fit together.
   Head(const Model& model, const Stack& stack, const Projection& projection);
 
-  // The states [M, H] after the head's final norm, from the states before and the tokens that follow them. Takes the
-  // runtime for itself until it returns, and throws std::bad_alloc before it writes anything.
+  // Fills `after`, the states [M, H] after the head's final norm, from the states before and the tokens that follow
+  // them. Takes the runtime until it returns, and throws std::bad_alloc before it writes anything.
   void forward(const Segment& segment, const int32_t* tokens, const float* before, float* after) const;
 
   const Model& model;

@@ -25,19 +25,42 @@ uint16_t nearest_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// A group of inputs below this counts as zeros: the inverse of its scale would overflow.
+// A group with all weights below this is stored as zeros: the inverse of its scale would overflow.
 constexpr float kSmallest = 1e-30f;
 
-// For a positive number: never below it, so that no weight exceeds 127 steps.
+// Rounds a positive number up, so that no weight exceeds 127 steps.
 uint16_t bf16_above(float x) { return uint16_t((bits_of(x) + 0xffff) >> 16); }
 
-constexpr size_t kHalfBytes = kHalf / 2 * kLanes + 2 * kLanes * sizeof(uint16_t);
+// Of one group of int4: words of eight inputs, then steps and least weights.
+constexpr size_t kHalfWords = size_t(kHalf) / 8 * kLanes * 4, kHalfBytes = kHalfWords + 2 * kLanes * sizeof(uint16_t);
 
 size_t bytes_of_block(Type type, int groups) {
   const size_t weights = size_t(groups) * kGroup * kLanes;
   if (type == Type::int4) return 2 * groups * kHalfBytes;
   const size_t bytes = type == Type::int8 ? weights + size_t(groups) * kLanes * 2 : weights * 2;
   return (bytes + 63) / 64 * 64;
+}
+
+// Where a block stores input k of the output in a lane, and its scales.
+uint16_t& bf16_weight(uint8_t* block, int lane, int k) {
+  return reinterpret_cast<uint16_t*>(block)[(k / 2 * kLanes + lane) * 2 + k % 2];
+}
+uint8_t& int8_weight(uint8_t* block, int lane, int k) { return block[(k / 4 * kLanes + lane) * 4 + k % 4]; }
+uint16_t& int8_scale(uint8_t* block, int lane, int group, int groups) {
+  return reinterpret_cast<uint16_t*>(block + size_t(groups) * kGroup * kLanes)[group * kLanes + lane];
+}
+uint8_t& int4_pair(uint8_t* block, int lane, int k) {
+  return block[k / kHalf * kHalfBytes + (k % kHalf / 8 * kLanes + lane) * 4 + k % 4];
+}
+uint16_t* int4_scales(uint8_t* block, int lane, int k) {
+  return reinterpret_cast<uint16_t*>(block + k / kHalf * kHalfBytes + kHalfWords) + lane;
+}
+
+// Copies one lane of some lines of sixteen, and moves both pointers past them.
+template <class Number>
+void copy_lane(uint8_t*& to, int to_lane, const uint8_t*& from, int from_lane, size_t lines) {
+  for (; lines > 0; lines--, to += kLanes * sizeof(Number), from += kLanes * sizeof(Number))
+    std::memcpy(to + to_lane * sizeof(Number), from + from_lane * sizeof(Number), sizeof(Number));
 }
 
 // The orthonormal Walsh-Hadamard transform of a group; its own inverse.
@@ -55,68 +78,54 @@ void spread(float* x) {
 }  // namespace
 
 Matrix::Matrix(Type type, int outputs, int inputs, bool with_bias)
-    : type_(type),
-      outputs_(outputs),
-      inputs_(inputs),
-      groups_(round_up(inputs, kGroup) / kGroup),
+    : type_(type), outputs_(outputs), inputs_(inputs), groups_(round_up(inputs, kGroup) / kGroup),
       block_bytes_(bytes_of_block(type, groups_)) {
   if (outputs < 1 || inputs < 1) throw std::invalid_argument("a matrix needs outputs and inputs");
   data_ = allocate<uint8_t>(bytes());
   if (with_bias) bias_ = allocate<float>(size_t(blocks()) * kLanes);
 }
 
-void Matrix::check_places(const int32_t* places, int count) const {
+void Matrix::check_outputs(const int32_t* outputs, int count) const {
   for (int i = 0; i < count; i++)
-    if (places[i] < 0 || places[i] >= blocks() * kLanes)
-      throw std::invalid_argument("output " + std::to_string(places[i]) + " of a matrix of " +
+    if (outputs[i] < 0 || outputs[i] >= blocks() * kLanes)
+      throw std::invalid_argument("output " + std::to_string(outputs[i]) + " of a matrix of " +
                                   std::to_string(outputs_));
 }
 
-void Matrix::pack(const int32_t* places, const float* rows, int count) {
-  check_places(places, count);
+void Matrix::pack(const int32_t* outputs, const float* rows, int count) {
+  check_outputs(outputs, count);
 #pragma omp parallel for schedule(static)
-  for (int i = 0; i < count; i++) pack_row(places[i], rows + size_t(i) * inputs_);
+  for (int i = 0; i < count; i++) pack_row(outputs[i], rows + size_t(i) * inputs_);
 }
 
-void Matrix::set_bias(const int32_t* places, const float* values, int count) {
-  check_places(places, count);
+void Matrix::set_bias(const int32_t* outputs, const float* values, int count) {
+  check_outputs(outputs, count);
   if (!bias_) throw std::invalid_argument("this matrix was made without a bias");
-  for (int i = 0; i < count; i++) bias_[places[i]] = values[i];
+  for (int i = 0; i < count; i++) bias_[outputs[i]] = values[i];
 }
 
-uint8_t* Matrix::half_group(int output, int group) const {
-  return data_.get() + (output / kLanes) * block_bytes_ + group * kHalfBytes;
-}
+uint8_t* Matrix::block(int output) const { return data_.get() + (output / kLanes) * block_bytes_; }
 
 void Matrix::pack_row(int output, const float* row) {
   const int lane = output % kLanes;
-  uint8_t* block = data_.get() + (output / kLanes) * block_bytes_;
-  if (type_ == Type::bf16) {
-    auto* weights = reinterpret_cast<uint16_t*>(block);
-    for (int k = 0; k < inputs_; k++) weights[(k / 2 * kLanes + lane) * 2 + k % 2] = nearest_bf16(row[k]);
-    return;
-  }
-  if (type_ == Type::int4) {
-    for (int g = 0; g * kHalf < inputs_; g++) {
-      const float* first = row + g * kHalf;
-      const int count = std::min(kHalf, inputs_ - g * kHalf);
-      const auto [low, high] = std::minmax_element(first, first + count);
-      uint8_t* numbers = half_group(output, g);
-      auto* scales = reinterpret_cast<uint16_t*>(numbers + kHalf / 2 * kLanes) + lane;
-      scales[0] = nearest_bf16((*high - *low) / 15.0f);
-      scales[kLanes] = nearest_bf16(*low);
-      const float step = float_of(scales[0]), least = float_of(scales[kLanes]);
-      const float inverse = step > kSmallest ? 1.0f / step : 0.0f;
-      for (int k = 0; k < count; k++) {
-        const int number = std::clamp(int(std::lrint((first[k] - least) * inverse)), 0, 15), shift = k / 4 % 2 * 4;
-        uint8_t& pair = numbers[(k / 8 * kLanes + lane) * 4 + k % 4];
-        pair = uint8_t((pair & ~(15 << shift)) | number << shift);
-      }
+  uint8_t* to = block(output);
+  if (type_ == Type::bf16)
+    for (int k = 0; k < inputs_; k++) bf16_weight(to, lane, k) = nearest_bf16(row[k]);
+  for (int start = 0; type_ == Type::int4 && start < inputs_; start += kHalf) {
+    const int end = std::min(start + kHalf, inputs_);
+    const auto [low, high] = std::minmax_element(row + start, row + end);
+    uint16_t* scales = int4_scales(to, lane, start);
+    scales[0] = nearest_bf16((*high - *low) / 15.0f);
+    scales[kLanes] = nearest_bf16(*low);
+    const float step = float_of(scales[0]), least = float_of(scales[kLanes]);
+    const float inverse = step > kSmallest ? 1.0f / step : 0.0f;
+    for (int k = start; k < end; k++) {
+      const int number = std::clamp(int(std::lrint((row[k] - least) * inverse)), 0, 15), shift = k / 4 % 2 * 4;
+      uint8_t& pair = int4_pair(to, lane, k);
+      pair = uint8_t((pair & ~(15 << shift)) | number << shift);
     }
-    return;
   }
-  auto* scales = reinterpret_cast<uint16_t*>(block + size_t(groups_) * kGroup * kLanes);
-  for (int g = 0; g < groups_; g++) {
+  for (int g = 0; type_ == Type::int8 && g < groups_; g++) {
     float group[kGroup] = {};
     std::copy(row + g * kGroup, row + std::min(inputs_, (g + 1) * kGroup), group);
     spread(group);
@@ -124,69 +133,49 @@ void Matrix::pack_row(int output, const float* row) {
     for (float weight : group) most = std::max(most, std::fabs(weight));
     const uint16_t scale = most > kSmallest ? bf16_above(most / 127.0f) : 0;
     const float inverse = scale ? 1.0f / float_of(scale) : 0.0f;
-    uint8_t* lanes = block + size_t(g) * kGroup * kLanes;
     for (int k = 0; k < kGroup; k++)
-      lanes[(k / 4 * kLanes + lane) * 4 + k % 4] = uint8_t(128 + std::lrint(group[k] * inverse));
-    scales[g * kLanes + lane] = scale;
+      int8_weight(to, lane, g * kGroup + k) = uint8_t(128 + std::lrint(group[k] * inverse));
+    int8_scale(to, lane, g, groups_) = scale;
   }
 }
 
 void Matrix::unpack(int output, float* row) const {
   const int lane = output % kLanes;
-  const uint8_t* block = data_.get() + (output / kLanes) * block_bytes_;
-  if (type_ == Type::bf16) {
-    const auto* weights = reinterpret_cast<const uint16_t*>(block);
-    for (int k = 0; k < inputs_; k++) row[k] = float_of(weights[(k / 2 * kLanes + lane) * 2 + k % 2]);
-    return;
+  uint8_t* from = block(output);
+  if (type_ == Type::bf16)
+    for (int k = 0; k < inputs_; k++) row[k] = float_of(bf16_weight(from, lane, k));
+  for (int k = 0; type_ == Type::int4 && k < inputs_; k++) {
+    const uint16_t* scales = int4_scales(from, lane, k);
+    const int number = int4_pair(from, lane, k) >> k / 4 % 2 * 4 & 15;
+    row[k] = float_of(scales[kLanes]) + float_of(scales[0]) * float(number);
   }
-  if (type_ == Type::int4) {
-    for (int k = 0; k < inputs_; k++) {
-      const uint8_t* numbers = half_group(output, k / kHalf);
-      const auto* scales = reinterpret_cast<const uint16_t*>(numbers + kHalf / 2 * kLanes) + lane;
-      const int pair = numbers[(k % kHalf / 8 * kLanes + lane) * 4 + k % 4], number = pair >> k / 4 % 2 * 4 & 15;
-      row[k] = float_of(scales[kLanes]) + float_of(scales[0]) * float(number);
-    }
-    return;
-  }
-  const auto* scales = reinterpret_cast<const uint16_t*>(block + size_t(groups_) * kGroup * kLanes);
-  for (int g = 0; g < groups_; g++) {
+  for (int g = 0; type_ == Type::int8 && g < groups_; g++) {
     float group[kGroup];
-    const uint8_t* lanes = block + size_t(g) * kGroup * kLanes;
-    const float scale = float_of(scales[g * kLanes + lane]);
-    for (int k = 0; k < kGroup; k++)
-      group[k] = float(int(lanes[(k / 4 * kLanes + lane) * 4 + k % 4]) - 128) * scale;
+    const float scale = float_of(int8_scale(from, lane, g, groups_));
+    for (int k = 0; k < kGroup; k++) group[k] = float(int(int8_weight(from, lane, g * kGroup + k)) - 128) * scale;
     spread(group);
     std::copy(group, group + std::min(kGroup, inputs_ - g * kGroup), row + g * kGroup);
   }
 }
 
-void Matrix::copy(const int32_t* places, const Matrix& source, const int32_t* outputs, int count) {
+void Matrix::copy(const int32_t* outputs, const Matrix& source, const int32_t* source_outputs, int count) {
   if (source.type_ != type_ || source.inputs_ != inputs_)
     throw std::invalid_argument("rows are copied between matrices of one type and width only");
-  check_places(places, count);
-  source.check_places(outputs, count);
-  // Of every line of sixteen words one lane, and of every line of sixteen scales.
-  const auto copy_lane = [](uint8_t* to, int to_lane, const uint8_t* from, int from_lane, size_t lines, size_t size) {
-    for (size_t line = 0; line < lines; line++)
-      std::memcpy(to + (line * kLanes + to_lane) * size, from + (line * kLanes + from_lane) * size, size);
-  };
+  check_outputs(outputs, count);
+  source.check_outputs(source_outputs, count);
+  // A part of a block is lines of sixteen words of 4 bytes, then lines of sixteen scales of 2 bytes. int4 has a part
+  // for each group.
+  const size_t parts = type_ == Type::int4 ? 2 * groups_ : 1, inputs = size_t(groups_) * kGroup / parts;
+  const size_t words = inputs / (type_ == Type::int4 ? 8 : type_ == Type::int8 ? 4 : 2);
+  const size_t scales = type_ == Type::int4 ? 2 : type_ == Type::int8 ? groups_ : 0;
   for (int i = 0; i < count; i++) {
-    uint8_t* to = data_.get() + (places[i] / kLanes) * block_bytes_;
-    const uint8_t* from = source.data_.get() + (outputs[i] / kLanes) * block_bytes_;
-    const int to_lane = places[i] % kLanes, from_lane = outputs[i] % kLanes;
-    // Words and scales take turns in int4; elsewhere they are one part.
-    const size_t parts = type_ == Type::int4 ? 2 * groups_ : 1, inputs = size_t(groups_) * kGroup / parts;
-    const size_t words = type_ == Type::int4 ? inputs / 8 : type_ == Type::int8 ? inputs / 4 : inputs / 2;
-    const size_t scales = type_ == Type::int4 ? 2 : type_ == Type::int8 ? groups_ : 0;
+    uint8_t* to = block(outputs[i]);
+    const uint8_t* from = source.block(source_outputs[i]);
     for (size_t part = 0; part < parts; part++) {
-      copy_lane(to, to_lane, from, from_lane, words, 4);
-      to += words * kLanes * 4;
-      from += words * kLanes * 4;
-      copy_lane(to, to_lane, from, from_lane, scales, 2);
-      to += scales * kLanes * 2;
-      from += scales * kLanes * 2;
+      copy_lane<uint32_t>(to, outputs[i] % kLanes, from, source_outputs[i] % kLanes, words);
+      copy_lane<uint16_t>(to, outputs[i] % kLanes, from, source_outputs[i] % kLanes, scales);
     }
-    if (bias_) bias_[places[i]] = source.bias_ ? source.bias_[outputs[i]] : 0.0f;
+    if (bias_) bias_[outputs[i]] = source.bias_ ? source.bias_[source_outputs[i]] : 0.0f;
   }
 }
 

@@ -73,9 +73,9 @@ Model::Model(Runtime& runtime, const Stack& stack, const Matrix& embedding, cons
 
 void Model::forward(const std::vector<Segment>& segments, const int32_t* tokens, float* states,
                     float* last_inputs) const {
-  std::lock_guard<std::recursive_mutex> lock(runtime.busy);
+  const std::lock_guard lock(runtime.busy);
   const Pass pass(runtime, stack, segments);
-  with_team(runtime.threads, runtime.barrier, [&](Team team) {
+  runtime.run([&](Team team) {
     team.each(pass.rows(), [&](int m) { embed(tokens[m], pass.branch(m)); });
     pass.run(team, states, last_inputs);
   });

@@ -1,6 +1,5 @@
 // A decoder: embeddings, a stack of layers, and an LM head.
 //
-// A layer is a mixer and a network, each with a norm before it and perhaps one behind it, on a residual stream.
 // Shapes: M rows (the tokens of all segments, in order), H hidden.
 #pragma once
 
@@ -8,24 +7,16 @@
 #include <memory>
 #include <vector>
 
-#include "batch.hpp"
-#include "mixers/mixer.hpp"
-#include "networks/network.hpp"
+#include "layer.hpp"
 
 namespace fastmtp {
-
-struct Layer {
-  std::unique_ptr<Mixer> mixer;
-  std::unique_ptr<Network> network;
-  Gains mixer_norm, mixer_out_norm, network_norm, network_out_norm;
-};
 
 struct Stack {
   Stack(int hidden, float epsilon) : hidden(hidden), epsilon(epsilon), final_norm(hidden, 1.0f) {}
   Stack(const Stack&) = delete;
 
   Cache new_cache() const;
-  // Whether a cache is one that `new_cache` could have made.
+  // Whether `new_cache` could have made a cache.
   bool fits(const Cache& cache) const;
 
   const int hidden;
@@ -35,19 +26,19 @@ struct Stack {
   Gains final_norm;
 };
 
-// One forward pass through a stack, for a team. What a phase of it does to a row (or a head, or a block of outputs)
-// is done by one thread, so nothing depends on their number.
+// One forward pass through a stack, for a team. What a phase does to a row (or a head, or a block of outputs) is done
+// by one thread, so nothing depends on the number of threads.
 class Pass {
  public:
   // Plans the pass and reserves working memory. Throws std::bad_alloc before anything is written.
   Pass(Runtime& runtime, const Stack& stack, const std::vector<Segment>& segments);
 
   int rows() const { return batch_.rows; }
-  // What is added to the residual stream next, [M, stride]. Before `run` that is the input [M, H].
+  // What is added to the residual stream next, [M, stride]. Before `run` that is the input of the stack.
   int stride() const { return stride_of(stack_.hidden); }
   float* branch(int m) const { return runtime_.branch.get() + size_t(m) * stride(); }
 
-  // From the input through all layers and the final norm, [M, H]; if wanted, also what the last layer is given.
+  // Fills `states` [M, H], after all layers and the final norm, and optionally the last layer's inputs [M, H].
   void run(Team& team, float* states, float* last_inputs = nullptr) const;
 
  private:
@@ -63,11 +54,11 @@ class Pass {
 
 class Model {
  public:
-  // Keeps references. Throws std::invalid_argument if the parts do not fit together.
+  // Holds references. Throws std::invalid_argument if the parts do not fit together.
   Model(Runtime& runtime, const Stack& stack, const Matrix& embedding, const Matrix& lm_head, float embedding_scale);
 
-  // The states [M, H] after the final norm, and if wanted what the last layer is given, [M, H]. Takes the runtime for
-  // itself until it returns, and throws std::bad_alloc before it writes anything.
+  // Fills the states [M, H] after the final norm, and optionally the last layer's inputs [M, H]. Takes the runtime
+  // until it returns, and throws std::bad_alloc before it writes anything.
   void forward(const std::vector<Segment>& segments, const int32_t* tokens, float* states,
                float* last_inputs = nullptr) const;
   // The embedding of one token.
@@ -75,7 +66,7 @@ class Model {
 
   Runtime& runtime;
   const Stack& stack;
-  const Matrix &embedding, &lm_head;  // which may be one
+  const Matrix &embedding, &lm_head;  // may be the same
   const float embedding_scale;
 };
 

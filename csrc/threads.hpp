@@ -5,10 +5,6 @@
 #include <condition_variable>
 #include <mutex>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace fastmtp {
 
 inline void pause() {
@@ -19,8 +15,8 @@ inline void pause() {
 #endif
 }
 
-// All threads of a team wait for the last one. Some hundred waits make one forward pass, so a wait spins first; but
-// a thread whose fellow has lost its core to another process must not burn its own, so it sleeps soon after.
+// All threads of a team wait for the last one. A forward pass has some hundred waits, so a wait spins first. If another
+// process has taken the core of a thread, the others should not use theirs for spinning, so a wait then sleeps.
 class Barrier {
  public:
   void wait(int count) {
@@ -74,21 +70,5 @@ struct Team {
     barrier.wait(count);
   }
 };
-
-// Runs work(team) on `threads` threads.
-template <class Work>
-void with_team(int threads, Barrier& barrier, Work work) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-  {
-    Team team{omp_get_thread_num(), omp_get_num_threads(), barrier};
-    work(team);
-  }
-#else
-  (void)threads;
-  Team team{0, 1, barrier};
-  work(team);
-#endif
-}
 
 }  // namespace fastmtp

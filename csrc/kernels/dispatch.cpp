@@ -38,47 +38,43 @@ bool may_use_tiles() {
 }
 #endif
 
-struct Available {
-  const Kernels* tables[7] = {};
-
-  Available() {
-    int count = 0;
+std::vector<const Kernels*> find_kernels() {
+  std::vector<const Kernels*> found;
 #ifdef FASTMTP_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vnni");
-    const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #ifdef FASTMTP_AMX
-    if (avx512bf16 && may_use_tiles()) tables[count++] = &amx_kernels;
+  if (avx512bf16 && may_use_tiles()) found.push_back(&amx_kernels);
 #endif
-    if (avx512bf16) tables[count++] = &avx512bf16_kernels;
-    if (avx512) tables[count++] = &avx512_kernels;
+  if (avx512bf16) found.push_back(&avx512bf16_kernels);
+  if (avx512) found.push_back(&avx512_kernels);
 #ifdef FASTMTP_AVXVNNI
-    if (avx2 && __builtin_cpu_supports("avxvnni")) tables[count++] = &avxvnni_kernels;
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
 #endif
-    if (avx2) tables[count++] = &avx2_kernels;
+  if (avx2) found.push_back(&avx2_kernels);
 #endif
-    tables[count] = &portable_kernels;
-  }
-};
+  found.push_back(&portable_kernels);
+  return found;
+}
 
 }  // namespace
 
-const Kernels* const* available_kernels() {
-  static const Available available;
-  return available.tables;
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> available = find_kernels();
+  return available;
 }
 
 const Kernels& kernels() {
   const char* wanted = std::getenv("FASTMTP_KERNELS");
-  const Kernels* const* tables = available_kernels();
-  if (!wanted || !*wanted) return **tables;
+  if (!wanted || !*wanted) return *available_kernels().front();
   std::string names;
-  for (; *tables; tables++) {
-    if (!std::strcmp((*tables)->name, wanted)) return **tables;
-    names += std::string(names.empty() ? "" : ", ") + (*tables)->name;
+  for (const Kernels* table : available_kernels()) {
+    if (!std::strcmp(table->name, wanted)) return *table;
+    names += std::string(names.empty() ? "" : ", ") + table->name;
   }
   throw std::invalid_argument("FASTMTP_KERNELS is " + std::string(wanted) + "; this processor can run: " + names);
 }

@@ -1,8 +1,8 @@
 // The kernels, compiled once for each kind of processor (CMakeLists.txt sets FASTMTP_SIMD and FASTMTP_TABLE).
 //
-// Nothing here may be contracted or reordered by the compiler (-ffp-contract=off, no -ffast-math): the same
-// operations in the same order for every number of rows is what makes the engine batch-invariant. No function of
-// the standard library that is inlined may be used: the linker keeps one copy of it, for the wrong processor.
+// The compiler may not contract or reorder operations (-ffp-contract=off, no -ffast-math): the engine is
+// batch-invariant because the operations and their order are the same for every number of rows. Inlined functions of
+// the standard library may not be used: the linker keeps one copy of each, perhaps compiled for another processor.
 #include "kernels.hpp"
 
 #include <math.h>

@@ -1,11 +1,12 @@
 // What one thread computes, in one table of functions for each kind of processor.
 //
-// Shapes: M rows (tokens), N outputs, K inputs, D head size. Every function treats its rows one by one: what comes
-// out for a row is the same to the bit whichever rows stand beside it. That is the engine's batch invariance.
+// Shapes: M rows (tokens), N outputs, K inputs, D head size. Every function computes each row independently: a row's
+// result has the same bits whichever rows are beside it. That is the engine's batch invariance.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace fastmtp {
 
@@ -20,6 +21,13 @@ enum class Type { bf16, int8, int4 };
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// In a page, one head's keys are [block][D / 2][16 tokens][2] and its values [token / 2][D rounded up to lanes][2];
+// the pairs are what one instruction multiplies and adds. How many bf16 numbers the keys, or the values, take:
+constexpr size_t head_numbers(int size) { return size_t(kPageTokens) * round_up(size, kLanes); }
+// Where the first number of a token is, by its slot in the page.
+constexpr size_t key_offset(int slot, int size) { return size_t(slot / kLanes) * size * kLanes + slot % kLanes * 2; }
+constexpr size_t value_offset(int slot, int size) { return size_t(slot / 2) * round_up(size, kLanes) * 2 + slot % 2; }
+
 // Weights in blocks of sixteen outputs, each block contiguous (see matrix.hpp).
 struct PackedView {
   Type type;
@@ -30,8 +38,7 @@ struct PackedView {
   const float* bias;  // null where there is none
 };
 
-// Rows of inputs in the arithmetic of the weights: bf16, or int8 with a scale and a sum for each group that the
-// weights have.
+// Rows of inputs in the arithmetic of the weights: bf16, or int8 with a scale and a sum for each group of the weights.
 struct Operand {
   uint8_t* values;
   float* scales;   // [M, groups], or [M, 2 groups] for int4
@@ -42,23 +49,23 @@ struct Operand {
   uint16_t* bf16_row(int row) const { return reinterpret_cast<uint16_t*>(values) + size_t(row) * groups * kGroup; }
 };
 
-// Softmax attention over part of the keys: largest score, sum of exp(score - largest), values weighted by that.
-// In memory: largest, sum, then D weighted values.
+// A partial result of softmax attention over some keys, in memory: the largest score, the sum of
+// exp(score - largest), then the sum of the values weighted by that, D numbers.
 constexpr int kPartialHeader = 2;
 
-// One head's keys and values in a page. From place `tree` on, which may lie before or behind the page, tokens lie in
-// the order of a tree's nodes, and that goes on in the page after it.
+// One head's keys and values in a page. From slot `tree` on, which may be before or after the page, tokens are in the
+// order of a tree's nodes, which continue in the next page.
 struct PageView {
   const uint16_t *keys, *values, *next_keys, *next_values;
   int tree;
 };
 
-// One query of a tile: its D numbers, which places of the page it sees, where its partial result goes.
+// One query of a tile: its D numbers, which positions it sees (0 is the page's first), where its partial result goes.
 struct Query {
   const uint16_t* q;  // bf16
   int begin, end;
   float* partial;
-  const int32_t* path;  // what it sees at place tree + i is in place tree + path[i], which is no earlier
+  const int32_t* path;  // what it sees at position tree + i is in slot tree + path[i], which is no earlier
 };
 
 struct Kernels {
@@ -78,29 +85,25 @@ struct Kernels {
   // Rotates the halves of one head against each other, scales, and rounds to bf16.
   void (*rotate)(const float* x, const float* cosine, const float* sine, int size, float scale, uint16_t* out);
   // One token's key (bf16) and value of one head into a page.
-  void (*store_token)(const uint16_t* key, const float* value, int size, int place, uint16_t* keys, uint16_t* values);
-  // Partial attention of up to kTileQueries queries over one page of one head; meanwhile the memory that is wanted
-  // `next`, as much as the page's, is fetched.
+  void (*store_token)(const uint16_t* key, const float* value, int size, int slot, uint16_t* keys, uint16_t* values);
+  // Partial attention of up to kTileQueries queries over one page of one head; meanwhile the memory at `next`, as much
+  // as a page's, is prefetched.
   void (*attend)(const Query* queries, int count, const PageView&, int size, const void* next);
   // Adds the second partial result to the first.
   void (*merge)(float* total, const float* part, int size);
-  // Where the largest number is; of equal ones the first.
+  // The index of the largest number; of equal ones the first.
   int (*argmax)(const float* x, int size);
   // The sum of exp(x - top).
   float (*sum_exponentials)(const float* x, int size, float top);
-  // Reads memory as fast as it goes, and returns the sum of what is there.
+  // Reads memory as fast as possible, and returns the sum of its numbers.
   float (*read)(const float* memory, size_t count);
 };
-
-// How many bf16 numbers one head's keys, or values, take in a page: keys as [block][D / 2][16 tokens][2], values as
-// [token / 2][D rounded up to lanes][2]; the pairs are what one instruction multiplies and adds.
-constexpr size_t page_numbers(int size) { return size_t(kPageTokens) * round_up(size, kLanes); }
 
 // The fastest table that this processor can run, or the one that FASTMTP_KERNELS names.
 // Throws std::invalid_argument for a name that is unknown or that the processor cannot run.
 const Kernels& kernels();
 
-// Every table that this processor can run, fastest first; null-terminated.
-const Kernels* const* available_kernels();
+// Every table that this processor can run, fastest first.
+const std::vector<const Kernels*>& available_kernels();
 
 }  // namespace fastmtp

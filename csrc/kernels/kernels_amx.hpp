@@ -1,6 +1,6 @@
-// int8 products in AMX tiles: a group of 64 inputs of sixteen outputs is one tile as it lies in memory, and up to
-// sixteen rows cost what one does. Sums of whole numbers are exact, and what follows is done in the order of
-// int8_blocks, so a row has the same bits as there. Part of kernels_matmul.hpp.
+// int8 products in AMX tiles: a group of 64 inputs of sixteen outputs has the layout of a tile, and sixteen rows take
+// the time of one. Sums of integers are exact, and the rest is done in the order of int8_blocks, so a row has the same
+// bits as there. Part of kernels_matmul.hpp.
 #pragma once
 
 namespace {
@@ -8,11 +8,10 @@ namespace {
 // Fewer rows are faster without tiles.
 constexpr int kLeastAmxRows = 3;
 
-// How far ahead weights are fetched, into the first-level cache.
+// How far ahead weights are prefetched, into the first-level cache.
 constexpr size_t kTileAhead = 3 * 1024;
 
-// Up to eight tiles: 2 and 3 have sixteen rows, of weights or of keys and values, the others as many as there are rows
-// of inputs.
+// Tiles 2 and 3 have sixteen rows, of weights or of keys and values, the others as many as there are rows of inputs.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -26,16 +25,16 @@ struct alignas(64) TileConfig {
   }
 };
 
-// GCC's intrinsics do not say which memory they read.
-inline void commit(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+// Completes writes that the tiles load: GCC does not know which memory its intrinsics read.
+inline void finish_writes(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-// Rows are in tile 0; compilers want literals for the others.
-#define FASTMTP_PRODUCT(weights, place, sums, out) \
-  do {                                             \
-    _tile_zero(sums);                              \
-    _tile_loadd(weights, place, 64);               \
-    _tile_dpbsud(sums, 0, weights);                \
-    _tile_stored(sums, out, 64);                   \
+// Multiplies tile 0, the rows, by a tile of weights; a macro, since the intrinsics take literals only.
+#define FASTMTP_PRODUCT(weights, tile, sums, out) \
+  do {                                            \
+    _tile_zero(sums);                             \
+    _tile_loadd(weights, tile, 64);               \
+    _tile_dpbsud(sums, 0, weights);               \
+    _tile_stored(sums, out, 64);                  \
   } while (false)
 
 template <int Rows, int Blocks>
@@ -44,24 +43,22 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
-  // Two groups take turns, so that one is stored while another is loaded.
+  // Two groups alternate, so that one is stored while another is loaded.
   alignas(64) int32_t sums[2][Blocks][Rows][kLanes];
-  Floats total[Blocks][Rows];
-  for (int b = 0; b < Blocks; b++)
-    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  Floats total[Blocks][Rows] = {};
 
   const auto multiply = [&](int g) {
     _tile_loadd(0, values + size_t(g) * kGroup, width);
     for (int b = 0; b < Blocks; b++) {
-      const uint8_t* place = weights + b * w.block_bytes + g * kTile;
-      // At a block's end the one after those that go together.
+      const uint8_t* tile = weights + b * w.block_bytes + g * kTile;
+      // At a block's end, the blocks after those that are computed together.
       const bool within = g * kTile + kTileAhead < w.block_bytes;
-      const uint8_t* next = place + kTileAhead + (within ? 0 : (Blocks - 1) * w.block_bytes);
+      const uint8_t* next = tile + kTileAhead + (within ? 0 : (Blocks - 1) * w.block_bytes);
       for (size_t line = 0; line < kTile; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
       int32_t* const to = sums[g % 2][b][0];
-      if (b == 0) FASTMTP_PRODUCT(2, place, 4, to);
-      if (b == 1) FASTMTP_PRODUCT(3, place, 5, to);
+      if (b == 0) FASTMTP_PRODUCT(2, tile, 4, to);
+      if (b == 1) FASTMTP_PRODUCT(3, tile, 5, to);
     }
   };
   const auto accumulate = [&](int g) {
@@ -69,9 +66,9 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
       const uint8_t* scales = weights + b * w.block_bytes + w.groups * kTile;
       const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales) + g * kLanes);
       for (int m = 0; m < Rows; m++) {
-        const size_t place = size_t(row + m) * x.groups + g;
-        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), dot_start(x.sums[place]));
-        total[b][m] = fma(to_floats(sum), mul(scale, splat(x.scales[place])), total[b][m]);
+        const size_t index = size_t(row + m) * x.groups + g;
+        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), dot_start(x.sums[index]));
+        total[b][m] = fma(to_floats(sum), mul(scale, splat(x.scales[index])), total[b][m]);
       }
     }
   };
@@ -81,19 +78,7 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
     accumulate(g - 1);
   }
   accumulate(w.groups - 1);
-  for (int b = 0; b < Blocks; b++) {
-    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
-    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
-  }
-}
-
-// Some blocks for `rows` rows, Rows or fewer.
-template <int Rows, int Blocks>
-void amx_tile(const PackedView& w, const Operand& x, int row, int rows, int block, float* out, int stride) {
-  if (rows == Rows)
-    amx_blocks<Rows, Blocks>(w, x, row, block, out, stride);
-  else if constexpr (Rows > 1)
-    amx_tile<Rows - 1, Blocks>(w, x, row, rows, block, out, stride);
+  store_totals(total, w, block, out, stride);
 }
 
 void amx_matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
@@ -101,16 +86,20 @@ void amx_matmul(const PackedView& w, const Operand& x, int rows, int first_block
   for (int row = 0; row < rows; row += kLanes) {
     const int count = rows - row < kLanes ? rows - row : kLanes;
     const TileConfig config(count);
-    commit(&config);
+    finish_writes(&config);
     _tile_loadconfig(&config);
     float* of_row = out + size_t(row) * stride;
     int block = first_block;
-    // As many blocks together as there are registers for their totals.
+    // Two blocks together if there are registers for their totals.
     if (count <= kLanes / 2)
       for (; block + 2 <= last_block; block += 2)
-        amx_tile<kLanes / 2, 2>(w, x, row, count, block, of_row + block * kLanes, stride);
+        with_constant<kLanes / 2>(count, [&](auto rows) {
+          amx_blocks<rows.value, 2>(w, x, row, block, of_row + block * kLanes, stride);
+        });
     for (; block < last_block; block++)
-      amx_tile<kLanes, 1>(w, x, row, count, block, of_row + block * kLanes, stride);
+      with_constant<kLanes>(count, [&](auto rows) {
+        amx_blocks<rows.value, 1>(w, x, row, block, of_row + block * kLanes, stride);
+      });
   }
   _tile_release();
 }

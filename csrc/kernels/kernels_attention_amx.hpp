@@ -1,7 +1,7 @@
-// Attention of some queries over one page in AMX tiles, for heads whose size is a multiple of 32. Keys and values lie
-// as tiles want them. A score is formed from the key and the query alone; values are weighed 32 tokens at a time, at
-// fixed places, those that a query does not see by nothing. So a row's bits do not depend on the rows beside it, nor
-// on whether its tokens are a chain or a path through a tree. Part of kernels_attention.hpp.
+// Attention of some queries over one page in AMX tiles, for heads whose size is a multiple of 32. Pages have the
+// layout of tiles. A score is formed from the key and the query alone; values are weighted 32 tokens at a time, at
+// fixed positions, with weight 0 for those that a query does not see. So a row's bits do not depend on the rows beside
+// it, nor on whether its tokens are a chain or a path through a tree. Part of kernels_attention.hpp.
 #pragma once
 
 namespace {
@@ -39,17 +39,17 @@ void amx_weigh(const Factor (*weights)[kPageTokens], const uint16_t* values, int
   for (int start = 0; start < size; start += kChunk) {
     _tile_loadd(4, totals + start, total_bytes);
     _tile_loadd(5, totals + start + kLanes, total_bytes);
-    const uint16_t* place = values + 2 * start;
-    for (int chunk = first; chunk < last; chunk++, place += kChunk * size) {
+    const uint16_t* chunk_values = values + 2 * start;
+    for (int chunk = first; chunk < last; chunk++, chunk_values += kChunk * size) {
       for (int pair = 0; pair < kChunk / 2; pair++) {
         const uint8_t* line = next + (size_t(chunk) * kChunk / 2 + pair) * pair_bytes + 4 * start;
         prefetch(line);
         prefetch(line + 64);
       }
       _tile_loadd(0, weights[0] + chunk * kChunk, kPageTokens * sizeof(Factor));
-      _tile_loadd(2, place, pair_bytes);
+      _tile_loadd(2, chunk_values, pair_bytes);
       _tile_dpbf16ps(4, 0, 2);
-      _tile_loadd(3, place + 2 * kLanes, pair_bytes);
+      _tile_loadd(3, chunk_values + 2 * kLanes, pair_bytes);
       _tile_dpbf16ps(5, 0, 3);
     }
     _tile_stored(4, totals + start, total_bytes);
@@ -57,16 +57,16 @@ void amx_weigh(const Factor (*weights)[kPageTokens], const uint16_t* values, int
   }
 }
 
-// The values that a query sees at the places of a chunk, in their order, as a chunk of a page lies.
+// The values that a query sees at the positions of a chunk, in the layout of a page's chunk.
 void gather_chunk(const Query& query, const PageView& page, int size, int chunk, uint16_t* out) {
-  for (int place = chunk * kChunk; place < (chunk + 1) * kChunk; place += 2, out += 2 * size) {
+  for (int position = chunk * kChunk; position < (chunk + 1) * kChunk; position += 2, out += 2 * size) {
     const uint16_t* pairs[2] = {};
     bool odd[2] = {};
     for (int one = 0; one < 2; one++) {
-      if (place + one < query.begin || place + one >= query.end) continue;
-      const int held = held_at(query, page, place + one), in_page = held % kPageTokens;
-      pairs[one] = (held < kPageTokens ? page.values : page.next_values) + size_t(in_page / 2) * size * 2;
-      odd[one] = in_page % 2;
+      if (position + one < query.begin || position + one >= query.end) continue;
+      const int slot = slot_of(query, page, position + one);
+      odd[one] = slot % 2;
+      pairs[one] = values_of(page, slot, size) - odd[one];
     }
     for (int i = 0; i < 2 * size; i += 2 * kLanes) {
       // One dimension of a token, in the lower half.
@@ -86,29 +86,30 @@ void amx_attend(const Query* queries, int count, const PageView& page, int size,
   alignas(64) uint16_t rows[kTileQueries * kLargestHead];
   alignas(64) float totals[kTileQueries * kLargestHead];
   const Range seen = seen_by(queries, count, page);
-  const auto blocks = [](int places) { return round_up(places, kChunk) / kLanes; };
-  const int first = seen.begin / kChunk * 2, last = blocks(seen.held < kPageTokens ? seen.held : kPageTokens);
+  const auto blocks = [](int slots) { return round_up(slots, kChunk) / kLanes; };
+  const int first = seen.begin / kChunk * 2, last = blocks(seen.slots < kPageTokens ? seen.slots : kPageTokens);
   for (int i = 0; i < count; i++) __builtin_memcpy(rows + i * size, queries[i].q, size * sizeof(uint16_t));
   __builtin_memset(totals, 0, count * size * sizeof(float));
   const TileConfig tiles(count);
-  commit(&tiles);
-  commit(rows);
+  finish_writes(&tiles);
+  finish_writes(rows);
   _tile_loadconfig(&tiles);
   amx_score(rows, page.keys, size, first, last, scores, next);
   if (page.tree < seen.end) {
     float beyond[kTileQueries][kPageTokens];
-    if (seen.held > kPageTokens) amx_score(rows, page.next_keys, size, 0, blocks(seen.held - kPageTokens), beyond, next);
-    by_position(queries, count, page, scores, beyond);
+    if (seen.slots > kPageTokens)
+      amx_score(rows, page.next_keys, size, 0, blocks(seen.slots - kPageTokens), beyond, next);
+    order_by_position(queries, count, page, scores, beyond);
   }
-  soften(queries, count, first, last, scores, weights);
-  // Chunks that lie in the order of positions are weighed for all queries together, a tree's for each by itself.
+  softmax(queries, count, first, last, scores, weights);
+  // Chunks in the order of positions are weighted for all queries together, those of a tree for each query by itself.
   const int begin = seen.begin / kChunk, end = round_up(seen.end, kChunk) / kChunk;
   const int ordered = page.tree >= seen.end ? end : page.tree > 0 ? page.tree / kChunk : 0;
   const int shared = ordered > begin ? ordered : begin;
-  commit(weights);
-  commit(totals);
-  amx_weigh(weights, page.values + size_t(begin) * kChunk * size, size, begin, shared, totals,
-            next + 2 * page_numbers(size));
+  const uint8_t* next_values = next + 2 * head_numbers(size);
+  finish_writes(weights);
+  finish_writes(totals);
+  amx_weigh(weights, page.values + size_t(begin) * kChunk * size, size, begin, shared, totals, next_values);
   for (int i = 0; i < count; i++) {
     const float* total = totals + i * size;
     alignas(64) float on_path[kTileQueries * kLargestHead];
@@ -117,9 +118,9 @@ void amx_attend(const Query* queries, int count, const PageView& page, int size,
       for (int chunk = shared; chunk < end; chunk++) {
         alignas(64) uint16_t gathered[kChunk * kLargestHead];
         gather_chunk(queries[i], page, size, chunk, gathered);
-        commit(gathered);
-        commit(on_path);
-        amx_weigh(weights, gathered, size, chunk, chunk + 1, on_path, next + 2 * page_numbers(size));
+        finish_writes(gathered);
+        finish_writes(on_path);
+        amx_weigh(weights, gathered, size, chunk, chunk + 1, on_path, next_values);
       }
       total = on_path + i * size;
     }

@@ -1,14 +1,14 @@
 // Matrix products: each weight is loaded once for all rows of a tile; and the rounding of rows for them.
-// Part of kernels.cpp, which says what holds for all of it.
+// Part of kernels.cpp, which states the rules for all of it.
 #pragma once
 
 namespace {
 
 constexpr size_t kAhead = 16 * 1024;
 
-// What one pass over a block, for some of the rows, fetches meanwhile: from `start` behind the block's begin on, `step`
-// bytes for each line of weights. The passes share what lies kAhead of the block, with which that is one stream; so
-// memory is read all the time, and not during the first pass alone.
+// What one pass over a block, for some of the rows, prefetches: from `start` bytes after the block's beginning on,
+// `step` bytes for each line of weights. The passes over a block share the memory kAhead of it, so that memory is read
+// during all of them, not during the first alone.
 struct Ahead {
   size_t start, step;
 };
@@ -19,12 +19,22 @@ inline size_t lines_of(const PackedView& w) {
   return size_t(w.groups) * lines;
 }
 
-// How far ahead of a kilobyte of weights to fetch where several blocks go together: what follows in each of them, and
-// at their ends the beginnings of the next ones.
+// How far ahead of a kilobyte of weights to prefetch if several blocks are computed together: the next kilobyte of
+// each of them, and at their ends the beginnings of the next blocks.
 template <int Blocks>
 inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
   constexpr size_t kPart = kGroup * kLanes;
   return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
+}
+
+// Stores the totals of some blocks with their bias.
+template <int Rows, int Blocks>
+[[gnu::always_inline]] inline void store_totals(const Floats (&total)[Blocks][Rows], const PackedView& w, int block,
+                                                float* out, int stride) {
+  for (int b = 0; b < Blocks; b++) {
+    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
+    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+  }
 }
 
 template <int Rows, int Blocks>
@@ -34,9 +44,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
   const uint8_t* next = weights + ahead.start;
-  Floats total[Blocks][Rows];
-  for (int b = 0; b < Blocks; b++)
-    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  Floats total[Blocks][Rows] = {};
   for (int g = 0; g < w.groups; g++) {
     const size_t distance = prefetch_distance<Blocks>(w, g, w.groups);
     Ints sums[Blocks][Rows];
@@ -45,10 +53,10 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* place = weights + b * w.block_bytes + k * kLanes;
-        prefetch(Blocks == 1 ? next : place + distance);
+        const uint8_t* line = weights + b * w.block_bytes + k * kLanes;
+        prefetch(Blocks == 1 ? next : line + distance);
         next += ahead.step;
-        const Bytes four = load_bytes(place);
+        const Bytes four = load_bytes(line);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
       }
     }
@@ -63,10 +71,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
     scales += 2 * kLanes;
     values += kGroup;
   }
-  for (int b = 0; b < Blocks; b++) {
-    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
-    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
-  }
+  store_totals(total, w, block, out, stride);
 }
 
 template <int Rows>
@@ -76,8 +81,7 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead
   const size_t width = size_t(x.groups) * kGroup;
   const int groups = 2 * w.groups;
   const uint8_t* next = weights + ahead.start;
-  Floats total[Rows];
-  for (int m = 0; m < Rows; m++) total[m] = splat(0.0f);
+  Floats total[1][Rows] = {};
   for (int g = 0; g < groups; g++) {
     SmallInts sums[Rows] = {};
 #pragma GCC unroll kUnroll
@@ -94,16 +98,15 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead
     const auto* scales = reinterpret_cast<const uint16_t*>(weights);
     const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
     for (int m = 0; m < Rows; m++) {
-      const int place = (row + m) * groups + g;
-      const Floats all = splat(static_cast<float>(x.sums[place]));
+      const int index = (row + m) * groups + g;
+      const Floats all = splat(static_cast<float>(x.sums[index]));
       const Floats product = fma(to_floats(to_ints(sums[m])), step, mul(all, least));
-      total[m] = fma(product, splat(x.scales[place]), total[m]);
+      total[0][m] = fma(product, splat(x.scales[index]), total[0][m]);
     }
     weights += 4 * kLanes;
     values += kHalf;
   }
-  const Floats bias = w.bias ? load(w.bias + block * kLanes) : splat(0.0f);
-  for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride, add(total[m], bias));
+  store_totals(total, w, block, out, stride);
 }
 
 template <int Rows, int Blocks>
@@ -112,28 +115,23 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
   const uint16_t* values = x.bf16_row(row);
   const size_t width = size_t(x.groups) * kGroup;
   const uint8_t* next = weights + ahead.start;
-  Floats total[Blocks][Rows];
-  for (int b = 0; b < Blocks; b++)
-    for (int m = 0; m < Rows; m++) total[b][m] = splat(0.0f);
+  Floats total[Blocks][Rows] = {};
   for (int g = 0; g < 2 * w.groups; g++) {
     const size_t distance = prefetch_distance<Blocks>(w, g, 2 * w.groups);
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup / 2; k += 2) {
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* place = weights + b * w.block_bytes + 2 * k * kLanes;
-        prefetch(Blocks == 1 ? next : place + distance);
+        const uint8_t* line = weights + b * w.block_bytes + 2 * k * kLanes;
+        prefetch(Blocks == 1 ? next : line + distance);
         next += ahead.step;
-        const Bytes two = load_bytes(place);
+        const Bytes two = load_bytes(line);
         for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
       }
     }
     weights += kGroup * kLanes;
     values += kGroup / 2;
   }
-  for (int b = 0; b < Blocks; b++) {
-    const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
-    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
-  }
+  store_totals(total, w, block, out, stride);
 }
 
 template <int Rows, int Blocks>
@@ -146,30 +144,25 @@ void blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahe
     for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, ahead, out + b * kLanes, stride);
 }
 
-// Some blocks for `rows` rows, Rows or fewer.
-template <int Rows, int Blocks>
-void tile(const PackedView& w, const Operand& x, int row, int rows, int block, Ahead ahead, float* out, int stride) {
-  if (rows == Rows)
-    blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
-  else if constexpr (Rows > 1)
-    tile<Rows - 1, Blocks>(w, x, row, rows, block, ahead, out, stride);
-}
-
 template <int Rows>
 void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out, int stride) {
-  // With few rows several blocks go together: more streams from memory at once, and registers are free.
+  // With few rows several blocks are computed together: more streams from memory at once, in registers that are free.
   constexpr int kTogether = 4, kFew = (Rows + 1) / kTogether;
   const int passes = (rows - 1) / Rows + 1;
   const size_t share = w.block_bytes / passes, step = share / lines_of(w);
   int block = first_block;
   if (rows <= kFew)
     for (; block + kTogether <= last_block; block += kTogether)
-      tile<kFew, kTogether>(w, x, 0, rows, block, {kAhead, step}, out + block * kLanes, stride);
+      with_constant<kFew>(rows, [&](auto count) {
+        blocks<count.value, kTogether>(w, x, 0, block, {kAhead, step}, out + block * kLanes, stride);
+      });
   for (; block < last_block; block++)
     for (int pass = 0; pass < passes; pass++) {
-      const int row = pass * Rows, count = rows - row < Rows ? rows - row : Rows;
-      tile<Rows, 1>(w, x, row, count, block, {kAhead + pass * share, step},
-                    out + size_t(row) * stride + block * kLanes, stride);
+      const int row = pass * Rows;
+      const Ahead ahead{kAhead + pass * share, step};
+      with_constant<Rows>(rows - row < Rows ? rows - row : Rows, [&](auto count) {
+        blocks<count.value, 1>(w, x, row, block, ahead, out + size_t(row) * stride + block * kLanes, stride);
+      });
     }
 }
 
@@ -193,7 +186,7 @@ void matmul(const PackedView& w, const Operand& x, int rows, int first_block, in
     tiles<kTileRows>(w, x, rows, first_block, last_block, out, stride);
 }
 
-// The orthonormal Walsh-Hadamard transform of a group, which makes its outliers small (see matrix.hpp).
+// The orthonormal Walsh-Hadamard transform of a group, which spreads its outliers (see matrix.hpp).
 inline void spread(Floats x[kGroup / kLanes]) {
   static_assert(kGroup / kLanes == 4);
   alignas(64) static constexpr float kSigns[4][kLanes] = {
@@ -216,7 +209,7 @@ inline void spread(Floats x[kGroup / kLanes]) {
   x[3] = mul(sub(b, d), eighth);
 }
 
-// Rounds a group to steps of a 127th of the largest that `size` finds in it.
+// Rounds a group to steps of a 127th of the largest `size` in it.
 template <int Count, Floats (&size)(Floats)>
 void quantize(Floats* lanes, int8_t* values, float& scale, int32_t& sum_of_values) {
   Floats most = size(lanes[0]), total = splat(0.0f);
@@ -225,7 +218,7 @@ void quantize(Floats* lanes, int8_t* values, float& scale, int32_t& sum_of_value
   for (int i = 0; i < Count; i++) {
     const Floats rounded = nearest(mul(lanes[i], splat(inverse)));
     store_int8(values + i * kLanes, rounded);
-    total = add(total, rounded);  // exactly: whole numbers this small
+    total = add(total, rounded);  // exact for integers this small
   }
   scale = top / 127.0f;
   sum_of_values = static_cast<int32_t>(sum(total));
@@ -250,15 +243,15 @@ void convert(Type type, const float* x, int size, const Operand& operand, int ro
       continue;
     }
     int8_t* values = operand.int8_row(row) + g * kGroup;
-    const size_t place = size_t(row) * operand.groups + g;
+    const size_t index = size_t(row) * operand.groups + g;
     if (type == Type::int8) {
       spread(lanes);
-      quantize<kGroup / kLanes, room>(lanes, values, operand.scales[place], operand.sums[place]);
+      quantize<kGroup / kLanes, room>(lanes, values, operand.scales[index], operand.sums[index]);
       continue;
     }
     for (int half = 0; half < 2; half++)
       quantize<kHalf / kLanes, abs>(lanes + half * kHalf / kLanes, values + half * kHalf,
-                                    operand.scales[2 * place + half], operand.sums[2 * place + half]);
+                                    operand.scales[2 * index + half], operand.sums[2 * index + half]);
   }
 }
 

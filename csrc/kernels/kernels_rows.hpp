@@ -1,8 +1,21 @@
-// What is done to one row, or to a stretch of memory.
-// Part of kernels.cpp, which says what holds for all of it.
+// Functions of one row, or of a range of memory. Part of kernels.cpp, which states the rules for all of it.
 #pragma once
 
 namespace {
+
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+
+// Calls work(Constant<count>), for counts from 1 to Most.
+template <int Most, class Work>
+inline void with_constant(int count, Work work) {
+  if (count == Most)
+    work(Constant<Most>{});
+  else if constexpr (Most > 1)
+    with_constant<Most - 1>(count, work);
+}
 
 // exp(x) for x <= 88; 0 below -87. Degree 6 after Cody and Waite's reduction; exact at 0; error below 2 ulp.
 inline Floats exponential(Floats x) {
@@ -73,7 +86,7 @@ void rotate(const float* x, const float* cosine, const float* sine, int size, fl
 }
 
 int argmax(const float* x, int size) {
-  // The largest of each strip first; then only the strip that holds it is looked at number by number.
+  // First the largest number of each strip, then its index within the first strip that has it.
   constexpr int kStrip = 64 * kLanes;
   float most = -INFINITY;
   int strip = 0;
@@ -113,9 +126,9 @@ float read(const float* memory, size_t count) {
   for (Floats& one : total) one = splat(0.0f);
   for (size_t i = 0; i < part; i += kLanes)
     for (int s = 0; s < kStreams; s++) {
-      const float* place = memory + s * part + i;
-      prefetch(reinterpret_cast<const uint8_t*>(place) + 1024);
-      total[s] = add(total[s], load(place));
+      const float* numbers = memory + s * part + i;
+      prefetch(reinterpret_cast<const uint8_t*>(numbers) + 1024);
+      total[s] = add(total[s], load(numbers));
     }
   return sum(add(add(total[0], total[1]), add(total[2], total[3])));
 }

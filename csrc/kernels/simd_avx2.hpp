@@ -1,5 +1,5 @@
-// Sixteen lanes in two AVX2 registers, with AVX-VNNI's products where the compiler may use them; the meaning of each
-// function is given in simd_portable.hpp.
+// Sixteen lanes in two AVX2 registers, with AVX-VNNI's products if the compiler may use them; simd_portable.hpp defines
+// each function.
 #pragma once
 
 #include <immintrin.h>
@@ -51,9 +51,9 @@ inline Floats scale_by_power(Floats a, Floats n) { return mul(a, {power_of_two(n
 inline Floats keep(Floats x, int begin, int end, float other) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const auto half = [&](__m256 values, int offset) {
-    const __m256i place = _mm256_add_epi32(lanes, _mm256_set1_epi32(offset));
-    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), place);
-    const __m256i inside = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), place));
+    const __m256i lane = _mm256_add_epi32(lanes, _mm256_set1_epi32(offset));
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane);
+    const __m256i inside = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
     return _mm256_blendv_ps(_mm256_set1_ps(other), values, _mm256_castsi256_ps(inside));
   };
   return {half(x.low, 0), half(x.high, 8)};
@@ -119,7 +119,7 @@ inline int32_t word_at(const void* p) {
   return word;
 }
 
-// Weights are multiplied as they are stored, w + 128; starting at -128 * sum(x) takes that out again.
+// Weights are multiplied as they are stored, w + 128; starting at -128 * sum(x) subtracts that.
 inline Ints dot_start(int32_t sum_of_x) {
   const __m256i start = _mm256_set1_epi32(-128 * sum_of_x);
   return {start, start};

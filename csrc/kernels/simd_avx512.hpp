@@ -1,4 +1,4 @@
-// Sixteen lanes in one AVX-512 register; the meaning of each function is given in simd_portable.hpp.
+// Sixteen lanes in one AVX-512 register; simd_portable.hpp defines each function.
 #pragma once
 
 #include <immintrin.h>
@@ -75,7 +75,7 @@ inline int32_t word_at(const void* p) {
 }
 
 inline Floats room(Floats x) { return abs(x); }
-// vpdpbusd takes unsigned weights: w + 128 is what is stored, and starting at -128 * sum(x) takes that out again.
+// vpdpbusd takes unsigned weights: they are stored as w + 128, and starting at -128 * sum(x) subtracts that.
 inline Ints dot_start(int32_t sum_of_x) { return _mm512_set1_epi32(-128 * sum_of_x); }
 inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   return _mm512_dpbusd_epi32(total, weights, _mm512_set1_epi32(word_at(x)));

@@ -1,4 +1,4 @@
-// Sixteen lanes in plain C++, for any processor; also what the functions of the other two mean.
+// Sixteen lanes in plain C++, for any processor; also defines what the functions of the other two compute.
 #pragma once
 
 #include <cmath>
@@ -7,9 +7,9 @@
 
 namespace {
 
-// Rows that one pass over a weight block serves, and rounds of its loop together; more would not fit in registers.
+// Rows that one pass over a weight block computes, limited by registers, and how far its loop is unrolled.
 constexpr int kTileRows = 4, kInt8TileRows = 4, kUnroll = 16;
-// Queries that one pass over keys and values serves, and sums that it keeps in registers, of sixteen lanes each.
+// Queries that one pass over keys and values computes, and sums of sixteen lanes that it has registers for.
 constexpr int kQueries = 4, kSums = 4;
 
 struct Floats {
@@ -36,7 +36,7 @@ inline Floats add(Floats a, Floats b) { return each([&](int i) { return a.lane[i
 inline Floats sub(Floats a, Floats b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
 inline Floats mul(Floats a, Floats b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
 inline Floats div(Floats a, Floats b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
-// a * b + c; the other two round once, here twice (std::fma is slow where there is no instruction for it).
+// a * b + c; rounded once by the other two, here twice (std::fma is slow without an instruction for it).
 inline Floats fma(Floats a, Floats b, Floats c) { return add(mul(a, b), c); }
 inline Floats max(Floats a, Floats b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
@@ -64,7 +64,7 @@ inline Floats keep(Floats x, int begin, int end, float other) {
   return each([&](int i) { return i >= begin && i < end ? x.lane[i] : other; });
 }
 
-// Lane i gets what was in lane i ^ Distance; for powers of two below 16.
+// Lane i gets lane i ^ Distance; for powers of two below 16.
 template <int Distance>
 inline Floats swap(Floats x) {
   return each([&](int i) { return x.lane[i ^ Distance]; });
@@ -97,7 +97,7 @@ inline void store_bf16(uint16_t* p, Floats x) {
     p[i] = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
 }
-// Sixteen whole numbers of at most 127 in magnitude.
+// Sixteen integers of at most 127 in magnitude.
 inline void store_int8(int8_t* p, Floats x) {
   for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(x.lane[i]);
 }
@@ -112,7 +112,7 @@ inline Floats to_floats(Ints x) {
   return each([&](int i) { return static_cast<float>(x.lane[i]); });
 }
 
-// What must not exceed 127 steps when int8 weights are to be multiplied.
+// What must not exceed 127 steps in the inputs of int8 products.
 inline Floats room(Floats x) { return abs(x); }
 
 // Weights are stored as w + 128. dot4 adds, for each of sixteen outputs, four products w * x to `total`, which
@@ -125,7 +125,7 @@ inline Ints dot4(Ints total, const Bytes& weights, const int8_t* x) {
   return total;
 }
 
-// Two weights of four bits in each byte, apart.
+// The two weights of four bits in each byte.
 inline Bytes low_nibbles(Bytes x) {
   for (uint8_t& byte : x.byte) byte &= 15;
   return x;
@@ -134,8 +134,7 @@ inline Bytes high_nibbles(Bytes x) {
   for (uint8_t& byte : x.byte) byte >>= 4;
   return x;
 }
-// dot4 for bytes of at most 15 that are the weights themselves; its total begins at zeros, and has room for kHalf x of
-// any size.
+// dot4 for weights of at most 15, stored as they are; its total begins at zeros, and cannot overflow in kHalf inputs.
 using SmallInts = Ints;
 inline Ints to_ints(SmallInts x) { return x; }
 inline SmallInts dot4_small(SmallInts total, const Bytes& weights, const int8_t* x) {
@@ -162,10 +161,10 @@ inline Floats dot2(Floats total, const Bytes& weights, const uint16_t* x) {
   return total;
 }
 
-// Numbers rounded to bf16, in the form that dot2 multiplies fastest.
+// Numbers rounded to bf16, in the format that dot2 multiplies fastest.
 using Factor = uint16_t;
 inline Factor factor(uint16_t bf16) { return bf16; }
-inline Floats store_factors(Factor* p, Floats x) {  // returns them rounded
+inline Floats store_factors(Factor* p, Floats x) {  // returns the rounded numbers
   store_bf16(p, x);
   return load_bf16(p);
 }

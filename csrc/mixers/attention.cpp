@@ -1,44 +1,96 @@
 #include "mixers/attention.hpp"
 
+#include <algorithm>
+
 namespace fastmtp {
 namespace {
 
-// Where a thread's share of a matrix begins (see Team::split).
-const void* share_of(const Team& team, const Matrix& matrix) {
-  const PackedView view = matrix.view();
-  return view.data + view.block_bytes * (size_t(matrix.blocks()) * team.id / team.count);
-}
+// Up to this many rows, each page of a segment is an item of work, so that there are items for all threads. With more
+// rows there are enough items without that, and the partial results of every page would take too much memory.
+constexpr int kRowsByPage = 16;
 
+// Pages start at fixed positions, each gives a partial result, and a query's partial results are merged in the order
+// of pages. So a query's result does not depend on the tokens beside it, nor on which thread computes which page.
 class AttentionPass : public Mixer::Pass {
  public:
-  AttentionPass(const Attention& attention, const Batch& batch, std::vector<KeyValues*> states)
+  AttentionPass(const Attention& attention, const Batch& batch, int layer)
       : attention_(attention), shape_(attention.shape), batch_(batch), runtime_(batch.runtime),
         wide_stride_(stride_of(attention.query_key_value)),
-        paged_(shape_, attention.window, batch, std::move(states)) {
-    for (const Matrix* matrix : {&attention.query_key_value, &attention.out}) {
+        partial_size_(kPartialHeader + round_up(shape_.head_size, kLanes)), by_page_(batch.rows <= kRowsByPage) {
+    for (const Segment& segment : batch.segments)
+      states_.push_back(static_cast<const KeyValues*>(segment.cache->layers()[layer].get()));
+    if (by_page_) pages_ = *std::max_element(batch.positions.begin(), batch.positions.end()) / kPageTokens + 1;
+    add_items();
+
+    for (const Matrix* matrix : {&attention.query_key_value, &attention.out})
       runtime_.reserve_operand(batch.rows, matrix->inputs());
-      runtime_.reserve_rows(matrix->inputs());
-    }
     runtime_.wide.reserve(size_t(batch.rows) * wide_stride_);
     runtime_.queries.reserve(size_t(batch.rows) * attention.out.inputs() + kLanes);
+    const size_t results = size_t(batch.rows) * shape_.heads * pages_;
+    runtime_.partials.reserve((results + size_t(runtime_.threads) * kTileQueries) * partial_size_);
   }
 
   void run(Team& team, float* out, int stride) const override {
     runtime_.matmul(team, attention_.query_key_value, batch_.rows, wide(0), wide_stride_);
     team.each(2 * shape_.key_heads, [&](int item) {
       const int head = item % shape_.key_heads;
-      item < shape_.key_heads ? place_keys(team, head) : place_queries(team, head);
+      item < shape_.key_heads ? store_keys_values(team, head) : store_queries(team, head);
     });
-    paged_.attend(team, runtime_.queries.get(), share_of(team, attention_.out));
+    attend(team);
     team.each(batch_.rows, [&](int m) {
-      paged_.gather(m, runtime_.own_row(team));
+      merge_pages(m, runtime_.own_row(team));
       runtime_.convert(attention_.out, runtime_.own_row(team), m);
     });
     runtime_.matmul(team, attention_.out, batch_.rows, out, stride);
   }
 
  private:
+  // Queries that share keys: some tokens of a segment times the query heads of one key head. Query i is of token
+  // i / group and of head i % group.
+  struct Tile {
+    int segment, first_row, first_query, count;
+  };
+  // Work for one thread: some tiles of one segment, one key head, some pages.
+  struct Item {
+    int first_tile, last_tile, key_head, first_page, last_page;
+  };
+
+  void add_items() {
+    int row = 0;
+    for (size_t s = 0; s < batch_.segments.size(); s++) {
+      const int first_tile = int(tiles_.size()), queries = batch_.segments[s].count * shape_.group();
+      for (int first = 0; first < queries; first += kTileQueries)
+        tiles_.push_back({int(s), row, first, std::min(kTileQueries, queries - first)});
+      row += batch_.segments[s].count;
+      // If a segment has few tiles they go over a page one after another, while it is in the cache of one core.
+      if (by_page_) add_items(first_tile, int(tiles_.size()) - 1);
+      for (int tile = first_tile; !by_page_ && tile < int(tiles_.size()); tile++) add_items(tile, tile);
+    }
+  }
+
+  void add_items(int first_tile, int last_tile) {
+    const Tile &first = tiles_[first_tile], &last = tiles_[last_tile];
+    const auto begin = batch_.positions.begin() + first.first_row + first.first_query / shape_.group();
+    const auto end = batch_.positions.begin() + last.first_row + (last.first_query + last.count - 1) / shape_.group();
+    const int first_page = first_seen(*std::min_element(begin, end + 1)) / kPageTokens;
+    const int last_page = *std::max_element(begin, end + 1) / kPageTokens;
+    const int step = by_page_ ? 1 : last_page - first_page + 1;
+    for (int head = 0; head < shape_.key_heads; head++)
+      for (int page = first_page; page <= last_page; page += step)
+        items_.push_back({first_tile, last_tile, head, page, page + step - 1});
+  }
+
   float* wide(int m) const { return runtime_.wide.get() + size_t(m) * wide_stride_; }
+  uint16_t* query(int m, int head) const {
+    return runtime_.queries.get() + (size_t(m) * shape_.heads + head) * shape_.head_size;
+  }
+  float* partial(int row, int head, int page) const {
+    const size_t index = (size_t(row) * shape_.heads + head) * pages_ + (by_page_ ? page : 0);
+    return runtime_.partials.get() + index * partial_size_;
+  }
+  int first_seen(int position) const {
+    return attention_.window > 0 ? std::max(0, position - attention_.window + 1) : 0;
+  }
 
   void rotate(const Team& team, const float* head, const Gains& gains, int m, float scale, uint16_t* out) const {
     if (!gains.empty()) {
@@ -50,16 +102,14 @@ class AttentionPass : public Mixer::Pass {
   }
 
   // The queries that share one key head.
-  void place_queries(const Team& team, int key_head) const {
-    const int size = shape_.head_size, group = shape_.heads / shape_.key_heads;
+  void store_queries(const Team& team, int key_head) const {
     for (int m = 0; m < batch_.rows; m++)
-      for (int head = key_head * group; head < (key_head + 1) * group; head++)
-        rotate(team, wide(m) + head * size, attention_.query_norm, m, shape_.scale,
-               runtime_.queries.get() + (size_t(m) * shape_.heads + head) * size);
+      for (int head = key_head * shape_.group(); head < (key_head + 1) * shape_.group(); head++)
+        rotate(team, wide(m) + head * shape_.head_size, attention_.query_norm, m, shape_.scale, query(m, head));
   }
 
   // The keys and values of one head, into the caches.
-  void place_keys(const Team& team, int key_head) const {
+  void store_keys_values(const Team& team, int key_head) const {
     const int size = shape_.head_size;
     int m = 0;
     for (size_t s = 0; s < batch_.segments.size(); s++)
@@ -69,18 +119,92 @@ class AttentionPass : public Mixer::Pass {
         uint16_t rotated[kLargestHead];
         rotate(team, key, attention_.key_norm, m, 1.0f, rotated);
         const int slot = batch_.segments[s].start + i, page = slot / kPageTokens;
-        const KeyValues& held = *paged_.states()[s];
-        runtime_.kernels.store_token(rotated, value, size, slot % kPageTokens, held.keys(page, key_head),
-                                     held.values(page, key_head));
+        runtime_.kernels.store_token(rotated, value, size, slot % kPageTokens, states_[s]->keys(page, key_head),
+                                     states_[s]->values(page, key_head));
       }
+  }
+
+  PageView page_view(int segment, int page, int head) const {
+    const KeyValues& state = *states_[segment];
+    PageView view{state.keys(page, head), state.values(page, head), nullptr, nullptr, kPageTokens};
+    if (const Tree* tree = batch_.segments[segment].tree) {
+      view.tree = tree->base - page * kPageTokens;
+      if ((page + 1) * kPageTokens < batch_.segments[segment].cache->capacity()) {
+        view.next_keys = state.keys(page + 1, head);
+        view.next_values = state.values(page + 1, head);
+      }
+    }
+    return view;
+  }
+
+  // Partial results of all queries.
+  void attend(Team& team) const {
+    // The next product's weights are fetched during a thread's last page: where its share begins (see Team::split).
+    const PackedView after = attention_.out.view();
+    const void* weights = after.data + after.block_bytes * (size_t(attention_.out.blocks()) * team.id / team.count);
+    const auto keys = [&](const Item& item, int page) {
+      return states_[tiles_[item.first_tile].segment]->keys(page, item.key_head);
+    };
+    team.each(int(items_.size()), [&](int index) {
+      const Item& item = items_[index];
+      const Item* following = index + team.count < int(items_.size()) ? &items_[index + team.count] : nullptr;
+      for (int page = item.first_page; page <= item.last_page; page++) {
+        const void* next = page < item.last_page ? keys(item, page + 1)
+                           : following           ? keys(*following, following->first_page)
+                                                 : weights;
+        for (int t = item.first_tile; t <= item.last_tile; t++, next = keys(item, page))
+          attend_tile(team, tiles_[t], item, page, next);
+      }
+    });
+  }
+
+  void attend_tile(const Team& team, const Tile& tile, const Item& item, int page, const void* next) const {
+    const int group = shape_.group(), before = page * kPageTokens;
+    float* own = partial(batch_.rows, 0, 0) + size_t(team.id) * kTileQueries * partial_size_;
+    Query queries[kTileQueries];
+    float* totals[kTileQueries];
+    for (int i = 0; i < tile.count; i++) {
+      const int row = tile.first_row + (tile.first_query + i) / group;
+      const int head = item.key_head * group + (tile.first_query + i) % group;
+      const int position = batch_.positions[row];
+      totals[i] = partial(row, head, page);
+      queries[i] = {
+          query(row, head),
+          std::clamp(first_seen(position) - before, 0, kPageTokens),
+          std::clamp(position + 1 - before, 0, kPageTokens),
+          // The first page's result is the total so far; later ones are merged into it.
+          by_page_ || page == item.first_page ? totals[i] : own + size_t(i) * partial_size_,
+          batch_.paths[row],
+      };
+    }
+    runtime_.kernels.attend(queries, tile.count, page_view(tile.segment, page, item.key_head), shape_.head_size, next);
+    for (int i = 0; i < tile.count; i++)
+      if (queries[i].partial != totals[i])
+        runtime_.kernels.merge(totals[i], queries[i].partial, shape_.head_size);
+  }
+
+  // The heads' outputs of one row, [heads * D].
+  void merge_pages(int row, float* out) const {
+    const int size = shape_.head_size, position = batch_.positions[row];
+    const int first = by_page_ ? first_seen(position) / kPageTokens : 0;
+    const int last = by_page_ ? position / kPageTokens : 0;
+    for (int head = 0; head < shape_.heads; head++) {
+      float* total = partial(row, head, first);
+      for (int page = first + 1; page <= last; page++) runtime_.kernels.merge(total, partial(row, head, page), size);
+      for (int d = 0; d < size; d++) out[head * size + d] = total[kPartialHeader + d] / total[1];
+    }
   }
 
   const Attention& attention_;
   const AttentionShape& shape_;
   const Batch& batch_;
   Runtime& runtime_;
-  const int wide_stride_;
-  const PagedAttention paged_;
+  const int wide_stride_, partial_size_;
+  const bool by_page_;  // an item for each page of a segment, otherwise one for each tile
+  int pages_ = 1;       // with a partial result of their own
+  std::vector<const KeyValues*> states_;  // by segment
+  std::vector<Tile> tiles_;
+  std::vector<Item> items_;
 };
 
 }  // namespace
@@ -90,15 +214,12 @@ std::unique_ptr<State> Attention::new_state() const {
 }
 
 bool Attention::fits(const State& state) const {
-  const auto* held = dynamic_cast<const KeyValues*>(&state);
-  return held && held->heads() == shape.key_heads && held->head_size() == shape.head_size;
+  const auto* known = dynamic_cast<const KeyValues*>(&state);
+  return known && known->heads == shape.key_heads && known->head_size == shape.head_size;
 }
 
 std::unique_ptr<Mixer::Pass> Attention::plan(const Batch& batch, int layer) const {
-  std::vector<KeyValues*> states;
-  for (const Segment& segment : batch.segments)
-    states.push_back(static_cast<KeyValues*>(segment.cache->layers()[layer].get()));
-  return std::make_unique<AttentionPass>(*this, batch, std::move(states));
+  return std::make_unique<AttentionPass>(*this, batch, layer);
 }
 
 }  // namespace fastmtp

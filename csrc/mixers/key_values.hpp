@@ -1,6 +1,6 @@
 // Keys and values of one layer and one sequence, in bf16, in pages of 256 tokens.
 //
-// A page holds for each key/value head the keys, then the values (page_numbers in kernels.hpp says in which order).
+// A page holds for each key/value head the keys, then the values (kernels.hpp describes their layout).
 #pragma once
 
 #include "cache.hpp"
@@ -9,22 +9,37 @@ namespace fastmtp {
 
 class KeyValues : public State {
  public:
-  KeyValues(int heads, int head_size) : heads_(heads), head_size_(head_size) {}
+  KeyValues(int heads, int head_size) : heads(heads), head_size(head_size) {}
 
-  size_t page_numbers() const override { return size_t(heads_) * 2 * fastmtp::page_numbers(head_size_); }
-  void reserve(int tokens, uint16_t* page) override;
-  void commit(int start, const std::vector<int32_t>& slots) override;
+  size_t page_numbers() const override { return 2 * heads * head_numbers(head_size); }
 
-  int heads() const { return heads_; }
-  int head_size() const { return head_size_; }
-
-  uint16_t* keys(int page, int head) const {
-    return pages_[page] + size_t(head) * 2 * fastmtp::page_numbers(head_size_);
+  void reserve(int tokens, uint16_t* page) override {
+    pages_.resize(tokens / kPageTokens);
+    pages_.back() = page;
   }
-  uint16_t* values(int page, int head) const { return keys(page, head) + fastmtp::page_numbers(head_size_); }
+
+  void commit(int start, const std::vector<int32_t>& slots) override {
+    for (int i = 0; i < int(slots.size()); i++) {
+      const int from = slots[i], to = start + i;
+      for (int head = 0; from != to && head < heads; head++) {
+        const uint16_t* key = keys(from / kPageTokens, head) + key_offset(from % kPageTokens, head_size);
+        const uint16_t* value = values(from / kPageTokens, head) + value_offset(from % kPageTokens, head_size);
+        uint16_t* new_key = keys(to / kPageTokens, head) + key_offset(to % kPageTokens, head_size);
+        uint16_t* new_value = values(to / kPageTokens, head) + value_offset(to % kPageTokens, head_size);
+        for (int d = 0; d < head_size; d++) {
+          new_key[d / 2 * 2 * kLanes + d % 2] = key[d / 2 * 2 * kLanes + d % 2];
+          new_value[2 * d] = value[2 * d];
+        }
+      }
+    }
+  }
+
+  uint16_t* keys(int page, int head) const { return pages_[page] + 2 * head * head_numbers(head_size); }
+  uint16_t* values(int page, int head) const { return keys(page, head) + head_numbers(head_size); }
+
+  const int heads, head_size;
 
  private:
-  int heads_, head_size_;
   std::vector<uint16_t*> pages_;  // in the cache's memory
 };
 

@@ -1,11 +1,12 @@
-"""fastmtp's CPU engine (csrc/). Shapes: M rows, H hidden.
+"""fastmtp's CPU engine (csrc/). Attributes that are `Final` are read-only. Shapes: M rows, H hidden.
 
-Arrays must be C-contiguous and of float32 (states, weights) or int32 (ids, places); none is converted.
-Raises ValueError for what does not fit, TypeError for what is no array, sequence or object of the right kind.
+Arrays must be C-contiguous and of float32 (states, weights) or int32 (ids, outputs); none is converted.
+Raises ValueError for arguments that do not fit, TypeError for those of another type.
 """
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,39 +24,27 @@ class Type(Enum):
 
 class Runtime:
     def __init__(self, threads: int) -> None: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def kernels(self) -> str: ...
-    @property
-    def matmul_seconds(self) -> float: ...
+    threads: Final[int]
+    kernels: Final[str]
+    matmul_seconds: Final[float]
 
 class Matrix:
     def __init__(self, type: Type, outputs: int, inputs: int, bias: bool = False) -> None: ...
-    @property
-    def type(self) -> Type: ...
-    @property
-    def outputs(self) -> int: ...
-    @property
-    def inputs(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
-    def pack(self, places: _Integers, rows: _Floats) -> None: ...
-    def set_bias(self, places: _Integers, values: _Floats) -> None: ...
+    type: Final[Type]
+    outputs: Final[int]
+    inputs: Final[int]
+    bytes: Final[int]
+    stride: Final[int]
+    def pack(self, outputs: _Integers, rows: _Floats) -> None: ...
+    def set_bias(self, outputs: _Integers, values: _Floats) -> None: ...
     def unpack(self, output: int, row: _Floats) -> None: ...
-    def copy(self, places: _Integers, source: Matrix, outputs: _Integers) -> None: ...
+    def copy(self, outputs: _Integers, source: Matrix, source_outputs: _Integers) -> None: ...
 
 class Layer:
-    @property
-    def query_key_value(self) -> Matrix: ...
-    @property
-    def out(self) -> Matrix: ...
-    @property
-    def gate_up(self) -> Matrix: ...
-    @property
-    def down(self) -> Matrix: ...
+    query_key_value: Final[Matrix]
+    out: Final[Matrix]
+    gate_up: Final[Matrix]
+    down: Final[Matrix]
     input_norm: list[float]
     attention_out_norm: list[float]
     feed_forward_norm: list[float]
@@ -80,28 +69,24 @@ class Stack:
     def add_layer(
         self, type: Type, *, bias: bool, out_bias: bool, feed_forward_bias: bool, window: int, rope: int
     ) -> Layer: ...
-    @property
-    def layers(self) -> list[Layer]: ...
+    layers: Final[list[Layer]]
     final_norm: list[float]
 
 class Cache:
     def reserve(self, tokens: int) -> None: ...
     def commit(self, start: int, slots: Sequence[int]) -> None:
-        """The tokens in these slots, which ascend, become those from `start` on."""
-    @property
-    def capacity(self) -> int: ...
-    @property
-    def page_bytes(self) -> int: ...
+        """Move the tokens in these slots, which ascend, to the slots from `start` on."""
+    capacity: Final[int]
+    page_bytes: Final[int]
 
 class Projection:
     def __init__(self, type: Type, hidden: int) -> None: ...
-    @property
-    def matrix(self) -> Matrix: ...
+    matrix: Final[Matrix]
     hidden_norm: list[float]
     token_norm: list[float]
 
 class Model:
-    """A decoder: embeddings, a stack that has its layers, and an LM head."""
+    """A decoder: embeddings, a stack with all its layers, and an LM head."""
 
     def __init__(
         self, runtime: Runtime, stack: Stack, embedding: Matrix, lm_head: Matrix, embedding_scale: float
@@ -120,8 +105,8 @@ class Model:
         """Fill `states` [M, H] for `counts` tokens of each sequence, written to its cache from `starts` on.
 
         Args:
-            parents: where one sequence's tokens are a tree.
-            last_inputs: [M, H], filled with what the last layer is given.
+            parents: of each token, if they are a tree after one sequence; -1 is the sequence.
+            last_inputs: [M, H], filled with the inputs of the last layer.
         """
     def logits(self, states: _Floats, out: _Floats) -> None:
         """Fill `out` [M, lm_head.stride]."""
@@ -140,10 +125,8 @@ def scores(runtime: Runtime, matrix: Matrix, states: _Floats, out: _Floats) -> N
     """Fill `out` [M, matrix.stride] with states [M, inputs] times a matrix."""
 
 class Candidates:
-    @property
-    def tokens(self) -> list[int]: ...
-    @property
-    def confidences(self) -> list[float]: ...
+    tokens: Final[list[int]]
+    confidences: Final[list[float]]
 
 class Drafter:
     """Drafts with a head, into one cache; `rows` are parts of the LM head, and the token of each row."""

@@ -15,7 +15,7 @@ from fastmtp.engines.protocol import Logits
 
 
 class NativeBatch:
-    """`Batch` on a CPU. What a sequence gives does not depend on its neighbours, to the bit."""
+    """`Batch` on a CPU. A sequence's logits do not depend on its neighbours, to the bit."""
 
     def __init__(self, target: NativeTarget, slots: int) -> None:
         self._target = target

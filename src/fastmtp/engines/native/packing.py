@@ -1,8 +1,8 @@
-"""A checkpoint's tensors into the native engine's matrices, a piece at a time."""
+"""Packs a checkpoint's tensors into the native engine's matrices, a part at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -13,48 +13,48 @@ from fastmtp.models.weights import Floats, Weights, whole
 _CHUNK_BYTES = 1 << 25
 _LANES = 16
 
-# Where the rows of a Hugging Face matrix go in a packed one.
-Places = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
+# From the rows of a checkpoint's matrix to the outputs of the packed one.
+Outputs = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
 
 
 def gains(weights: Weights, name: str, offset: float) -> list[float]:
-    """What a norm multiplies by: its stored weights plus the family's offset."""
+    """The factors of a norm: its stored weights plus the family's offset."""
     return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(offset)).tolist())
 
 
 def equal(weights: Weights, first: str, second: str) -> bool:
     """Whether two matrices are the same."""
     shape = weights.shapes()[first]
-    if weights.shapes()[second] != shape:
-        return False
-    step = max(1, _CHUNK_BYTES // (4 * shape[1]))
-    return all(
-        np.array_equal(weights.rows(first, start, start + step), weights.rows(second, start, start + step))
-        for start in range(0, shape[0], step)
+    return weights.shapes()[second] == shape and all(
+        np.array_equal(weights.rows(first, start, stop), weights.rows(second, start, stop))
+        for start, stop in _chunks(*shape)
     )
 
 
-def pack(matrix: _native.Matrix, weights: Weights, module: str, places: Places = lambda rows: rows) -> None:
-    """Put a linear module's rows, and its bias if it has one, at their places in a matrix."""
+def pack(matrix: _native.Matrix, weights: Weights, module: str, outputs: Outputs = lambda rows: rows) -> None:
+    """Pack a linear module's rows, and its bias if it has one, as these outputs of a matrix."""
     shapes = weights.shapes()
     rows, inputs = shapes[f"{module}.weight"]
-    step = max(1, _CHUNK_BYTES // (4 * inputs))
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
+    for start, stop in _chunks(rows, inputs):
         values = weights.rows(f"{module}.weight", start, stop)
         # The feed-forward width is padded to whole blocks in `down`.
         padded = np.zeros((stop - start, matrix.inputs), np.float32) if inputs < matrix.inputs else values
         padded[:, :inputs] = values
-        matrix.pack(places(np.arange(start, stop)).astype(np.int32), padded)
+        matrix.pack(outputs(np.arange(start, stop)).astype(np.int32), padded)
     if f"{module}.bias" in shapes:
         bias: Floats = whole(weights, f"{module}.bias")
-        matrix.set_bias(places(np.arange(rows)).astype(np.int32), bias)
+        matrix.set_bias(outputs(np.arange(rows)).astype(np.int32), bias)
 
 
-def rows_from(start: int) -> Places:
+def _chunks(rows: int, inputs: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_BYTES // (4 * inputs))
+    return ((start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def rows_from(start: int) -> Outputs:
     return lambda rows: rows + start
 
 
-def interleaved(part: int) -> Places:
-    """Blocks of sixteen of two matrices in turn."""
+def interleaved(part: int) -> Outputs:
+    """Blocks of sixteen rows, from two matrices alternately."""
     return lambda rows: rows // _LANES * 2 * _LANES + part * _LANES + rows % _LANES

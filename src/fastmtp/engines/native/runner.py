@@ -1,7 +1,7 @@
 """What the native CPU engine computes for one sequence (docs/native-engine.md).
 
-A token's logits are the same to the bit however many tokens are computed with it, so greedy speculative output is
-plain output, not almost always but always.
+A token's logits are the same to the bit however many tokens are computed with it, so greedy speculative output
+always equals plain output.
 Shapes: T tokens, H hidden, D draft vocabulary.
 """
 
@@ -19,21 +19,21 @@ from fastmtp.vocabulary.draft import DraftVocabulary
 
 States = NDArray[np.float32]
 
-# Rows of one call: enough to be as fast as it gets, few enough for Ctrl-C to be heard at once.
+# Rows of one call: enough for full speed, few enough that Ctrl-C takes effect at once.
 CHUNK = 256
 
 
 class NativeRunner:
     """`Runner` with the caches of one text.
 
-    A round makes few calls: after a forward the processor's caches hold weights, not code, and each call of numpy
-    takes some microseconds.
+    A round makes few calls: after a forward the processor's caches contain weights rather than code, so that every
+    numpy call takes some microseconds.
     """
 
     def __init__(self, target: NativeTarget, head: NativeHead | None, vocabulary: DraftVocabulary | None) -> None:
         hidden = int(target.config.hidden_size)
         self._target, self._vocabulary = target, vocabulary
-        # Rows of the LM head that the draft step scores, and their tokens; rows of the text's own tokens.
+        # The LM head's rows that the draft step scores, and their tokens; the rows of the text's own tokens.
         self._rows, self._row_ids = target.lm_head, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, vocabulary.own_tokens), hidden) if vocabulary else None
         self._cache = target.model.new_cache()
@@ -87,8 +87,8 @@ class NativeRunner:
         if vocabulary.ids_D is not self._row_ids:
             self._rows, self._row_ids = self._target.lm_head_rows(vocabulary.ids_D), vocabulary.ids_D
         if changed and self._own_rows is not None:
-            slots, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
-            self._own_rows.copy(slots, self._target.lm_head, ids)
+            rows, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
+            self._own_rows.copy(rows, self._target.lm_head, ids)
 
     def join(self, states_TH: States, more_TH: States) -> States:
         return np.concatenate([states_TH, more_TH])
@@ -102,11 +102,11 @@ def forward(
     parents: Sequence[int] = (),
     last_inputs_TH: States | None = None,
 ) -> States:
-    """The target's states [T, H] of the tokens of one or more sequences, each from a position of its own on.
+    """The target's states [T, H] of the tokens of one or more sequences, each from its own position on.
 
     Args:
         parents: where one sequence's tokens are a tree, the row of the token before each; -1 for the sequence.
-        last_inputs_TH: filled with what the last layer is given.
+        last_inputs_TH: filled with the inputs of the last layer.
     Raises:
         MemoryError: a cache cannot grow; the caches are as they were.
     """
@@ -119,9 +119,9 @@ def forward(
         target.model.forward(caches, starts, counts, flat, states_TH, parents, last_inputs_TH)
         return states_TH
     for begin, end in _chunks(counts[0]):
-        given = None if last_inputs_TH is None else last_inputs_TH[begin:end]
+        inputs_TH = None if last_inputs_TH is None else last_inputs_TH[begin:end]
         part = tokens[0][begin:end]
-        target.model.forward(caches, [starts[0] + begin], [len(part)], part, states_TH[begin:end], [], given)
+        target.model.forward(caches, [starts[0] + begin], [len(part)], part, states_TH[begin:end], [], inputs_TH)
     return states_TH
 
 
@@ -136,7 +136,7 @@ def reserve(cache: _native.Cache, tokens: int) -> None:
     """Room for `tokens` in a cache.
 
     Raises:
-        MemoryError: it would not fit; what is held stays.
+        MemoryError: it would not fit; the contents stay.
     """
     missing = -(-(tokens - cache.capacity) // _native.PAGE_TOKENS)
     if missing > 0:

@@ -1,4 +1,4 @@
-"""Targets and heads in the native CPU engine (docs/native-engine.md): weights converted once, run by `_native`."""
+"""Targets and heads in the native CPU engine (docs/native-engine.md), whose weights are converted once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,22 @@ WeightType = Literal["int8", "int4", "bfloat16"]
 _TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
 _BYTES_PER_WEIGHT = {"int8": 1.04, "int4": 0.625, "bfloat16": 2.0}
 
+# A layer's norms and their names in a checkpoint.
+_NORMS = {
+    "input_norm": "input_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
+    "feed_forward_norm": "post_attention_layernorm",
+}
+_OUTER_NORMS = {
+    "attention_out_norm": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "feed_forward_out_norm": "post_feedforward_layernorm",
+}
+
 
 class NativeTarget(TargetInfo):
-    """A frozen model in the native engine. States are always the ones after the final norm."""
+    """A frozen model in the native engine. Its states are always those after the final norm."""
 
     config: ModelConfig
 
@@ -43,14 +56,14 @@ class NativeTarget(TargetInfo):
         *,
         weight_type: WeightType = "int8",
     ) -> None:
-        """Convert a model's weights, a piece at a time.
+        """Convert a model's weights, a part at a time.
 
         Args:
             end_ids: as for `TargetInfo`.
             weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
                 layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
         Raises:
-            ValueError: tensors are missing, of another shape, or have no place in the model.
+            ValueError: tensors are missing, of another shape, or not of this model.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
         self.family = family.family(config)
@@ -65,26 +78,24 @@ class NativeTarget(TargetInfo):
         self.embedding = self.matrix(self.vocabulary_size, config.hidden_size)
         pack(self.embedding, weights, "model.embed_tokens")
         self.lm_head = self.embedding
-        # A file that stores an LM head means it, even if its configuration says that the two are tied.
-        if "lm_head.weight" in weights.shapes() and not equal(
-            weights, "lm_head.weight", "model.embed_tokens.weight"
-        ):
+        # A stored LM head is used even if the configuration says that the two are tied.
+        stored = "lm_head.weight" in weights.shapes()
+        if stored and not equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
             self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size)
             pack(self.lm_head, weights, "lm_head")
-        seen = family.windows(config)
+        windows = family.windows(config)
         self.stack = self.new_stack()
         for index, kind in enumerate(config.layer_types):
-            prefix = f"model.layers.{index}."
-            self.add_layer(self.stack, weight_type, kind, seen[kind], weights, prefix)
+            self.add_layer(self.stack, weight_type, kind, windows[kind], weights, f"model.layers.{index}.")
         self.stack.final_norm = gains(weights, "model.norm", self.family.norm_offset)
         self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
 
     def matrix(self, outputs: int, inputs: int) -> _native.Matrix:
-        """A matrix of zeros for what is not in the target's layers."""
+        """A matrix of zeros, of the type of weights outside the target's layers."""
         return _native.Matrix(_TYPES[self.outer_type], outputs, inputs)
 
     def lm_head_rows(self, ids_D: NDArray[np.int32]) -> _native.Matrix:
-        """The LM head's rows of some tokens, bits and all, in a matrix of their own; one for all who ask."""
+        """The LM head's rows of some tokens, bit for bit, in a matrix that is shared by all callers."""
         return self._gathered(ids_D.tobytes())
 
     def _gather(self, ids: bytes) -> _native.Matrix:
@@ -118,7 +129,7 @@ class NativeTarget(TargetInfo):
         weights: Weights,
         prefix: str,
     ) -> None:
-        """Append a layer to a stack, of the family's make and with a checkpoint's tensors."""
+        """Append a layer of the family, with a checkpoint's tensors, to a stack."""
         projections, own_norms = family.projections(self.config), family.norms(self.config)
         layer = stack.add_layer(
             _TYPES[weight_type],
@@ -136,19 +147,7 @@ class NativeTarget(TargetInfo):
         pack(layer.gate_up, weights, prefix + "mlp.gate_proj", interleaved(0))
         pack(layer.gate_up, weights, prefix + "mlp.up_proj", interleaved(1))
         pack(layer.down, weights, prefix + "mlp.down_proj")
-        norms = {
-            "input_norm": "input_layernorm",
-            "query_norm": "self_attn.q_norm",
-            "key_norm": "self_attn.k_norm",
-            "feed_forward_norm": "post_attention_layernorm",
-        }
-        if self.family.outer_norms:
-            norms |= {
-                "attention_out_norm": "post_attention_layernorm",
-                "feed_forward_norm": "pre_feedforward_layernorm",
-                "feed_forward_out_norm": "post_feedforward_layernorm",
-            }
-        for ours, theirs in norms.items():
+        for ours, theirs in (_NORMS | _OUTER_NORMS if self.family.outer_norms else _NORMS).items():
             if theirs in own_norms:
                 setattr(layer, ours, gains(weights, prefix + theirs, self.family.norm_offset))
 
@@ -172,11 +171,7 @@ class NativeTarget(TargetInfo):
             math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
             for name, shape in expected.items()
         )
-        check_memory(
-            int(needed),
-            f"{self.source} in {self.weight_type}",
-            "a smaller model",
-        )
+        check_memory(int(needed), f"{self.source} in {self.weight_type}", "a smaller model")
 
     def _activation(self) -> str:
         name = self.config.hidden_act
@@ -213,7 +208,7 @@ def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: 
         weight_type: as for `NativeTarget`.
         threads: default one for each physical core that this process may use.
     Raises:
-        FileNotFoundError: no such file or directory, or a hub id that cannot be had.
+        FileNotFoundError: no such file or directory, or a hub id that cannot be downloaded.
         ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
         MemoryError: the weights would not fit.
     """
@@ -225,30 +220,24 @@ def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: 
             raise ValueError(
                 f"{name}: architecture {config.model_type!r} runs in PyTorch only; give --engine torch"
             )
-        return NativeTarget(
-            config,
-            source.end_ids(),
-            source.read_tokenizer(),
-            name,
-            source.open_weights(),
-            runtime,
-            weight_type=weight_type,
-        )
+        end_ids, tokenizer, weights = source.end_ids(), source.read_tokenizer(), source.open_weights()
+        return NativeTarget(config, end_ids, tokenizer, name, weights, runtime, weight_type=weight_type)
 
 
 def default_threads() -> int:
     """OMP_NUM_THREADS if it is set, else one for each physical core that this process may use.
 
-    A second thread on a core adds nothing where memory is the limit.
+    A second thread on a core adds no speed while memory is the limit.
     """
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit():
+        return max(1, int(wanted))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, psutil.cpu_count(logical=False) or usable)
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:
-    """Raises MemoryError while nothing is lost yet, rather than let the system kill the process later."""
+    """Raises MemoryError before the memory is taken; otherwise the system might kill the process later."""
     available = psutil.virtual_memory().available
     if needed > available:
         raise MemoryError(

@@ -1,0 +1,52 @@
+// A layer: a mixer and a network, each with a norm before it and optionally one after it, on a residual stream.
+//
+// Both read the operand of the runtime, which contains the normed rows, and write out[m * stride + h] for M rows. Both
+// are run by the whole team.
+#pragma once
+
+#include <memory>
+
+#include "batch.hpp"
+
+namespace fastmtp {
+
+// The part of a layer in which a token sees other tokens, such as attention.
+class Mixer {
+ public:
+  // One layer's work in one forward pass. Working memory was reserved when it was planned.
+  class Pass {
+   public:
+    virtual ~Pass() = default;
+    virtual void run(Team& team, float* out, int stride) const = 0;
+  };
+
+  virtual ~Mixer() = default;
+
+  // The first matrix: the layer converts the normed rows to its operand.
+  virtual const Matrix& input() const = 0;
+  virtual std::unique_ptr<State> new_state() const = 0;
+  // Whether `new_state` could have made a state.
+  virtual bool fits(const State& state) const = 0;
+  // Plans a pass of the layer with this index in the caches, all of which fit. Throws std::bad_alloc.
+  virtual std::unique_ptr<Pass> plan(const Batch& batch, int layer) const = 0;
+};
+
+// The part of a layer that processes each token alone.
+class Network {
+ public:
+  virtual ~Network() = default;
+
+  // As for a mixer.
+  virtual const Matrix& input() const = 0;
+  // Reserves working memory. Throws std::bad_alloc.
+  virtual void reserve(Runtime& runtime, int rows) const = 0;
+  virtual void run(Runtime& runtime, Team& team, int rows, float* out, int stride) const = 0;
+};
+
+struct Layer {
+  std::unique_ptr<Mixer> mixer;
+  std::unique_ptr<Network> network;
+  Gains mixer_norm, mixer_out_norm, network_norm, network_out_norm;
+};
+
+}  // namespace fastmtp
