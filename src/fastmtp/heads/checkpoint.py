@@ -1,4 +1,4 @@
-"""The MTP layer that a checkpoint carries, as a head directory, and back into an overlay of the checkpoint."""
+"""A checkpoint's MTP layer: import into a head directory, and writing back into an overlay of the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 @dataclass(frozen=True)
 class CheckpointHead:
-    """Where a checkpoint's head is; `shapes` are those of a head for the target."""
+    """A checkpoint's head, located but not read; `shapes` are those of a head for the target."""
 
     target: TargetInfo
     shapes: Mapping[str, tuple[int, ...]]
@@ -71,7 +71,7 @@ def find_head(name: str) -> CheckpointHead:
 
     Raises:
         FileNotFoundError: no such directory, or no safetensors in it.
-        ValueError: no layout is known for the architecture, or the MTP layer is not there, not whole, or not one.
+        ValueError: no layout is known for the architecture, or there is not exactly one complete MTP layer.
     """
     source = locate(name)
     directory = Path(source.place)
@@ -111,10 +111,10 @@ class Overlay:
 
 
 def import_head(name: str, out: Path) -> ImportedHead:
-    """Write the head that a checkpoint carries as a head directory, without changing a bit of it.
+    """Write a checkpoint's head as a head directory, bit for bit.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_head`; or `out` is something other than a head directory.
+        FileNotFoundError, ValueError: as `find_head`; or `out` exists and is not a head directory.
     """
     check_free(out)
     head = find_head(name)
@@ -123,7 +123,7 @@ def import_head(name: str, out: Path) -> ImportedHead:
         out,
         tensors,
         head.target,
-        # These layers were trained to predict one token.
+        # MTP layers of checkpoints are trained to predict one token.
         draft_steps=1,
         vocabulary=VocabularyLists({}),
         provenance=provenance(target=name),
@@ -132,7 +132,7 @@ def import_head(name: str, out: Path) -> ImportedHead:
 
 
 def write_back(name: str, head: Path, out: Path) -> Overlay:
-    """Write an overlay of a checkpoint in which a head directory's tensors replace the MTP layer.
+    """Write an overlay of a checkpoint whose MTP layer is a head directory's.
 
     Raises:
         FileNotFoundError, ValueError: as `find_head`; the head does not fit; or `out` exists.

@@ -1,4 +1,4 @@
-"""Literal key maps between our head and the MTP layers that checkpoints carry.
+"""Key maps between our head and the MTP layers of checkpoints.
 
 - `MIMO`: MiMo; vLLM's mimo_mtp.py (0bb55d6).
 - `QWEN`: Qwen3-Next, Qwen3.5 dense and MoE; vLLM's qwen3_next_mtp.py (055e47c) and qwen3_5_mtp.py (01d9980).
@@ -6,9 +6,9 @@
   transformers 5.23's `MtpLayer`. The state after the final norm is fed back, as in SGLang's *_nextn.py and
   later versions of vLLM.
 
-All compute final_norm(layer(projection([one norm, other norm]))), and differ in names and in which half comes
-first. The layer's tensors have the names of transformers' decoder layer, but for experts: a checkpoint keeps the
-matrices of each expert by themselves, transformers 5 keeps those of all experts in one tensor.
+All compute final_norm(layer(projection([one norm, other norm]))), and differ in names and in the order of the
+halves. The layer's tensors are named as in transformers' decoder layer, except those of experts: a checkpoint has
+matrices for each expert, transformers 5 has one tensor for all experts.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-# One key, or for each expert the keys whose rows follow each other.
+# One key, or for each expert the keys of the matrices that are joined along their rows.
 Place = str | list[tuple[str, ...]]
 Places = dict[str, Place]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a checkpoint keeps its head.
+    """The names of a checkpoint's head.
 
     Attributes:
-        modules: our module's name to the checkpoint's.
+        modules: the checkpoint's name of a module, by ours.
         embedding_first: whether the projection takes [embedding, hidden]; ours takes [hidden, embedding].
-        namespace: how the keys of MTP layers begin, those of a second layer included.
-        copies: keys that repeat a tensor of the target, to the key of that tensor.
+        namespace: prefixes of the keys of MTP layers, those of a second layer included.
+        copies: keys that repeat a tensor of the target, with the key of that tensor.
     """
 
     modules: Mapping[str, str]
@@ -68,7 +68,7 @@ QWEN = Layout(
 
 
 def appended(layers: int) -> Layout:
-    """The layout with one more layer after the target's own `layers`."""
+    """The layout of an MTP layer that is numbered after the target's own `layers`."""
     extra = f"model.layers.{layers}"
     return Layout(
         modules={
@@ -91,7 +91,7 @@ def layout_of(config: Any, source: str) -> Layout:
     """The layout of an architecture's checkpoints.
 
     Raises:
-        ValueError: none is known.
+        ValueError: the architecture has none that is known.
     """
     match config.model_type:
         case "qwen2":
@@ -107,7 +107,7 @@ def layout_of(config: Any, source: str) -> Layout:
 
 
 def places(layout: Layout, shapes: Mapping[str, tuple[int, ...]], keys: Collection[str]) -> Places:
-    """Where a checkpoint with these keys keeps each tensor of a head of these shapes."""
+    """The keys of each tensor of a head of these shapes, in a checkpoint with these keys."""
     found: Places = {}
     for name, shape in shapes.items():
         module = next(module for module in layout.modules if name.startswith(f"{module}."))
@@ -125,7 +125,7 @@ def _of_experts(key: str, experts: int) -> Place:
 
 
 def keys_of(found: Iterable[Place]) -> list[str]:
-    """All of a checkpoint's keys at these places."""
+    """All keys of these places."""
     return [key for place in found for key in ([place] if isinstance(place, str) else sum(place, ()))]
 
 
@@ -144,9 +144,12 @@ def from_head(layout: Layout, found: Places, head: Mapping[str, Tensor]) -> Stat
 
 
 def _ordered(layout: Layout, head: Mapping[str, Tensor]) -> State:
-    """With the halves of the projection exchanged where the layouts differ; its own inverse."""
-    if not layout.embedding_first:
-        return dict(head)
+    """With the halves of the projection swapped where the layouts differ; its own inverse."""
+    return swapped(head) if layout.embedding_first else dict(head)
+
+
+def swapped(head: Mapping[str, Tensor]) -> State:
+    """With the projection for [embedding, hidden] in place of [hidden, embedding], or the other way round."""
     first, second = head["input_proj.weight"].chunk(2, dim=1)
     return {**head, "input_proj.weight": torch.cat([second, first], dim=1)}
 

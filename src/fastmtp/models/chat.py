@@ -1,4 +1,4 @@
-"""Chat templates: jinja2 with what transformers gives to templates."""
+"""Chat templates: jinja2 with the extensions, filters and functions that transformers provides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's tokens for training; here it is only its body."""
+    """`{% generation %}` marks the assistant's tokens for training; here only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -25,10 +25,10 @@ class _Generation(Extension):
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], *, reply: bool, **variables: Any) -> str:
-    """The text of a conversation, opened for a reply if asked.
+    """The text of a conversation, with the start of a reply if `reply`.
 
     Raises:
-        jinja2.TemplateError: the template is damaged, or refuses the conversation.
+        jinja2.TemplateError: the template is invalid, or refuses the conversation.
     """
     return _compiled(template).render(
         messages=[dict(message) for message in messages],

@@ -18,9 +18,9 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class VocabularyLists:
-    """By language or domain, token ids with the likeliest first. No list means: score the full vocabulary.
+    """Token ids by language or domain, the likeliest first; without lists the full vocabulary is scored.
 
-    `counts` are of the same tokens in the text that a list was made from; not every list needs to have them.
+    `counts` has for some lists the count of each token in the text that the list was made from.
     """
 
     lists: dict[str, list[int]]
@@ -45,7 +45,8 @@ class VocabularyLists:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: another tokenizer's lists, ids out of range or twice in a list, wrong counts.
+            ValueError: the lists are another tokenizer's, an id is out of range or twice in a list, or counts are
+                wrong.
         """
         facts = read_json(path)
         if facts.get("format_version") != FORMAT_VERSION:
@@ -63,7 +64,7 @@ class VocabularyLists:
         return cls(lists, counts)
 
     def including(self, ids: Iterable[int]) -> VocabularyLists:
-        """With tokens that every list must hold at the end of those that lack them."""
+        """The lists with these tokens appended to each one that lacks them."""
         missing = {name: sorted(set(ids).difference(own)) for name, own in self.lists.items()}
         return VocabularyLists(
             {name: [*own, *missing[name]] for name, own in self.lists.items()},
@@ -71,7 +72,7 @@ class VocabularyLists:
         )
 
     def union(self, names: Iterable[str] | None = None) -> list[int]:
-        """Every token of the named lists, or of all of them, once, in order of first appearance."""
+        """The tokens of the named lists, or of all lists, once each, in order of first appearance."""
         chosen = self.lists if names is None else names
         return list(dict.fromkeys(token for name in chosen for token in self.lists[name]))
 
