@@ -1,4 +1,4 @@
-"""Export to SGLang: a head that its MiMo model runs on another target, and a token map for each list."""
+"""Export to SGLang: a head for its MiMo model, and a token map for each list."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ shapes and arithmetic with SGLang's source."""
 
 
 def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest.dtypes)
+    return mimo_layout.read(directory, manifest.head.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
@@ -73,7 +73,7 @@ def verify(directory: Path, manifest: Manifest) -> Verification:
 
 
 def _maps(job: Job) -> dict[str, list[int]]:
-    """By name a list of token ids, the likeliest first; the one of all first."""
+    """Lists of token ids by name, the likeliest first; the list of all is the first."""
     lists = job.vocabulary.lists
     return {_ALL: job.vocabulary.union(), **lists} if lists else {}
 

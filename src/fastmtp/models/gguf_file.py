@@ -36,7 +36,7 @@ class GgufTensor:
     def rows(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows, dequantised."""
         values = np.array(gguf.dequantize(self.data[rows], self.kind), np.float32)
-        return values.reshape(len(values), *self.shape[1:])
+        return values.reshape(-1, *self.shape[1:])
 
 
 @dataclass(frozen=True)

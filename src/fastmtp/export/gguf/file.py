@@ -1,4 +1,4 @@
-"""Writing a GGUF file one tensor at a time, in the type that is asked for."""
+"""Writing a GGUF file one tensor at a time, quantised to a type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from fastmtp.export.gguf.layout import ARCHITECTURE, Stored
 
-# What llama.cpp's own tools leave in full: the choice of experts.
+# llama.cpp's own tools do not quantise the router of experts.
 _IN_FULL = (".ffn_gate_inp.",)
 
 
@@ -21,8 +21,9 @@ def write_gguf(path: Path, keys: Mapping[str, tuple[Any, ...]], tensors: Iterabl
     """Write a file.
 
     Args:
-        keys: by name a value, its type, and the type of an array's items.
-        kind: of matrices, one of registry.GGUF_TYPES. Vectors, and matrices that its blocks do not divide, are F32.
+        keys: the metadata: by name a value, its type, and the type of an array's items.
+        kind: type of the matrices, one of registry.GGUF_TYPES. Vectors, and matrices whose rows its blocks do not
+            divide, are F32.
     Raises:
         ValueError: the disk has too little room.
     """
