@@ -80,14 +80,9 @@ class Verification:
 class Engine(Protocol):
     """A module of `registry.MODULES`."""
 
-    @property
-    def OPTIONS(self) -> tuple[str, ...]: ...  # noqa: N802
-
-    @property
-    def CONVENTION(self) -> str: ...  # noqa: N802
-
-    @property
-    def DRAFTS_FROM(self) -> str: ...  # noqa: N802
+    OPTIONS: tuple[str, ...]
+    CONVENTION: str
+    DRAFTS_FROM: str
 
     def write(self, job: Job, directory: Path) -> None: ...
 

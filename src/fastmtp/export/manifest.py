@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmtp.evaluate.records import from_json
 from fastmtp.export.registry import MODULES
-from fastmtp.files import read_json, write_json
+from fastmtp.files import read_json
 from fastmtp.method.acceptance import Acceptance
 
 FORMAT_VERSION = 1
@@ -76,9 +76,6 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    def write(self, directory: Path) -> None:
-        write_json(directory / MANIFEST, self.to_json())
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -9,7 +9,6 @@ zeros. Follows mimo_mtp.py of vLLM 0.32 and of SGLang 0.5.23.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastmtp.export.job import Job
+from fastmtp.export.manifest import Manifest
 from fastmtp.heads.layouts import MIMO, State, from_head, keys_of, places, to_head
 from fastmtp.method.head import shapes_of
 from fastmtp.models.config import FULL
@@ -69,8 +69,8 @@ def config(job: Job) -> dict[str, Any]:
     return {**values, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "dtype": dtype}
 
 
-def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """A head's tensors, by our names.
+def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The head of an export, under our names.
 
     Raises:
         FileNotFoundError, ValueError: the file or a tensor is missing or damaged.
@@ -82,7 +82,7 @@ def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
         stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or incomplete: {error}") from error
-    found = places(MIMO, dict.fromkeys(names, (0,)), ())
+    found = places(MIMO, dict.fromkeys(manifest.head.dtypes, (0,)), ())
     raise_problems(
         f"{path}: is not whole:", [f"missing tensor {key}" for key in keys_of(found.values()) if key not in stored]
     )

@@ -25,7 +25,7 @@ from fastmtp.export.manifest import (
 )
 from fastmtp.export.measure import measure_job
 from fastmtp.export.registry import engine_named
-from fastmtp.files import file_sha256, replacing
+from fastmtp.files import file_sha256, replacing, write_json
 from fastmtp.heads import format as head_format
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.progress import QUIET, Progress
@@ -95,13 +95,12 @@ def write_export(name: str, job: Job, measured: Measured | None, *, force: bool)
         temporary.mkdir()
         engine.write(job, temporary)
         (temporary / "head").mkdir()
-        for kept in _KEPT:
-            if (job.head / kept).is_file():
-                shutil.copyfile(job.head / kept, temporary / "head" / kept)
+        _copy(job.head, temporary / "head")
         manifest = _manifest(name, job, measured)
         again = _cast(engine.read_head(temporary, manifest), manifest)
-        manifest = replace(manifest, exact=_same(again, job.tensors))
-        manifest.write(temporary)
+        exact = all(torch.equal(again[name], tensor) for name, tensor in job.tensors.items())
+        manifest = replace(manifest, exact=exact)
+        write_json(temporary / MANIFEST, manifest.to_json())
         (temporary / "README.md").write_text(_readme(engine, job, manifest).replace("DIR", str(out)))
     return manifest
 
@@ -113,11 +112,15 @@ def import_export(directory: Path, out: Path) -> Manifest:
     tensors = _cast(engine_named(manifest.engine).read_head(directory, manifest), manifest)
     with replacing(out) as temporary:
         temporary.mkdir()
-        for name in _KEPT:
-            if (directory / "head" / name).is_file():
-                shutil.copyfile(directory / "head" / name, temporary / name)
+        _copy(directory / "head", temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
     return manifest
+
+
+def _copy(source: Path, directory: Path) -> None:
+    for name in _KEPT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _manifest(engine_name: str, job: Job, measured: Measured | None) -> Manifest:
@@ -133,10 +136,6 @@ def _cast(tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor
         differing = ", ".join(sorted(set(tensors) ^ set(dtypes)))
         raise ValueError(f"the export's head has other tensors than the head that was exported: {differing}")
     return {name: tensors[name].to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
-
-
-def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
 def _readme(engine: Engine, job: Job, manifest: Manifest) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
 from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
+from fastmtp.export.mimo_layout import read_head
 from fastmtp.files import write_json
 from fastmtp.models.info import raise_problems
 
@@ -61,10 +61,6 @@ def guide(job: Job) -> str:
 {choice}
 SGLang has not run this export: `fastmtp verify-export DIR` reads the files back, and fastmtp's tests compare names,
 shapes and arithmetic with SGLang's source."""
-
-
-def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest.head.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:

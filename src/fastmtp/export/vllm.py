@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
 from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
+from fastmtp.export.mimo_layout import read_head
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
 from fastmtp.method.acceptance import Acceptance
@@ -56,10 +56,6 @@ Where fastmtp is installed beside vLLM, vLLM finds the plugin by itself:
 {_of_lists(job)}{_without_plugin(job, target, draft)}
 
 The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head for one of those methods."""
-
-
-def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest.head.dtypes)
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:

@@ -93,7 +93,18 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
         ValueError: a file is damaged, or the head does not fit the target.
     """
     lists, steps = read_description(directory, target)
-    return StoredHead(_read_tensors(directory, shapes), lists, steps)
+    path = directory / "model.safetensors"
+    weights = SafetensorsWeights([path])
+    found = weights.shapes()
+    problems = [f"missing tensor {name}" for name in shapes if name not in found]
+    problems += [f"unknown tensor {name}" for name in found if name not in shapes]
+    problems += [
+        f"{name}: shape {list(found[name])}, must be {list(shape)}"
+        for name, shape in shapes.items()
+        if name in found and found[name] != shape
+    ]
+    raise_problems(f"{path}: does not fit:", problems)
+    return StoredHead(weights, lists, steps)
 
 
 def read_tensors_as_stored(
@@ -117,23 +128,9 @@ def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLis
 
 def read_vocabulary(path: Path, target: TargetInfo) -> VocabularyLists:
     """The lists of a file, checked against the target."""
+    lists = VocabularyLists.load(path, target.identity.tokenizer_sha256, target.vocabulary_size)
     # Without the end tokens the last draft of every answer would be rejected.
-    return VocabularyLists.load(path, target.identity).including(sorted(target.end_ids))
-
-
-def _read_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> Weights:
-    path = directory / "model.safetensors"
-    weights = SafetensorsWeights([path])
-    found = weights.shapes()
-    problems = [f"missing tensor {name}" for name in expected if name not in found]
-    problems += [f"unknown tensor {name}" for name in found if name not in expected]
-    problems += [
-        f"{name}: shape {list(found[name])}, must be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    raise_problems(f"{path}: does not fit:", problems)
-    return weights
+    return lists.including(sorted(target.end_ids))
 
 
 def _mismatches(config: dict[str, Any], target: TargetInfo) -> list[str]:

@@ -189,7 +189,7 @@ def reading(source: Source) -> Iterator[None]:
 def _explained(name: str, error: Exception) -> Exception:
     if isinstance(error, ValueError) and str(error).startswith(name):
         return error
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if Path(name).expanduser().exists() or name == embedded.NAME:
         return ValueError(f"{name}: the model cannot be read, its files may be damaged or incomplete: {reason}")
     return FileNotFoundError(f"{name}: cannot be loaded from the hub: {reason}")

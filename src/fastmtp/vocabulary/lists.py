@@ -40,8 +40,8 @@ class VocabularyLists:
         write_json(path, facts, indent=None)
 
     @classmethod
-    def load(cls, path: Path, identity: Any) -> VocabularyLists:
-        """Read lists for a target of this identity.
+    def load(cls, path: Path, tokenizer_sha256: str, vocabulary_size: int) -> VocabularyLists:
+        """Read lists for a target with this tokenizer.
 
         Raises:
             FileNotFoundError: no such file.
@@ -51,13 +51,13 @@ class VocabularyLists:
         facts = read_json(path)
         if facts.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}")
-        if facts.get("tokenizer_sha256") != identity.tokenizer_sha256:
+        if facts.get("tokenizer_sha256") != tokenizer_sha256:
             raise ValueError(f"{path}: these lists are of another tokenizer")
         lists = facts.get("lists")
         if not isinstance(lists, dict):
             raise ValueError(f"{path}: lists must be an object of id lists by language")
         for language, ids in lists.items():
-            _check_ids(f"{path}: list {language!r}", ids, identity.vocabulary_size)
+            _check_ids(f"{path}: list {language!r}", ids, vocabulary_size)
         counts = facts.get("counts", {})
         for language in counts:
             _check_counts(f"{path}: counts of {language!r}", counts[language], lists.get(language))
