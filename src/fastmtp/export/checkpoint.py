@@ -39,5 +39,4 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
-    read_head(directory, manifest)
-    return Verification(replayed_by=None)
+    return Verification(None)

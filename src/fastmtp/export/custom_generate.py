@@ -56,7 +56,7 @@ def write(job: Job, directory: Path) -> None:
 
 
 def guide(job: Job) -> str:
-    source = model = repr(job.source.place)
+    source = model = repr(job.source.location)
     if job.source.gguf is not None:
         source += f", gguf_file={job.source.gguf.name!r}"
         model = f"{source}, quantization_config=GgufConfig(dequantize=True)"
@@ -85,7 +85,6 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
-    read_head(directory, manifest)
     target, steps = load_target(manifest.target.source), manifest.head.draft_steps
     drafting = {"custom_generate": str(directory), "trust_remote_code": True, "mtp_head": str(directory)}
     parts, same, seconds = [], [], {"plain": 0.0, "drafting": 0.0}

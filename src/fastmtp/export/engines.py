@@ -12,7 +12,7 @@ reads the export back. The module provides:
 - `guide`: the README's commands, as Markdown; DIR is replaced by the export's directory.
 - `read_head`: the head's tensors from these files, under the names of `MTPHead`, in any dtype. They are cast to the
   head's own dtypes, which is exact if the stored type represents their values.
-- `verify`: run the export in the engine and report differences; without the engine, check the files only.
+- `verify`: run the export in the engine and report differences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Verification:
     """The results of replaying an export in its engine, on the prompts of measure.py.
 
     Attributes:
-        replayed_by: the engine and its version; None if it is not installed.
+        replayed_by: the engine and its version; None without a replay, as where it is not installed.
         acceptance: for k = 1..K, the share of rounds that accepted the first k drafts; empty without a replay.
         answers: number of answers.
         identical: number of answers that were the same with and without the head.

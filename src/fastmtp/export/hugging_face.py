@@ -38,7 +38,7 @@ def check(job: Job) -> None:
 
 def served(job: Job) -> str:
     """The model that an engine serves, for the README."""
-    return job.source.place if job.source.gguf is None else f"DIR/{TARGET}"
+    return job.source.location if job.source.gguf is None else f"DIR/{TARGET}"
 
 
 def write_target(job: Job, export: Path) -> None:

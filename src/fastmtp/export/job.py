@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target
-from fastmtp.heads.format import read_description, read_tensors_as_stored
+from fastmtp.heads.format import read_head
 from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
@@ -68,6 +69,6 @@ def open_job(name: str, head: Path, out: Path, options: Mapping[str, str | bool]
     with reading(source):
         config = source.read_any_config().get_text_config()
         target = Target(skeleton(config), source.read_tokenizer(), name, source.end_ids())
-    vocabulary, steps = read_description(head, target)
-    tensors = read_tensors_as_stored(head, target, shapes(target.model))
-    return Job(target, source, head, tensors, vocabulary, steps, out, options)
+    stored = read_head(head, target, shapes(target.model))
+    tensors = load_file(head / "model.safetensors")
+    return Job(target, source, head, tensors, stored.lists, stored.draft_steps, out, options)

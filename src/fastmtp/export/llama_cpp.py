@@ -11,7 +11,7 @@ from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.engines import Verification
 from fastmtp.export.gguf import layout as gguf_layout
 from fastmtp.export.gguf.file import write_gguf
-from fastmtp.export.gguf.tokenizer import tokenizer_keys
+from fastmtp.export.gguf.tokenizer import tokenizer_metadata
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
@@ -35,14 +35,17 @@ _ONE, _TRUNK, _HEAD = "model.gguf", "trunk.gguf", "head.gguf"
 
 def write(job: Job, directory: Path) -> None:
     gguf_layout.check(job)
-    kind, keys = str(job.options.get("type", GGUF_TYPES[0])), {**tokenizer_keys(job), **gguf_layout.keys(job)}
+    kind, metadata = (
+        str(job.options.get("type", GGUF_TYPES[0])),
+        tokenizer_metadata(job) | gguf_layout.metadata(job),
+    )
     target, head = list(gguf_layout.target(job)), list(gguf_layout.head(job))
     files = {_ONE: [*target, *head]}
     if job.options.get("split"):
         shared = [tensor for tensor in target if not tensor.name.startswith("blk.")]
         files = {_TRUNK: target, _HEAD: [*shared, *head]}
     for name, tensors in files.items():
-        write_gguf(directory / name, keys, tensors, kind)
+        write_gguf(directory / name, metadata, tensors, kind)
 
 
 def guide(job: Job) -> str:
@@ -83,7 +86,6 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
-    read_head(directory, manifest)
     if (version := llama_cpp.version()) is None:
         return Verification(None)
     split, steps = manifest.options.get("split"), manifest.head.draft_steps

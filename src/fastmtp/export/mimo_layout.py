@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
-from fastmtp.heads.layouts import MIMO, State, from_head, keys_of, places, to_head
+from fastmtp.heads.layouts import MIMO, State, all_keys, from_head, key_map, to_head
 from fastmtp.method.head import shapes_of
 from fastmtp.models.config import FULL
 from fastmtp.models.info import head_size, raise_problems
@@ -54,7 +54,7 @@ def tensors(job: Job) -> State:
         for module in _WITH_BIAS:
             weight = ours[f"{module}.weight"]
             ours.setdefault(f"{module}.bias", torch.zeros(weight.shape[0], dtype=weight.dtype))
-    return from_head(MIMO, places(MIMO, shapes_of(ours), ()), ours)
+    return from_head(MIMO, key_map(MIMO, shapes_of(ours), ()), ours)
 
 
 def config(job: Job) -> dict[str, Any]:
@@ -82,15 +82,15 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
         stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or incomplete: {error}") from error
-    found = places(MIMO, dict.fromkeys(manifest.head.dtypes, (0,)), ())
+    keys = key_map(MIMO, dict.fromkeys(manifest.head.dtypes, (0,)), ())
     raise_problems(
-        f"{path}: is not whole:", [f"missing tensor {key}" for key in keys_of(found.values()) if key not in stored]
+        f"{path}: is not whole:", [f"missing tensor {key}" for key in all_keys(keys) if key not in stored]
     )
-    return to_head(MIMO, found, stored)
+    return to_head(MIMO, keys, stored)
 
 
 def declared_kind(job: Job) -> str:
     """The `model_type` in the target's own configuration; `Job.kind` is that of the model it runs as."""
     if job.source.gguf is not None:
         return job.kind
-    return str(PreTrainedConfig.get_config_dict(job.source.place)[0].get("model_type"))
+    return str(PreTrainedConfig.get_config_dict(job.source.location)[0].get("model_type"))

@@ -23,7 +23,9 @@ def verify(directory: Path) -> Verification:
         FileNotFoundError, ValueError: the directory is not an export, or its files are damaged.
     """
     manifest = read_manifest(directory)
-    return compared(manifest, engine_named(manifest.engine).verify(directory, manifest))
+    engine = engine_named(manifest.engine)
+    engine.read_head(directory, manifest)
+    return compared(manifest, engine.verify(directory, manifest))
 
 
 def compared(manifest: Manifest, found: Verification) -> Verification:

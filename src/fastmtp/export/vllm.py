@@ -12,7 +12,7 @@ from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
-from fastmtp.export.mimo_layout import read_head
+from fastmtp.export.mimo_layout import read_head as read_head
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
 from fastmtp.method.acceptance import Acceptance
@@ -59,7 +59,6 @@ The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head 
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
-    read_head(directory, manifest)
     return Verification(None) if vllm.version() is None else replayed(directory, manifest)
 
 

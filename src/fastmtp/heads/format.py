@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fastmtp.files import read_json, replacing, write_json
 from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
@@ -105,16 +105,6 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
     ]
     raise_problems(f"{path}: does not fit:", problems)
     return StoredHead(weights, lists, steps)
-
-
-def read_tensors_as_stored(
-    directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """A head's tensors in PyTorch, in the types on disk; checked as by `read_head`."""
-    from safetensors.torch import load_file
-
-    read_head(directory, target, shapes)
-    return cast("dict[str, Tensor]", load_file(directory / "model.safetensors"))
 
 
 def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:

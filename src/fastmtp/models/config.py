@@ -23,19 +23,14 @@ _LONG_CONTEXT = ("llama3", "yarn", "longrope")
 # transformers' defaults for keys that a config.json lacks.
 _COMMON = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
-_QWEN = _COMMON | {"vocab_size": 151936, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+_QWEN_LAYERS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | _ENDS | {"intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": _COMMON
-    | _ENDS
-    | {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN | {"intermediate_size": 22016, "max_position_embeddings": 32768},
-    "qwen3": _QWEN | {"intermediate_size": 22016, "max_position_embeddings": 32768, "head_dim": 128},
+    "mistral": _COMMON | _ENDS | _MISTRAL | {"sliding_window": 4096},
+    "qwen2": _COMMON | _QWEN | _QWEN_LAYERS,
+    "qwen3": _COMMON | _QWEN | _QWEN_LAYERS | {"head_dim": 128},
     "gemma3_text": {
         "vocab_size": 262208,
         "hidden_size": 2304,

@@ -26,18 +26,18 @@ _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 @dataclass(frozen=True)
 class Source:
-    """A located model: `place` is its directory or hub id, `gguf` its file if it is a GGUF file."""
+    """A located model: `location` is its directory or hub id, `gguf` its file if it is a GGUF file."""
 
     name: str
-    place: str
+    location: str
     gguf: Path | None = None
 
     @cached_property
     def directory(self) -> Path:
         """The Hugging Face directory; for a hub id it is fetched without the weights."""
-        if Path(self.place).is_dir():
-            return Path(self.place)
-        return _fetched(self.place, _DESCRIPTION)
+        if Path(self.location).is_dir():
+            return Path(self.location)
+        return _fetched(self.location, _DESCRIPTION)
 
     def read_config(self) -> Any:
         """The configuration: a `ModelConfig` if the native engine runs the model, else transformers' own.
@@ -92,15 +92,15 @@ class Source:
         if self.gguf is not None:
             file = read_gguf(self.gguf)
             return GgufWeights(file, gguf_config(file, self.name))
-        if Path(self.place).is_dir():
-            return directory_weights(Path(self.place))
-        return directory_weights(_fetched(self.place, [*_DESCRIPTION, "*.safetensors"]))
+        if Path(self.location).is_dir():
+            return directory_weights(Path(self.location))
+        return directory_weights(_fetched(self.location, [*_DESCRIPTION, "*.safetensors"]))
 
 
-def _fetched(place: str, patterns: list[str]) -> Path:
+def _fetched(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(place, allow_patterns=patterns))
+    return Path(snapshot_download(hub_id, allow_patterns=patterns))
 
 
 def transformers_config(config: ModelConfig) -> Any:

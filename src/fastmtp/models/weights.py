@@ -132,8 +132,8 @@ class GgufWeights:
     def _neighbours(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The file's rows of q or k, whose rope rotates neighbours, for rows of a rope that rotates halves."""
         size = self._config.head_dim
-        head, place = np.divmod(rows, size)
-        half, pair = np.divmod(place, size // 2)
+        head, element = np.divmod(rows, size)
+        half, pair = np.divmod(element, size // 2)
         return np.asarray(head * size + 2 * pair + half)
 
 

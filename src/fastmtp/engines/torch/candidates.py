@@ -19,16 +19,17 @@ def likeliest(logits_ND: Tensor, ids_D: Tensor | None, width: int) -> list[Candi
     """
     if ids_D is None:
         ids_D = torch.arange(logits_ND.shape[-1], device=logits_ND.device)
-    left_ND, places, there = logits_ND, [], []
+    left_ND, found, valid = logits_ND, [], []
     for _ in range(min(width, len(ids_D))):
         best_N1 = left_ND.argmax(-1, keepdim=True)
-        places.append(best_N1)
-        there.append(left_ND.gather(-1, best_N1) > -torch.inf)
+        found.append(best_N1)
+        valid.append(left_ND.gather(-1, best_N1) > -torch.inf)
         left_ND = left_ND.masked_fill(ids_D == ids_D[best_N1], -torch.inf)
-    places_NW = torch.cat(places, -1)
-    counts = torch.cat(there, -1).sum(-1).tolist()
-    confidences = logits_ND.float().softmax(-1).gather(-1, places_NW).tolist()
-    tokens = ids_D[places_NW].tolist()
+    indices_NW = torch.cat(found, -1)
+    counts = torch.cat(valid, -1).sum(-1).tolist()
+    confidences = logits_ND.float().softmax(-1).gather(-1, indices_NW).tolist()
+    tokens = ids_D[indices_NW].tolist()
     return [
-        Candidates(own[:count], said[:count]) for own, said, count in zip(tokens, confidences, counts, strict=True)
+        Candidates(own[:count], likely[:count])
+        for own, likely, count in zip(tokens, confidences, counts, strict=True)
     ]

@@ -138,7 +138,7 @@ def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
         check_tensors(config, weights.shapes(), source.name)
     if weights is None or source.gguf is None:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.place, use_safetensors=True, trust_remote_code=False, **settings
+            source.location, use_safetensors=True, trust_remote_code=False, **settings
         )
     else:
         tensors = {name: torch.from_numpy(whole(weights, name)).to(dtype) for name in weights.shapes()}

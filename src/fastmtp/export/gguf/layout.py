@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import gguf
 import numpy as np
@@ -42,6 +41,15 @@ _HEAD = {
     **{f"layer.{name}": own + "_shexp" * name.startswith("mlp.") for name, own in _LAYER.items()},
 }
 _WITH_BIAS = ("attn_q", "attn_k", "attn_v")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the file's metadata, its type, and the type of an array's items."""
+
+    value: object
+    kind: gguf.GGUFValueType
+    items: gguf.GGUFValueType | None = None
 
 
 @dataclass(frozen=True)
@@ -74,34 +82,34 @@ def check(job: Job) -> None:
     raise_problems(f"{job.target.source}: llama.cpp's MTP graph cannot run this model:", problems)
 
 
-def keys(job: Job) -> dict[str, tuple[Any, gguf.GGUFValueType]]:
+def metadata(job: Job) -> dict[str, Value]:
     """The metadata of the model, without its tokenizer."""
     config, integer, real = job.config, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
     layers, size, rope = int(config.num_hidden_layers), head_size(config), config.rope_parameters
     expert = _expert(job)
-    values: dict[str, tuple[Any, gguf.GGUFValueType]] = {
-        "block_count": (layers + 1, integer),
-        "nextn_predict_layers": (1, integer),
-        "context_length": (context_length(job), integer),
-        "vocab_size": (job.target.vocabulary_size, integer),
-        "embedding_length": (int(config.hidden_size), integer),
-        "feed_forward_length": (int(config.intermediate_size), integer),
-        "attention.head_count": (int(config.num_attention_heads), integer),
-        "attention.head_count_kv": (int(config.num_key_value_heads), integer),
-        "attention.key_length": (size, integer),
-        "attention.value_length": (size, integer),
-        "attention.layer_norm_rms_epsilon": (float(config.rms_norm_eps), real),
-        "rope.dimension_count": (size, integer),
-        "rope.freq_base": (float(rope["rope_theta"]), real),
-        "leading_dense_block_count": (layers, integer),
-        "expert_count": (1, integer),
-        "expert_used_count": (1, integer),
-        "expert_feed_forward_length": (expert, integer),
-        "expert_shared_count": (int(config.intermediate_size) // expert, integer),
+    values = {
+        "block_count": Value(layers + 1, integer),
+        "nextn_predict_layers": Value(1, integer),
+        "context_length": Value(context_length(job), integer),
+        "vocab_size": Value(job.target.vocabulary_size, integer),
+        "embedding_length": Value(int(config.hidden_size), integer),
+        "feed_forward_length": Value(int(config.intermediate_size), integer),
+        "attention.head_count": Value(int(config.num_attention_heads), integer),
+        "attention.head_count_kv": Value(int(config.num_key_value_heads), integer),
+        "attention.key_length": Value(size, integer),
+        "attention.value_length": Value(size, integer),
+        "attention.layer_norm_rms_epsilon": Value(float(config.rms_norm_eps), real),
+        "rope.dimension_count": Value(size, integer),
+        "rope.freq_base": Value(float(rope["rope_theta"]), real),
+        "leading_dense_block_count": Value(layers, integer),
+        "expert_count": Value(1, integer),
+        "expert_used_count": Value(1, integer),
+        "expert_feed_forward_length": Value(expert, integer),
+        "expert_shared_count": Value(int(config.intermediate_size) // expert, integer),
     }
     if rope.get("rope_type") == "linear":
-        values["rope.scaling.type"] = ("linear", gguf.GGUFValueType.STRING)
-        values["rope.scaling.factor"] = (float(rope["factor"]), real)
+        values["rope.scaling.type"] = Value("linear", gguf.GGUFValueType.STRING)
+        values["rope.scaling.factor"] = Value(float(rope["factor"]), real)
     return {f"{ARCHITECTURE}.{name}": value for name, value in values.items()}
 
 

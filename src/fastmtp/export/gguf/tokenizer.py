@@ -6,13 +6,11 @@ import json
 from typing import Any
 
 import gguf
-from gguf import GGUFValueType as Value
+from gguf import GGUFValueType as Kind
 
+from fastmtp.export.gguf.layout import Value
 from fastmtp.export.job import Job
 from fastmtp.models.pre_tokenizers import SPLITTINGS
-
-# A key's value, its type, and the type of the items if it is an array.
-Keys = dict[str, tuple[Any, Value, Value | None]]
 
 # llama.cpp's names for regular expressions that split text into words.
 _SPLITS = {SPLITTINGS[name].expressions[0]: name for name in ("qwen2", "llama-bpe")}
@@ -20,7 +18,7 @@ _SPLITS = {SPLITTINGS[name].expressions[0]: name for name in ("qwen2", "llama-bp
 _OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
 
 
-def tokenizer_keys(job: Job) -> Keys:
+def tokenizer_metadata(job: Job) -> dict[str, Value]:
     """
     Raises:
         ValueError: the tokenizer splits words in an unknown way.
@@ -28,49 +26,38 @@ def tokenizer_keys(job: Job) -> Keys:
     if job.source.gguf is not None:
         fields = gguf.GGUFReader(job.source.gguf).fields
         return {
-            name: (field.contents(), field.types[0], field.types[-1] if field.types[0] == Value.ARRAY else None)
+            name: Value(field.contents(), field.types[0], field.types[-1] if field.types[0] == Kind.ARRAY else None)
             for name, field in fields.items()
             if name.startswith(("tokenizer.", "general.")) and name not in _OF_THE_FILE
         }
-    return _general(job) | _byte_level(job)
-
-
-def _general(job: Job) -> Keys:
-    return {
-        "general.type": ("model", Value.STRING, None),
-        "general.name": (job.target.source.rstrip("/").rsplit("/", 1)[-1], Value.STRING, None),
-    }
-
-
-def _byte_level(job: Job) -> Keys:
     tokenizer = job.target.tokenizer
     facts = json.loads(tokenizer.backend_tokenizer.to_str())
-    split = _split(facts)
-    if split is None:
+    if (split := _split(facts)) is None:
         raise ValueError(
             f"{job.target.source}: its tokenizer splits words in a way that is not known here; give the target as "
             "a .gguf file, as llama.cpp's convert_hf_to_gguf.py makes it: its tokenizer is carried over"
         )
     tokens, types = _tokens(tokenizer, job.target.vocabulary_size)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in facts["model"]["merges"]]
-    keys: Keys = {
-        "tokenizer.ggml.model": ("gpt2", Value.STRING, None),
-        "tokenizer.ggml.pre": (split, Value.STRING, None),
-        "tokenizer.ggml.tokens": (tokens, Value.ARRAY, Value.STRING),
-        "tokenizer.ggml.token_type": (types, Value.ARRAY, Value.INT32),
-        "tokenizer.ggml.merges": (merges, Value.ARRAY, Value.STRING),
+    found = {
+        "general.type": Value("model", Kind.STRING),
+        "general.name": Value(job.target.source.rstrip("/").rsplit("/", 1)[-1], Kind.STRING),
+        "tokenizer.ggml.model": Value("gpt2", Kind.STRING),
+        "tokenizer.ggml.pre": Value(split, Kind.STRING),
+        "tokenizer.ggml.tokens": Value(tokens, Kind.ARRAY, Kind.STRING),
+        "tokenizer.ggml.token_type": Value(types, Kind.ARRAY, Kind.INT32),
+        "tokenizer.ggml.merges": Value(merges, Kind.ARRAY, Kind.STRING),
     }
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    for ours, theirs in names.items():
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         if (token := getattr(tokenizer, f"{ours}_token_id")) is not None:
-            keys[f"tokenizer.ggml.{theirs}_token_id"] = (token, Value.UINT32, None)
+            found[f"tokenizer.ggml.{theirs}_token_id"] = Value(token, Kind.UINT32)
     around = tokenizer.encode("a")
     for name, index in (("bos", 0), ("eos", -1)):
         added = around[index] == getattr(tokenizer, f"{name}_token_id")
-        keys[f"tokenizer.ggml.add_{name}_token"] = (added, Value.BOOL, None)
+        found[f"tokenizer.ggml.add_{name}_token"] = Value(added, Kind.BOOL)
     if tokenizer.chat_template:
-        keys["tokenizer.chat_template"] = (tokenizer.chat_template, Value.STRING, None)
-    return keys
+        found["tokenizer.chat_template"] = Value(tokenizer.chat_template, Kind.STRING)
+    return found
 
 
 def _split(facts: dict[str, Any]) -> str | None:
