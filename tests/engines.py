@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -21,7 +21,7 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
 from fastmtp.models.config import ModelConfig
-from fastmtp.models.weights import TensorWeights
+from fastmtp.models.weights import Floats
 from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -30,6 +30,22 @@ if NATIVE:
     from fastmtp import _native
     from fastmtp.engines.native.engine import NativeEngine
     from fastmtp.engines.native.target import NativeHead, NativeTarget, WeightType
+
+
+class TensorWeights:
+    """PyTorch's tensors in memory."""
+
+    rope_factors: Floats | None = None
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Floats:
+        values: Floats = self._tensors[name][start:stop].detach().float().contiguous().numpy()
+        return values
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,9 @@ def prove(name: str, head: Path, out: Path, options: dict[str, str], *, own_mode
     manifest = write_export("vllm", job, measured, force=False)
     found = compared(manifest, vllm.replayed(out, manifest, own_model=own_model))
     here, there = (
-        " / ".join(f"{100 * share:.1f}" for share in kept)
-        for kept in (measured.acceptance.cumulative, found.acceptance)
+        " / ".join(f"{100 * share:.1f}" for share in kept) for kept in (measured.acceptance, found.acceptance)
     )
-    same = sum(text == now for (text, _), (now, _) in zip(measured.parts, found.parts, strict=True))
+    same = sum(answer.text == now for answer, (now, _) in zip(measured.answers, found.parts, strict=True))
     print(
         f"{target.architecture}, {'its own MiMo model' if own_model else 'plugin'} in {found.replayed_by}: "
         f"{found.identical} of {found.answers} answers as without the head, {same} as in fastmtp; "

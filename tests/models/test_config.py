@@ -19,8 +19,9 @@ from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.layers import norm_offset
 from fastmtp.models.rope import ropes
 from fastmtp.models.source import locate, transformers_config
-from fastmtp.models.weights import GgufWeights, TensorWeights
+from fastmtp.models.weights import GgufWeights
 from tests.conftest import FAMILIES, tiny_target
+from tests.engines import TensorWeights
 from tests.models.gguf_files import write_random
 
 NAMES = (

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from fastmtp.engines.native.target import load_native_target
 from fastmtp.engines.torch.target import Target, load_target
-from fastmtp.models.gguf_file import gguf_reader, read_gguf
+from fastmtp.models.checkpoint import Checkpoint
+from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.source import locate
 from fastmtp.models.weights import SafetensorsWeights, directory_weights, whole
 from tests.conftest import random_ids, tiny_target
@@ -103,12 +104,15 @@ def test_a_stored_lm_head_is_used_though_the_configuration_ties_it(directory: Pa
     assert native.lm_head is native.embedding
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../../evil.safetensors", "../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors"]
+)
 def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
     index = {"weight_map": {"x": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"evil.*which is not a file of the directory"):
-        directory_weights(tmp_path)
+    for read in (directory_weights, Checkpoint):
+        with pytest.raises(ValueError, match=r"evil.*which is not a file of the directory"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_gguf_tensors_are_those_of_its_library(tmp_path: Path, kind: str) -> Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file, theirs = read_gguf(path), gguf_reader(path)
+    file, theirs = read_gguf(path), gguf.GGUFReader(path)
     for field in (field for name, field in theirs.fields.items() if not name.startswith("GGUF.")):
         assert file.metadata[field.name] == field.contents()
     tensor = file.tensors["x.weight"]
@@ -165,7 +169,7 @@ def test_every_cut_of_a_gguf_file_is_named(tmp_path: Path) -> None:
 
 def test_parts_of_a_split_gguf_file_are_read_as_one(tmp_path: Path, llama: Target) -> None:
     write_gguf(tmp_path / "whole.gguf", llama)
-    reader = gguf_reader(tmp_path / "whole.gguf")
+    reader = gguf.GGUFReader(tmp_path / "whole.gguf")
     thirds = [reader.tensors[part::3] for part in range(3)]
     for part, tensors in enumerate(thirds):
         writer = gguf.GGUFWriter(str(tmp_path / f"m-{part + 1:05}-of-00003.gguf"), "llama")
@@ -191,6 +195,28 @@ def test_parts_of_a_split_gguf_file_are_read_as_one(tmp_path: Path, llama: Targe
     ids = torch.tensor([random_ids(8)])
     found = load_target(str(first), device="cpu").model.model(ids).last_hidden_state
     torch.testing.assert_close(found, llama.model.model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
+
+
+def test_a_changed_part_of_a_split_gguf_file_is_read_again(tmp_path: Path) -> None:
+    paths = [tmp_path / f"m-{part:05}-of-00002.gguf" for part in (1, 2)]
+
+    def write(part: int, values: list[float]) -> None:
+        writer = gguf.GGUFWriter(str(paths[part]), "llama")
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", 2)
+        writer.add_tensor(f"x{part}", np.array(values, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write(0, [1.0])
+    write(1, [2.0])
+    first = read_gguf(paths[0])
+    assert read_gguf(paths[0]) is first
+    paths[1].unlink()
+    write(1, [3.0] * 9)
+    assert read_gguf(paths[0]).tensors["x1"].rows(slice(None)).tolist() == [3.0] * 9
 
 
 def test_biases_of_a_gguf_file(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_tokens_that_every_list_must_hold() -> None:
 def test_round_trip(tmp_path: Path) -> None:
     lists = VocabularyLists({"en": [3, 1], "zh": [8]}, {"en": [5, 0]})
     lists.save(tmp_path / "v.json", "hash")
-    assert VocabularyLists.load(tmp_path / "v.json", IDENTITY) == lists
+    assert VocabularyLists.load(tmp_path / "v.json", IDENTITY.tokenizer_sha256, IDENTITY.vocabulary_size) == lists
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_files_that_do_not_fit(tmp_path: Path, change: dict[str, object], messag
     VocabularyLists({"en": [1]}).save(path, "hash")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
-        VocabularyLists.load(path, IDENTITY)
+        VocabularyLists.load(path, IDENTITY.tokenizer_sha256, IDENTITY.vocabulary_size)

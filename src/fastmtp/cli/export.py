@@ -56,5 +56,5 @@ def exported(manifest: Manifest, out: Path) -> str:
     """The export in one line."""
     tau = ""
     if manifest.measured is not None:
-        tau = f", tau {manifest.measured.acceptance.tau:.2f} in chains of {manifest.draft_steps}"
+        tau = f", tau {manifest.measured.tau:.2f} in chains of {manifest.head.draft_steps}"
     return f"{manifest.engine} export in {out}{tau}; see {out / 'README.md'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastmtp.engines.torch.target import load_target
+from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.export import generate_script
 from fastmtp.export.engines import Verification
 from fastmtp.export.generate_script import FILE
@@ -47,7 +48,7 @@ def write(job: Job, directory: Path) -> None:
     }
     save_file(tensors, directory / FILE, metadata=facts)
     (directory / "custom_generate").mkdir()
-    # transformers runs a copy of the script, which is not told where the original is.
+    # transformers runs a copy of the script, which cannot find the export's directory by itself.
     script = inspect.getsource(generate_script).replace(
         'DIRECTORY = ""', f"DIRECTORY = {str(job.out.absolute())!r}"
     )
@@ -55,16 +56,15 @@ def write(job: Job, directory: Path) -> None:
 
 
 def guide(job: Job) -> str:
-    place = repr(job.source.place)
-    loading = place
+    source = model = repr(job.source.location)
     if job.source.gguf is not None:
-        place += f", gguf_file={job.source.gguf.name!r}"
-        loading = f"{place}, quantization_config=GgufConfig(dequantize=True)"
+        source += f", gguf_file={job.source.gguf.name!r}"
+        model = f"{source}, quantization_config=GgufConfig(dequantize=True)"
     return f"""## Use
 
     from transformers import AutoModelForCausalLM, AutoTokenizer{", GgufConfig" if job.source.gguf else ""}
-    tokenizer = AutoTokenizer.from_pretrained({place})
-    model = AutoModelForCausalLM.from_pretrained({loading})
+    tokenizer = AutoTokenizer.from_pretrained({source})
+    model = AutoModelForCausalLM.from_pretrained({model})
     prompt = [{{"role": "user", "content": "Why is the sky blue?"}}]
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -85,10 +85,9 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
-    read_head(directory, manifest)
-    target, steps = load_target(manifest.target), manifest.draft_steps
+    target, steps = load_target(manifest.target.source), manifest.head.draft_steps
     drafting = {"custom_generate": str(directory), "trust_remote_code": True, "mtp_head": str(directory)}
-    parts, plain_texts, seconds = [], [], {"plain": 0.0, "drafting": 0.0}
+    parts, same, seconds = [], [], {"plain": 0.0, "drafting": 0.0}
     for ids in prompts(target):
         texts = {}
         rounds: list[int] = []
@@ -96,25 +95,20 @@ def verify(directory: Path, manifest: Manifest) -> Verification:
             started = time.perf_counter()
             texts[name] = _answer(target, ids, arguments)
             seconds[name] += time.perf_counter() - started
-        plain_texts.append(texts["plain"])
+        same.append(texts["plain"] == texts["drafting"])
         parts.append((texts["drafting"], Acceptance.of(rounds, steps)))
-    identical = sum(plain == text for plain, (text, _) in zip(plain_texts, parts, strict=True))
-    exact = target.dtype == torch.float32
-    problems = []
-    if identical < (len(parts) if exact else len(parts) / 2):
-        problems.append(f"only {identical} of {len(parts)} answers are the same with and without the head")
-    return Verification(
-        f"transformers {importlib.metadata.version('transformers')}, {target.device.type}, {str(target.dtype)[6:]}",
-        Acceptance.total(part for _, part in parts).cumulative,
-        len(parts),
-        identical,
-        problems,
-        {f"{name} seconds": value for name, value in seconds.items()},
+    version = importlib.metadata.version("transformers")
+    return Verification.of(
+        f"transformers {version}, {target.device.type}, {str(target.dtype)[6:]}",
         parts,
+        same,
+        {f"{name} seconds": value for name, value in seconds.items()},
+        [],
+        exact=target.dtype == torch.float32,
     )
 
 
-def _answer(target: Any, ids: list[int], arguments: dict[str, Any]) -> str:
+def _answer(target: Target, ids: list[int], arguments: Mapping[str, Any]) -> str:
     inputs = torch.tensor([ids], device=target.device)
     sequence = target.model.generate(
         inputs,
@@ -125,4 +119,4 @@ def _answer(target: Any, ids: list[int], arguments: dict[str, Any]) -> str:
         pad_token_id=0,
         **arguments,
     )
-    return str(target.decode(sequence[0, len(ids) :].tolist()))
+    return target.decode(sequence[0, len(ids) :].tolist())

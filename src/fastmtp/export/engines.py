@@ -1,27 +1,25 @@
-"""What an engine's module must provide.
+"""The interface of a module in `registry.MODULES`, an engine that a head can be exported to.
 
-A module of `registry.MODULES` is an engine that a head can be exported to. job.py opens the target and the head;
-package.py writes README.md and export.json, keeps the head's own JSON files, and reads back what was written. So an
-engine knows nothing of the command line. It provides what `Engine` names:
+job.py opens the target and the head; package.py writes README.md and export.json, copies the head's JSON files, and
+reads the export back. The module provides:
 
-- `OPTIONS`: the names of the options that it takes; `Job.options` has those that were given.
-- `CONVENTION`: how its graph reads the head, as text for the README.
-- `DRAFTS_FROM`: the draft vocabulary with which our engine drafts as this one does: full (all tokens), union (of
-  all the head's lists), or another value of --draft-vocabulary.
-- `write`: write its files into an empty directory, or raise a ValueError that says what it could carry instead.
-  Read the target's tensors a piece at a time, through `Job.weights`.
+- `OPTIONS`: the names of its options; `Job.options` has the values that were given.
+- `CONVENTION`: how its graph uses the head, as text for the README.
+- `DRAFTS_FROM`: the draft vocabulary with which our engine drafts like this one: full (all tokens), union (of all
+  the head's lists), or another value of --draft-vocabulary.
+- `write`: write its files into an empty directory, or raise a ValueError that says what is supported. Tensors of
+  the target are read one at a time, from `Job.weights`.
 - `guide`: the README's commands, as Markdown; DIR is replaced by the export's directory.
 - `read_head`: the head's tensors from these files, under the names of `MTPHead`, in any dtype. They are cast to the
-  head's own dtypes, which is exact if the stored type holds their values.
-- `verify`: run the export in the engine, and report differences. If the engine is not installed, check the files
-  alone, and leave `Verification.replayed_by` None.
+  head's own dtypes, which is exact if the stored type represents their values.
+- `verify`: run the export in the engine and report differences.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -35,14 +33,14 @@ class Verification:
     """The results of replaying an export in its engine, on the prompts of measure.py.
 
     Attributes:
-        replayed_by: the engine and its version; None if it is not installed.
-        acceptance: by step k, the share of rounds that accepted the first k drafts; empty without a replay.
-        answers: how many answers were compared.
-        identical: how many of them were the same with and without the head.
+        replayed_by: the engine and its version; None without a replay, as where it is not installed.
+        acceptance: for k = 1..K, the share of rounds that accepted the first k drafts; empty without a replay.
+        answers: number of answers.
+        identical: number of answers that were the same with and without the head.
         problems: what is wrong, a line each.
-        facts: more to show, such as tokens a second.
-        parts: each answer's text and rounds, if the engine reports them by answer. Acceptance is then compared on
-            the answers whose text is the same as at export, since another text has another acceptance.
+        facts: speeds or times, by name with unit.
+        parts: each answer's text and acceptance. Acceptance is compared on answers with the same text as at export,
+            since it depends on the text.
     """
 
     replayed_by: str | None
@@ -50,21 +48,41 @@ class Verification:
     answers: int = 0
     identical: int = 0
     problems: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
     parts: list[tuple[str, Acceptance]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        engine: str,
+        parts: list[tuple[str, Acceptance]],
+        same: list[bool],
+        facts: dict[str, float],
+        problems: list[str],
+        *,
+        exact: bool,
+    ) -> Verification:
+        """From a replay.
+
+        Args:
+            same: for each answer, whether it was the same with and without the head.
+            exact: all answers must be the same; otherwise half of them, since the engine's arithmetic depends on
+                the number of tokens that are verified together.
+        """
+        identical, count = sum(same), len(same)
+        if identical < (count if exact else count / 2):
+            differ = f"only {identical} of {count} answers are the same with and without the head"
+            problems = [*problems, differ]
+        acceptance = Acceptance.total(part for _, part in parts).cumulative
+        return cls(engine, acceptance, count, identical, problems, facts, parts)
 
 
 class Engine(Protocol):
     """A module of `registry.MODULES`."""
 
-    @property
-    def OPTIONS(self) -> tuple[str, ...]: ...  # noqa: N802
-
-    @property
-    def CONVENTION(self) -> str: ...  # noqa: N802
-
-    @property
-    def DRAFTS_FROM(self) -> str: ...  # noqa: N802
+    OPTIONS: tuple[str, ...]
+    CONVENTION: str
+    DRAFTS_FROM: str
 
     def write(self, job: Job, directory: Path) -> None: ...
 

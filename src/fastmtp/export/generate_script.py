@@ -1,8 +1,8 @@
 """Speculative decoding with an MTP head, for transformers' `generate(custom_generate=DIR, trust_remote_code=True)`.
 
-The head drafts K tokens, the model verifies them in one forward, and what the model would not have said is
-replaced (FastMTP, arXiv 2509.18362; Leviathan et al., arXiv 2211.17192). Greedy answers are those of `generate`,
-sampled ones have its distribution. One sequence at a time. Needs torch, transformers and safetensors only.
+The head drafts K tokens, the model verifies them in one forward, and the first rejected token is replaced (FastMTP,
+arXiv 2509.18362; Leviathan et al., arXiv 2211.17192). Greedy answers are those of `generate`, sampled ones have its
+distribution. One sequence at a time. Needs only torch, transformers and safetensors.
 
 Shapes: T tokens, H hidden, D draft vocabulary, V vocabulary.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-# Where the export was written; `mtp_head=` gives another place.
+# The export's directory; `mtp_head=` gives another one.
 DIRECTORY = ""
 FILE = "mtp.safetensors"
 _loaded: Any = weakref.WeakKeyDictionary()
@@ -36,12 +36,12 @@ def generate(
     streamer: Any = None,
     **arguments: Any,
 ) -> Any:
-    """`model.generate`, with drafts of the head.
+    """`model.generate` with the head's drafts.
 
     Args:
         mtp_head: the export's directory, if it was moved.
-        mtp_steps: K, tokens drafted in each round; by default what the head was trained for.
-        mtp_rounds: a list to which the number of kept drafts of each round is appended.
+        mtp_steps: K, the number of tokens drafted in each round; by default the K that the head was trained for.
+        mtp_rounds: a list to which the number of accepted drafts of each round is appended.
     """
     path = os.path.abspath(os.path.join(mtp_head or DIRECTORY, FILE))
     if _loaded.get(model, ("", None))[0] != path:
@@ -79,7 +79,7 @@ def generate(
             else input_ids
         )
 
-    # transformers prepares processors, criteria and lengths, and calls back.
+    # transformers prepares processors, criteria and lengths, and then calls `decode`.
     return GenerationMixin.generate(model, custom_generate=decode, streamer=streamer, **arguments)
 
 
@@ -107,7 +107,7 @@ class Head(nn.Module):
         base = model.base_model
         self.token_norm, self.hidden_norm, self.final_norm = (copy.deepcopy(base.norm) for _ in range(3))
         self.input_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        # A layer of the model's own kind that attends to everything: masks come from `forward`.
+        # A layer of the model's own kind; `forward` gives it a mask without a window.
         self.layer = copy.deepcopy(base.layers[-1])
         attention = self.layer.self_attn
         attention.layer_idx, attention.config = 0, copy.deepcopy(config)
@@ -141,7 +141,7 @@ class Head(nn.Module):
 
 
 class Decoding:
-    """One sequence: the model's cache, the head's cache, and the states that the head has not seen yet."""
+    """The caches of the model and of the head for one sequence."""
 
     def __init__(self, model: Any, head: Head, processors: Any, sampling: bool) -> None:
         self.model, self.head, self.processors, self.sampling = model, head, processors, sampling
@@ -150,7 +150,7 @@ class Decoding:
         self.drafted = 0
 
     def rounds(self, ids_1T: Tensor, steps: int) -> Any:
-        """The tokens that each forward of the model settles, without end: kept drafts, and one of its own."""
+        """The tokens of each round, endlessly: the accepted drafts, and one token of the model."""
         states_1TH = self._forward(ids_1T)
         token = self._pick(self._distribution(ids_1T, self._logits(states_1TH[:, -1])))
         yield token
@@ -170,7 +170,7 @@ class Decoding:
                     break
                 draft = drafts[kept]
                 if not self._accepts(p, q[kept], draft):
-                    # What q proposed too often is taken off; greedy, nothing is.
+                    # From the residual distribution (p - q)+, which is p for greedy decoding.
                     rest = (p - q[kept]).clamp(min=0)
                     token = self._pick(rest if rest.any() else p)
                     break
@@ -180,9 +180,9 @@ class Decoding:
             yield torch.cat([*drafts[:kept], token])
 
     def _draft(self, context_1T: Tensor, waiting_1TH: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Tokens to follow the context, and the distribution that each was drawn from.
+        """Drafts after the context, and the distribution that each was drawn from.
 
-        The head's cache holds step-1 states of the context only: it catches up with it, and forgets its own chain.
+        The head first runs on the states of the last round. Between rounds its cache holds step-1 keys only.
         """
         rotary, embed = self.model.base_model.rotary_emb, self.model.get_input_embeddings()
         after_1T = context_1T[:, -waiting_1TH.shape[1] :]
@@ -192,7 +192,7 @@ class Decoding:
             q = self._distribution(
                 context_1T, self.head.scores(state_1H, self.model.config.get_text_config().vocab_size)
             )
-            if not q.isfinite().all():  # a processor leaves nothing of the draft vocabulary
+            if not q.isfinite().all():  # a processor excluded the whole draft vocabulary
                 break
             token = self._pick(q)
             drafts.append(token)
@@ -214,7 +214,7 @@ class Decoding:
         return logits.float()
 
     def _distribution(self, context_1T: Tensor, logits_1V: Tensor) -> Tensor:
-        """What is drawn from after a context, [1, V]: one-hot if greedy."""
+        """The distribution of the token after a context, [1, V]; one-hot for greedy decoding."""
         scores_1V: Tensor = self.processors(context_1T, logits_1V.clone())
         if self.sampling or not scores_1V.max().isfinite():
             return scores_1V.softmax(dim=-1)

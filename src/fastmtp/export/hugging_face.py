@@ -1,4 +1,4 @@
-"""A target that is a GGUF file as a Hugging Face directory, for engines that serve nothing else."""
+"""A GGUF target written as a Hugging Face directory, for engines that need one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fastmtp.export.job import Job
 from fastmtp.files import write_json
+from fastmtp.models.safetensors_file import INDEX
 from fastmtp.models.weights import whole
 
 TARGET = "target"
@@ -20,7 +21,7 @@ _SHARD_BYTES = 4 << 30
 
 
 def check(job: Job) -> None:
-    """Raises ValueError if the target cannot be written as it was asked for."""
+    """Raises ValueError if the target cannot be written with these options."""
     kind = job.options.get("type")
     if job.source.gguf is None:
         if kind is not None:
@@ -28,7 +29,7 @@ def check(job: Job) -> None:
         return
     if kind not in (None, *TYPES):
         raise ValueError(f"--type is {kind}; a Hugging Face directory can be {', '.join(TYPES)}")
-    if getattr(job.weights, "rope_factors", None) is not None:
+    if job.weights.rope_factors is not None:
         raise ValueError(
             f"{job.target.source}: has rope factors, which are not written here; give the model's Hugging Face "
             "directory as --target"
@@ -36,12 +37,12 @@ def check(job: Job) -> None:
 
 
 def served(job: Job) -> str:
-    """What an engine serves, for an export's README."""
-    return job.source.place if job.source.gguf is None else f"DIR/{TARGET}"
+    """The model that an engine serves, for the README."""
+    return job.source.location if job.source.gguf is None else f"DIR/{TARGET}"
 
 
 def write_target(job: Job, export: Path) -> None:
-    """Write a GGUF target's configuration, tokenizer and weights into an export, so many gigabytes at a time.
+    """Write a GGUF target's configuration, tokenizer and weights into an export, one shard at a time.
 
     Raises:
         ValueError: the disk has too little room.
@@ -58,17 +59,17 @@ def write_target(job: Job, export: Path) -> None:
     values = {**job.config.to_diff_dict(), "architectures": [job.target.architecture]}
     values |= {"dtype": str(dtype).removeprefix("torch."), "eos_token_id": sorted(job.target.end_ids)}
     write_json(directory / "config.json", values)
-    places: dict[str, str] = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(_shards(job, dtype.itemsize), 1):
         file = f"model-{number:05}.safetensors"
         tensors = {name: torch.from_numpy(whole(job.weights, name)).to(dtype) for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+        files |= dict.fromkeys(names, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
 
 
 def _shards(job: Job, item_bytes: int) -> Iterator[list[str]]:
-    """The names of the tensors of each file."""
+    """The names of each file's tensors."""
     shard: list[str] = []
     size = 0
     for name, shape in job.weights.shapes().items():

@@ -1,4 +1,4 @@
-"""What is exported: a target, a head that was checked against it, and the engine's options."""
+"""The input of an export: a target, a head that fits it, and the engine's options."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target
-from fastmtp.heads.format import read_description, read_tensors_as_stored
+from fastmtp.heads.format import read_head
 from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
 from fastmtp.models.source import Source, locate, reading
@@ -24,12 +25,12 @@ class Job:
     """A head to export.
 
     Attributes:
-        target: configuration, tokenizer and shapes, without memory for weights.
-        tensors: the head's, under the names of `MTPHead`, as they are on disk.
+        target: on the meta device, without memory for weights.
+        tensors: the head's, under the names of `MTPHead`, in the types on disk.
         vocabulary: the head's draft vocabularies.
         draft_steps: K that the head was trained for.
-        out: where the export will be.
-        options: those of the engine's `OPTIONS` that were given.
+        out: the export's directory.
+        options: given values of the engine's `OPTIONS`.
     """
 
     target: Target
@@ -39,7 +40,7 @@ class Job:
     vocabulary: VocabularyLists
     draft_steps: int
     out: Path
-    options: Mapping[str, Any]
+    options: Mapping[str, str | bool]
 
     @property
     def config(self) -> Any:
@@ -47,27 +48,27 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """The architecture, as transformers calls it."""
+        """The architecture's `model_type` in transformers."""
         return str(self.config.model_type)
 
     @cached_property
     def weights(self) -> Weights:
-        """The target's tensors, to be read a piece at a time."""
+        """The target's tensors, which are read on demand."""
         with reading(self.source):
             return self.source.open_weights()
 
 
-def open_job(name: str, head: Path, out: Path, options: Mapping[str, Any]) -> Job:
+def open_job(name: str, head: Path, out: Path, options: Mapping[str, str | bool]) -> Job:
     """Open a target and a head for export.
 
     Raises:
         FileNotFoundError: the target, the head, or one of their files is missing.
-        ValueError: the head is not one for this target; every mismatch is named.
+        ValueError: the head does not fit the target.
     """
     source = locate(name)
     with reading(source):
         config = source.read_any_config().get_text_config()
         target = Target(skeleton(config), source.read_tokenizer(), name, source.end_ids())
-    vocabulary, steps = read_description(head, target)
-    tensors = read_tensors_as_stored(head, target, shapes(target.model))
-    return Job(target, source, head, tensors, vocabulary, steps, out, options)
+    stored = read_head(head, target, shapes(target.model))
+    tensors = load_file(head / "model.safetensors")
+    return Job(target, source, head, tensors, stored.lists, stored.draft_steps, out, options)

@@ -1,4 +1,4 @@
-"""A short measurement of a head in our engine, for the README of an export."""
+"""A short measurement of a head's acceptance in our engine, for the README of an export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fastmtp.decode.generation import Generation
 from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.job import Job
-from fastmtp.export.manifest import Measured
+from fastmtp.export.manifest import Measured, MeasuredAnswer
+from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.config import ONLY_TORCH, SUPPORTED
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
@@ -27,7 +28,7 @@ def prompts(target: TargetInfo) -> list[list[int]]:
 
 
 def measure_job(job: Job, drafts_from: str, progress: Progress = QUIET) -> Measured | None:
-    """Acceptance in our engine, with bfloat16 weights where it has them; None for targets that it does not run.
+    """Acceptance in our engine, in bfloat16 if the native engine runs the target; None if no engine runs it.
 
     Args:
         drafts_from: `DRAFTS_FROM` of the engine that the job is for.
@@ -44,14 +45,14 @@ def measure_job(job: Job, drafts_from: str, progress: Progress = QUIET) -> Measu
 
 
 def _union(lists: VocabularyLists, vocabulary_size: int) -> DraftLists | None:
-    """All lists together as one that does not grow."""
+    """All lists as one, without own tokens."""
     return DraftLists(VocabularyLists.of(lists.union()), vocabulary_size, 0) if lists.lists else None
 
 
 def measure(drafting: Drafting, draft_vocabulary: str) -> Measured:
     """Greedy acceptance of chains on the built-in prompts."""
     engine, sequence = drafting.engine, drafting.new_sequence()
-    parts = []
+    answers = []
     for ids in prompts(engine.target):
         sequence.reset()
         result = Generation(
@@ -62,5 +63,6 @@ def measure(drafting: Drafting, draft_vocabulary: str) -> Measured:
             sampling=SamplingConfig(),
             max_new_tokens=NEW_TOKENS,
         ).run()
-        parts.append((result.text, result.acceptance))
-    return Measured(engine.name, draft_vocabulary, NEW_TOKENS, parts)
+        answers.append(MeasuredAnswer(result.text, result.acceptance.rounds, list(result.acceptance.kept)))
+    total = Acceptance.total(answer.acceptance for answer in answers)
+    return Measured(engine.name, draft_vocabulary, NEW_TOKENS, total.cumulative, total.tau, answers)

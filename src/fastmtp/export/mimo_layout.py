@@ -1,15 +1,14 @@
-"""A head as a model directory of architecture MiMo: vLLM and SGLang put its MTP layer on other targets too.
+"""A head as a model directory of architecture MiMo, whose MTP layer vLLM and SGLang run on other targets too.
 
     e = embedding of token t + 1, zero at t = 0;  s = the target's state at t after its final norm
     s' = final_layernorm(block(input_proj([hidden_layernorm(s), token_layernorm(e)])))
 
-and s' takes the place of s at the next step. The block is Qwen2's, whose q, k and v have biases: those that a head
-lacks are written as zeros. Read from vLLM 0.32's and SGLang 0.5.23's mimo_mtp.py.
+and s' replaces s at the next step. The block is Qwen2's, whose q, k and v have biases: missing ones are written as
+zeros. Follows mimo_mtp.py of vLLM 0.32 and of SGLang 0.5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastmtp.export.job import Job
-from fastmtp.heads.layouts import MIMO, State, from_head, keys_of, places, to_head
+from fastmtp.export.manifest import Manifest
+from fastmtp.heads.layouts import MIMO, State, all_keys, from_head, key_map, to_head
+from fastmtp.method.head import shapes_of
 from fastmtp.models.config import FULL
 from fastmtp.models.info import head_size, raise_problems
 
@@ -30,7 +31,7 @@ _WITH_BIAS = ("layer.self_attn.q_proj", "layer.self_attn.k_proj", "layer.self_at
 
 
 def problems(job: Job) -> list[str]:
-    """Why the engines' own MiMo block cannot run this head; none if it can."""
+    """The reasons why the engines' MiMo block cannot run this head; empty if it can."""
     config = job.config
     if job.kind not in _KINDS:
         return [f"{job.kind}: a MiMo block is like {', '.join(_KINDS)}"]
@@ -47,19 +48,19 @@ def problems(job: Job) -> list[str]:
 
 
 def tensors(job: Job) -> State:
-    """The head under MiMo's keys; with every bias that a MiMo block has, if it is one."""
+    """The head under MiMo's keys, with all biases of a MiMo block if it can be one."""
     ours = {name: tensor.contiguous() for name, tensor in job.tensors.items()}
     if not problems(job):
         for module in _WITH_BIAS:
             weight = ours[f"{module}.weight"]
             ours.setdefault(f"{module}.bias", torch.zeros(weight.shape[0], dtype=weight.dtype))
-    return from_head(MIMO, places(MIMO, shapes(ours), ()), ours)
+    return from_head(MIMO, key_map(MIMO, shapes_of(ours), ()), ours)
 
 
 def config(job: Job) -> dict[str, Any]:
-    """config.json: the target's shapes, and a name that makes the engines take the directory for an MTP head."""
+    """config.json: the target's configuration, and keys by which the engines recognise an MTP head."""
     values: dict[str, Any] = job.config.to_diff_dict()
-    # The head attends to everything, whatever the target's layers do.
+    # The head attends to the full context, even if the target's layers have windows.
     if hasattr(job.config, "sliding_window"):
         values |= {"use_sliding_window": False, "sliding_window": None}
     if values.get("layer_types"):
@@ -68,11 +69,11 @@ def config(job: Job) -> dict[str, Any]:
     return {**values, "architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1, "dtype": dtype}
 
 
-def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of a head, by our names.
+def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The head of an export, under our names.
 
     Raises:
-        FileNotFoundError, ValueError: the file, or one of the tensors, is not there or damaged.
+        FileNotFoundError, ValueError: the file or a tensor is missing or damaged.
     """
     path = directory / FILE
     if not path.is_file():
@@ -81,19 +82,15 @@ def read(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
         stored = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or incomplete: {error}") from error
-    found = places(MIMO, dict.fromkeys(names, (0,)), ())
+    keys = key_map(MIMO, dict.fromkeys(manifest.head.dtypes, (0,)), ())
     raise_problems(
-        f"{path}: is not whole:", [f"missing tensor {key}" for key in keys_of(found.values()) if key not in stored]
+        f"{path}: is not whole:", [f"missing tensor {key}" for key in all_keys(keys) if key not in stored]
     )
-    return to_head(MIMO, found, stored)
-
-
-def shapes(named: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in named.items()}
+    return to_head(MIMO, keys, stored)
 
 
 def declared_kind(job: Job) -> str:
-    """What the target's own configuration calls it; `Job.kind` is what it runs as."""
+    """The `model_type` in the target's own configuration; `Job.kind` is that of the model it runs as."""
     if job.source.gguf is not None:
         return job.kind
-    return str(PreTrainedConfig.get_config_dict(job.source.place)[0].get("model_type"))
+    return str(PreTrainedConfig.get_config_dict(job.source.location)[0].get("model_type"))

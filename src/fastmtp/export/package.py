@@ -1,12 +1,11 @@
-"""An export's directory: the engine's files, README.md, export.json, and the head's own JSON files in `head/`."""
+"""An export's directory: the engine's files, README.md, export.json, and the head's JSON files in `head/`."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,21 +14,29 @@ from torch import Tensor
 from fastmtp.decode.drafting import estimates
 from fastmtp.export.engines import Engine
 from fastmtp.export.job import Job, open_job
-from fastmtp.export.manifest import MANIFEST, Manifest, Measured, read_manifest
+from fastmtp.export.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    ExportedHead,
+    ExportedTarget,
+    Manifest,
+    Measured,
+    read_manifest,
+)
 from fastmtp.export.measure import measure_job
 from fastmtp.export.registry import engine_named
-from fastmtp.files import file_sha256, replacing
+from fastmtp.files import file_sha256, replacing, write_json
 from fastmtp.heads import format as head_format
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 
-# Files of a head directory besides its tensors; `import` gives them back.
+# Files of a head directory besides its tensors, which `import` copies back.
 _KEPT = ("config.json", "vocabulary.json", estimates.FILE, "provenance.json")
 
 
 def check_free(out: Path, *, force: bool) -> None:
-    """Raises ValueError if an export must not be written there."""
+    """Raises ValueError if `out` exists, unless `force` is set and it is an export or empty."""
     if not out.exists():
         return
     if not force:
@@ -44,22 +51,23 @@ def export_head(
     out: Path,
     *,
     head: Path | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, str | bool] | None = None,
     measured: bool = True,
     force: bool = False,
     progress: Progress = QUIET,
 ) -> Manifest:
-    """Write a head, and what else an engine needs, to the directory `out`.
+    """Write a head in an engine's format to the directory `out`.
 
     Args:
         engine_name: one of `registry.MODULES`.
         head: a head directory; None is the one that ships with the target.
-        options: those of the engine's `OPTIONS` that are asked for.
+        options: values of the engine's `OPTIONS`.
         measured: measure acceptance first, for README.md.
-        force: replace an export that is there.
+        force: replace an existing export.
     Raises:
         FileNotFoundError: the target, the head, or one of their files is missing.
-        ValueError: they do not fit together or into the engine, an option is not the engine's, or `out` exists.
+        ValueError: head and target do not fit together, the engine cannot run them, an option is not the engine's,
+            or `out` exists.
     """
     check_free(out, force=force)
     engine = engine_named(engine_name)
@@ -75,10 +83,10 @@ def export_head(
 
 
 def write_export(name: str, job: Job, measured: Measured | None, *, force: bool) -> Manifest:
-    """Write an export whole, or nothing.
+    """Write an export; after an error nothing is left.
 
     Raises:
-        ValueError: the engine cannot carry this target or head, or `out` exists.
+        ValueError: the engine cannot run this target or head, or `out` exists.
     """
     out = job.out
     check_free(out, force=force)
@@ -87,56 +95,47 @@ def write_export(name: str, job: Job, measured: Measured | None, *, force: bool)
         temporary.mkdir()
         engine.write(job, temporary)
         (temporary / "head").mkdir()
-        for kept in _KEPT:
-            if (job.head / kept).is_file():
-                shutil.copyfile(job.head / kept, temporary / "head" / kept)
+        _copy(job.head, temporary / "head")
         manifest = _manifest(name, job, measured)
         again = _cast(engine.read_head(temporary, manifest), manifest)
-        manifest = replace(manifest, exact=_same(again, job.tensors))
-        manifest.write(temporary)
+        exact = all(torch.equal(again[name], tensor) for name, tensor in job.tensors.items())
+        manifest = replace(manifest, exact=exact)
+        write_json(temporary / MANIFEST, manifest.to_json())
         (temporary / "README.md").write_text(_readme(engine, job, manifest).replace("DIR", str(out)))
     return manifest
 
 
 def import_export(directory: Path, out: Path) -> Manifest:
-    """Write the head of an export as a head directory; the manifest's `exact` says whether it is bit for bit."""
+    """Write the head of an export as a head directory, bit for bit if the manifest's `exact` is true."""
     head_format.check_free(out)
     manifest = read_manifest(directory)
     tensors = _cast(engine_named(manifest.engine).read_head(directory, manifest), manifest)
     with replacing(out) as temporary:
         temporary.mkdir()
-        for name in _KEPT:
-            if (directory / "head" / name).is_file():
-                shutil.copyfile(directory / "head" / name, temporary / name)
+        _copy(directory / "head", temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
     return manifest
 
 
+def _copy(source: Path, directory: Path) -> None:
+    for name in _KEPT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
 def _manifest(engine_name: str, job: Job, measured: Measured | None) -> Manifest:
-    return Manifest(
-        engine=engine_name,
-        options=dict(job.options),
-        target=job.target.source,
-        identity=job.target.identity,
-        head=str(job.head),
-        head_sha256=file_sha256(job.head / "model.safetensors"),
-        draft_steps=job.draft_steps,
-        dtypes={name: str(tensor.dtype)[6:] for name, tensor in job.tensors.items()},
-        measured=measured,
-        provenance=provenance(),
-    )
+    target = ExportedTarget(job.target.source, **asdict(job.target.identity))
+    dtypes = {name: str(tensor.dtype)[6:] for name, tensor in job.tensors.items()}
+    head = ExportedHead(str(job.head), file_sha256(job.head / "model.safetensors"), job.draft_steps, dtypes)
+    return Manifest(FORMAT_VERSION, engine_name, dict(job.options), target, head, measured, provenance())
 
 
 def _cast(tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-    dtypes = manifest.dtypes
+    dtypes = manifest.head.dtypes
     if set(tensors) != set(dtypes):
         differing = ", ".join(sorted(set(tensors) ^ set(dtypes)))
         raise ValueError(f"the export's head has other tensors than the head that was exported: {differing}")
     return {name: tensors[name].to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
-
-
-def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(first[name], tensor) for name, tensor in second.items())
 
 
 def _readme(engine: Engine, job: Job, manifest: Manifest) -> str:
@@ -166,10 +165,9 @@ where its engine is installed, and compares acceptance and text.
 def _acceptance(measured: Measured | None) -> str:
     if measured is None:
         return "Not measured at export."
-    acceptance = measured.acceptance
-    steps = "".join(f"| {step} | {100 * share:.1f} % |\n" for step, share in enumerate(acceptance.cumulative, 1))
+    steps = "".join(f"| {step} | {100 * share:.1f} % |\n" for step, share in enumerate(measured.acceptance, 1))
     return (
-        f"Share of rounds that kept the first k drafts, greedy, {len(measured.parts)} answers of up to "
+        f"Share of rounds that kept the first k drafts, greedy, {len(measured.answers)} answers of up to "
         f"{measured.new_tokens} tokens\nto the built-in prompts, by {measured.engine}, draft vocabulary "
-        f"{measured.draft_vocabulary}; tau {acceptance.tau:.2f}.\n\n| k | kept |\n|---|---|\n{steps}"
+        f"{measured.draft_vocabulary}; tau {measured.tau:.2f}.\n\n| k | kept |\n|---|---|\n{steps}"
     ).rstrip()

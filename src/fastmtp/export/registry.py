@@ -1,4 +1,4 @@
-"""The engines that a head can be exported to, by the name that --to takes; engines.py says what each provides."""
+"""The modules of the engines that a head can be exported to, by the value of --to; their interface: engines.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODULES = {
     "transformers": "fastmtp.export.custom_generate",
     "checkpoint": "fastmtp.export.checkpoint",
 }
-# Of the weights in a GGUF file, the default first; here, where the command can name them without heavy imports.
+# Types of the weights in a GGUF file, the default first; here because the command line needs them without torch.
 GGUF_TYPES = ("BF16", "F16", "F32", "Q8_0", "Q4_0")
 
 

@@ -1,4 +1,4 @@
-"""Whether an export drafts in its engine as the head does in ours."""
+"""Comparison of an export in its engine with the head in ours."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastmtp.export.manifest import Manifest, Measured, read_manifest
 from fastmtp.export.registry import engine_named
 from fastmtp.method.acceptance import Acceptance
 
-# On equal texts, arithmetic decides some near-ties differently, and engines end the last round differently. On
-# different texts, chance moves acceptance by some points. A wrong convention costs tens of points.
+# Tolerances. On equal texts acceptance differs by near-ties and by how engines end the last round, on others by
+# some points of chance. A wrong convention costs tens of points.
 SAME_TEXT, OTHER_TEXT = 0.02, 0.10
 _ROUNDS_THAT_MAY_DIFFER = 2
 
@@ -20,14 +20,16 @@ def verify(directory: Path) -> Verification:
     """Read an export's head back and replay it in its engine.
 
     Raises:
-        FileNotFoundError, ValueError: not an export, or its files are damaged.
+        FileNotFoundError, ValueError: the directory is not an export, or its files are damaged.
     """
     manifest = read_manifest(directory)
-    return compared(manifest, engine_named(manifest.engine).verify(directory, manifest))
+    engine = engine_named(manifest.engine)
+    engine.read_head(directory, manifest)
+    return compared(manifest, engine.verify(directory, manifest))
 
 
 def compared(manifest: Manifest, found: Verification) -> Verification:
-    """The same with a problem for each step whose acceptance differs between the replay and the export."""
+    """`found` with a problem added for each step whose acceptance differs between the replay and the export."""
     if not found.acceptance or manifest.measured is None:
         return found
     before, now, tolerance = _comparable(manifest.measured, found)
@@ -40,13 +42,13 @@ def compared(manifest: Manifest, found: Verification) -> Verification:
 
 
 def _comparable(measured: Measured, found: Verification) -> tuple[list[float], list[float], float]:
-    """Acceptance at export and now, on equal texts if there are any, and how far apart they may be."""
+    """Acceptance at export and now, on equal texts if there are any, and the tolerance."""
     pairs = [
-        (there, here)
-        for (before, there), (text, here) in zip(measured.parts, found.parts, strict=False)
-        if before == text
+        (answer.acceptance, now)
+        for answer, (text, now) in zip(measured.answers, found.parts, strict=False)
+        if answer.text == text
     ]
     if not pairs:
-        return measured.acceptance.cumulative, found.acceptance, OTHER_TEXT
+        return measured.acceptance, found.acceptance, OTHER_TEXT
     before, now = (Acceptance.total(parts) for parts in zip(*pairs, strict=True))
     return before.cumulative, now.cumulative, SAME_TEXT + _ROUNDS_THAT_MAY_DIFFER / max(1, before.rounds)

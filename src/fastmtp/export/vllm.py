@@ -1,19 +1,18 @@
-"""Export to vLLM: one directory for our draft model (vllm_draft.py) and, where it can, for vLLM's own MiMo one."""
+"""Export to vLLM: a directory for our draft model (vllm_draft.py), and for vLLM's MiMo model if that can run it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastmtp.export import hugging_face, mimo_layout
 from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
+from fastmtp.export.mimo_layout import read_head as read_head
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
 from fastmtp.method.acceptance import Acceptance
@@ -30,7 +29,7 @@ CONVENTION = (
 )
 DRAFTS_FROM = "union"
 
-# In the path of a draft model vLLM takes these for another method, whatever `method` says.
+# If the path of a draft model contains one of these, vLLM uses another method, whatever `method` says.
 _OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
@@ -59,26 +58,21 @@ Where fastmtp is installed beside vLLM, vLLM finds the plugin by itself:
 The path must not contain {", ".join(_OTHER_METHODS)}: vLLM would take the head for one of those methods."""
 
 
-def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
-    return mimo_layout.read(directory, manifest.dtypes)
-
-
 def verify(directory: Path, manifest: Manifest) -> Verification:
-    read_head(directory, manifest)
     return Verification(None) if vllm.version() is None else replayed(directory, manifest)
 
 
 def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) -> Verification:
-    """A replay by our plugin, or by vLLM's own MiMo model.
+    """Replay by our plugin, or by vLLM's own MiMo model.
 
     Raises:
         ValueError: vLLM failed.
     """
-    steps = manifest.draft_steps
+    source, steps = manifest.target.source, manifest.head.draft_steps
     own = directory / hugging_face.TARGET
-    model = str(own if own.is_dir() else manifest.target)
-    target = describe(manifest.target)
-    # Without names that it may load, vLLM loads every plugin there is.
+    model = str(own if own.is_dir() else source)
+    target = describe(source)
+    # Without this variable vLLM loads every plugin.
     surroundings = {"VLLM_PLUGINS": "" if own_model else "fastmtp", CHOICE: ALL}
     request = (model, prompts(target), sorted(target.end_ids), NEW_TOKENS)
     plain = vllm.replay(*request, name=model, environment=surroundings | {"VLLM_PLUGINS": "fastmtp"})
@@ -89,27 +83,15 @@ def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) ->
         overrides={"num_nextn_predict_layers": 1} if own_model else {},
         environment=surroundings,
     )
-    texts, dtype = [target.decode(answer.tokens) for answer in drafted], drafted[0].dtype
-    kept = [Acceptance(answer.rounds, tuple(answer.accepted)) for answer in drafted]
-    identical = sum(a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True))
-    problems = []
-    if identical < (len(texts) if dtype == "float32" else len(texts) / 2):
-        problems.append(f"only {identical} of {len(texts)} answers are the same with and without the head")
-    if not any(sum(part.kept) for part in kept):
-        problems.append("vLLM kept no draft")
-    return Verification(
+    dtype = drafted[0].dtype
+    return Verification.of(
         f"vLLM {vllm.version()}, {dtype}",
-        Acceptance.total(kept).cumulative,
-        len(texts),
-        identical,
-        problems,
-        {"plain seconds": _seconds(plain), "drafting seconds": _seconds(drafted)},
-        list(zip(texts, kept, strict=True)),
+        [(target.decode(one.tokens), Acceptance(one.rounds, tuple(one.accepted))) for one in drafted],
+        [a.tokens == b.tokens for a, b in zip(plain, drafted, strict=True)],
+        {"plain seconds": sum(a.seconds for a in plain), "drafting seconds": sum(a.seconds for a in drafted)},
+        [] if any(sum(one.accepted) for one in drafted) else ["vLLM kept no draft"],
+        exact=dtype == "float32",
     )
-
-
-def _seconds(answers: Sequence[vllm.Answer]) -> float:
-    return sum(answer.seconds for answer in answers)
 
 
 def _check(job: Job) -> None:

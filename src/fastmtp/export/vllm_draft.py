@@ -1,7 +1,7 @@
 """The draft model of exports in vLLM: fastmtp's head around vLLM's own layer of the target's architecture.
 
-The interface is that of vLLM 0.32's mimo_mtp.py. What that one has not: q and k norms and heads of any size, the
-embedding at position 0, an unquantised head on a quantised target, and a part of the vocabulary.
+The interface is that of vLLM 0.32's mimo_mtp.py. Unlike that one it supports q and k norms, any head size, the
+embedding at position 0, an unquantised head on a quantised target, and a draft vocabulary.
 
 Shapes: N positions, H hidden, V vocabulary, D draft vocabulary.
 """
@@ -31,7 +31,7 @@ from fastmtp.models.config import FULL
 
 _LAYERS = {"qwen2": Qwen2DecoderLayer, "qwen3": Qwen3DecoderLayer, "gemma3_text": Gemma3DecoderLayer}
 _GEMMA = "gemma3_text"
-# vLLM keeps these matrices of a layer in one, as shards of it.
+# Matrices that vLLM stores as shards of one matrix.
 _STACKED: dict[str, tuple[str, str | int]] = {
     ".q_proj.": (".qkv_proj.", "q"),
     ".k_proj.": (".qkv_proj.", "k"),
@@ -42,7 +42,7 @@ _STACKED: dict[str, tuple[str, str | int]] = {
 
 
 class Head(nn.Module):
-    """models/head.py; vLLM adds the target's `embed_tokens`."""
+    """As `MTPHead`; vLLM adds the target's `embed_tokens`."""
 
     embed_tokens: nn.Module
 
@@ -54,7 +54,7 @@ class Head(nn.Module):
         self.input_proj = nn.Linear(2 * size, size, bias=False)
         self.layer = _layer(config, vllm_config, prefix)
         self.final_norm = norm(size, eps=eps)
-        # As in vLLM's Gemma3Model, rounded to the model's type.
+        # Rounded to the model's type, as in vLLM's Gemma3Model.
         scale = size**0.5 if config.model_type == _GEMMA else 1.0
         self.register_buffer("embedding_scale", torch.tensor(scale), persistent=False)
 
@@ -72,12 +72,12 @@ class Head(nn.Module):
 
 
 class DraftModel(nn.Module):
-    """What vLLM runs as `MiMoMTPModel`; vLLM adds the target's `lm_head`."""
+    """Runs in vLLM as `MiMoMTPModel`; vLLM adds the target's `lm_head`."""
 
     lm_head: Any
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
-        # This class stands in for MiMo's own too, which is none of ours.
+        # Heads of MiMo itself come here too.
         if not hasattr(vllm_config.speculative_config.draft_model_config.hf_config, MARK):
             return MiMoMTP(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
@@ -109,14 +109,14 @@ class DraftModel(nn.Module):
         return states
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor:
-        """Logits [N, V]; minus infinity outside the draft vocabulary."""
+        """Logits [N, V], minus infinity outside the draft vocabulary."""
         if self.ids_D is None:
             logits: Tensor = self.logits_processor(self.lm_head, hidden_states)
             return logits
         return scattered(hidden_states @ self._rows(self.ids_D).T, self.ids_D, int(self.config.vocab_size))
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        """The likeliest tokens [N], for `use_local_argmax_reduction`: no row of V is made."""
+        """The likeliest tokens [N], for `use_local_argmax_reduction`, without logits of the full vocabulary."""
         if self.ids_D is None:
             tokens: Tensor = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
             return tokens
@@ -130,9 +130,9 @@ class DraftModel(nn.Module):
             if key.startswith(LISTS):
                 lists[key.removeprefix(LISTS)] = tensor
                 continue
-            name, *shard = _place(key)
+            name, *shard = _parameter(key)
             if name not in parameters and name.endswith(".bias"):
-                continue  # zeros, for vLLM's own MiMo block
+                continue  # zeros, which only vLLM's MiMo block needs
             parameter = parameters[name]
             getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor, *shard)
             loaded.add(name)
@@ -141,7 +141,7 @@ class DraftModel(nn.Module):
         return loaded
 
     def _rows(self, ids_D: Tensor) -> Tensor:
-        """The target's rows [D, H] of the draft vocabulary, gathered from all processes at first use."""
+        """The target's LM head rows [D, H] of the draft vocabulary, gathered from all processes at first use."""
         if self._rows_DH is None:
             weight = getattr(self.lm_head, "weight", None)
             if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -154,21 +154,21 @@ class DraftModel(nn.Module):
 
 
 def _layer(config: Any, vllm_config: Any, prefix: str) -> Any:
-    """vLLM's layer of the target's architecture, unquantised, that attends to everything."""
+    """vLLM's layer of the target's architecture, unquantised and without a window."""
     last = int(config.num_hidden_layers)
     config, vllm_config = copy.deepcopy(config), copy.copy(vllm_config)
     config.layer_types = [FULL] * (last + 1)
     vllm_config.cache_config = copy.copy(vllm_config.cache_config)
     vllm_config.cache_config.sliding_window = None
     vllm_config.quant_config = None
-    place = f"{prefix}.layers.{last}"
+    name = f"{prefix}.layers.{last}"
     if config.model_type in _LAYERS:
-        return _LAYERS[config.model_type](config, vllm_config.cache_config, None, place)
-    return LlamaDecoderLayer(vllm_config, place, config)
+        return _LAYERS[config.model_type](config, vllm_config.cache_config, None, name)
+    return LlamaDecoderLayer(vllm_config, name, config)
 
 
-def _place(key: str) -> tuple[Any, ...]:
-    """Of an export's key, the parameter's name and, of a stacked one, the shard."""
+def _parameter(key: str) -> tuple[Any, ...]:
+    """The parameter's name for an export's key, and the shard if vLLM stacks it."""
     ours = {theirs: module for module, theirs in MIMO.modules.items() if module != "layer"}
     stem, _, kind = key.rpartition(".")
     if stem in ours:

@@ -1,6 +1,6 @@
-"""What `vllm serve` loads of fastmtp, by the entry point `vllm.general_plugins`: a draft model for exports.
+"""The plugin by which `vllm serve` finds our draft model, through the entry point `vllm.general_plugins`.
 
-Nothing of vLLM is imported before vLLM calls `register`; the model itself is in vllm_draft.py.
+vLLM is not imported before it calls `register`; the model is in vllm_draft.py.
 
 Shapes: N positions, H hidden, V vocabulary, D draft vocabulary.
 """
@@ -15,25 +15,25 @@ from torch import Tensor
 # The environment variable that chooses a server's draft vocabulary.
 CHOICE = "FASTMTP_DRAFT_VOCABULARY"
 ALL, FULL = "all", "full"
-# In an export: the prefix of the names of the lists' tensors.
+# Prefix of the lists' tensors in an export.
 LISTS = "draft_ids."
-# In an export's config.json: the key by which its heads are told from MiMo's own.
+# Key in an export's config.json that distinguishes our heads from MiMo's.
 MARK = "fastmtp"
 
 
 def register() -> None:
-    """Tell vLLM of the draft model; it may be called more than once."""
+    """Register the draft model; vLLM may call this more than once."""
     from vllm import ModelRegistry
 
-    # vLLM takes a directory for an MTP head only by architectures that it knows; the class looks for our mark.
+    # vLLM recognises MTP heads only by the architectures it knows, so our class takes MiMo's name.
     ModelRegistry.register_model("MiMoMTPModel", "fastmtp.export.vllm_draft:DraftModel")
 
 
 def chosen(lists: Mapping[str, Tensor], wanted: str) -> Tensor | None:
-    """The draft vocabulary that a server asks for, ascending ids [D]; None is the full one.
+    """The draft vocabulary as ascending ids [D]; None means the full vocabulary.
 
     Args:
-        wanted: `all` lists together, `full`, or names of lists with commas between.
+        wanted: `all` (the union of all lists), `full`, or names of lists separated by commas.
     Raises:
         ValueError: there is no such list.
     """
@@ -47,7 +47,7 @@ def chosen(lists: Mapping[str, Tensor], wanted: str) -> Tensor | None:
 
 
 def gathered(weight_VH: Tensor, ids_D: Tensor, start: int) -> Tensor:
-    """Rows [D, H] of an LM head of which this process holds those from `start`; zeros for those of others."""
+    """Rows [D, H] of an LM head whose rows from `start` on are in this process; zeros for other processes' rows."""
     local_D = ids_D - start
     inside_D = (local_D >= 0) & (local_D < weight_VH.shape[0])
     rows_DH = weight_VH[local_D.clamp(0, weight_VH.shape[0] - 1)]
@@ -55,7 +55,7 @@ def gathered(weight_VH: Tensor, ids_D: Tensor, start: int) -> Tensor:
 
 
 def scattered(logits_ND: Tensor, ids_D: Tensor, size: int) -> Tensor:
-    """Logits [N, V]: those of the draft vocabulary in their places, minus infinity elsewhere."""
+    """Logits [N, V] from those of the draft vocabulary; minus infinity for other tokens."""
     full_NV = logits_ND.new_full((logits_ND.shape[0], size), -torch.inf)
     full_NV[:, ids_D] = logits_ND
     return full_NV

@@ -1,4 +1,4 @@
-"""The MTP layer that a checkpoint carries, as a head directory, and back into an overlay of the checkpoint."""
+"""A checkpoint's MTP layer: import into a head directory, and writing back into an overlay of the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmtp.files import file_sha256
-from fastmtp.heads.format import check_free, read_tensors_as_stored, write_head
-from fastmtp.heads.layouts import Layout, Places, from_head, keys_of, layout_of, places, to_head
+from fastmtp.heads.format import check_free, read_head, write_head
+from fastmtp.heads.layouts import KeyMap, Layout, all_keys, from_head, key_map, layout_of, to_head
 from fastmtp.method.head import shapes
 from fastmtp.models.checkpoint import Checkpoint, write_overlay
 from fastmtp.models.info import TargetInfo, raise_problems
@@ -23,13 +24,13 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 @dataclass(frozen=True)
 class CheckpointHead:
-    """Where a checkpoint's head is; `shapes` are those of a head for the target."""
+    """A checkpoint's head, located but not read; `shapes` are those of a head for the target."""
 
     target: TargetInfo
     shapes: Mapping[str, tuple[int, ...]]
     checkpoint: Checkpoint
     layout: Layout
-    places: Places
+    keys: KeyMap
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of an `MTPHead` for the target, as stored.
@@ -37,14 +38,14 @@ class CheckpointHead:
         Raises:
             ValueError: they are quantised or of other shapes, or the head has embeddings of its own.
         """
-        stored = self.checkpoint.read(keys_of(self.places.values()))
+        stored = self.checkpoint.read(all_keys(self.keys))
         problems = [
             f"{key}: stored as {str(tensor.dtype)[6:]}"
             for key, tensor in stored.items()
             if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32)
         ]
         _raise_if(self.target.source, problems)
-        tensors = to_head(self.layout, self.places, stored)
+        tensors = to_head(self.layout, self.keys, stored)
         problems = [
             f"{name}: shape {list(tensors[name].shape)}, must be {list(shape)}"
             for name, shape in self.shapes.items()
@@ -71,10 +72,10 @@ def find_head(name: str) -> CheckpointHead:
 
     Raises:
         FileNotFoundError: no such directory, or no safetensors in it.
-        ValueError: no layout is known for the architecture, or the MTP layer is not there, not whole, or not one.
+        ValueError: no layout is known for the architecture, or there is not exactly one complete MTP layer.
     """
     source = locate(name)
-    directory = Path(source.place)
+    directory = Path(source.location)
     if source.gguf is not None or not directory.is_dir():
         raise ValueError(f"{name}: give a Hugging Face model directory; `hf download` makes one of a hub id")
     with reading(source):
@@ -83,11 +84,11 @@ def find_head(name: str) -> CheckpointHead:
         model = skeleton(config)
         target = TargetInfo(config, (), source.read_tokenizer(), type(model).__name__, name)
     checkpoint, own = Checkpoint(directory), shapes(model)
-    found = places(layout, own, checkpoint.files)
+    found = key_map(layout, own, checkpoint.files)
     inside = {key for key in checkpoint.files if key.startswith(layout.namespace)}
     if not inside:
         raise ValueError(f"{name}: carries no MTP layer; none of its tensors is named {layout.namespace[0]}*")
-    expected = set(keys_of(found.values()))
+    expected = set(all_keys(found))
     problems = [f"missing tensor {key}" for key in sorted(expected - inside)]
     problems += [f"unknown tensor {key}" for key in sorted(inside - expected - layout.copies.keys())]
     _raise_if(name, problems)
@@ -111,10 +112,10 @@ class Overlay:
 
 
 def import_head(name: str, out: Path) -> ImportedHead:
-    """Write the head that a checkpoint carries as a head directory, without changing a bit of it.
+    """Write a checkpoint's head as a head directory, bit for bit.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_head`; or `out` is something other than a head directory.
+        FileNotFoundError, ValueError: as `find_head`; or `out` exists and is not a head directory.
     """
     check_free(out)
     head = find_head(name)
@@ -123,7 +124,7 @@ def import_head(name: str, out: Path) -> ImportedHead:
         out,
         tensors,
         head.target,
-        # These layers were trained to predict one token.
+        # MTP layers of checkpoints are trained to predict one token.
         draft_steps=1,
         vocabulary=VocabularyLists({}),
         provenance=provenance(target=name),
@@ -132,14 +133,16 @@ def import_head(name: str, out: Path) -> ImportedHead:
 
 
 def write_back(name: str, head: Path, out: Path) -> Overlay:
-    """Write an overlay of a checkpoint in which a head directory's tensors replace the MTP layer.
+    """Write an overlay of a checkpoint whose MTP layer is a head directory's.
 
     Raises:
         FileNotFoundError, ValueError: as `find_head`; the head does not fit; or `out` exists.
     """
     own = find_head(name)
-    tensors = from_head(own.layout, own.places, read_tensors_as_stored(head, own.target, own.shapes))
-    record = provenance(target=name, head=str(head), head_sha256=file_sha256(head / "model.safetensors"))
+    read_head(head, own.target, own.shapes)  # raises if the head does not fit
+    path = head / "model.safetensors"
+    tensors = from_head(own.layout, own.keys, load_file(path))
+    record = provenance(target=name, head=str(head), head_sha256=file_sha256(path))
     return Overlay(len(tensors), write_overlay(own.checkpoint, tensors, out, record))
 
 

@@ -1,16 +1,14 @@
-"""The head on disk: config.json, model.safetensors, vocabulary.json, provenance.json in one directory."""
+"""A head directory: config.json, model.safetensors, vocabulary.json, provenance.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from fastmtp.files import read_json, replacing, write_json
-from fastmtp.models.info import TargetIdentity, TargetInfo
+from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
 from fastmtp.models.weights import SafetensorsWeights, Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -18,12 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT_VERSION = 1
-# The only convention this version writes; engines that want another one get it at export.
+# The only convention of this version; exports translate it for engines that have another one.
 CONVENTION = {"hidden_state": "post_norm", "concat": ["hidden", "embedding"]}
 
 
 def check_free(out: Path) -> None:
-    """Raises ValueError if a head must not be written there, before any work is done for it."""
+    """Raises ValueError if `out` exists and is not a head directory."""
     if out.exists() and not (out / "vocabulary.json").is_file():
         raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
 
@@ -37,7 +35,7 @@ def save_head(
     vocabulary: VocabularyLists,
     provenance: dict[str, Any],
 ) -> None:
-    """Write a head directory whole; one that exists is replaced. Weights become bfloat16, buffers stay."""
+    """Write a head directory, in place of an existing one. Weights become bfloat16, buffers keep their types."""
     import torch
 
     weights = {name for name, _ in head.named_parameters()}
@@ -57,7 +55,7 @@ def write_head(
     vocabulary: VocabularyLists,
     provenance: dict[str, Any],
 ) -> None:
-    """`save_head` for tensors that are written as they are."""
+    """`save_head` for given tensors, which keep their types."""
     from safetensors.torch import save_file
 
     config = {
@@ -78,7 +76,7 @@ def write_head(
 
 @dataclass(frozen=True)
 class StoredHead:
-    """A head directory's content: tensors still on disk, lists, and the K that it was trained for."""
+    """A head directory's content: tensors, which are read on demand, lists, and the K it was trained for."""
 
     tensors: Weights
     lists: VocabularyLists
@@ -89,59 +87,40 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
     """A head directory, checked against the target.
 
     Args:
-        shapes: of the tensors that a head for this target has.
+        shapes: of the tensors of a head for this target.
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is damaged, or the head does not fit the target; every mismatch is named.
+        ValueError: a file is damaged, or the head does not fit the target.
     """
     lists, steps = read_description(directory, target)
-    return StoredHead(_read_tensors(directory, shapes), lists, steps)
-
-
-def read_tensors_as_stored(
-    directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """A head's tensors in PyTorch, with their bits on disk; checked as by `read_head`."""
-    from safetensors.torch import load_file
-
-    read_head(directory, target, shapes)
-    return cast("dict[str, Tensor]", load_file(directory / "model.safetensors"))
+    path = directory / "model.safetensors"
+    weights = SafetensorsWeights([path])
+    found = weights.shapes()
+    problems = [f"missing tensor {name}" for name in shapes if name not in found]
+    problems += [f"unknown tensor {name}" for name in found if name not in shapes]
+    problems += [
+        f"{name}: shape {list(found[name])}, must be {list(shape)}"
+        for name, shape in shapes.items()
+        if name in found and found[name] != shape
+    ]
+    raise_problems(f"{path}: does not fit:", problems)
+    return StoredHead(weights, lists, steps)
 
 
 def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:
-    """Everything but the tensors, checked against the target."""
+    """A head's lists and its K, checked against the target as by `read_head`."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such head directory")
     config = read_json(directory / "config.json")
-    problems = _mismatches(config, target)
-    if problems:
-        raise ValueError(f"{directory}: this head does not fit {target.source}:\n  " + "\n  ".join(problems))
+    raise_problems(f"{directory}: this head does not fit {target.source}:", _mismatches(config, target))
     return read_vocabulary(directory / "vocabulary.json", target), int(config["draft_steps"])
 
 
 def read_vocabulary(path: Path, target: TargetInfo) -> VocabularyLists:
     """The lists of a file, checked against the target."""
-    # A head that cannot draft the end would miss at the end of every answer.
-    return VocabularyLists.load(path, target.identity).including(sorted(target.end_ids))
-
-
-def _read_tensors(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> Weights:
-    path = directory / "model.safetensors"
-    try:
-        weights = SafetensorsWeights([path])
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or incomplete: {error}") from error
-    found = weights.shapes()
-    problems = [f"missing tensor {name}" for name in expected if name not in found]
-    problems += [f"unknown tensor {name}" for name in found if name not in expected]
-    problems += [
-        f"{name}: shape {list(found[name])}, must be {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{path}: does not fit:\n  " + "\n  ".join(problems))
-    return weights
+    lists = VocabularyLists.load(path, target.identity.tokenizer_sha256, target.vocabulary_size)
+    # Without the end tokens the last draft of every answer would be rejected.
+    return lists.including(sorted(target.end_ids))
 
 
 def _mismatches(config: dict[str, Any], target: TargetInfo) -> list[str]:

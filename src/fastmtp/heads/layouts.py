@@ -1,4 +1,4 @@
-"""Literal key maps between our head and the MTP layers that checkpoints carry.
+"""Key maps between our head and the MTP layers of checkpoints.
 
 - `MIMO`: MiMo; vLLM's mimo_mtp.py (0bb55d6).
 - `QWEN`: Qwen3-Next, Qwen3.5 dense and MoE; vLLM's qwen3_next_mtp.py (055e47c) and qwen3_5_mtp.py (01d9980).
@@ -6,14 +6,14 @@
   transformers 5.23's `MtpLayer`. The state after the final norm is fed back, as in SGLang's *_nextn.py and
   later versions of vLLM.
 
-All compute final_norm(layer(projection([one norm, other norm]))), and differ in names and in which half comes
-first. The layer's tensors have the names of transformers' decoder layer, but for experts: a checkpoint keeps the
-matrices of each expert by themselves, transformers 5 keeps those of all experts in one tensor.
+All compute final_norm(layer(projection([one norm, other norm]))), and differ in names and in the order of the
+halves. The layer's tensors are named as in transformers' decoder layer, except those of experts: a checkpoint has
+matrices for each expert, transformers 5 has one tensor for all experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-# One key, or for each expert the keys whose rows follow each other.
-Place = str | list[tuple[str, ...]]
-Places = dict[str, Place]
+# One key, or for each expert the keys of the matrices that are joined along their rows.
+Keys = str | list[tuple[str, ...]]
+KeyMap = dict[str, Keys]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a checkpoint keeps its head.
+    """The names of a checkpoint's head.
 
     Attributes:
-        modules: our module's name to the checkpoint's.
+        modules: the checkpoint's name of a module, by ours.
         embedding_first: whether the projection takes [embedding, hidden]; ours takes [hidden, embedding].
-        namespace: how the keys of MTP layers begin, those of a second layer included.
-        copies: keys that repeat a tensor of the target, to the key of that tensor.
+        namespace: prefixes of the keys of MTP layers, those of a second layer included.
+        copies: keys that repeat a tensor of the target, with the key of that tensor.
     """
 
     modules: Mapping[str, str]
@@ -68,7 +68,7 @@ QWEN = Layout(
 
 
 def appended(layers: int) -> Layout:
-    """The layout with one more layer after the target's own `layers`."""
+    """The layout of an MTP layer that is numbered after the target's own `layers`."""
     extra = f"model.layers.{layers}"
     return Layout(
         modules={
@@ -91,7 +91,7 @@ def layout_of(config: Any, source: str) -> Layout:
     """The layout of an architecture's checkpoints.
 
     Raises:
-        ValueError: none is known.
+        ValueError: the architecture has none that is known.
     """
     match config.model_type:
         case "qwen2":
@@ -106,17 +106,17 @@ def layout_of(config: Any, source: str) -> Layout:
     )
 
 
-def places(layout: Layout, shapes: Mapping[str, tuple[int, ...]], keys: Collection[str]) -> Places:
-    """Where a checkpoint with these keys keeps each tensor of a head of these shapes."""
-    found: Places = {}
+def key_map(layout: Layout, shapes: Mapping[str, tuple[int, ...]], stored: Collection[str]) -> KeyMap:
+    """The checkpoint's keys for each tensor of a head of these shapes; `stored` are all keys of the checkpoint."""
+    found: KeyMap = {}
     for name, shape in shapes.items():
         module = next(module for module in layout.modules if name.startswith(f"{module}."))
         key = layout.modules[module] + name.removeprefix(module)
-        found[name] = key if key in keys else _of_experts(key, shape[0])
+        found[name] = key if key in stored else _of_experts(key, shape[0])
     return found
 
 
-def _of_experts(key: str, experts: int) -> Place:
+def _of_experts(key: str, experts: int) -> Keys:
     prefix, _, matrix = key.rpartition("experts.")
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(matrix)
     if not prefix or parts is None:
@@ -124,44 +124,44 @@ def _of_experts(key: str, experts: int) -> Place:
     return [tuple(f"{prefix}experts.{expert}.{part}.weight" for part in parts) for expert in range(experts)]
 
 
-def keys_of(found: Iterable[Place]) -> list[str]:
-    """All of a checkpoint's keys at these places."""
-    return [key for place in found for key in ([place] if isinstance(place, str) else sum(place, ()))]
+def all_keys(keys: KeyMap) -> list[str]:
+    return [key for own in keys.values() for key in ([own] if isinstance(own, str) else sum(own, ()))]
 
 
-def to_head(layout: Layout, found: Places, tensors: Mapping[str, Tensor]) -> State:
+def to_head(layout: Layout, keys: KeyMap, tensors: Mapping[str, Tensor]) -> State:
     """A head's tensors from a checkpoint's, bits unchanged."""
-    head = {name: _joined(place, tensors) for name, place in found.items()}
-    return _ordered(layout, head)
+    return _ordered(layout, {name: _joined(own, tensors) for name, own in keys.items()})
 
 
-def from_head(layout: Layout, found: Places, head: Mapping[str, Tensor]) -> State:
+def from_head(layout: Layout, keys: KeyMap, head: Mapping[str, Tensor]) -> State:
     """A checkpoint's tensors from a head's, bits unchanged; the inverse of `to_head`."""
     tensors: State = {}
     for name, tensor in _ordered(layout, head).items():
-        tensors |= _split(found[name], tensor)
+        tensors |= _split(keys[name], tensor)
     return tensors
 
 
-def _ordered(layout: Layout, head: Mapping[str, Tensor]) -> State:
-    """With the halves of the projection exchanged where the layouts differ; its own inverse."""
-    if not layout.embedding_first:
-        return dict(head)
+def swapped(head: Mapping[str, Tensor]) -> State:
+    """With the halves of the projection's columns swapped."""
     first, second = head["input_proj.weight"].chunk(2, dim=1)
     return {**head, "input_proj.weight": torch.cat([second, first], dim=1)}
 
 
-def _joined(place: Place, tensors: Mapping[str, Tensor]) -> Tensor:
-    if isinstance(place, str):
-        return tensors[place]
-    return torch.stack([torch.cat([tensors[key] for key in keys]) for keys in place])
+def _ordered(layout: Layout, head: Mapping[str, Tensor]) -> State:
+    return swapped(head) if layout.embedding_first else dict(head)
 
 
-def _split(place: Place, tensor: Tensor) -> State:
-    if isinstance(place, str):
-        return {place: tensor}
+def _joined(keys: Keys, tensors: Mapping[str, Tensor]) -> Tensor:
+    if isinstance(keys, str):
+        return tensors[keys]
+    return torch.stack([torch.cat([tensors[key] for key in expert]) for expert in keys])
+
+
+def _split(keys: Keys, tensor: Tensor) -> State:
+    if isinstance(keys, str):
+        return {keys: tensor}
     return {
         key: part.contiguous()
-        for keys, expert in zip(place, tensor, strict=True)
-        for key, part in zip(keys, expert.chunk(len(keys)), strict=True)
+        for own, expert in zip(keys, tensor, strict=True)
+        for key, part in zip(own, expert.chunk(len(own)), strict=True)
     }

@@ -10,11 +10,11 @@ HEADS = Path(__file__).parent
 
 
 def shipped_head(target_name: str) -> Path | None:
-    """The directory of the head for a target by its short name; None if there is none."""
+    """The directory of the head for a target, by the target's short name; None if there is none."""
     return HEADS / embedded.NAME if target_name == embedded.NAME else None
 
 
 def vanilla_head(target_name: str) -> Path | None:
-    """The same for one that was trained for one step only. It comes with the sources: no user decodes with it."""
+    """The directory of the head that was trained for one step only, which the source tree alone contains."""
     directory = HEADS / f"{embedded.NAME}-vanilla"
     return directory if target_name == embedded.NAME and directory.is_dir() else None

@@ -1,7 +1,7 @@
-"""Acceptance: which drafts stay, and how many there were.
+"""The acceptance rule, and statistics of accepted drafts.
 
-A draft stays if it is the token that plain decoding has there: the argmax, or at a temperature the token that the
-position's random numbers draw (decode/sampling.py). So the output is plain decoding's, whatever is drafted.
+A draft is accepted if it is the token of plain decoding at its position: the argmax, or at a temperature the token
+that the position's random numbers draw (decode/sampling.py). So drafts do not change the output.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 
 def follow(choice: Callable[[int], int], child: Callable[[int, int], int | None]) -> tuple[list[int], int]:
-    """The path that the target takes through a tree from node 0 on, and the token after it.
+    """The accepted path through a tree, from node 0 on, and the token after it.
 
     Args:
         choice: the target's token after a node; called once for each node of the path.
-        child: the node of a token after a node, if it was drafted.
+        child: the node of a token after a node; None if it was not drafted.
     """
     path = [0]
     while True:
@@ -28,7 +28,7 @@ def follow(choice: Callable[[int], int], child: Callable[[int, int], int | None]
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Over rounds: how many there were, and in how many the first k drafts were accepted, for k = 1..K."""
+    """The number of rounds, and for k = 1..K the number of those that accepted the first k drafts."""
 
     rounds: int
     kept: tuple[int, ...]
@@ -48,7 +48,7 @@ class Acceptance:
 
     @property
     def cumulative(self) -> list[float]:
-        """By step k, the share of rounds that accepted the first k drafts."""
+        """For k = 1..K, the share of rounds that accepted the first k drafts."""
         return [count / max(1, self.rounds) for count in self.kept]
 
     @property

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H hidden.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,7 +17,7 @@ from fastmtp.models.layers import Cache, Rotations, norm_offset, run_layers
 
 
 class Frozen(Protocol):
-    """What the recursion needs of the frozen target."""
+    """The frozen target's interface for the recursion."""
 
     def embed(self, ids_BT: Tensor) -> Tensor: ...
 
@@ -27,12 +28,12 @@ class MTPHead(nn.Module):
     """s' = final_norm(layer(input_proj([hidden_norm(s), token_norm(e)]))).
 
     `s` is the target's state after its final norm at the first step, and the head's own output afterwards; `e`
-    is the embedding of the token that follows. Embeddings and LM head are the target's and not part of this.
+    is the embedding of the token that follows. Embeddings and LM head are the target's and not part of the head.
     The layer always attends to the full context.
     """
 
     def __init__(self, model: Any) -> None:
-        """A head shaped for a model of transformers, and initialised from its last layer and final norm.
+        """A head for a transformers model, initialised from the model's last layer and final norm.
 
         `input_proj` starts as the sum of its two normalised inputs; training fits it first (train/initial.py).
         """
@@ -77,7 +78,7 @@ def _last_layer(model: Any) -> nn.Module:
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [FULL] * int(config.num_hidden_layers)
     last = model.model.layers[-1]
-    # At its own place: what a layer is made of can depend on that (dense layers come first, experts last).
+    # The layer's index matters: a model's first layers can be dense and its last ones have experts.
     with torch.device("meta"):
         layer = type(last)(config, int(config.num_hidden_layers) - 1)
     layer.load_state_dict({name: value.clone() for name, value in last.state_dict().items()}, assign=True)
@@ -85,5 +86,9 @@ def _last_layer(model: Any) -> nn.Module:
 
 
 def shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors of a head for a model of transformers, which may be without memory."""
-    return {name: tuple(tensor.shape) for name, tensor in MTPHead(model).state_dict().items()}
+    """The shapes of a head for a transformers model, which may be on the meta device."""
+    return shapes_of(MTPHead(model).state_dict())
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

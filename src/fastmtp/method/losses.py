@@ -1,6 +1,6 @@
-"""Training objectives: pure functions, and the chunking that keeps logits small.
+"""Training objectives as pure functions.
 
-Shapes: N positions, D draft vocabulary. Each loss returns itself [N] and its gradient by the logits [N, D].
+Shapes: N positions, D draft vocabulary. Each returns the loss [N] and its gradient by the logits [N, D].
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-# Positions whose logits are alive together; few enough for them to stay in the processor's cache.
+# Positions whose logits are in memory together; few enough to stay in the processor's cache.
 CHUNK = 128
-# Smaller log-probabilities count as this one: the exponentials of much smaller ones are subnormal numbers,
-# which processors handle ten times slower, and say nothing.
+# Lower bound of log-probabilities: the exponentials of much smaller ones are subnormal numbers, which processors
+# handle ten times slower, and which change nothing.
 FLOOR = -40.0
-# eta of the LK hybrid, the paper's.
+# eta of the LK hybrid, as in the paper.
 LK_DECAY = 3.0
 
 
@@ -29,7 +29,7 @@ def log_probabilities(logits_ND: Tensor) -> Tensor:
 
 
 def token_loss(logits_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the answer's own tokens (FastMTP, equation 2)."""
+    """Cross-entropy with the answer's tokens (FastMTP, equation 2)."""
     log_q_ND = log_probabilities(logits_ND)
     loss_N = -log_q_ND.gather(-1, labels_N[:, None])[:, 0]
     return loss_N, log_q_ND.exp() - one_hot(labels_N, log_q_ND.shape[-1])
@@ -38,7 +38,7 @@ def token_loss(logits_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 def kl_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Forward KL from the target's distribution p, both over the draft vocabulary (DistillSpec, arXiv 2310.08461).
 
-    A sampled token, which cross-entropy takes, shows only one draw of p.
+    It uses all of p, cross-entropy only one sample.
     """
     log_q_ND = log_probabilities(logits_ND)
     p_ND = log_p_ND.exp()
@@ -46,9 +46,9 @@ def kl_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tv_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Total variation, 1 - sum min(p, q): the share of drafts that rejection sampling refuses.
+    """Total variation, 1 - sum min(p, q): the share of drafts that rejection sampling rejects.
 
-    (Leviathan et al., arXiv 2211.17192, corollary 3.6.) Hardly any gradient where q is far from p.
+    (Leviathan et al., arXiv 2211.17192, corollary 3.6.) The gradient is small where q is far from p.
     """
     q_ND = log_probabilities(logits_ND).exp_()
     return _tv(q_ND, log_p_ND.exp())
@@ -57,8 +57,8 @@ def tv_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
 def lk_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:
     """The hybrid of LK losses (arXiv 2602.23881): w KL + (1 - w) TV with w = exp(-3 alpha) at each position.
 
-    alpha = sum min(p, q) is the acceptance rate there, through which no gradient flows: KL leads while q is far
-    from p, TV as soon as it is near.
+    alpha = sum min(p, q) is the acceptance rate there, through which no gradient flows: KL dominates while q is far
+    from p, TV once it is near.
     """
     log_q_ND = log_probabilities(logits_ND)
     p_ND = log_p_ND.exp()
@@ -81,5 +81,5 @@ def _tv(q_ND: Tensor, p_ND: Tensor) -> tuple[Tensor, Tensor]:
     return 1 - torch.minimum(q_ND, p_ND).sum(-1), gradient_ND
 
 
-# What the objectives of a training run are called; all but cross-entropy compare with the target's distribution.
+# The objectives that compare with the target's distribution, by their names in a training run.
 DISTRIBUTION_LOSSES = {"kl": kl_loss, "tv": tv_loss, "lk": lk_loss}

@@ -2,9 +2,9 @@
 
 Shapes: B batch, T tokens, S starts of longer chains, K draft steps, H hidden. A chain starts at every position.
 
-At inference the draft cache holds step-1 keys for the settled prefix and the running chain's own keys after
-them. So step k of the chain that starts at t attends to the step-1 keys of positions up to t, and to the keys
-of steps 2..k of that same chain; FastMTP's published trainer lets step k see step-k keys only.
+At inference the draft cache holds the step-1 keys of the committed prefix, and after them the keys of the current
+chain. So step k of the chain that starts at t attends to the step-1 keys of positions up to t, and to the keys of
+steps 2..k of the same chain; in FastMTP's published trainer step k attends to step-k keys only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch.nn.functional import pad
 
 from fastmtp.method.head import Frozen, MTPHead
 
-# One chain in so many is trained beyond its first step. A text has as many second and third steps as first ones, at
-# the same cost each, and much less to teach by them.
+# Every third chain is trained beyond its first step: later steps cost as much as the first and teach much less.
 STRIDE = 3
 
 
 class ChainCache:
-    """Keys and values of the steps so far, one step after the other along the token axis."""
+    """Keys and values of the steps so far, concatenated along the token axis."""
 
     def __init__(self) -> None:
         self._keys: list[Tensor] = []
@@ -36,12 +35,12 @@ class ChainCache:
 
 
 def trained_starts(tokens: int, optimizer_step: int, device: torch.device) -> Tensor:
-    """Where the chains start that go on after their first step, [S]: every third position, in turn."""
+    """Starts [S] of the chains with more than one step: every third position, shifted by one each step."""
     return torch.arange(optimizer_step % STRIDE, tokens, STRIDE, device=device)
 
 
 def chain_mask(starts_S: Tensor, tokens: int, step: int) -> Tensor:
-    """What step `step` of the chains sees of the steps so far: [1, 1, S, T + (step - 1) S] of bool."""
+    """Which keys of the steps so far step `step` attends to, [1, 1, S, T + (step - 1) S] of bool."""
     prefix_ST = torch.arange(tokens, device=starts_S.device) <= starts_S[:, None]
     own_SS = torch.eye(len(starts_S), dtype=torch.bool, device=starts_S.device)
     return torch.cat([prefix_ST, *[own_SS] * (step - 1)], dim=1)[None, None]
@@ -57,15 +56,14 @@ def recursion(
     starts_S: Tensor | None = None,
     per_step: bool = False,
 ) -> list[Tensor]:
-    """The head's states after step 1 of the chains that start at every position, [B, T, H], and after steps 2..K
-    of those that go on, [B, S, H].
+    """The head's states after step 1 of all chains, [B, T, H], and after steps 2..K of the longer ones, [B, S, H].
 
-    Step k of the chain at t takes the token at t + k, and its state scores the token at t + k + 1. Past the
-    end of the ids it takes token 0: what comes out there means nothing.
+    Step k of the chain at t takes the token at t + k, and its state scores the token at t + k + 1. Past the end of
+    the ids it takes token 0; these states are meaningless.
 
     Args:
-        starts_S: where the chains start that go on; None is everywhere.
-        per_step: let step k attend to step k's own keys only, all chains going on; for comparison.
+        starts_S: starts of the chains with more than one step; None means all positions.
+        per_step: step k attends to step-k keys only, and all chains have all steps; for comparison.
     """
     tokens = ids_BT.shape[1]
     embeddings = target.embed(pad(ids_BT, (0, draft_steps)))
@@ -76,7 +74,7 @@ def recursion(
     for step in range(1, draft_steps + 1):
         if step == 2 and starts_S is not None:
             starts, state_BTH = starts_S, state_BTH[:, starts_S]
-        # Attention's own default is the causal mask of step 1.
+        # Step 1 has attention's default mask, the causal one.
         mask = None if step == 1 or per_step else chain_mask(starts, tokens, step)
         rotation = target.rotations((starts + step - 1)[None])
         inputs = embeddings[:, starts + step]

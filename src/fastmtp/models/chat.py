@@ -1,11 +1,11 @@
-"""Chat templates: jinja2 with what transformers gives to templates."""
+"""Chat templates: jinja2 with the extensions, filters and functions that transformers provides."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's tokens for training; here it is only its body."""
+    """`{% generation %}` marks the assistant's tokens for training; here only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -25,10 +25,10 @@ class _Generation(Extension):
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], *, reply: bool, **variables: Any) -> str:
-    """The text of a conversation, opened for a reply if asked.
+    """The text of a conversation, with the start of a reply if `reply`.
 
     Raises:
-        jinja2.TemplateError: the template is damaged, or refuses the conversation.
+        jinja2.TemplateError: the template is invalid, or refuses the conversation.
     """
     return _compiled(template).render(
         messages=[dict(message) for message in messages],
@@ -44,20 +44,10 @@ def _compiled(template: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
-
-
-def _json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face directory's safetensors as they are: which file holds which tensor, and an overlay over them."""
+"""The safetensors of a Hugging Face directory as stored, and overlays that replace some of them."""
 
 from __future__ import annotations
 
@@ -13,36 +13,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmtp.files import read_json, replacing, write_json
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+from fastmtp.files import replacing, write_json
+from fastmtp.models.safetensors_file import INDEX, SINGLE, read_index
 
 
 class Checkpoint:
-    """The tensors of a directory by key; `files` has each key's file name."""
+    """The tensors of a directory; `files` maps each key to its file name."""
 
     def __init__(self, directory: Path) -> None:
         """Read the index, or the one file's header.
 
         Raises:
-            FileNotFoundError: the directory, or its safetensors, are missing.
-            ValueError: the index, or the file, is damaged.
+            FileNotFoundError: the directory has no safetensors.
+            ValueError: the index or the file is damaged, or the index names a file outside the directory.
         """
         self.directory = directory
-        if (directory / _INDEX).is_file():
-            self.files: dict[str, str] = read_json(directory / _INDEX).get("weight_map", {})
-        elif (directory / _SINGLE).is_file():
-            with _opened(directory / _SINGLE) as file:
-                self.files = dict.fromkeys(file.keys(), _SINGLE)
-        else:
-            raise FileNotFoundError(f"{directory}: has neither {_INDEX} nor {_SINGLE}")
+        if (index := read_index(directory)) is not None:
+            self.files = index
+            return
+        if not (directory / SINGLE).is_file():
+            raise FileNotFoundError(f"{directory}: has neither {INDEX} nor {SINGLE}")
+        with _opened(directory / SINGLE) as file:
+            self.files = dict.fromkeys(file.keys(), SINGLE)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Tensors as stored.
 
         Raises:
-            ValueError: a file is missing or damaged, or lacks what the index says is in it.
+            ValueError: a file is missing or damaged, or lacks a tensor that the index places in it.
         """
         by_file: dict[str, list[str]] = {}
         for key in keys:
@@ -66,9 +64,9 @@ def _opened(path: Path) -> Iterator[Any]:
 def write_overlay(
     checkpoint: Checkpoint, tensors: Mapping[str, Tensor], out: Path, provenance: dict[str, Any]
 ) -> str:
-    """Write a directory that is the checkpoint with some tensors replaced: a new file, and links to the rest.
+    """Write the checkpoint with some tensors replaced: one new file, and symbolic links to the other files.
 
-    JSON files are copied, and `provenance` written as provenance.json.
+    JSON files are copied, and `provenance` is written as provenance.json.
 
     Returns:
         The new file's name.
@@ -78,14 +76,14 @@ def write_overlay(
     if out.exists():
         raise ValueError(f"{out}: exists; choose another --out")
     kept = {key: name for key, name in checkpoint.files.items() if key not in tensors}
-    # Engines read the files in the order of their names, all tensors in each, and keep the last of a key.
+    # Engines read all files in the order of their names, and a later tensor replaces an earlier one of its key.
     new = "mtp.safetensors"
     while any(name >= new for name in kept.values()):
         new = "z" + new
     with replacing(out) as temporary:
         temporary.mkdir()
         for path in sorted(checkpoint.directory.iterdir()):
-            if path.suffix == ".json" and path.name != _INDEX:
+            if path.suffix == ".json" and path.name != INDEX:
                 shutil.copyfile(path, temporary / path.name)
             elif path.is_file() and path.suffix not in (".json", ".safetensors"):
                 (temporary / path.name).symlink_to(path.resolve())
@@ -94,11 +92,11 @@ def write_overlay(
         save_file(dict(tensors), temporary / new, metadata={"format": "pt"})
         weight_map = {key: _shard(name) for key, name in kept.items()} | dict.fromkeys(tensors, new)
         size = sum(os.path.getsize(temporary / name) for name in set(weight_map.values()))
-        write_json(temporary / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(temporary / "provenance.json", provenance)
     return new
 
 
 def _shard(name: str) -> str:
-    # A file of the plain name would be read in place of the index.
-    return "model-00001-of-00001.safetensors" if name == _SINGLE else name
+    # Engines prefer a file of the plain name to the index.
+    return "model-00001-of-00001.safetensors" if name == SINGLE else name

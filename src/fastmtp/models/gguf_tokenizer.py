@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes (`tokenizer.ggml.*`), giving the ids that llama.cpp gives."""
+"""The tokenizer of a GGUF file (`tokenizer.ggml.*`), which gives the same ids as llama.cpp."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CACHE_VERSION = 1
 def gguf_tokenizer(file: GgufFile, source: str) -> Tokenizer:
     """
     Raises:
-        ValueError: the kind of tokenizer, or its way of splitting text, is not supported.
+        ValueError: the kind of tokenizer, or its pre-tokenizer, is not supported.
     """
     keys = {
         key.removeprefix("tokenizer.ggml."): value
@@ -60,13 +60,13 @@ def _byte_level(keys: Mapping[str, Any], source: str) -> Backend:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """The two parts of a merge; in byte-level tokens there are no spaces."""
+    """The two parts of a merge; byte-level tokens contain no spaces."""
     left, _, right = merge.partition(" ")
     return left, right
 
 
 def _cached(file: GgufFile, keys: Mapping[str, Any]) -> Backend:
-    """A SentencePiece tokenizer: finding its merges takes seconds, so it is kept in the cache directory."""
+    """A SentencePiece tokenizer, kept in the cache directory because finding its merges takes seconds."""
     stat = file.path.stat()
     facts = f"{_CACHE_VERSION} {file.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     path = cache_directory() / "tokenizers" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
@@ -82,7 +82,7 @@ def _cached(file: GgufFile, keys: Mapping[str, Any]) -> Backend:
 
 
 def _sentence_piece(keys: Mapping[str, Any], *, by_position: bool) -> Backend:
-    # llama.cpp's converter writes Gemma's tokens of several spaces as spaces.
+    # llama.cpp's converter writes the spaces of Gemma's whitespace tokens as plain ones.
     tokens = [_SPACE * len(token) if token.strip(" ") == "" else token for token in keys["tokens"]]
     scores = [-float(index) for index in range(len(tokens))] if by_position else keys["scores"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -106,11 +106,11 @@ def _sentence_piece(keys: Mapping[str, Any], *, by_position: bool) -> Backend:
 
 
 def _merges(vocabulary: Mapping[str, int], tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every way of putting a token together from two, the best token first."""
+    """Every pair of tokens that makes another token, the pairs of the best-scored token first."""
     found = []
     for token, score in zip(tokens, scores, strict=True):
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
                 found.append((-score, vocabulary[left], vocabulary[right], left, right))
     found.sort()
@@ -118,7 +118,7 @@ def _merges(vocabulary: Mapping[str, int], tokens: Sequence[str], scores: Sequen
 
 
 def _finish(backend: Backend, keys: Mapping[str, Any], *, begins: bool) -> None:
-    """Tokens that are found whole in a text, and those at its beginning and end."""
+    """Add the tokens that are matched before splitting, and those at the beginning and end of a text."""
     tokens: list[str] = keys["tokens"]
     types: list[int] = keys.get("token_type", [])
     added = {

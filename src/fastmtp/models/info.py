@@ -1,4 +1,4 @@
-"""What a target is besides its weights: configuration, tokenizer, chat template, ends of an answer."""
+"""A target without its weights: configuration, tokenizer, chat template, tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from fastmtp.models.tokenizer import Tokenizer
 
-# Sets of the LM head's rows that a target keeps gathered; of the lists of one head a few unions are in use.
+# How many sets of gathered LM head rows a target caches; a head's lists give a few unions.
 GATHERED = 16
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def head_size(config: Any) -> int:
-    """Width of one attention head."""
+    """Size of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 @dataclass(frozen=True)
 class TargetIdentity:
-    """What a head depends on; two targets with equal identities can share a head's files."""
+    """What a head depends on; targets with equal identities can use the same head."""
 
     architecture: str
     hidden_size: int
@@ -35,13 +35,13 @@ class TargetIdentity:
     tokenizer_sha256: str
 
     def mismatches(self, other: TargetIdentity) -> list[str]:
-        """The fields in which `other` differs, as readable lines."""
+        """The fields in which `other` differs, a line each."""
         mine, theirs = asdict(self), asdict(other)
         return [f"{name}: {mine[name]} here, {theirs[name]} there" for name in mine if mine[name] != theirs[name]]
 
 
 class TargetInfo:
-    """A target as text goes in and comes out; what every engine's target is."""
+    """A target's text interface, which every engine's target extends."""
 
     def __init__(
         self, config: Any, end_ids: Iterable[int], tokenizer: Tokenizer, architecture: str, source: str
@@ -50,7 +50,7 @@ class TargetInfo:
 
         Args:
             config: a `ModelConfig`, or transformers' own configuration.
-            end_ids: ends of an answer besides those that the configuration and the tokenizer name.
+            end_ids: tokens that end an answer besides those of the configuration and the tokenizer.
             architecture: transformers' name of the model's class.
         Raises:
             ValueError: the tokenizer does not fit.
@@ -69,7 +69,7 @@ class TargetInfo:
             )
 
     def _has_words_beyond(self) -> bool:
-        """Whether tokens without an embedding are more than special ones, as an image's, which no text holds."""
+        """Whether a token without an embedding is an ordinary one; text never holds special ones as an image's."""
         special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         return any(
             token >= self.vocabulary_size and token not in special for token in self.tokenizer.get_vocab().values()
@@ -86,12 +86,12 @@ class TargetInfo:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those that a file of the model names, and the template's end of a turn."""
+        """Tokens that end an answer: those named in the model's files, and the chat template's end of a turn."""
         ids = self._more_end_ids | self._turn_end()
         return ids.union(*(ids_of(source.eos_token_id) for source in (self.tokenizer, self.config)))
 
     def _turn_end(self) -> set[int]:
-        """The special token that the chat template puts after what an assistant says."""
+        """The special token that the chat template puts after an assistant's message."""
         if not self.tokenizer.chat_template:
             return set()
         marker = "the answer"
@@ -106,7 +106,7 @@ class TargetInfo:
 
     @property
     def basic_ids(self) -> list[int]:
-        """Ends of an answer, special tokens, and the tokens of single bytes, of which every text can be made."""
+        """End tokens, special tokens, and the tokens of single bytes, which can spell any text."""
         words = self.tokenizer.get_vocab()
         single = {token for word, token in words.items() if _BYTE_FALLBACK.fullmatch(word)}
         if not single:
@@ -116,9 +116,9 @@ class TargetInfo:
         return [token for token in ids if token < self.vocabulary_size]
 
     def encode_chat(self, messages: list[dict[str, str]], *, reply: bool = True) -> list[int]:
-        """Token ids of a conversation in the model's chat template, opened for a reply if asked.
+        """Token ids of a conversation in the model's chat template, with the start of a reply if `reply`.
 
-        A model without a template gets the plain text of the messages.
+        Without a template they are those of the messages' plain text.
         """
         if not self.tokenizer.chat_template:
             return self.encode("\n\n".join(message["content"] for message in messages))
@@ -139,17 +139,17 @@ class TargetInfo:
 
 
 def ids_of(value: int | Sequence[int] | None) -> list[int]:
-    """Token ids of a setting that holds one, several, or none."""
+    """The token ids of a setting that holds one, several, or none."""
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    """Hash of the map from tokens to ids; equal for one tokenizer in different file formats."""
+    """Hash of the map from tokens to ids, which does not depend on the file format."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def raise_problems(headline: str, problems: list[str]) -> None:
-    """Raises ValueError with a headline and the first of the problems, if there are any."""
+    """Raises ValueError with a headline and the first eight problems, if there are any."""
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise ValueError("\n  ".join([headline, *problems[:8], *more]))

@@ -1,4 +1,4 @@
-"""Running decoder layers of transformers' own classes on our caches and masks.
+"""Decoder layers of transformers' own classes, run on our caches and masks.
 
 Shapes: B batch, T new tokens, L keys (held + new), H hidden.
 """
@@ -24,27 +24,27 @@ Rotations = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Cache(Protocol):
-    """What an attention layer needs of a cache."""
+    """The interface that an attention layer uses."""
 
     def update(self, key: Tensor, value: Tensor, layer: int, /, *_: Any, **__: Any) -> tuple[Tensor, Tensor]: ...
 
 
 def skeleton(config: Any) -> Any:
-    """The model of a configuration without memory for its weights: its classes, names and shapes."""
+    """A configuration's model on the meta device: classes, names and shapes without memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def norm_offset(norm: nn.Module) -> float:
     """What a norm's class adds to its stored weights to get gains: 0 for w, 1 for 1 + w."""
-    # A new norm changes nothing, so its gains are 1.
+    # The gains of a new norm are 1.
     return 1.0 - float(cast("Any", type(norm))(1).weight.detach())
 
 
 def causal_mask(start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which of the `start + tokens` keys each new token sees: [1, 1, T, L] of bool, or None where that is plain.
+    """Which of the L = start + tokens keys each new token attends to, [1, 1, T, L] of bool.
 
-    Plain means that attention's own default does the same: one token that sees everything, or a causal prefill.
+    None where attention's default is the same: one token that attends to everything, or a causal prefill.
     """
     length = start + tokens
     inside_window = window is None or length <= window
@@ -59,12 +59,12 @@ def causal_mask(start: int, tokens: int, window: int | None, device: torch.devic
 
 
 def causal_masks(config: Any, start: int, tokens: int, device: torch.device) -> Masks:
-    """`causal_mask` for each kind of attention that the model has."""
+    """`causal_mask` for each kind of attention in the model."""
     return {kind: causal_mask(start, tokens, size, device) for kind, size in windows(config).items()}
 
 
 def rotations(rotary: nn.Module, like: Tensor, positions_BT: Tensor, kinds: set[str]) -> Rotations:
-    """Rotary cosines and sines for each kind of attention; only some models tell the kinds apart."""
+    """Rotary cosines and sines for each kind of attention; in most models all kinds share them."""
     if hasattr(rotary, "layer_types"):
         return {kind: rotary(like, positions_BT, kind) for kind in kinds}
     shared = rotary(like, positions_BT)

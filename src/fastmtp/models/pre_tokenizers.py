@@ -1,7 +1,7 @@
 """How byte-level BPE tokenizers of GGUF files split text into words, by llama.cpp's name (`tokenizer.ggml.pre`).
 
-Only the names here are read: each was compared with llama.cpp. The expressions are those that the models' authors
-published; llama.cpp applies each one of a list to the pieces that the ones before it left.
+Only names whose results were compared with llama.cpp are supported. The expressions are those published with the
+models; each one of a list is applied to the pieces that the ones before it left.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Splitting:
     """
     Attributes:
         expressions: applied one after the other.
-        whole_words: a word that is a token is not put together by merges.
-        begins: texts begin with the `bos` token where the file does not say.
+        whole_words: a word that is a token is taken without merges.
+        begins: texts begin with the `bos` token unless the file says otherwise.
     """
 
     expressions: tuple[str, ...]

@@ -16,12 +16,12 @@ Rope = tuple[Floats, float]
 
 
 def ropes(config: ModelConfig, kinds: list[str], factors: Floats | None, source: str) -> list[Rope]:
-    """For each kind of attention the frequencies [head_dim / 2] and what cosines and sines are multiplied by.
+    """For each kind of attention the frequencies [head_dim / 2], and a factor for cosines and sines.
 
     Args:
-        factors: of a GGUF file (`rope_freqs`), by which frequencies are divided.
+        factors: divisors of the frequencies, from a GGUF file (`rope_freqs`).
     Raises:
-        ValueError: settings that are not supported.
+        ValueError: the settings are not supported.
     """
     found = []
     for kind in kinds:
@@ -43,7 +43,7 @@ def _frequencies(config: ModelConfig, parameters: Mapping[str, Any], source: str
         return _yarn(config, parameters)
     frequencies = np.float32(1) / _powers(parameters, config.head_dim)
     match kind:
-        # `dynamic` changes frequencies beyond the context only.
+        # `dynamic` changes the frequencies only beyond the context.
         case "default" | "dynamic":
             return frequencies, 1.0
         case "linear":
@@ -63,7 +63,7 @@ def _powers(parameters: Mapping[str, Any], size: int) -> Floats:
 
 
 def _llama3(frequencies: Floats, parameters: Mapping[str, Any]) -> Floats:
-    """Long waves are stretched by a factor, short ones kept, those between interpolated."""
+    """Long waves are stretched by a factor, short ones are unchanged, those between are interpolated."""
     factor, low, high, length = (
         np.float32(parameters[name])
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

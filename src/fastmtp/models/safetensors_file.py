@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file on disk: its header, and a memory map."""
+"""The tensors of a safetensors file through a memory map, and the index that maps tensors to several files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# How a type is stored; bfloat16, which numpy lacks, as the upper halves of float32.
+from fastmtp.files import read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# numpy has no bfloat16: its 16 bits are the upper half of a float32.
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _MOST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as stored; `values` are mapped, not read."""
+    """A tensor as stored; `values` is a view of the memory map."""
 
     kind: str
     values: NDArray[np.generic]
@@ -28,14 +31,31 @@ class StoredTensor:
         return self.values.shape
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start..stop - 1 of a matrix, or elements of a vector."""
         rows = self.values[start:stop]
         if self.kind == "BF16":
             return (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(np.float32)
 
 
+def read_index(directory: Path) -> dict[str, str] | None:
+    """The file name of each tensor; None if the directory has no index.
+
+    Raises:
+        ValueError: the index is damaged, or names a file outside the directory.
+    """
+    path = directory / INDEX
+    if not path.is_file():
+        return None
+    files: dict[str, str] = read_json(path).get("weight_map", {})
+    for name in files.values():
+        if Path(name).name != name:
+            raise ValueError(f"{path}: names {name!r}, which is not a file of the directory")
+    return files
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name.
+    """The tensors of a file, by name.
 
     Raises:
         FileNotFoundError: no such file.

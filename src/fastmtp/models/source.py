@@ -1,4 +1,4 @@
-"""Where a target comes from: the embedded model, a Hugging Face directory, a GGUF file, or a hub id."""
+"""Sources of a target: the embedded model, a Hugging Face directory, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 @dataclass(frozen=True)
 class Source:
-    """A located model: `place` is its directory or hub id, `gguf` its file if it is a GGUF one."""
+    """A located model: `location` is its directory or hub id, `gguf` its file if it is a GGUF file."""
 
     name: str
-    place: str
+    location: str
     gguf: Path | None = None
 
     @cached_property
     def directory(self) -> Path:
-        """A Hugging Face directory; that of a hub id is fetched, without the weights."""
-        if Path(self.place).is_dir():
-            return Path(self.place)
-        return _fetched(self.place, _DESCRIPTION)
+        """The Hugging Face directory; for a hub id it is fetched without the weights."""
+        if Path(self.location).is_dir():
+            return Path(self.location)
+        return _fetched(self.location, _DESCRIPTION)
 
     def read_config(self) -> Any:
-        """The configuration of a model that the engines run: a `ModelConfig` if the native engine does.
+        """The configuration: a `ModelConfig` if the native engine runs the model, else transformers' own.
 
         Raises:
-            ValueError: no engine here runs such a model.
+            ValueError: no engine runs such a model.
         """
         if self.gguf is not None:
             return gguf_config(read_gguf(self.gguf), self.name)
@@ -54,7 +54,7 @@ class Source:
         return ModelConfig.from_json(values, self.name)
 
     def read_any_config(self) -> Any:
-        """transformers' configuration of a model of any kind; an alias has that of what it runs as."""
+        """transformers' configuration of a model of any kind; for an alias, of the model that it runs as."""
         from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
         if self.gguf is not None:
@@ -81,7 +81,7 @@ class Source:
         return directory_tokenizer(self.directory)
 
     def end_ids(self) -> list[int]:
-        """Ends of an answer that are named beside the configuration and the tokenizer."""
+        """Tokens that end an answer besides those of the configuration and the tokenizer."""
         if self.gguf is not None:
             return gguf_end_ids(read_gguf(self.gguf))
         path = self.directory / "generation_config.json"
@@ -92,19 +92,19 @@ class Source:
         if self.gguf is not None:
             file = read_gguf(self.gguf)
             return GgufWeights(file, gguf_config(file, self.name))
-        if Path(self.place).is_dir():
-            return directory_weights(Path(self.place))
-        return directory_weights(_fetched(self.place, [*_DESCRIPTION, "*.safetensors"]))
+        if Path(self.location).is_dir():
+            return directory_weights(Path(self.location))
+        return directory_weights(_fetched(self.location, [*_DESCRIPTION, "*.safetensors"]))
 
 
-def _fetched(place: str, patterns: list[str]) -> Path:
+def _fetched(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(place, allow_patterns=patterns))
+    return Path(snapshot_download(hub_id, allow_patterns=patterns))
 
 
 def transformers_config(config: ModelConfig) -> Any:
-    """The configuration of a GGUF file as transformers' own class."""
+    """A configuration as transformers' own class."""
     from transformers import CONFIG_MAPPING
 
     values = {**asdict(config), "layer_types": list(config.layer_types)}
@@ -152,7 +152,7 @@ def locate(name: str) -> Source:
 
 
 def describe(name: str) -> TargetInfo:
-    """What there is to know of a target without its weights, for data about it and for servers of it.
+    """A target without its weights.
 
     Raises:
         FileNotFoundError, ValueError: as for loading the target.
@@ -164,7 +164,7 @@ def describe(name: str) -> TargetInfo:
 
 
 def model_class(config: Any) -> str:
-    """transformers' name of the model's class; heads on disk hold it."""
+    """transformers' name of the model's class, which heads on disk hold."""
     if isinstance(config, ModelConfig):
         return family(config).model_class
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -174,11 +174,11 @@ def model_class(config: Any) -> str:
 
 @contextmanager
 def reading(source: Source) -> Iterator[None]:
-    """Around everything that reads a model's files: what goes wrong becomes one clear error.
+    """Turn any error while a model's files are read into one that names the model.
 
     Raises:
-        FileNotFoundError: a hub id that cannot be had.
-        ValueError: a damaged or unsupported model.
+        FileNotFoundError: a hub id cannot be loaded.
+        ValueError: the model is damaged or not supported.
     """
     try:
         yield
@@ -189,7 +189,7 @@ def reading(source: Source) -> Iterator[None]:
 def _explained(name: str, error: Exception) -> Exception:
     if isinstance(error, ValueError) and str(error).startswith(name):
         return error
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if Path(name).expanduser().exists() or name == embedded.NAME:
         return ValueError(f"{name}: the model cannot be read, its files may be damaged or incomplete: {reason}")
     return FileNotFoundError(f"{name}: cannot be loaded from the hub: {reason}")

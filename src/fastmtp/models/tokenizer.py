@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the model's chat template; on the library `tokenizers` alone."""
+"""Text to token ids and back, and the model's chat template, with the library `tokenizers` alone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 class Tokenizer:
-    """A tokenizer, its special tokens by their roles, and a chat template.
+    """A tokenizer, its special tokens by role, and a chat template.
 
-    Methods have the names that transformers gives them.
+    The methods are named as in transformers.
     """
 
     def __init__(self, backend: Backend, special: Mapping[str, str], chat_template: str | None = None) -> None:
         """
         Args:
-            special: the text of special tokens by role (`bos`, `eos`, ...), and of those without one by the text.
+            special: the text of special tokens by role (`bos`, `eos`, ...); without a role, the key is the text.
         """
         self.backend_tokenizer = backend
         self.chat_template = chat_template
@@ -51,7 +51,7 @@ class Tokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The special tokens that have a role, in the order of the roles, and then those that are listed."""
+        """The special tokens with a role, in the order of the roles, then those without one."""
         ids = {role: self._id(role) for role in self._special}
         return list(dict.fromkeys(token for token in ids.values() if token is not None))
 
@@ -82,20 +82,21 @@ class Tokenizer:
         """
         if tokenize or not self.chat_template:
             raise ValueError("a chat template gives text, and only where there is one")
-        roles = {f"{role}_token": self._special[role] for role in _NAMED if role in self._special}
-        return render(self.chat_template, messages, reply=add_generation_prompt, **roles)
+        return render(self.chat_template, messages, reply=add_generation_prompt, **self._named())
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write the files by which Hugging Face libraries know a tokenizer."""
+        """Write the files from which Hugging Face libraries read a tokenizer."""
         self.backend_tokenizer.save(str(directory / "tokenizer.json"))
-        roles = {f"{role}_token": self._special[role] for role in _NAMED if role in self._special}
         listed = [text for role, text in self._special.items() if role not in _NAMED]
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named()}
         if listed:
             settings["additional_special_tokens"] = listed
         if self.chat_template:
             settings["chat_template"] = self.chat_template
         write_json(directory / "tokenizer_config.json", settings)
+
+    def _named(self) -> dict[str, str]:
+        return {f"{role}_token": self._special[role] for role in _NAMED if role in self._special}
 
     def _id(self, role: str) -> int | None:
         text = self._special.get(role)
@@ -106,7 +107,7 @@ def directory_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory.
 
     Raises:
-        ValueError: a file is damaged, or the tokenizer is stored in a way that only transformers reads.
+        ValueError: a file is damaged, or the tokenizer has a form that needs transformers, which is missing.
     """
     backend = _backend(directory)
     settings = _optional_json(directory / "special_tokens_map.json")
@@ -130,7 +131,7 @@ def _backend(directory: Path) -> Backend:
             backend = Backend.from_file(str(path))
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise ValueError(f"{path}: damaged or incomplete: {error}") from error
-        # Both are settings of whoever saved the file, and would cut and fill prompts.
+        # The file may hold truncation and padding, which would change prompts.
         backend.no_truncation()
         backend.no_padding()
         return backend
@@ -146,7 +147,7 @@ def _backend(directory: Path) -> Backend:
 
 
 def _add_tokens(backend: Backend, settings: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Tokens that the settings name and tokenizer.json lacks, in the order of their ids."""
+    """Add the tokens of the settings that tokenizer.json lacks, in the order of their ids."""
     known = backend.get_added_tokens_decoder()
     listed = settings.get("added_tokens_decoder") or {}
     for token, facts in sorted(listed.items(), key=lambda item: int(item[0])):
@@ -176,7 +177,7 @@ def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _text(token: Any) -> str | None:
-    """A special token is given as text, or with its settings."""
+    """The text of a special token, which is given as text or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return None if text is None else str(text)
 

@@ -1,29 +1,26 @@
-"""Reading the tensors of a model one piece at a time, under their Hugging Face names, as float32.
+"""The tensors of a model under their Hugging Face names, read as float32 some rows at a time.
 
-Nothing here holds more than the rows that are asked for, so an engine can convert a model that fills memory.
+Only the requested rows are in memory, so an engine can convert a model as large as the memory.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.models.config import ModelConfig
 from fastmtp.models.family import family, tensor_shapes
-from fastmtp.models.gguf_file import GgufFile, GgufTensor
-from fastmtp.models.safetensors_file import StoredTensor, read_header
+from fastmtp.models.gguf_file import GgufFile
+from fastmtp.models.safetensors_file import SINGLE, StoredTensor, read_header, read_index
 
 Floats = NDArray[np.float32]
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-_GGUF_NAMES = {
+# llama.cpp's names for the modules of a layer.
+GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -36,7 +33,7 @@ _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-# Gemma has a norm after attention, too.
+# A family with norms after its networks, too, names its norms differently.
 _GGUF_OUTER_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -47,7 +44,14 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class Weights(Protocol):
-    """The tensors of a checkpoint."""
+    """The tensors of a model.
+
+    Attributes:
+        rope_factors: divisors of the rotary frequencies, which some GGUF files hold.
+    """
+
+    @property
+    def rope_factors(self) -> Floats | None: ...
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
@@ -60,28 +64,16 @@ def whole(weights: Weights, name: str) -> Floats:
     return weights.rows(name, 0, weights.shapes()[name][0])
 
 
-class TensorWeights:
-    """PyTorch's tensors in memory."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = tensors
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def rows(self, name: str, start: int, stop: int) -> Floats:
-        values: Floats = self._tensors[name][start:stop].detach().float().contiguous().cpu().numpy()
-        return values
-
-
 class SafetensorsWeights:
-    """Tensors of safetensors files, which stay on disk."""
+    """The tensors of safetensors files, read through memory maps."""
+
+    rope_factors: Floats | None = None
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or holds a tensor of a type that is not supported.
+            ValueError: a file is damaged, or a tensor has a type that is not supported.
         """
         self._tensors: dict[str, StoredTensor] = {}
         for path in paths:
@@ -99,38 +91,30 @@ def directory_weights(directory: Path) -> SafetensorsWeights:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the index names one outside the directory.
+        ValueError: a file is damaged, or the index names a file outside the directory.
     """
-    names = [SINGLE]
-    if (directory / INDEX).is_file():
-        names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{directory / INDEX}: names {name!r}, which is not a file of the directory")
+    index = read_index(directory)
+    names = [SINGLE] if index is None else sorted(set(index.values()))
     return SafetensorsWeights(directory / name for name in names)
 
 
 class GgufWeights:
-    """Tensors of a GGUF file, dequantised, with what its converter changed undone.
-
-    Attributes:
-        rope_factors: by which the frequencies of rotary embeddings are divided; None if the file has none.
-    """
+    """The tensors of a GGUF file, dequantised; the changes that llama.cpp's converter made are undone."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         stored = dict(file.tensors)
         factors = stored.pop(_ROPE_FACTORS, None)
-        self.rope_factors: Floats | None = None if factors is None else _floats(factors, slice(None))
+        self.rope_factors = None if factors is None else factors.rows(slice(None))
         self._config = config
-        # llama.cpp's converter reorders rows of q and k for a rope that turns neighbours.
+        # The converter reorders the rows of q and k for a rope that rotates neighbouring elements.
         self._reordered = file.metadata["general.architecture"] == "llama"
         self._offset = np.float32(family(config).norm_offset)
         names = _gguf_names(config)
         self._tensors = {name: stored.pop(own) for name, own in names.items() if own in stored}
-        # Files of models whose q, k and v alone have biases.
+        # If only q, k and v have biases, those of o are zeros.
         outputs = [name for name in names if name.endswith("o_proj.bias") and name not in self._tensors]
         self._zeros = {name: (config.hidden_size,) for name in outputs if config.attention_bias}
-        # What has no place is named as the file names it.
+        # Tensors that the model does not have keep the file's names, for the error message.
         self._tensors |= stored
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -139,23 +123,23 @@ class GgufWeights:
     def rows(self, name: str, start: int, stop: int) -> Floats:
         if name in self._zeros:
             return np.zeros(stop - start, np.float32)
-        wanted: Any = slice(start, stop)
+        wanted: slice | NDArray[np.int64] = slice(start, stop)
         if self._reordered and (".q_proj." in name or ".k_proj." in name):
             wanted = self._neighbours(np.arange(start, stop))
-        values = _floats(self._tensors[name], wanted)
+        values = self._tensors[name].rows(wanted)
         return values - self._offset if self._offset and name.endswith("norm.weight") else values
 
     def _neighbours(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where rows of q or k are in a file whose rope turns neighbours, not halves."""
+        """The file's rows of q or k, whose rope rotates neighbours, for rows of a rope that rotates halves."""
         size = self._config.head_dim
-        head, place = np.divmod(rows, size)
-        half, pair = np.divmod(place, size // 2)
+        head, element = np.divmod(rows, size)
+        half, pair = np.divmod(element, size // 2)
         return np.asarray(head * size + 2 * pair + half)
 
 
 def _gguf_names(config: ModelConfig) -> dict[str, str]:
-    """By a tensor's Hugging Face name, the file's."""
-    inner = _GGUF_NAMES | (_GGUF_OUTER_NORMS if family(config).outer_norms else {})
+    """The name of each tensor in the file, by its Hugging Face name."""
+    inner = GGUF_NAMES | (_GGUF_OUTER_NORMS if family(config).outer_norms else {})
     names = {}
     for name in tensor_shapes(config):
         module, _, kind = name.rpartition(".")
@@ -165,8 +149,3 @@ def _gguf_names(config: ModelConfig) -> dict[str, str]:
             _, _, layer, part = module.split(".", 3)
             names[name] = f"blk.{layer}.{inner[part]}.{kind}"
     return names
-
-
-def _floats(tensor: GgufTensor, rows: Any) -> Floats:
-    values = np.array(gguf.dequantize(tensor.data[rows], tensor.kind), np.float32)
-    return values.reshape(len(values), *tensor.shape[1:])

@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 
 from fastmtp.files import cache_directory, replacing
-from fastmtp.models.gguf_file import gguf_reader
 from fastmtp.others.process import EngineProcess
 
 TYPES = ("Q8_0", "BF16", "Q4_0")
@@ -34,7 +33,7 @@ def requantized(source: Path, kind: str) -> Path:
     path = cache_directory() / "llama.cpp" / f"{key}-{kind}.gguf"
     if path.is_file():
         return path
-    reader = gguf_reader(source)
+    reader = gguf.GGUFReader(source)
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, reader.fields["general.architecture"].contents())
         for name, field in reader.fields.items():

@@ -1,4 +1,4 @@
-"""Building lists from counts of its own words, by language and domain.
+"""Lists from token counts of texts, by language and domain.
 
 Shapes: V vocabulary.
 """
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import coverage, merge_order, ranked, smoothed
 
-# Of text with fewer tokens no list is made: it would be chance, and what it has is in the union.
+# No list is made from fewer tokens: its counts would be chance.
 LEAST_TOKENS = 10000
 
 
 @dataclass(frozen=True)
 class LabelledCounts:
-    """Counts of a label's tokens, and of those of its texts that are kept aside to measure on.
+    """Token counts of a label's texts, and of the held-out ones, on which lists are measured.
 
-    `samples` are some of those texts: token ids, and the place of the first one that counts.
+    `samples` are some of the held-out texts: token ids, and the index of the first one that counts.
     """
 
     counted: Counter[int]
@@ -37,7 +37,7 @@ class LabelledCounts:
 
 @dataclass(frozen=True)
 class Built:
-    """The lists, and by label: the tokens counted, and the share of the text kept aside that its list covers."""
+    """The lists, and by label: the number of tokens, and the share of the held-out text that its list covers."""
 
     lists: VocabularyLists
     tokens: dict[str, int]
@@ -46,15 +46,15 @@ class Built:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A label's tokens, the likeliest of its counted text first, and what there is to choose a size by."""
+    """A label's tokens, the likeliest first, and measurements by which to choose a size."""
 
     label: str
     ids: list[int]
-    coverage: NDArray[np.float64]  # of the text kept aside, by the first 0, 1, 2, ... tokens
+    coverage: NDArray[np.float64]  # share of the held-out text that the first 0, 1, 2, ... tokens cover
     samples: Sequence[tuple[list[int], int]]
 
 
-# How many tokens of a ranking make the list.
+# The number of tokens of a ranking that make the list.
 SizeOf = Callable[[Ranking], int]
 
 
@@ -66,7 +66,7 @@ def build(
     Args:
         always: tokens that are in every list.
     Raises:
-        ValueError: too little text, or a size below what is always listed.
+        ValueError: there is too little text, or a size is not above the number of `always`.
     """
     kept = {name: found for name, found in labelled.items() if found.total.total() >= LEAST_TOKENS}
     if not kept:
@@ -98,7 +98,7 @@ def of_size(size: int) -> SizeOf:
 
 
 def by_coverage(share: float, least: int) -> SizeOf:
-    """The smallest list above `least` that covers this share of the text kept aside.
+    """The smallest list above `least` that covers this share of the held-out text.
 
     Raises:
         ValueError: (when called) no list does.
@@ -116,10 +116,12 @@ def by_coverage(share: float, least: int) -> SizeOf:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Lists beside each other and beside texts, all as shares from 0 to 1.
+    """Lists compared with each other and with texts, as shares from 0 to 1.
 
-    `overlap[a][b]`: of list a's tokens, how many b has; `coverage[label][a]`: of a text's tokens, how many list a
-    has, or "all lists" have; `left_out[label]`: a text's most frequent tokens that are in no list.
+    Attributes:
+        overlap: by lists a and b, the share of a's tokens that are in b.
+        coverage: by label of a text and list (or "all lists"), the share of the text's tokens in the list.
+        left_out: by label of a text, its most frequent tokens that are in no list.
     """
 
     sizes: dict[str, int]
@@ -133,7 +135,7 @@ def coverage_curves(
 ) -> dict[str, NDArray[np.float64]]:
     """By label of a text, the share of it that the first 0, 1, 2, ... tokens of a list cover.
 
-    The list is the label's own, or where there is none the one that covers most.
+    The list is the label's own, or without one the list that covers most.
     """
 
     def of(label: str, counts: Counter[int]) -> NDArray[np.float64]:

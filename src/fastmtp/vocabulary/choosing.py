@@ -1,8 +1,8 @@
-"""Which lists fit a text, from its token ids alone.
+"""Choosing the lists that fit a text, from its token ids alone.
 
-Naive Bayes by the lists' own frequencies: every chunk of the text votes for the list that makes it likeliest, and
-the lists with a vote among the last chunks are taken together. So a mixed text gets the union, and a list that was
-left stays for a while.
+Naive Bayes with the lists' own frequencies: every chunk of the text votes for the list that makes it likeliest, and
+the union of the lists with a vote among the last chunks is used. So a mixed text gets several lists, and a list
+remains in use for some chunks after its last vote.
 Shapes: L lists, V vocabulary, T tokens.
 """
 
@@ -18,12 +18,12 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 CHUNK = 32
 VOTES = 8
-# What a token outside a list is thought to have been counted there.
+# The count that is assumed for a token outside a list.
 UNSEEN = 0.1
 
 
 class Chooser:
-    """Tables for all texts."""
+    """Log-probabilities of all tokens under each list; shared by all texts."""
 
     def __init__(self, lists: VocabularyLists, vocabulary_size: int) -> None:
         self.names = list(lists.lists)
@@ -32,12 +32,12 @@ class Chooser:
         )
 
     def best(self, tokens: Sequence[int]) -> str:
-        """The list that makes the tokens likeliest; of equal ones the first."""
+        """The list that makes the tokens likeliest; the first of equal ones."""
         return self.names[int(self._log_p_LV[:, list(tokens)].sum(1).argmax())]
 
 
 class Choice:
-    """The lists chosen for one text that goes on."""
+    """The lists chosen for one text, updated as it grows."""
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser = chooser
@@ -46,12 +46,12 @@ class Choice:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The lists with a vote, in their own order; all of them while nobody has voted."""
+        """The lists with a vote, in the order of all lists; all of them before the first vote."""
         voted = set(self._votes)
         return tuple(name for name in self._chooser.names if name in voted or not voted)
 
     def start(self, prompt: Sequence[int]) -> None:
-        """Choose for a prompt, by its last chunks; one that is shorter than a chunk votes as it is."""
+        """Choose by the last chunks of a prompt; a prompt shorter than a chunk votes as a whole."""
         self._votes.clear()
         self._pending.clear()
         self.see(prompt[-CHUNK * VOTES :])
@@ -59,7 +59,7 @@ class Choice:
             self._votes.append(self._chooser.best(prompt))
 
     def see(self, tokens: Sequence[int]) -> None:
-        """Go on with the tokens that follow."""
+        """Take the tokens that follow."""
         self._pending += tokens
         while len(self._pending) >= CHUNK:
             self._votes.append(self._chooser.best(self._pending[:CHUNK]))
@@ -70,7 +70,7 @@ def _log_probabilities(
     ids: Sequence[int], counts: Sequence[int] | None, vocabulary_size: int
 ) -> NDArray[np.float32]:
     counted_V = np.zeros(vocabulary_size)
-    # Without counts, those of Zipf's law.
+    # Without counts, Zipf's law.
     counted_V[list(ids)] = counts if counts is not None else 1e6 / (np.arange(len(ids)) + 1)
     counted_V += UNSEEN
     log_p_V: NDArray[np.float32] = np.log(counted_V / counted_V.sum()).astype(np.float32)

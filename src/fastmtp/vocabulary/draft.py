@@ -1,6 +1,6 @@
-"""The draft vocabulary of one sequence: the lists that fit its text, and the text's own tokens that they lack.
+"""The draft vocabulary of one sequence: the lists that fit its text, and its own tokens, which the lists lack.
 
-Names, numbers and rare words of a document come again in its answer (after MicroSpec, arXiv 2605.26444).
+Names, numbers and rare words of a document recur in the answer (after MicroSpec, arXiv 2605.26444).
 Shapes: D tokens of the lists, G own tokens of the sequence.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastmtp.vocabulary.choosing import Choice, Chooser
 from fastmtp.vocabulary.lists import VocabularyLists
 
-# A page of text has some dozens of tokens outside a list of 8k; scoring so many more costs a hundredth.
+# A page of text has some dozens of tokens outside a list of 8k; scoring 256 more costs about 1 %.
 OWN_TOKENS = 256
 
 Union = tuple[NDArray[np.int32], frozenset[int]]
@@ -24,9 +24,9 @@ Union = tuple[NDArray[np.int32], frozenset[int]]
 
 @dataclass(frozen=True, eq=False)
 class DraftLists:
-    """What draft steps score: the lists that fit a text, and up to `own_tokens` tokens of the text itself.
+    """Draft lists, and how many tokens of its own a sequence may add to them.
 
-    Shared by all sequences: the tables by which lists are chosen, and unions of lists, are made once.
+    Shared by all sequences: the chooser's tables and the unions of lists are made once.
     """
 
     lists: VocabularyLists
@@ -39,7 +39,7 @@ class DraftLists:
         return Chooser(self.lists, self.vocabulary_size)
 
     def union(self, names: tuple[str, ...]) -> Union:
-        """The tokens [D] of some lists, in order and as a set; the same arrays each time."""
+        """The tokens [D] of some lists, as an array and as a set; the same objects at each call."""
         if names not in self._unions:
             ids = self.lists.union(names)
             self._unions.setdefault(names, (np.array(ids, np.int32), frozenset(ids)))
@@ -47,29 +47,29 @@ class DraftLists:
 
 
 def draft_vocabulary(lists: DraftLists | None) -> DraftVocabulary | None:
-    """A new sequence's; None, which is all tokens, without lists."""
+    """The draft vocabulary of a new sequence; None, which means all tokens, without lists."""
     return DraftVocabulary(lists) if lists is not None and lists.lists.lists else None
 
 
 class DraftVocabulary:
-    """Which token each draft logit is of: the lists' first (`ids_D`), then the own tokens' (`own_ids`)."""
+    """The token of each draft logit: first those of the lists (`ids_D`), then the own tokens (`own_ids`)."""
 
     def __init__(self, shared: DraftLists) -> None:
         self._shared = shared
         self._choice = Choice(shared.chooser)
         self._own_ids_G = np.zeros(shared.own_tokens, np.int32)
-        # From own token to its place, the one that was seen longest ago first.
+        # The slot of each own token, the least recently seen token first.
         self._own: dict[int, int] = {}
         self._use(self._choice.names)
 
     @property
     def own_tokens(self) -> int:
-        """How many own tokens there may be."""
+        """The maximum number of own tokens."""
         return self._shared.own_tokens
 
     @property
     def own_ids(self) -> NDArray[np.int32]:
-        """The own tokens by place."""
+        """The own tokens by slot."""
         return self._own_ids_G[: len(self._own)]
 
     def token(self, index: int) -> int:
@@ -78,17 +78,17 @@ class DraftVocabulary:
         return int(self.ids_D[index] if index < listed else self._own_ids_G[index - listed])
 
     def start(self, prompt: Sequence[int]) -> dict[int, int]:
-        """Forget the own tokens, and choose and grow for a prompt; returns what `see` returns."""
+        """Forget the own tokens and start with a prompt; returns what `see` returns."""
         self._own.clear()
         self._choice.start(prompt)
         self._use(self._choice.names)
         return self._grow(prompt)
 
     def see(self, tokens: Sequence[int]) -> dict[int, int]:
-        """Take tokens of the sequence's text; returns the own places that changed, and the token there now.
+        """Take tokens of the sequence's text; returns the new token of each slot that changed.
 
-        `ids_D` is another array if other lists fit now. Where all places are taken, the token goes that was seen
-        longest ago.
+        `ids_D` becomes another array if other lists fit now. If all slots are taken, the least recently seen token
+        is replaced.
         """
         self._choice.see(tokens)
         self._use(self._choice.names)
@@ -105,10 +105,10 @@ class DraftVocabulary:
         for token in tokens:
             if token in self._listed:
                 continue
-            place = self._own.pop(token, None)
-            if place is None:
+            slot = self._own.pop(token, None)
+            if slot is None:
                 full = len(self._own) == self.own_tokens
-                place = self._own.pop(next(iter(self._own))) if full else len(self._own)
-                self._own_ids_G[place] = changed[place] = token
-            self._own[token] = place
+                slot = self._own.pop(next(iter(self._own))) if full else len(self._own)
+                self._own_ids_G[slot] = changed[slot] = token
+            self._own[token] = slot
         return changed

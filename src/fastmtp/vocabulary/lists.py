@@ -18,9 +18,9 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class VocabularyLists:
-    """By language or domain, token ids with the likeliest first. No list means: score the full vocabulary.
+    """Token ids by language or domain, the likeliest first; without lists the full vocabulary is scored.
 
-    `counts` are of the same tokens in the text that a list was made from; not every list needs to have them.
+    `counts` has for some lists the count of each token in the text that the list was made from.
     """
 
     lists: dict[str, list[int]]
@@ -40,30 +40,31 @@ class VocabularyLists:
         write_json(path, facts, indent=None)
 
     @classmethod
-    def load(cls, path: Path, identity: Any) -> VocabularyLists:
-        """Read lists for a target of this identity.
+    def load(cls, path: Path, tokenizer_sha256: str, vocabulary_size: int) -> VocabularyLists:
+        """Read lists for a target with this tokenizer.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: another tokenizer's lists, ids out of range or twice in a list, wrong counts.
+            ValueError: the lists are another tokenizer's, an id is out of range or twice in a list, or counts are
+                wrong.
         """
         facts = read_json(path)
         if facts.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}")
-        if facts.get("tokenizer_sha256") != identity.tokenizer_sha256:
+        if facts.get("tokenizer_sha256") != tokenizer_sha256:
             raise ValueError(f"{path}: these lists are of another tokenizer")
         lists = facts.get("lists")
         if not isinstance(lists, dict):
             raise ValueError(f"{path}: lists must be an object of id lists by language")
         for language, ids in lists.items():
-            _check_ids(f"{path}: list {language!r}", ids, identity.vocabulary_size)
+            _check_ids(f"{path}: list {language!r}", ids, vocabulary_size)
         counts = facts.get("counts", {})
         for language in counts:
             _check_counts(f"{path}: counts of {language!r}", counts[language], lists.get(language))
         return cls(lists, counts)
 
     def including(self, ids: Iterable[int]) -> VocabularyLists:
-        """With tokens that every list must hold at the end of those that lack them."""
+        """The lists with these tokens appended to each one that lacks them."""
         missing = {name: sorted(set(ids).difference(own)) for name, own in self.lists.items()}
         return VocabularyLists(
             {name: [*own, *missing[name]] for name, own in self.lists.items()},
@@ -71,7 +72,7 @@ class VocabularyLists:
         )
 
     def union(self, names: Iterable[str] | None = None) -> list[int]:
-        """Every token of the named lists, or of all of them, once, in order of first appearance."""
+        """The tokens of the named lists, or of all lists, once each, in order of first appearance."""
         chosen = self.lists if names is None else names
         return list(dict.fromkeys(token for name in chosen for token in self.lists[name]))
 

@@ -1,4 +1,4 @@
-"""From token counts to ranked lists.
+"""Ranked tokens from token counts.
 
 Shapes: V vocabulary.
 """
@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 
 Probabilities = NDArray[np.float64]
 
-# How many tokens of its own a count must have to outweigh what it backs off to.
+# The weight of the back-off, in tokens.
 PRIOR_TOKENS = 1000.0
 
 
 def merge_order(vocabulary_size: int) -> Probabilities:
-    """Zipf's law over token ids, [V]: tokenizers number tokens as they were merged, so low ids are the commoner."""
+    """Zipf's law over token ids, [V]: tokenizers number tokens in the order of merges, so low ids are commoner."""
     weights_V = 1.0 / np.arange(2, vocabulary_size + 2)
     ordered_V: Probabilities = weights_V / weights_V.sum()
     return ordered_V
 
 
 def smoothed(counts: Counter[int], backoff_V: Probabilities) -> Probabilities:
-    """Probabilities [V] from counts, drawn towards `backoff_V` where these are few.
+    """Probabilities [V] from counts, drawn towards `backoff_V` where counts are low.
 
-    The posterior mean under a Dirichlet prior (MacKay and Peto, 1995): what was counted once or never follows the
-    back-off, not chance.
+    The posterior mean under a Dirichlet prior (MacKay and Peto, 1995): tokens counted once or never are ordered by
+    the back-off, not by chance.
     """
     counted_V = PRIOR_TOKENS * backoff_V
     counted_V[list(counts)] += list(counts.values())
@@ -37,7 +37,7 @@ def smoothed(counts: Counter[int], backoff_V: Probabilities) -> Probabilities:
 
 
 def ranked(probabilities_V: Probabilities, always: Iterable[int]) -> list[int]:
-    """All tokens: those in `always` first, as they come, then the likeliest first, equally likely ones by id."""
+    """All tokens: `always` first in the given order, then the others by probability, equal ones by id."""
     order = np.argsort(-probabilities_V, kind="stable").tolist()
     return list(dict.fromkeys([*always, *order]))
 

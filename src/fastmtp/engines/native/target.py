@@ -73,7 +73,7 @@ class NativeTarget(TargetInfo):
         self.weight_type = weight_type
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
         self._check(weights)
-        self._rope_factors = getattr(weights, "rope_factors", None)
+        self._rope_factors = weights.rope_factors
         self.embedding_scale = family.embedding_scale(config)
         self.embedding = self.matrix(self.vocabulary_size, config.hidden_size)
         pack(self.embedding, weights, "model.embed_tokens")

@@ -1,4 +1,4 @@
-"""Many sequences in PyTorch, one in each slot.
+"""Sequences that PyTorch decodes together, one in each slot.
 
 Shapes: R sequences, T prompt tokens, V vocabulary.
 """
@@ -28,7 +28,7 @@ class TorchBatch:
     def prefill(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
         device = self._target.device
         longest = max(map(len, prompts.values()))
-        # Padding on the right is never attended to by the causal prompt before it.
+        # Causal attention never sees the padding on the right.
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts.values()]
         prefilled = KVCache(longest)
         states_RTH = self._target.forward(torch.tensor(padded, device=device), prefilled)

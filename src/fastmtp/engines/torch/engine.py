@@ -1,4 +1,4 @@
-"""The reference engine: PyTorch on any device, transformers' own layers, our caches.
+"""The PyTorch engine: transformers' own layers with our caches, on any device.
 
 Shapes: B batch, T tokens, H hidden.
 """
@@ -21,9 +21,9 @@ from fastmtp.engines.torch.batch import TorchBatch
 from fastmtp.engines.torch.runner import TorchRunner
 from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import read_head
-from fastmtp.method.head import MTPHead
+from fastmtp.method.head import MTPHead, shapes_of
 from fastmtp.models.layers import causal_masks
-from fastmtp.models.weights import Weights, whole
+from fastmtp.models.weights import whole
 from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
 
 _READ_BYTES = 1 << 28
@@ -53,9 +53,9 @@ class TorchEngine:
 
     def load_head(self, directory: Path) -> Head:
         head = MTPHead(self.target.model)
-        shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-        stored = read_head(directory, self.target, shapes)
-        head.load_state_dict(_tensors(stored.tensors))
+        stored = read_head(directory, self.target, shapes_of(head.state_dict()))
+        weights = stored.tensors
+        head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
         return Head(head.eval().requires_grad_(False), stored.lists, stored.draft_steps, directory)
 
     def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
@@ -64,7 +64,7 @@ class TorchEngine:
         return TextSequence(runner, self.target, vocabulary)
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """All texts together, filled up to the longest; padding on the right changes nothing before it."""
+        """All texts in one batch; padding on the right does not change the states before it."""
         target = self.target
         ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True).to(target.device)
         positions = torch.arange(ids_BT.shape[1], device=target.device)[None]
@@ -93,17 +93,13 @@ class TorchEngine:
         return Floor(size, _bandwidth(self.target.device))
 
 
-def _tensors(weights: Weights) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()}
-
-
 def _bandwidth(device: torch.device) -> float:
-    """GB a second."""
+    """Memory bandwidth in GB/s."""
     data = torch.ones(_READ_BYTES // 4, device=device)
     times = []
     for _ in range(6):
         started = time.perf_counter()
-        # Waits for the device.
+        # float() waits for the device.
         float(data.sum())
         times.append(time.perf_counter() - started)
     return _READ_BYTES / median(times[1:]) / 1e9

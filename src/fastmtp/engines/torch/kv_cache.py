@@ -1,7 +1,7 @@
-"""Preallocated key/value caches that transformers' attention classes write to, and that own their rollback.
+"""Preallocated key/value caches with rollback, which transformers' attention classes write to.
 
-Shapes: B batch, N key/value heads, T new tokens, L tokens held, D size of a key or of a value; latent attention
-keeps its two parts, of different sizes, as if they were the key and the value of one head.
+Shapes: B batch, N key/value heads, T new tokens, L tokens held, D size of a key or of a value. Latent attention
+stores its two parts, which differ in size, as the key and the value of one head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values of a batch of sequences of equal length.
 
-    A forward pass is one `update` per layer; its tokens count once `advance(T)` is called.
+    A forward is one `update` per layer, and then `advance(T)`.
     """
 
     def __init__(self, capacity: int = 256) -> None:
@@ -25,7 +25,7 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; returns all of that layer's, [B, N, L + T, D] each."""
+        """Store one layer's new keys and values; returns all of the layer's, [B, N, L + T, D] each."""
         end = self.length + key_BNTD.shape[2]
         keys, values = self._storage(layer, (key_BNTD, value_BNTD), end)
         keys[:, :, self.length : end] = key_BNTD
@@ -36,17 +36,17 @@ class KVCache:
         self.length += tokens
 
     def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
+        """Drop everything from position `length` on."""
         assert 0 <= length <= self.length
         self.length = length
 
-    def keep(self, start: int, tokens: Sequence[int]) -> None:
-        """Forget all from position `start` on but these, counted from there, in ascending order."""
-        places = [start + token for token in tokens]
-        self.length = start + len(places)
+    def commit(self, start: int, rows: Sequence[int]) -> None:
+        """From position `start` on, drop all tokens but these, which are ascending and counted from `start`."""
+        positions = [start + row for row in rows]
+        self.length = start + len(positions)
         for layer in self._layers.values():
             for part in layer:
-                part[:, :, start : self.length] = part[:, :, places]
+                part[:, :, start : self.length] = part[:, :, positions]
 
     def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, the keys and values held, [B, N, L, D] each."""
@@ -65,7 +65,7 @@ class KVCache:
 
 
 class SlotCache:
-    """Keys and values of `slots` independent sequences, each with a length of its own, one token at a time."""
+    """Keys and values of `slots` sequences of different lengths, which grow by one token at a time."""
 
     def __init__(self, slots: int, capacity: int = 256) -> None:
         self.lengths = torch.zeros(slots, dtype=torch.long)
@@ -75,7 +75,7 @@ class SlotCache:
         self._span = 0
 
     def insert(self, slot: int, cache: KVCache, row: int, length: int) -> None:
-        """Put the first `length` tokens of one row of a prefilled cache into a slot."""
+        """Copy the first `length` tokens of one row of a prefilled cache into a slot."""
         self._grow(length)
         for layer, (keys, values) in cache.layers().items():
             if layer not in self._layers:
@@ -87,12 +87,12 @@ class SlotCache:
         self.lengths[slot] = length
 
     def reserve(self) -> None:
-        """Make room for one more token in every slot."""
+        """Make room for one token in every slot."""
         self._span = int(self.lengths.max()) + 1
         self._grow(self._span)
 
     def mask(self, window: int | None) -> Tensor:
-        """Which keys the reserved token of each slot sees, [B, 1, 1, L]."""
+        """Which keys the reserved token of each slot attends to, [B, 1, 1, L] of bool."""
         keys, newest = torch.arange(self._span), self.lengths[:, None]
         mask = keys <= newest
         if window is not None:

@@ -1,4 +1,4 @@
-"""What PyTorch computes for one sequence on any device: transformers' own layers, our caches.
+"""The forwards of one sequence in PyTorch, on any device.
 
 Shapes: T tokens, N nodes of a tree, H hidden, D draft vocabulary, G own tokens, V vocabulary.
 """
@@ -28,12 +28,12 @@ class TorchRunner:
     def __init__(self, target: Target, head: MTPHead | None, vocabulary: DraftVocabulary | None) -> None:
         weight, hidden = target.lm_head.weight, int(target.config.hidden_size)
         self._target, self._head, self._vocabulary, self._device = target, head, vocabulary, target.device
-        # Rows of the LM head that the draft step scores, and their tokens; rows of the text's own tokens.
+        # LM head rows that a draft step scores, and their tokens; the rows of the text's own tokens.
         self._rows_DH, self._row_ids_D = weight, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows_GH = weight.new_empty(vocabulary.own_tokens if vocabulary else 0, hidden)
         self._cache, self._draft_cache = KVCache(), KVCache()
         self.no_states = weight.new_empty(0, hidden) if head else None
-        # Of the tree in the draft cache: all nodes' parents and states.
+        # Parents and states of all nodes of the tree in the draft cache.
         self._parents: list[int] = []
         self._states_NH = weight.new_empty(0, hidden)
 
@@ -44,7 +44,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def commit(self, start: int, rows: Sequence[int]) -> None:
-        self._cache.keep(start, rows)
+        self._cache.commit(start, rows)
 
     @torch.inference_mode()
     def logits(self, states_TH: Tensor) -> Logits:
@@ -81,7 +81,7 @@ class TorchRunner:
         return likeliest(self._draft_logits(states_NH), self._draft_ids(), width)
 
     def _head_forward(self, start: int, states_TH: Tensor, tokens: Sequence[int]) -> Tensor:
-        """The head's states [T, H] at positions from `start` on, over what was held there."""
+        """The head's states [T, H] at positions from `start` on, where the draft cache is overwritten."""
         self._draft_cache.truncate(start)
         positions_1T = torch.arange(start, start + len(tokens), device=self._device)[None]
         return self._run_head(states_TH, tokens, positions_1T, causal_mask(start, len(tokens), None, self._device))
@@ -104,7 +104,7 @@ class TorchRunner:
         return torch.cat([self._target.logits(states_TH, rows) for rows in (self._rows_DH, own_rows_GH)], dim=-1)
 
     def _draft_ids(self) -> Tensor | None:
-        """The token of each draft logit, [D]; None if they are the target's own."""
+        """The token of each draft logit, [D]; None for the full vocabulary."""
         if self._vocabulary is None:
             return None
         ids_D = torch.from_numpy(np.concatenate([self._vocabulary.ids_D, self._vocabulary.own_ids]))
@@ -123,7 +123,7 @@ class TorchRunner:
 
 
 def _argmax(logits: Tensor) -> list[int]:
-    """Of each row of logits; of equal ones the first."""
+    """The argmax of each row, the first of equal ones."""
     # On a CPU numpy takes a tenth of torch's time.
     found = logits.argmax(-1) if logits.is_cuda or logits.dtype.itemsize < 4 else logits.numpy().argmax(-1)
     return cast("list[int]", found.tolist())

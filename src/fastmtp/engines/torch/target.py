@@ -1,4 +1,4 @@
-"""The target in PyTorch: a frozen causal language model of a supported family, and what the rest needs of it.
+"""The target in PyTorch: a frozen causal language model of a supported family.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary.
 """
@@ -28,13 +28,13 @@ from fastmtp.models.weights import whole
 
 
 class Target(TargetInfo):
-    """A frozen model with its tokenizer. States are always the ones after the final norm."""
+    """A frozen model with its tokenizer. States are those after the final norm."""
 
     def __init__(self, model: Any, tokenizer: Any, source: str, end_ids: Iterable[int] = ()) -> None:
         """Wrap a loaded transformers model.
 
         Args:
-            end_ids: ends of an answer besides those that the model and the tokenizer name.
+            end_ids: tokens that end an answer besides those of the model and the tokenizer.
         Raises:
             ValueError: the tokenizer does not fit.
         """
@@ -57,7 +57,7 @@ class Target(TargetInfo):
         """Append tokens to the cache; returns their states [B, T, H] after the final norm.
 
         Args:
-            parents: of a tree (models/trees.py); None is a chain.
+            parents: of a tree (trees.py); None is a chain.
         """
         tokens, start = ids_BT.shape[1], cache.length
         positions = torch.arange(start, start + tokens, device=self.device)[None]
@@ -71,13 +71,13 @@ class Target(TargetInfo):
         return states_BTH
 
     def states(self, ids_BT: Tensor, positions_BT: Tensor, masks: Masks, cache: Cache | None) -> Tensor:
-        """States [B, T, H] after the final norm, for positions and masks of the caller's choice."""
+        """States [B, T, H] after the final norm, for any positions and masks."""
         rotation = self.rotations(positions_BT, self.kinds)
         hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
         return cast(Tensor, self.model.model.norm(hidden_BTH))
 
     def lm_head_rows(self, ids_D: NDArray[np.int32]) -> Tensor:
-        """The LM head's rows of some tokens, [D, H]; one tensor for all who ask."""
+        """The LM head's rows of some tokens, [D, H]; equal ids share one tensor."""
         return self._gathered(ids_D.tobytes())
 
     def _gather(self, ids: bytes) -> Tensor:
@@ -94,11 +94,11 @@ def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | to
 
     Args:
         name: `smollm2` (the embedded model), a Hugging Face directory, a `.gguf` file, or a hub id.
-        dtype: default bfloat16 on a GPU and float32 on a CPU, where it costs no time and rounds least.
-        device: default the GPU if there is one.
+        dtype: by default bfloat16 on a GPU, and float32 on a CPU, where bfloat16 saves no time.
+        device: by default the GPU if there is one.
     Raises:
-        FileNotFoundError: no such file or directory, or a hub id that cannot be had.
-        ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
+        FileNotFoundError: there is no such file or directory, or the hub id cannot be loaded.
+        ValueError: the architecture is not supported, a file is damaged, or the tokenizer does not fit.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -113,7 +113,7 @@ def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | to
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """None of transformers' own messages and bars."""
+    """Silence transformers' own messages and progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -138,20 +138,20 @@ def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
         check_tensors(config, weights.shapes(), source.name)
     if weights is None or source.gguf is None:
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.place, use_safetensors=True, trust_remote_code=False, **settings
+            source.location, use_safetensors=True, trust_remote_code=False, **settings
         )
     else:
         tensors = {name: torch.from_numpy(whole(weights, name)).to(dtype) for name in weights.shapes()}
         model, info = type(skeleton(settings["config"])).from_pretrained(None, state_dict=tensors, **settings)
-    # transformers fills what is missing with random numbers.
+    # transformers fills missing tensors with random numbers.
     raise_problems(f"{source.name}: tensors are missing:", sorted(info["missing_keys"]))
-    if (factors := getattr(weights, "rope_factors", None)) is not None:
-        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(factors))
+    if weights is not None and weights.rope_factors is not None:
+        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(weights.rope_factors))
     return model
 
 
 def throughput_dtype(device: str | torch.device | None = None) -> torch.dtype:
-    """The fastest dtype for work on many tokens at once: half precision where the hardware multiplies it."""
+    """The fastest dtype for many tokens at once: bfloat16 where the hardware multiplies it."""
     on_gpu = torch.device(device).type == "cuda" if device else torch.cuda.is_available()
     has_units = on_gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_units else torch.float32

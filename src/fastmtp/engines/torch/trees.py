@@ -1,7 +1,7 @@
-"""Trees of tokens that follow a sequence: which token is where, and which keys it sees.
+"""Positions and attention masks of trees of tokens that follow a sequence.
 
-A tree is given by its tokens' parents: parents[i] < i is the token before token i, -1 the sequence.
-Shapes: T new tokens, L keys: the sequence's tokens, then all of the tree's.
+A tree is given by its tokens' parents: parents[i] < i is the token before token i, -1 the end of the sequence.
+Shapes: T new tokens, L keys: the sequence's tokens, then all tokens of the tree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def paths(parents: Sequence[int]) -> list[list[int]]:
-    """For each token of a tree those of the tree that lead to it, itself last."""
+    """For each token of a tree its path from the root, itself included."""
     found: list[list[int]] = []
     for index, parent in enumerate(parents):
         found.append([*(found[parent] if parent >= 0 else []), index])
@@ -27,7 +27,7 @@ def tree_positions(start: int, parents: Sequence[int], tokens: int, device: torc
 
 
 def tree_mask(start: int, parents: Sequence[int], tokens: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys the last tokens of a tree see, [1, 1, T, L] of bool: the sequence's, and those of their paths."""
+    """Which keys the last T tokens of a tree attend to, [1, 1, T, L] of bool: the sequence and their own paths."""
     every = len(parents)
     seen = torch.zeros(every, start + every, dtype=torch.bool)
     seen[:, :start] = True

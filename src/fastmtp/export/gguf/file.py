@@ -1,4 +1,4 @@
-"""Writing a GGUF file one tensor at a time, in the type that is asked for."""
+"""Writing a GGUF file one tensor at a time, quantised to a type."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 
-from fastmtp.export.gguf.layout import ARCHITECTURE, Stored
+from fastmtp.export.gguf.layout import ARCHITECTURE, Stored, Value
 
-# What llama.cpp's own tools leave in full: the choice of experts.
+# llama.cpp's own tools do not quantise the router of experts.
 _IN_FULL = (".ffn_gate_inp.",)
 
 
-def write_gguf(path: Path, keys: Mapping[str, tuple[Any, ...]], tensors: Iterable[Stored], kind: str) -> None:
+def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Iterable[Stored], kind: str) -> None:
     """Write a file.
 
     Args:
-        keys: by name a value, its type, and the type of an array's items.
-        kind: of matrices, one of registry.GGUF_TYPES. Vectors, and matrices that its blocks do not divide, are F32.
+        kind: type of the matrices, one of registry.GGUF_TYPES. Vectors, and matrices whose rows its blocks do not
+            divide, are F32.
     Raises:
         ValueError: the disk has too little room.
     """
@@ -34,8 +33,8 @@ def write_gguf(path: Path, keys: Mapping[str, tuple[Any, ...]], tensors: Iterabl
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
-    for name, (value, value_type, *items) in keys.items():
-        writer.add_key_value(name, value, value_type, sub_type=items[0] if items else None)
+    for name, entry in metadata.items():
+        writer.add_key_value(name, entry.value, entry.kind, sub_type=entry.items)
     for (tensor, wanted), size in zip(listed, sizes, strict=True):
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=wanted)
     writer.write_header_to_file()

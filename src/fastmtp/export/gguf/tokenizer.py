@@ -1,4 +1,4 @@
-"""A tokenizer and chat template as GGUF keys: a GGUF file's own, or those of a byte-level BPE tokenizer."""
+"""A tokenizer and chat template as GGUF keys, from a GGUF file or from a byte-level BPE tokenizer."""
 
 from __future__ import annotations
 
@@ -6,81 +6,62 @@ import json
 from typing import Any
 
 import gguf
-from gguf import GGUFValueType as Value
+from gguf import GGUFValueType as Kind
 
+from fastmtp.export.gguf.layout import Value
 from fastmtp.export.job import Job
-from fastmtp.models.gguf_file import gguf_reader
+from fastmtp.models.pre_tokenizers import SPLITTINGS
 
-# A key's value, its type, and the type of the items if it is an array.
-Keys = dict[str, tuple[Any, Value, Value | None]]
-
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-# What llama.cpp calls a way of splitting text into words before merges.
-_SPLITS = {
-    _SHORT_FORMS + _WORDS % r"\p{N}": "qwen2",
-    _SHORT_FORMS + _WORDS % r"\p{N}{1,3}": "llama-bpe",
-}
-
-
-def tokenizer_keys(job: Job) -> Keys:
-    """
-    Raises:
-        ValueError: a tokenizer whose splitting of words is not known here.
-    """
-    if job.source.gguf is not None:
-        fields = gguf_reader(job.source.gguf).fields
-        return {
-            name: (field.contents(), field.types[0], field.types[-1] if field.types[0] == Value.ARRAY else None)
-            for name, field in fields.items()
-            if name.startswith(("tokenizer.", "general.")) and name not in _OF_THE_FILE
-        }
-    return _general(job) | _byte_level(job)
-
-
+# llama.cpp's names for regular expressions that split text into words.
+_SPLITS = {SPLITTINGS[name].expressions[0]: name for name in ("qwen2", "llama-bpe")}
+# Keys of a file that do not describe the tokenizer or the model.
 _OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
 
 
-def _general(job: Job) -> Keys:
-    return {
-        "general.type": ("model", Value.STRING, None),
-        "general.name": (job.target.source.rstrip("/").rsplit("/", 1)[-1], Value.STRING, None),
-    }
-
-
-def _byte_level(job: Job) -> Keys:
+def tokenizer_metadata(job: Job) -> dict[str, Value]:
+    """
+    Raises:
+        ValueError: the tokenizer splits words in an unknown way.
+    """
+    if job.source.gguf is not None:
+        fields = gguf.GGUFReader(job.source.gguf).fields
+        return {
+            name: Value(field.contents(), field.types[0], field.types[-1] if field.types[0] == Kind.ARRAY else None)
+            for name, field in fields.items()
+            if name.startswith(("tokenizer.", "general.")) and name not in _OF_THE_FILE
+        }
     tokenizer = job.target.tokenizer
     facts = json.loads(tokenizer.backend_tokenizer.to_str())
-    split = _split(facts)
-    if split is None:
+    if (split := _split(facts)) is None:
         raise ValueError(
             f"{job.target.source}: its tokenizer splits words in a way that is not known here; give the target as "
             "a .gguf file, as llama.cpp's convert_hf_to_gguf.py makes it: its tokenizer is carried over"
         )
     tokens, types = _tokens(tokenizer, job.target.vocabulary_size)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in facts["model"]["merges"]]
-    keys: Keys = {
-        "tokenizer.ggml.model": ("gpt2", Value.STRING, None),
-        "tokenizer.ggml.pre": (split, Value.STRING, None),
-        "tokenizer.ggml.tokens": (tokens, Value.ARRAY, Value.STRING),
-        "tokenizer.ggml.token_type": (types, Value.ARRAY, Value.INT32),
-        "tokenizer.ggml.merges": (merges, Value.ARRAY, Value.STRING),
+    found = {
+        "general.type": Value("model", Kind.STRING),
+        "general.name": Value(job.target.source.rstrip("/").rsplit("/", 1)[-1], Kind.STRING),
+        "tokenizer.ggml.model": Value("gpt2", Kind.STRING),
+        "tokenizer.ggml.pre": Value(split, Kind.STRING),
+        "tokenizer.ggml.tokens": Value(tokens, Kind.ARRAY, Kind.STRING),
+        "tokenizer.ggml.token_type": Value(types, Kind.ARRAY, Kind.INT32),
+        "tokenizer.ggml.merges": Value(merges, Kind.ARRAY, Kind.STRING),
     }
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    for ours, theirs in names.items():
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         if (token := getattr(tokenizer, f"{ours}_token_id")) is not None:
-            keys[f"tokenizer.ggml.{theirs}_token_id"] = (token, Value.UINT32, None)
+            found[f"tokenizer.ggml.{theirs}_token_id"] = Value(token, Kind.UINT32)
     around = tokenizer.encode("a")
-    for name, place in (("bos", 0), ("eos", -1)):
-        added = around[place] == getattr(tokenizer, f"{name}_token_id")
-        keys[f"tokenizer.ggml.add_{name}_token"] = (added, Value.BOOL, None)
+    for name, index in (("bos", 0), ("eos", -1)):
+        added = around[index] == getattr(tokenizer, f"{name}_token_id")
+        found[f"tokenizer.ggml.add_{name}_token"] = Value(added, Kind.BOOL)
     if tokenizer.chat_template:
-        keys["tokenizer.chat_template"] = (tokenizer.chat_template, Value.STRING, None)
-    return keys
+        found["tokenizer.chat_template"] = Value(tokenizer.chat_template, Kind.STRING)
+    return found
 
 
 def _split(facts: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how words are split; None if it is not known."""
+    """llama.cpp's name for the way words are split; None if it is unknown."""
     steps = facts.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     if facts["model"]["type"] != "BPE" or facts["model"].get("byte_fallback") or not steps:
@@ -90,7 +71,7 @@ def _split(facts: dict[str, Any]) -> str | None:
         return None
     match [step.get("type") for step in before]:
         case []:
-            # Without merges every way of splitting gives the same bytes.
+            # Without merges the way of splitting does not matter.
             return "gpt-2" if last.get("use_regex") or not facts["model"]["merges"] else None
         case ["Digits"] if before[0]["individual_digits"] and last.get("use_regex"):
             return "smollm"
@@ -100,7 +81,7 @@ def _split(facts: dict[str, Any]) -> str | None:
 
 
 def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
-    """Every id's text, and its kind."""
+    """The text and the type of each id."""
     kind = gguf.TokenType
     tokens, types = [f"[PAD{token}]" for token in range(size)], [int(kind.UNUSED)] * size
     for text, token in tokenizer.get_vocab().items():
