@@ -16,7 +16,7 @@ from fastmtp.export.manifest import Manifest
 from fastmtp.export.package import export_head
 from fastmtp.heads.checkpoint import ImportedHead, import_head
 from fastmtp.progress import Progress
-from fastmtp.report.written import write_run
+from fastmtp.report.page import write_run
 from fastmtp.train.processes import Processes
 from fastmtp.train.run import TrainSummary, train_head
 

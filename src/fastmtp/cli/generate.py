@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.api import Model
 from fastmtp.cli.options import (
     decoding_options,
     engine_options,
@@ -18,10 +17,11 @@ from fastmtp.cli.options import (
 )
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions, open_drafting
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
 
 if TYPE_CHECKING:
+    from fastmtp.api import Model
     from fastmtp.decode.generation import Result
 
 _STOPPED = {"end": "", "stop_string": "", "length": ", cut at max-new-tokens", "context": ", context is full"}
@@ -78,6 +78,9 @@ def generate(
 
 def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> Model:
     """What `generate` and `chat` answer with."""
+    from fastmtp.api import Model
+    from fastmtp.decode.drafting.open import open_drafting
+
     return Model(open_drafting(open_engine(target, options, progress=TERMINAL), drafting, TERMINAL))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fastmtp.config import kind_of
-from fastmtp.decode.drafting.open import AUTO, GROWING, DraftOptions
+from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
 
 Command = Callable[..., None]

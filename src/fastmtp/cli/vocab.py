@@ -18,7 +18,6 @@ from fastmtp.cli.options import (
 )
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import VocabularyConfig, load_config
-from fastmtp.models.source import describe
 from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
@@ -122,6 +121,7 @@ def show(
 
     from fastmtp.distill.token_counts import count
     from fastmtp.heads.format import read_description
+    from fastmtp.models.source import describe
     from fastmtp.vocabulary.builder import compare, coverage_curves
 
     described = describe(target)

@@ -6,12 +6,14 @@ import ctypes
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fastmtp.engines.protocol import Engine
 from fastmtp.extras import require
 from fastmtp.models.config import ONLY_TORCH
 from fastmtp.progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from fastmtp.engines.protocol import Engine
 
 EngineName = Literal["native", "torch"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")

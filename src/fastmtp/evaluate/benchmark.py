@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.bench import Settings, run
 from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.journal import Journal
-from fastmtp.evaluate.lineup import check_names, lineup, own_competitor
+from fastmtp.evaluate.lineup import lineup, own_competitor
+from fastmtp.evaluate.names import check_names
 from fastmtp.evaluate.prompts import BUILTIN, suite
 from fastmtp.evaluate.recording import Recording, record_all
 from fastmtp.evaluate.results import document, run_facts

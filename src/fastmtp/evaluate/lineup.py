@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastmtp.decode.drafting.open import PLAIN, DraftOptions, open_drafting
+from fastmtp.decode.drafting.open import open_drafting
+from fastmtp.decode.drafting.options import PLAIN, DraftOptions
 from fastmtp.engines.open import TORCH_DTYPES
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.competitors import Competitor, Own
+from fastmtp.evaluate.names import ALL, OTHERS
 from fastmtp.evaluate.other_engines import LlamaCpp, Transformers
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
 from fastmtp.progress import QUIET, Progress
 
-ALL = "all"
-KINDS = (
-    "vanilla, chain:K, auto, each also with @VOCABULARY (chain:3@full), transformers, transformers+lookup, "
-    "llama.cpp:TYPE, llama.cpp:TYPE+ngram with TYPE one of Q8_0, BF16, Q4_0, or all"
-)
-_OTHERS = re.compile(r"transformers(\+lookup)?|llama\.cpp:(?P<type>Q8_0|BF16|Q4_0)(?P<ngram>\+ngram)?")
 # Most tokens of context that llama.cpp reserves memory for; a longer prompt gives an error instead of an answer.
 _CONTEXT = 8192
-
-
-def check_names(against: Sequence[str], vanilla: Path | None) -> None:
-    """Raises ValueError if a name is not one of KINDS, or if `vanilla` is named without a head for it."""
-    for name in against:
-        draft = name.partition("@")[0]
-        if draft == "vanilla" and vanilla is None:
-            raise ValueError(f"--against {name} needs --vanilla DIR, a head trained for one step only")
-        if name == ALL or draft == "vanilla" or _OTHERS.fullmatch(name):
-            continue
-        try:
-            DraftOptions(draft=draft).steps()
-        except ValueError as error:
-            raise ValueError(f"--against {name}: there is no such competitor; there are {KINDS}") from error
 
 
 def own_competitor(
@@ -92,7 +73,7 @@ def _everyone(engine: Engine, vanilla: Path | None) -> list[str]:
 def _competitor(
     name: str, engine: Engine, options: DraftOptions, vanilla: Path | None, progress: Progress
 ) -> Competitor:
-    other = _OTHERS.fullmatch(name)
+    other = OTHERS.fullmatch(name)
     if other is not None:
         if other["type"]:
             return _llama_cpp(name, other["type"], bool(other["ngram"]), engine)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 
 from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.figures import Figures
 from fastmtp.evaluate.records import PLAIN
+from fastmtp.files import replacing, write_json
 from fastmtp.report import bench as tables
+
+
+def write_run(document: Document, out: Path) -> None:
+    """Write the JSON document, the page, and the tables as Markdown."""
+    write_json(out / "bench.json", document.as_json(), indent=None)
+    write_text(out / "report.html", page([document]))
+    write_text(out / "report.md", tables.markdown(document))
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
