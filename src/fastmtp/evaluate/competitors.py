@@ -75,11 +75,10 @@ class Own:
     def close(self) -> None:
         pass
 
-    def forward_ms(self, context: int) -> dict[str, float]:
+    def forward_ms(self, context: int) -> dict[int, float]:
         """Milliseconds of a forward by its tokens, after so many tokens of context; the least of some turns."""
         ids = some_ids(self.engine.target.vocabulary_size, context)
-        found = least_ms({count: forward_task(self.sequence, ids, count) for count in TOGETHER}, _REPEATS)
-        return {str(count): milliseconds for count, milliseconds in found.items()}
+        return least_ms({count: forward_task(self.sequence, ids, count) for count in TOGETHER}, _REPEATS)
 
     def draft_ms(self, context: int) -> float:
         """Milliseconds of a draft step, or of asking the head once; 0 if nothing is drafted."""

@@ -6,21 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtp.evaluate.drift import Reading
-from fastmtp.evaluate.figures import Divergence, Facts, Figures, Summary, nested
+from fastmtp.engines.protocol import Floor
+from fastmtp.evaluate.audit import Divergence
+from fastmtp.evaluate.drift import Reading, Steadiness
+from fastmtp.evaluate.figures import Facts, Figures, Summary, nested
 from fastmtp.evaluate.records import Json, from_json
 from fastmtp.files import read_json
 
 FORMAT = "fastmtp bench 1"
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The least time of a forward: the bytes that it reads, at the memory's bandwidth."""
-
-    bytes: float
-    bandwidth_gb_s: float
-    ms: float
 
 
 @dataclass(frozen=True)
@@ -33,23 +26,6 @@ class Run:
     settings: Json
     missing: dict[str, str]  # competitors that could not take part, and why
     provenance: Json
-
-
-@dataclass(frozen=True)
-class Spread:
-    """95th over 5th percentile of a kernel's times between prompts."""
-
-    memory: float
-    arithmetic: float
-
-
-@dataclass(frozen=True)
-class Steadiness:
-    """How steady the machine was: load is the median number of processes that wanted to run."""
-
-    spread: Spread
-    load: float
-    noisy: bool
 
 
 @dataclass(frozen=True)
@@ -106,6 +82,7 @@ class Document:
             "format": FORMAT,
             **{name: own[name] for name in ("main", "target")},
             **own["run"],
+            "floor": {**own["run"]["floor"], "ms": self.run.floor.ms},
             "mean": means[self.main],
             "competitors": means,
             "benchmarks": {name: self._benchmark(found) for name, found in self.summary.benchmarks.items()},

@@ -117,19 +117,3 @@ class Summary:
     benchmarks: dict[str, dict[str, Figures]]
     identical: Identical | None  # over our own competitors
     failed_cells: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where an answer of our own leaves its reference: the turn, and the index of the first other token."""
-
-    key: str
-    competitor: str
-    token: int
-
-
-@dataclass(frozen=True)
-class Divergence(Difference):
-    """With the target's margin there: the logit of its first token less that of its second."""
-
-    margin: float

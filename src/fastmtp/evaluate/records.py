@@ -36,6 +36,10 @@ class Answer:
     def length(self) -> int:
         return len(self.tokens) or self.count
 
+    def same_as(self, other: Answer) -> bool:
+        """By tokens, or by text where an engine does not give their ids."""
+        return (self.tokens or self.text) == (other.tokens or other.text)
+
 
 @dataclass(frozen=True)
 class Failure:

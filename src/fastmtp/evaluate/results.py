@@ -8,22 +8,20 @@ from statistics import median
 from tokenizers.decoders import DecodeStream
 
 from fastmtp.engines.protocol import Engine
-from fastmtp.evaluate.audit import with_margins
+from fastmtp.evaluate.audit import differences, with_margins
 from fastmtp.evaluate.competitors import Competitor, Own
-from fastmtp.evaluate.document import Document, Floor, Run, Sample, ShortTurn, Spread, Steadiness
-from fastmtp.evaluate.drift import STEADY, Reading, spread
+from fastmtp.evaluate.document import Document, Run, Sample, ShortTurn
+from fastmtp.evaluate.drift import Reading, Steadiness
 from fastmtp.evaluate.figures import Facts, RoundCosts
 from fastmtp.evaluate.records import PLAIN, Answer, Json, Turn
-from fastmtp.evaluate.summary import differences, summarize
+from fastmtp.evaluate.summary import summarize
 from fastmtp.models.info import TargetInfo
 from fastmtp.provenance import machine, provenance
 
 
 def run_facts(engine: Engine, settings: Json, missing: Mapping[str, str]) -> Run:
     """What is known of a run on this machine."""
-    floor = engine.floor()
-    measured = Floor(floor.bytes, floor.bandwidth_gb_s, floor.ms)
-    return Run(engine.name, machine(), measured, settings, dict(missing), provenance())
+    return Run(engine.name, machine(), engine.floor(), settings, dict(missing), provenance())
 
 
 def document(
@@ -44,9 +42,9 @@ def document(
     """
     # Forwards are timed at the answers' typical context, so that predicted and measured times are comparable.
     context = int(median(len(turn.prompt) + turn.cells[PLAIN].length // 2 for turn in turns))
-    plain = _owns(competitors)[0]
-    forward_ms = {int(count): ms for count, ms in plain.forward_ms(context).items()}
-    facts = {}
+    plain = competitors[0]
+    assert isinstance(plain, Own)
+    forward_ms, facts = plain.forward_ms(context), {}
     for competitor in competitors:
         costs = RoundCosts(forward_ms, competitor.draft_ms(context)) if isinstance(competitor, Own) else None
         reference = competitor.reference if greedy or costs else None
@@ -59,21 +57,10 @@ def document(
         summary=summarize(turns, facts),
         costs_context=context,
         divergences=with_margins(differences(turns, facts), turns, plain.sequence),
-        steadiness=_steadiness([turn.machine for turn in turns]),
+        steadiness=Steadiness.of([turn.machine for turn in turns]),
         samples=list(_samples(turns, main, target)) if main != PLAIN else [],
         answers=[_short(turn) for turn in turns],
     )
-
-
-def _owns(competitors: Sequence[Competitor]) -> list[Own]:
-    return [competitor for competitor in competitors if isinstance(competitor, Own)]
-
-
-def _steadiness(readings: Sequence[Reading]) -> Steadiness:
-    memory = spread([reading.memory_ms for reading in readings])
-    arithmetic = spread([reading.arithmetic_ms for reading in readings])
-    load = median(reading.load for reading in readings)
-    return Steadiness(Spread(memory, arithmetic), load, max(memory, arithmetic) > STEADY)
 
 
 def _samples(turns: Sequence[Turn], main: str, target: TargetInfo) -> Iterator[Sample]:

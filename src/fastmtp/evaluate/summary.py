@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.evaluate.figures import (
-    Difference,
     Drafting,
     Excess,
     Facts,
@@ -56,26 +55,12 @@ def summarize(turns: Sequence[Turn], competitors: Mapping[str, Facts]) -> Summar
     )
 
 
-def differences(turns: Sequence[Turn], competitors: Mapping[str, Facts]) -> list[Difference]:
-    """Where answers of our own leave their reference's."""
-    found = []
-    for turn in turns:
-        for name, facts in competitors.items():
-            answer, reference = turn.answer(name), turn.answer(facts.reference)
-            if facts.costs and answer and reference and not _same(answer, reference):
-                pairs = zip(answer.tokens, reference.tokens, strict=False)
-                common = min(len(answer.tokens), len(reference.tokens))
-                place = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), common)
-                found.append(Difference(turn.key, name, place))
-    return found
-
-
 def _figures(turns: Sequence[Turn], name: str, facts: Facts, ratios: NDArray[np.float64]) -> Figures:
     """One competitor on one benchmark."""
     answers, both = _answers(turns, name), _pairs(turns, name, PLAIN)
     judged = [answer.right for answer in answers if answer.right is not None]
     speed, plain_speed = _speed([answer for answer, _ in both]), _speed([plain for _, plain in both])
-    same = [_same(*pair) for pair in _pairs(turns, name, facts.reference)]
+    same = [answer.same_as(other) for answer, other in _pairs(turns, name, facts.reference)]
     seconds = sum(answer.decode_seconds + answer.prefill_seconds for answer in answers)
     tokens = sum(answer.length for answer in answers)
     return Figures(
@@ -196,10 +181,6 @@ def _pairs(turns: Sequence[Turn], name: str, other: str | None) -> list[tuple[An
     """Answers of two competitors to the turns that both answered."""
     pairs = [(turn.answer(name), turn.answer(other)) for turn in turns]
     return [(one, two) for one, two in pairs if one is not None and two is not None]
-
-
-def _same(answer: Answer, reference: Answer) -> bool:
-    return (answer.tokens or answer.text) == (reference.tokens or reference.text)
 
 
 def _identical(counts: Sequence[Identical | None]) -> Identical | None:
