@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastmtp.decode.drafting.open import open_drafting
 from fastmtp.decode.drafting.options import PLAIN, DraftOptions
-from fastmtp.engines.open import TORCH_DTYPES
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.competitors import Competitor, Own
 from fastmtp.evaluate.names import ALL, OTHERS
@@ -16,9 +15,6 @@ from fastmtp.evaluate.other_engines import LlamaCpp, Transformers
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
 from fastmtp.progress import QUIET, Progress
-
-# Most tokens of context that llama.cpp reserves memory for; a longer prompt gives an error instead of an answer.
-_CONTEXT = 8192
 
 
 def own_competitor(
@@ -65,7 +61,7 @@ def lineup(
 
 def _everyone(engine: Engine, vanilla: Path | None) -> list[str]:
     names = [*(["vanilla"] if vanilla else []), "chain:3@full", "chain:3", "transformers", "transformers+lookup"]
-    if llama_cpp.version() is not None and _gguf(engine) is not None:
+    if llama_cpp.version() is not None and locate(engine.target.source).gguf is not None:
         names += [*(f"llama.cpp:{kind}" for kind in llama_cpp.TYPES), "llama.cpp:Q8_0+ngram"]
     return names
 
@@ -75,41 +71,9 @@ def _competitor(
 ) -> Competitor:
     other = OTHERS.fullmatch(name)
     if other is not None:
-        if other["type"]:
-            return _llama_cpp(name, other["type"], bool(other["ngram"]), engine)
-        return _transformers(name, engine)
+        return LlamaCpp(name, other["type"], engine) if other["type"] else Transformers(name, engine)
     draft, _, vocabulary = name.partition("@")
     chosen = replace(options, draft=draft, draft_vocabulary=vocabulary or options.draft_vocabulary)
     if draft == "vanilla":
         chosen = replace(chosen, head=vanilla, draft="chain:3")
     return own_competitor(name, engine, chosen, progress=progress)
-
-
-def _transformers(name: str, engine: Engine) -> Competitor:
-    from fastmtp.engines.torch.target import throughput_dtype
-
-    # That of our own PyTorch engine, where it is this one that is measured.
-    own = engine.arithmetic.removeprefix("torch.")
-    dtype = own if own in TORCH_DTYPES else str(throughput_dtype("cpu")).removeprefix("torch.")
-    return Transformers(
-        name,
-        engine.target.source,
-        dtype=dtype,
-        device=engine.device,
-        threads=engine.threads,
-        lookup=name.endswith("+lookup"),
-    )
-
-
-def _llama_cpp(name: str, kind: str, ngram: bool, engine: Engine) -> Competitor:
-    if llama_cpp.version() is None:
-        raise FileNotFoundError("llama.cpp is not installed; pip install 'fastmtp[llama-cpp]'")
-    source = _gguf(engine)
-    if source is None:
-        raise FileNotFoundError(f"llama.cpp runs GGUF files; {engine.target.source} is none")
-    context = min(engine.target.context_limit, _CONTEXT)
-    return LlamaCpp(name, source, kind, context=context, threads=engine.threads, ngram=ngram)
-
-
-def _gguf(engine: Engine) -> Path | None:
-    return locate(engine.target.source).gguf

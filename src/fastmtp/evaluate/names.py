@@ -13,7 +13,7 @@ KINDS = (
     "vanilla, chain:K, auto, each also with @VOCABULARY (chain:3@full), transformers, transformers+lookup, "
     "llama.cpp:TYPE, llama.cpp:TYPE+ngram with TYPE one of Q8_0, BF16, Q4_0, or all"
 )
-OTHERS = re.compile(r"transformers(\+lookup)?|llama\.cpp:(?P<type>Q8_0|BF16|Q4_0)(?P<ngram>\+ngram)?")
+OTHERS = re.compile(r"transformers(\+lookup)?|llama\.cpp:(?P<type>Q8_0|BF16|Q4_0)(\+ngram)?")
 
 
 def check_names(against: Sequence[str], vanilla: Path | None) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def process(
 
 def decode_speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> tuple[float, float]:
     """Tokens a second of plain decoding and of prefill, by llama.cpp's own clock."""
-    with process(path, len(prompt) + new_tokens + 16, threads) as engine:
+    with closing(process(path, len(prompt) + new_tokens + 16, threads)) as engine:
         request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
         found = engine.ask(request | {"cache_prompt": False})
     return float(found["decode_per_second"]), float(found["prefill_per_second"])
@@ -122,7 +123,8 @@ def replay(
     Raises:
         ValueError: llama.cpp failed; the message holds its last words.
     """
-    with process(path, max(map(len, prompts)) + new_tokens + 16, threads, drafting=drafting) as engine:
+    context = max(map(len, prompts)) + new_tokens + 16
+    with closing(process(path, context, threads, drafting=drafting)) as engine:
         greedy = {"n_predict": new_tokens, "temperature": 0}
         answers = [engine.ask({"prompt": prompt, **greedy}) for prompt in prompts]
         pairs = zip(questions, prompts, strict=True) if questions else ()

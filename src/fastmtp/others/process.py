@@ -13,8 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 # Characters of an engine's log that an error shows.
 _LAST_WORDS = 1000
@@ -71,14 +70,6 @@ class EngineProcess:
         self._log_file.seek(0)
         self.log = self._log_file.read().decode(errors="replace")
         self._log_file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def serve(start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
