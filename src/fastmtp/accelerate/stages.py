@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, VocabularyConfig
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.distill.answers import DistillSummary, distill
 from fastmtp.engines.open import open_engine, open_states_engine, open_torch
-from fastmtp.evaluate.benchmark import quick
+from fastmtp.evaluate.bench import Settings as BenchSettings
+from fastmtp.evaluate.benchmark import Benchmark
 from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.lists import WrittenLists, build_lists
 from fastmtp.export.manifest import Manifest
@@ -58,9 +60,8 @@ class Distill:
         return _command("distill", target=self.target, out=self.out, **limits)
 
     def run(self, progress: Progress) -> DistillSummary:
-        return distill(
-            open_engine(self.target, for_throughput=True, progress=progress), self.config, self.out, None, progress
-        )
+        engine = open_engine(self.target, for_throughput=True, progress=progress)
+        return distill(engine, self.config, self.out, None, progress)
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,9 @@ class Bench:
         return _command("bench", target=self.target, head=self.head, **given)
 
     def run(self, progress: Progress) -> Document:
-        chosen, engine = (
-            quick(self.head, self.limit, self.max_new_tokens),
-            open_engine(self.target, progress=progress),
-        )
-        found, _ = chosen.run(engine, self.out, progress)
+        settings = BenchSettings(self.max_new_tokens, 1, SamplingConfig())
+        benchmark = Benchmark(DraftOptions(self.head), settings, limit=self.limit)
+        found, _ = benchmark.run(open_engine(self.target, progress=progress), self.out, progress)
         write_run(found, self.out)
         if found.summary.failed_cells or found.breaks_promise:
             raise ValueError(f"{self.out / 'report.html'}: an answer failed, or differs from plain decoding's")

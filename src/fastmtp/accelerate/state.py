@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from fastmtp.accelerate.facts import Facts, measure_facts
 from fastmtp.accelerate.plan import Stage
 from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import token_count
-from fastmtp.files import read_json, write_json
+from fastmtp.files import read_json, remove, write_json
 from fastmtp.progress import QUIET, Progress
 
 STATE = "accelerate.json"
@@ -71,7 +70,7 @@ class State:
         command = stage.settings.command()
         if self._state["stages"].get(stage.name, {}).get("command") != command or self.done(stage):
             for name in stage.makes:
-                _remove(self._out / name)
+                remove(self._out / name)
         self._state["stages"][stage.name] = {"command": command, "done": False}
         self._save()
         result = stage.settings.run(progress)
@@ -82,10 +81,3 @@ class State:
     def _save(self) -> None:
         self._out.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._state)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.bench import Settings, run
@@ -70,11 +69,6 @@ class Benchmark:
         """What the head says along plain decoding's answers."""
         main = own_competitor(self.options.draft, engine, self.options, progress=progress)
         return record_all(main.sequence, journal, self.settings.sampling, progress)
-
-
-def quick(head: Path, limit: int, max_new_tokens: int) -> Benchmark:
-    """A greedy run over the first built-in prompts."""
-    return Benchmark(DraftOptions(head), Settings(max_new_tokens, 1, SamplingConfig()), limit=limit)
 
 
 def _head_sha256(target: str, head: Path | None) -> str | None:

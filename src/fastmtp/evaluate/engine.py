@@ -20,7 +20,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
 from fastmtp.engines.native.engine import NativeEngine
-from fastmtp.engines.protocol import Head
+from fastmtp.engines.protocol import Floor, Head
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
@@ -75,7 +75,7 @@ class EngineReport:
     @property
     def floor_ms(self) -> float:
         """The least time that a forward can take: its bytes at the machine's bandwidth."""
-        return self.forward_bytes / self.bandwidth_gb_s / 1e6
+        return Floor(self.forward_bytes, self.bandwidth_gb_s).ms
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -115,7 +115,7 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
 
     config = target.config
-    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.config.head_dim * CONTEXT
+    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
     return EngineReport(
         model=target.source,
         engine=engine.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastmtp.decode.drafting.adaptive import WIDTH, Adaptive
 from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains
@@ -53,12 +54,12 @@ class Replayed:
 
 def compare(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> dict[str, dict[str, Replayed]]:
     """By drafter and benchmark: chains, `auto`, and the bounds."""
-    ways: dict[str, Callable[[Recording], Replayed]] = {}
-    for steps in CHAINS:
-        ways[f"chain:{steps}"] = _with(chains(steps), costs)
-    ways["auto"] = _with(adaptive(Learned(costs, known)), costs)
-    ways[HINDSIGHT] = lambda recording: hindsight(recording, costs)
-    ways[ORACLE] = lambda recording: oracle(recording, costs)
+    drafters = {f"chain:{steps}": chains(steps) for steps in CHAINS} | {"auto": adaptive(Learned(costs, known))}
+    ways: dict[str, Callable[[Recording], Replayed]] = {
+        **{name: partial(replay, new_drafter=drafter, costs=costs) for name, drafter in drafters.items()},
+        HINDSIGHT: partial(hindsight, costs=costs),
+        ORACLE: partial(oracle, costs=costs),
+    }
     found: dict[str, dict[str, Replayed]] = {}
     for name, way in ways.items():
         by_benchmark: dict[str, Replayed] = defaultdict(Replayed)
@@ -145,16 +146,13 @@ def _fastest(recording: Recording, costs: Costs, drafting_ms: Callable[[int, int
 
 def _right_of_head(recording: Recording, index: int) -> int:
     """How many tokens after one of the answer are among the head's candidates, one after the other."""
-    said, place = recording.said[index], len(recording.prompt) + index + 1
-    for depth, token in enumerate(recording.answer[index + 1 :][:MAX_DEPTH]):
-        found = said.get(tuple(recording.answer[index + 1 :][:depth]))
-        if (
-            found is None
-            or token not in race(found.tokens, found.confidences, recording.sampling, place + depth)[0][:WIDTH]
-        ):
+    said, position = recording.said[index], len(recording.prompt) + index + 1
+    following = recording.answer[index + 1 :][:MAX_DEPTH]
+    for depth, token in enumerate(following):
+        found = said.get(tuple(following[:depth]))
+        if found is None:
             return depth
-    return min(MAX_DEPTH, len(recording.answer) - index - 1)
-
-
-def _with(drafter: NewDrafter, costs: Costs) -> Callable[[Recording], Replayed]:
-    return lambda recording: replay(recording, drafter, costs)
+        drawn, _ = race(found.tokens, found.confidences, recording.sampling, position + depth)
+        if token not in drawn[:WIDTH]:
+            return depth
+    return len(following)

@@ -23,7 +23,7 @@ def headline(document: Document) -> str:
 def grids(document: Document) -> list[Grid]:
     """By benchmark, by competitor, whole answers, where time goes, acceptance by step; each fits a terminal."""
     found = [by_benchmark(document), by_competitor(document), whole_answers(document), time_split(document)]
-    return [*found, by_step(document)] if _accepting(document) else found
+    return [*found, by_step(document)] if accepting(document) else found
 
 
 def by_benchmark(document: Document) -> Grid:
@@ -91,13 +91,13 @@ def time_split(document: Document) -> Grid:
 
 
 def by_step(document: Document) -> Grid:
-    accepting = _accepting(document)
+    drafting = accepting(document)
     last = max(
-        (step for found in accepting.values() for step, share in enumerate(found.cumulative, 1) if share >= 0.005),
+        (step for found in drafting.values() for step, share in enumerate(found.cumulative, 1) if share >= 0.005),
         default=1,
     )
     rows = []
-    for name, found in accepting.items():
+    for name, found in drafting.items():
         for kind, shares in (("cumulative", found.cumulative), ("conditional", found.conditional)):
             cells = [
                 _percent(share) if reached else ""
@@ -172,7 +172,7 @@ def markdown(document: Document) -> str:
     return "\n\n".join([f"**{headline(document)}**", said, *tables]) + "\n"
 
 
-def _accepting(document: Document) -> dict[str, Drafting]:
+def accepting(document: Document) -> dict[str, Drafting]:
     """The competitors whose drafts were counted by step."""
     means = document.summary.means
     return {name: found.drafting for name, found in means.items() if found.drafting and found.drafting.cumulative}

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from fastmtp.evaluate.document import Document
-from fastmtp.evaluate.figures import Figures
+from fastmtp.evaluate.figures import Figures, Split
 from fastmtp.evaluate.records import PLAIN
 from fastmtp.files import replacing, write_json
 from fastmtp.report import bench as tables
@@ -67,12 +67,8 @@ def _run(document: Document) -> dict[str, object]:
         "remarks": tables.remarks(document),
         "by_benchmark": _plot({**by_benchmark, "mean": document.mean}),
         "by_competitor": _plot({name: found for name, found in means.items() if name != PLAIN}),
-        "steps": {
-            name: _steps(found.drafting.cumulative)
-            for name, found in means.items()
-            if found.drafting and found.drafting.cumulative
-        },
-        "splits": {name: _split(found) for name, found in means.items() if found.drafting},
+        "steps": {name: _steps(found.cumulative) for name, found in tables.accepting(document).items()},
+        "splits": {name: _split(found.drafting.split) for name, found in means.items() if found.drafting},
         "grids": [*tables.grids(document), tables.speedups(document)],
     }
 
@@ -96,9 +92,7 @@ def _steps(cumulative: Sequence[float]) -> list[Bar]:
     return [Bar(str(step), f"{share:.0f} %", share) for step, share in shares]
 
 
-def _split(figures: Figures) -> list[tuple[str, float]]:
+def _split(split: Split) -> list[tuple[str, float]]:
     """Per cent of the decoding time by part, in the order of a round."""
-    assert figures.drafting is not None
-    split = figures.drafting.split
     parts = {name: getattr(split, name) for name in ("prompt", "draft", "verify", "keep", "rest")}
     return [(name, 100 * share) for name, share in parts.items() if share is not None]
