@@ -1,4 +1,4 @@
-"""The same prompts to every competitor, in turns. What comes out is a journal (records.Turn)."""
+"""Ask every competitor the same prompts, in turns, and note the answers in a journal (records.Turn)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmtp.progress import QUIET, Progress
 
 @dataclass(frozen=True)
 class Settings:
-    """What every answer of a run has in common."""
+    """What all answers of a run have in common."""
 
     max_new_tokens: int
     repeats: int
@@ -35,17 +35,17 @@ def run(
     announce: Callable[[str, str], None] | None = None,
     progress: Progress = QUIET,
 ) -> None:
-    """Answers of every competitor to every turn, into the journal; what is there already is not asked again.
+    """Add every competitor's answer to every turn to the journal. Turns that it holds already are skipped.
 
-    A turn's history holds plain decoding's answers to the turns before. A failure costs its own cell only.
+    The history of a turn holds plain decoding's answers to the turns before. A failure affects its own cell only.
 
     Args:
-        announce: gets benchmark and competitor before each answer, and these come in the order given; without it
-            the order is random, turn by turn.
+        announce: called with benchmark and competitor before each answer; competitors then answer in the order
+            given. Without it their order is random, turn by turn.
     """
     kernels = Kernels()
     total = settings.repeats * sum(len(conversation.turns) for conversation in conversations)
-    # The first forwards of a process are slower than all others.
+    # Warm-up: the first forwards of a process are slower than all others.
     for competitor in competitors:
         _cell(competitor, target.encode("Hello"), replace(settings, max_new_tokens=8))
     with progress.bar("bench", total) as bar:
@@ -60,8 +60,8 @@ def run(
                         cells = _cells(competitors, prompt, settings, conversation, key, announce)
                         if conversation.answer is not None and index == len(conversation.turns) - 1:
                             cells = {name: _judged(cell, conversation.answer) for name, cell in cells.items()}
-                        place = (key, conversation.benchmark, conversation.id, index, repeat)
-                        journal.add(Turn(*place, prompt, kernels.read(), cells))
+                        which = (key, conversation.benchmark, conversation.id, index, repeat)
+                        journal.add(Turn(*which, prompt, kernels.read(), cells))
                     turn = journal[key]
                     bar.advance(1, sum(cell.length for cell in turn.cells.values()))
                     plain = turn.answer(PLAIN)

@@ -1,4 +1,4 @@
-"""A benchmark from beginning to end: who takes part, their answers, the document."""
+"""A whole benchmark: its competitors, their answers, the document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastmtp.progress import QUIET, Progress
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured: a suite's first prompts, and against whom (lineup.KINDS).
+    """What is measured: the first prompts of each of a suite's benchmarks, and the competitors (names.KINDS).
 
     `vanilla` is a head trained for one step, for the competitor of that name.
     """
@@ -35,12 +35,12 @@ class Benchmark:
     vanilla: Path | None = None
 
     def check(self) -> None:
-        """Raises FileNotFoundError or ValueError if the suite or a competitor is not there."""
+        """Raises FileNotFoundError or ValueError if there is no such suite or competitor."""
         check_names(self.against, self.vanilla)
         suite(self.suite, self.limit)
 
     def run(self, engine: Engine, out: Path | None = None, progress: Progress = QUIET) -> tuple[Document, Journal]:
-        """Measure, or go on with a run that was stopped.
+        """Measure, or continue a run that was stopped.
 
         Args:
             out: the directory of the journal; None keeps it in memory.
@@ -66,12 +66,12 @@ class Benchmark:
         return document(list(journal), competitors, main, engine.target, facts, greedy=greedy), journal
 
     def record(self, engine: Engine, journal: Journal, progress: Progress = QUIET) -> list[Recording]:
-        """What the head says along plain decoding's answers."""
+        """The head's candidates along plain decoding's answers."""
         main = own_competitor(self.options.draft, engine, self.options, progress=progress)
         return record_all(main.sequence, journal, self.settings.sampling, progress)
 
 
 def _head_sha256(target: str, head: Path | None) -> str | None:
-    """Hash of the head that is measured, so that a run does not go on with another one."""
+    """Hash of the measured head, so that a run is not continued with another one."""
     directory = head or shipped_head(target)
     return None if directory is None else file_sha256(directory / "model.safetensors")

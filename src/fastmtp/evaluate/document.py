@@ -1,4 +1,4 @@
-"""The one JSON document of a run: everything that a report shows is in it."""
+"""The JSON document of a run; reports are made from it alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = "fastmtp bench 1"
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of a run besides its answers."""
+    """What is known of a run apart from its answers."""
 
     engine: str
     machine: str
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer in pieces of text, each with the draft step that proposed it; 0 if the target gave it."""
+    """An answer in pieces of text, each with the draft step that proposed it; 0 if it is the target's own token."""
 
     benchmark: str
     id: str
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShortTurn:
-    """A turn without its texts: by competitor tokens, and seconds of prefill and decoding; or the error."""
+    """A turn without its texts. A cell is tokens, seconds of prefill and seconds of decoding, or an error."""
 
     key: str
     benchmark: str
@@ -53,7 +53,7 @@ class ShortTurn:
 
 @dataclass(frozen=True)
 class Document:
-    """A run. `main` is the competitor that the headline is about; `costs_context` is in tokens."""
+    """A run. `main` is the competitor of the headline; costs were timed after `costs_context` tokens."""
 
     main: str
     target: str
@@ -68,7 +68,7 @@ class Document:
 
     @property
     def breaks_promise(self) -> bool:
-        """Whether output differs from plain decoding's where the engine promises that it is the same."""
+        """Whether output differs from plain decoding's although the engine promises identical output."""
         return bool(self.divergences) and self.run.engine.startswith("native")
 
     @property
@@ -99,7 +99,7 @@ class Document:
 
 
 def document_from_json(value: dict[str, Any]) -> Document:
-    """Raises AttributeError, KeyError, TypeError or ValueError if it is no document."""
+    """Raises AttributeError, KeyError, TypeError or ValueError if `value` is no document."""
     means = {name: nested(found) for name, found in value["competitors"].items()}
     benchmarks = {
         benchmark: {name: nested(figures) for name, figures in found["competitors"].items()}

@@ -24,7 +24,7 @@ def own_competitor(
     show: Callable[[str], None] | None = None,
     progress: Progress = QUIET,
 ) -> Own:
-    """Our own decoding, as `options` says; `show` gets each piece of text as it comes."""
+    """Our own decoding with these options; `show` is called with each piece of text as it is decoded."""
     drafting = open_drafting(engine, options, progress)
     if drafting.new_drafter is None and options.draft != PLAIN:
         source = engine.target.source
@@ -39,10 +39,7 @@ def lineup(
     vanilla: Path | None = None,
     progress: Progress = QUIET,
 ) -> tuple[list[Competitor], dict[str, str]]:
-    """The competitors, and by name why others cannot take part.
-
-    First plain decoding, then our own with `options`, then those of `against`.
-    """
+    """The competitors: plain decoding, our own with `options`, those of `against`; and why others are missing."""
     names = [name for given in against for name in (_everyone(engine, vanilla) if given == ALL else [given])]
     found: list[Competitor] = [
         own_competitor(PLAIN, engine, replace(options, draft=PLAIN)),

@@ -15,7 +15,7 @@ BUILTIN, PAPER = "builtin", "fastmtp7"
 
 @dataclass(frozen=True)
 class Conversation:
-    """User messages, asked one after the other. `answer` is the right one to the last, if it is known."""
+    """User messages, one a turn. `answer` is the right answer to the last, if it is known."""
 
     benchmark: str
     id: str
@@ -46,7 +46,7 @@ def suite(name: str, limit: int | None) -> list[Conversation]:
 
 
 def builtin_conversations() -> list[Conversation]:
-    """Six for each kind of task; the first of each kind is short."""
+    """Six conversations for each kind of task; the first of each kind is short."""
     text = files("fastmtp.evaluate").joinpath("builtin.jsonl").read_text(encoding="utf-8")
     return _read(Path("builtin.jsonl"), text)
 

@@ -1,4 +1,4 @@
-"""From the turns of a run to its document."""
+"""Makes a run's document from its turns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastmtp.provenance import machine, provenance
 
 
 def run_facts(engine: Engine, settings: Json, missing: Mapping[str, str]) -> Run:
-    """What is known of a run on this machine."""
+    """A run of an engine on this machine, now."""
     return Run(engine.name, machine(), engine.floor(), settings, dict(missing), provenance())
 
 
@@ -33,12 +33,11 @@ def document(
     *,
     greedy: bool,
 ) -> Document:
-    """Figures, the audit, the machine's steadiness, and answers to look at.
+    """Figures, the audit, the machine's steadiness, and sample answers.
 
     Args:
         competitors: plain decoding first.
-        greedy: whether the answers of other engines can be compared too. At a temperature each engine draws in
-            its own way.
+        greedy: whether other engines' answers are compared too. At a temperature each engine draws in its own way.
     """
     # Forwards are timed at the answers' typical context, so that predicted and measured times are comparable.
     context = int(median(len(turn.prompt) + turn.cells[PLAIN].length // 2 for turn in turns))
@@ -79,7 +78,7 @@ def _pieces(tokens: Sequence[int], steps: Sequence[int], target: TargetInfo) -> 
     stream = DecodeStream(skip_special_tokens=True)
     pieces = []
     for token, step in zip(tokens, steps, strict=False):
-        # A character of several tokens appears with its last one.
+        # A character that spans several tokens appears with the last of them.
         if text := stream.step(target.tokenizer.backend_tokenizer, token):
             pieces.append((text, step))
     return pieces

@@ -1,7 +1,7 @@
-"""From turns to figures: pure functions, so that the same turns always give the same document.
+"""Figures from turns, by pure functions: the same turns always give the same figures.
 
 Speeds are of decoding, after the first token, which the prefill gives. A benchmark's speed is that of all its
-tokens together; a mean weighs every benchmark equally, as the paper does.
+tokens together; a mean weights every benchmark equally, as in the paper.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastmtp.evaluate.records import PLAIN, Answer, Failure, Turn
 from fastmtp.method.acceptance import Acceptance
 
 _RESAMPLES = 2000
-# Steps of which acceptance is reported.
+# Draft steps whose acceptance is reported.
 _STEPS = 8
 
 
@@ -79,14 +79,14 @@ def _figures(turns: Sequence[Turn], name: str, facts: Facts, ratios: NDArray[np.
 
 
 def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting | None:
-    """Acceptance, where the time went, and how long it should have taken; None if nothing is known."""
+    """Acceptance, where the time went, and the time predicted from costs; None without costs or answers."""
     if costs is None or not answers:
         return None
     committed = [tokens for answer in answers for tokens in answer.rounds]
     accepted = Acceptance.of((tokens - 1 for tokens in committed), _STEPS if committed else 0)
     shares = accepted.cumulative
     seconds = sum(answer.decode_seconds for answer in answers)
-    # A run that an earlier version began has answers without the prompt's part.
+    # Journals of earlier versions have answers without `prompt`.
     parts = {part: sum(answer.seconds.get(part, 0.0) for answer in answers) for part in PARTS}
     verified: Counter[int] = Counter()
     for answer in answers:
@@ -97,7 +97,7 @@ def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting |
     draft = costs.draft_ms * sum(answer.draft_steps for answer in answers) / 1e3
     plain_seconds = times[0] * sum(answer.length - 1 for answer in answers) / 1e3
     return Drafting(
-        # Not the sum of the shares: trees may be deeper than the steps that are reported.
+        # Not the sum of the shares: trees may be deeper than the reported steps.
         tau=sum(committed) / len(committed) if committed else 1.0,
         rounds=accepted.rounds,
         cumulative=shares,
@@ -114,7 +114,7 @@ def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting |
 def _mean(
     benchmarks: Sequence[Figures], drafting: Drafting | None, ratios: Sequence[NDArray[np.float64]]
 ) -> Figures:
-    """Means over benchmarks, sums of counts; `drafting` is over all answers, but for the two means in it."""
+    """Means of figures, sums of counts. `drafting` is over all answers, but tau and the prediction are means."""
 
     def mean(values: Iterable[float | None]) -> float | None:
         there = [value for value in values if value is not None]
@@ -144,7 +144,7 @@ def _mean(
 
 
 def _resampled(benchmarks: Sequence[Sequence[Turn]], name: str) -> list[NDArray[np.float64]]:
-    """Speedups [_RESAMPLES] of each benchmark, its prompts drawn with replacement (bootstrap)."""
+    """Speedups [_RESAMPLES] of each benchmark, from prompts drawn with replacement (bootstrap)."""
     generator = np.random.default_rng(0)
     found = []
     for turns in benchmarks:
@@ -166,7 +166,7 @@ def _resampled(benchmarks: Sequence[Sequence[Turn]], name: str) -> list[NDArray[
 
 
 def _interval(ratios: NDArray[np.float64]) -> Interval | None:
-    """The middle 95 % of resampled speedups; None for a single prompt, which says nothing."""
+    """The middle 95 % of resampled speedups; None for a single prompt, whose speedups are all the same."""
     if not np.isfinite(ratios).all() or np.ptp(ratios) == 0:
         return None
     low, high = np.percentile(ratios, [2.5, 97.5])
