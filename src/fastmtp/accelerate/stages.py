@@ -1,4 +1,4 @@
-"""The stages' settings: each runs its stage, and says the command line that does the same."""
+"""The settings of each stage, which run it, and give the equivalent command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | Document 
 
 class Settings(Protocol):
     def command(self) -> list[str]:
-        """The arguments of the `fastmtp` command that does the same."""
+        """The arguments of the equivalent `fastmtp` command."""
         ...
 
     def run(self, progress: Progress) -> Result: ...

@@ -1,7 +1,7 @@
-"""Another engine in a process of its own: one JSON line in, one out.
+"""Another engine in a child process: one JSON line in, one out.
 
-Not inside our process: the OpenMP runtime spins less at its barriers as soon as two teams of threads exist in a
-process, which costs llama.cpp a third of its speed, and ours too.
+It does not run in our process because the OpenMP runtime spins less at its barriers as soon as a process has two
+teams of threads, which costs llama.cpp a third of its speed, and ours too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LAST_WORDS = 1000
 
 
 class EngineProcess:
-    """Starts `python -m MODULE`, sends it its settings, and then one request at a time.
+    """Runs `python -m MODULE`; sends it settings, and then one request at a time.
 
     Attributes:
         log: what it wrote to standard error; complete once it is closed.

@@ -1,4 +1,4 @@
-"""Answers by vLLM, in a process of its own."""
+"""Answers by vLLM in a child process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def replay(
     Args:
         model: a Hugging Face directory or hub id.
         ends: tokens that end an answer.
-        name: what an error names.
+        name: how errors name the model.
         speculative: vLLM's --speculative-config; None decodes plainly.
         overrides: vLLM's --hf-overrides.
     Raises:

@@ -1,4 +1,4 @@
-"""A run's document as one HTML page that needs nothing else: plots, tables, and answers token by token."""
+"""A run's document as a self-contained HTML page: plots, tables, and answers token by token."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Plot:
-    """Bars on a common scale, which begins at 0 and has a line at `one`."""
+    """Bars on a common scale from 0; `one` is where the line at 1x stands."""
 
     bars: list[Bar]
     one: float
 
 
 def page(documents: Sequence[Document]) -> str:
-    """The page of a run, or of two, which are then compared first."""
+    """The page of one run, or of two runs and their comparison."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastmtp.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -58,7 +58,7 @@ def page(documents: Sequence[Document]) -> str:
 
 
 def _run(document: Document) -> dict[str, object]:
-    """What the template shows of a run."""
+    """The template's variables for a run."""
     means = document.summary.means
     by_benchmark = {name: found[document.main] for name, found in document.summary.benchmarks.items()}
     return {
