@@ -10,8 +10,7 @@ from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, Vocabular
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.distill.answers import DistillSummary, distill
 from fastmtp.engines.open import open_engine, open_states_engine, open_torch
-from fastmtp.evaluate.bench import Settings as BenchSettings
-from fastmtp.evaluate.benchmark import Benchmark
+from fastmtp.evaluate import bench
 from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.lists import WrittenLists, build_lists
 from fastmtp.export.manifest import Manifest
@@ -126,8 +125,8 @@ class Bench:
         return _command("bench", target=self.target, head=self.head, **given)
 
     def run(self, progress: Progress) -> Document:
-        settings = BenchSettings(self.max_new_tokens, 1, SamplingConfig())
-        benchmark = Benchmark(DraftOptions(self.head), settings, limit=self.limit)
+        settings = bench.Settings(self.max_new_tokens, 1, SamplingConfig())
+        benchmark = bench.Benchmark(DraftOptions(self.head), settings, limit=self.limit)
         found, _ = benchmark.run(open_engine(self.target, progress=progress), self.out, progress)
         write_run(found, self.out)
         if found.summary.failed_cells or found.breaks_promise:

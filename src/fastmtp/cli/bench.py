@@ -71,8 +71,7 @@ def bench(
     Exit code 1: an answer failed, a competitor that was named is missing, or output differs where the engine
     promises that it does not.
     """
-    from fastmtp.evaluate.bench import Settings
-    from fastmtp.evaluate.benchmark import Benchmark
+    from fastmtp.evaluate.bench import Benchmark, Settings
     from fastmtp.evaluate.recording import save
     from fastmtp.heads.shipped import vanilla_head
     from fastmtp.report.page import write_run
