@@ -66,14 +66,14 @@ def accelerate(
     for stage in state.remaining(minutes, to):
         click.echo(f"\n[{stage.name}] {stage.shown()}", err=True)
         found = state.do(stage, TERMINAL)
-        # What stages print is no part of a JSON document.
+        # Only the JSON document may go to stdout.
         with contextlib.redirect_stdout(sys.stderr):
             _tell(found, out, to)
     _end(target, out, to, as_json, (time.monotonic() - started) / 60)
 
 
 def _tell(found: Result, out: Path, engine: str) -> None:
-    """What the stage's own command prints at its end; the benchmark's tables come last of all."""
+    """Print what the stage's own command prints at its end; of the benchmark only the headline."""
     from fastmtp.distill.answers import DistillSummary
     from fastmtp.evaluate.lists import WrittenLists
     from fastmtp.export.manifest import Manifest

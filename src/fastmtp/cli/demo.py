@@ -1,4 +1,4 @@
-"""`fastmtp demo`: the embedded model, plainly and with its head."""
+"""`fastmtp demo`: the embedded model with and without its head."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ class _Stream:
         self._started = True
 
     def show(self, piece: str) -> None:
-        # Before the first headline the engines are warmed up.
+        # Nothing is shown of the warm-up, which comes before the first headline.
         if self._started:
             click.echo(piece, nl=False)

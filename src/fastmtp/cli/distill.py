@@ -71,7 +71,7 @@ def distill(
 
 
 def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:
-    """The mix that resulted, and how the command ends."""
+    """Print the resulting mix and the summary."""
     from fastmtp.distill.domains import shares
 
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0

@@ -1,4 +1,4 @@
-"""`fastmtp generate`: one answer, and what an answer's statistics look like in a line."""
+"""`fastmtp generate`: one answer; and what `fastmtp chat` shares with it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def generate(
 
 
 def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> Model:
-    """What `generate` and `chat` answer with."""
+    """The model that these options describe."""
     from fastmtp.api import Model
     from fastmtp.decode.drafting.open import open_drafting
 
@@ -92,6 +92,6 @@ def described(result: Result) -> str:
 
 
 def tell_plans(result: Result) -> None:
-    """What was drafted for an answer; of plain steps there is nothing to tell."""
+    """Print what was drafted for an answer; nothing for plain decoding."""
     if result.plans is not None:
         click.echo("\n".join(result.plans.lines()), err=True)

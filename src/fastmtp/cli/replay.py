@@ -1,4 +1,4 @@
-"""`fastmtp replay`: what drafters would give on recorded answers."""
+"""`fastmtp replay`: drafters on recorded answers."""
 
 from __future__ import annotations
 

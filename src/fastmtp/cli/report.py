@@ -1,4 +1,4 @@
-"""`fastmtp report`: what a benchmark measured, again."""
+"""`fastmtp report`: the reports of benchmarks that ran before."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def build(
 
 
 def tell_written(found: WrittenLists, as_json: bool) -> None:
-    """The sizes that were compared, the lists, and how the command ends."""
+    """Print the compared sizes, the lists and the summary."""
     from rich.console import Console
 
     from fastmtp.evaluate.lists import fastest
