@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from fastmtp.cli.options import (
     PATH,
@@ -66,8 +67,6 @@ def build(
 
 def tell_written(found: WrittenLists, as_json: bool) -> None:
     """Print the compared sizes, the lists and the summary."""
-    from rich.console import Console
-
     from fastmtp.evaluate.lists import fastest
 
     built, console = found.built, Console(stderr=as_json)
@@ -117,8 +116,6 @@ def show(
         check_plot(plot)
         if not data and not texts:
             raise ValueError("--plot draws how much of a text the lists cover; give --data or --text")
-    from rich.console import Console
-
     from fastmtp.distill.token_counts import count
     from fastmtp.heads.format import read_description
     from fastmtp.models.source import describe
