@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmtp.engines.protocol import Floor
 from fastmtp.evaluate.audit import Divergence
-from fastmtp.evaluate.drift import Reading, Steadiness
+from fastmtp.evaluate.drift import Steadiness
 from fastmtp.evaluate.figures import Facts, Figures, Summary, nested
 from fastmtp.evaluate.records import Json, from_json
 from fastmtp.files import read_json
@@ -38,20 +38,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ShortTurn:
-    """A turn without its texts. A cell is tokens, seconds of prefill and seconds of decoding, or an error."""
-
-    key: str
-    benchmark: str
-    id: str
-    turn: int
-    repeat: int
-    prompt_tokens: int
-    machine: Reading
-    cells: dict[str, tuple[int, float, float] | str]
-
-
-@dataclass(frozen=True)
 class Document:
     """A run. `main` is the competitor of the headline; costs were timed after `costs_context` tokens."""
 
@@ -64,7 +50,7 @@ class Document:
     divergences: list[Divergence]
     steadiness: Steadiness
     samples: list[Sample]
-    answers: list[ShortTurn]
+    answers: list[Json]  # turns without their texts
 
     @property
     def breaks_promise(self) -> bool:

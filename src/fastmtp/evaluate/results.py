@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 
 from tokenizers.decoders import DecodeStream
@@ -10,8 +11,8 @@ from tokenizers.decoders import DecodeStream
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.audit import differences, with_margins
 from fastmtp.evaluate.competitors import Competitor, Own
-from fastmtp.evaluate.document import Document, Run, Sample, ShortTurn
-from fastmtp.evaluate.drift import Reading, Steadiness
+from fastmtp.evaluate.document import Document, Run, Sample
+from fastmtp.evaluate.drift import Steadiness
 from fastmtp.evaluate.figures import Facts, RoundCosts
 from fastmtp.evaluate.records import PLAIN, Answer, Json, Turn
 from fastmtp.evaluate.summary import summarize
@@ -84,13 +85,14 @@ def _pieces(tokens: Sequence[int], steps: Sequence[int], target: TargetInfo) -> 
     return pieces
 
 
-def _short(turn: Turn) -> ShortTurn:
+def _short(turn: Turn) -> Json:
+    """A turn without its texts; a cell is tokens, seconds of prefill and seconds of decoding, or an error."""
     cells = {
-        name: (cell.length, round(cell.prefill_seconds, 5), round(cell.decode_seconds, 5))
+        name: [cell.length, round(cell.prefill_seconds, 5), round(cell.decode_seconds, 5)]
         if isinstance(cell, Answer)
         else cell.error
         for name, cell in turn.cells.items()
     }
-    now = turn.machine
-    machine = Reading(round(now.memory_ms, 3), round(now.arithmetic_ms, 3), round(now.load, 3))
-    return ShortTurn(turn.key, turn.benchmark, turn.id, turn.turn, turn.repeat, len(turn.prompt), machine, cells)
+    kept = {name: getattr(turn, name) for name in ("key", "benchmark", "id", "turn", "repeat")}
+    speed = {name: round(value, 3) for name, value in asdict(turn.machine).items()}
+    return {**kept, "prompt_tokens": len(turn.prompt), "machine": speed, "cells": cells}
