@@ -82,7 +82,7 @@ def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, toke
         Stage("distill", Distill(target, data, DistillConfig(count=1_000_000, minutes=answering)), answering, ()),
         Stage("train", train, training, ("head", ".head.tmp", "head.training")),
         Stage("vocabulary", Vocabulary(target, head, data, VocabularyConfig(size="auto")), 1 + rest / 2, ()),
-        Stage("bench", Bench(target, head, out / "bench", 2, 128), 1 + rest, ("bench",)),
+        Stage("bench", Bench(target, head, 2, 128, out / "bench"), 1 + rest, ("bench",)),
         Stage("export", Export(engine, target, head, out / engine), 1 + rest / 2, (engine,)),
     ]
     return [Stage("native", Native(target, native), 1, ("native",)), *found] if facts.native_head else found

@@ -40,7 +40,7 @@ class Native:
     out: Path
 
     def command(self) -> list[str]:
-        return _command("head", "import", target=self.target, out=self.out)
+        return _command("head", "import", **vars(self))
 
     def run(self, progress: Progress) -> ImportedHead:
         return import_head(self.target, self.out)
@@ -116,13 +116,12 @@ class Bench:
 
     target: str
     head: Path
-    out: Path
     limit: int
     max_new_tokens: int
+    out: Path
 
     def command(self) -> list[str]:
-        given = {"limit": self.limit, "max_new_tokens": self.max_new_tokens, "out": self.out}
-        return _command("bench", target=self.target, head=self.head, **given)
+        return _command("bench", **vars(self))
 
     def run(self, progress: Progress) -> Document:
         settings = bench.Settings(self.max_new_tokens, 1, SamplingConfig())

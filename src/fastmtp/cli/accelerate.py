@@ -107,14 +107,9 @@ def _end(target: str, out: Path, engine: str, as_json: bool, minutes: float) -> 
         click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
         click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
         click.echo(f"all figures:    {out / 'bench' / 'report.html'}")
-    finish(
-        as_json,
-        {
-            **{"out": str(out), "head": str(out / "head"), "export": str(out / engine)},
-            "bench": document.as_json()["mean"],
-        },
-        f"{bench_report.headline(document)}; {minutes:.0f} minutes",
-    )
+    made = {"out": str(out), "head": str(out / "head"), "export": str(out / engine)}
+    summary = f"{bench_report.headline(document)}; {minutes:.0f} minutes"
+    finish(as_json, {**made, "bench": document.as_json()["mean"]}, summary)
 
 
 def _minutes(budget: str) -> float:

@@ -62,21 +62,7 @@ def commands() -> None:
 
 
 for command in (
-    accelerate,
-    distill,
-    data,
-    train,
-    vocab,
-    head,
-    demo,
-    bench,
-    report,
-    replay,
-    bench_engine,
-    export,
-    import_,
-    verify_export,
-    generate,
-    chat,
-):
+    accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, export, import_,
+    verify_export, generate, chat,
+):  # fmt: skip
     commands.add_command(command)
