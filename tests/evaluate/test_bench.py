@@ -107,6 +107,15 @@ def test_a_failed_cell_costs_itself_only() -> None:
     assert figures["fast"].speedup == pytest.approx(2.0)
 
 
+def test_answers_of_one_token_have_no_speed() -> None:
+    """The prefill gives their only token, so nothing is decoded, and no figure is divided by zero."""
+    short = {"tokens": [1], "decode_seconds": 0.0, "rounds": [], "verified": {}, "draft_steps": 0, "seconds": {}}
+    one = line("a", "1", 0.02, **short)
+    one.cells["plain"] = one.cells["fast"]
+    figures = summarize([one], OWN).means["fast"]
+    assert (figures.tokens, figures.tokens_per_second, figures.speedup, figures.drafting) == (1, None, None, None)
+
+
 def test_a_difference_is_found_where_it_is() -> None:
     """One other token in one answer: counted, and named by its place."""
     other = [0, 1, 2, 3, 99, 5, 6, 7, 8]

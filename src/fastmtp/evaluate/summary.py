@@ -79,8 +79,9 @@ def _figures(turns: Sequence[Turn], name: str, facts: Facts, ratios: NDArray[np.
 
 
 def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting | None:
-    """Acceptance, where the time went, and the time predicted from costs; None without costs or answers."""
-    if costs is None or not answers:
+    """Acceptance, where the time went, and the time predicted from costs; None if nothing was decoded or timed."""
+    # Prefill gives the first token: for answers of one token nothing is verified.
+    if costs is None or not any(answer.verified for answer in answers):
         return None
     committed = [tokens for answer in answers for tokens in answer.rounds]
     accepted = Acceptance.of((tokens - 1 for tokens in committed), _STEPS if committed else 0)
