@@ -8,7 +8,8 @@ from pathlib import Path
 from threading import RLock
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.open import AUTO, GROWING, Drafting, DraftOptions, open_drafting
+from fastmtp.decode.drafting.open import Drafting, open_drafting
+from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.decode.generation import Generation, Result
 from fastmtp.engines.open import EngineName, EngineOptions, open_engine
 from fastmtp.engines.protocol import TokenSequence

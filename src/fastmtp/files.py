@@ -28,18 +28,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             previous = path.with_name(f".{path.name}.old")
             path.rename(previous)
             temporary.rename(path)
-            _remove(previous)
+            remove(previous)
         else:
             temporary.replace(path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -70,7 +70,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

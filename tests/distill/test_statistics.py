@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastmtp.cli.data_report import draw_statistics
+from fastmtp.cli.data import draw_statistics
 from fastmtp.distill.dataset import Exchange
 from fastmtp.distill.statistics import measure, spans
 from tests.conftest import tiny_target

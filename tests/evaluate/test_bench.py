@@ -16,18 +16,20 @@ import pytest
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import chains
 from fastmtp.decode.drafting.open import Drafting
+from fastmtp.engines.protocol import Floor
 from fastmtp.engines.torch.target import Target
 from fastmtp.evaluate import audit, benchmarks
+from fastmtp.evaluate.audit import Difference, differences
 from fastmtp.evaluate.bench import Settings, run
 from fastmtp.evaluate.competitors import Own
-from fastmtp.evaluate.document import Floor, Run, document_from_json
-from fastmtp.evaluate.figures import Difference, Facts, Identical, RoundCosts
+from fastmtp.evaluate.document import Run, document_from_json
+from fastmtp.evaluate.figures import Facts, Identical, RoundCosts
 from fastmtp.evaluate.journal import Journal
 from fastmtp.evaluate.prompts import Conversation, builtin_conversations, suite
 from fastmtp.evaluate.quality import right
 from fastmtp.evaluate.records import Answer, Failure, Turn, from_json
 from fastmtp.evaluate.results import document
-from fastmtp.evaluate.summary import differences, summarize
+from fastmtp.evaluate.summary import summarize
 from fastmtp.others.transformers_process import start
 from fastmtp.report import bench as bench_report
 from fastmtp.report.page import page
@@ -105,6 +107,15 @@ def test_a_failed_cell_costs_itself_only() -> None:
     assert figures["fast"].speedup == pytest.approx(2.0)
 
 
+def test_answers_of_one_token_have_no_speed() -> None:
+    """The prefill gives their only token, so nothing is decoded, and no figure is divided by zero."""
+    short = {"tokens": [1], "decode_seconds": 0.0, "rounds": [], "verified": {}, "draft_steps": 0, "seconds": {}}
+    one = line("a", "1", 0.02, **short)
+    one.cells["plain"] = one.cells["fast"]
+    figures = summarize([one], OWN).means["fast"]
+    assert (figures.tokens, figures.tokens_per_second, figures.speedup, figures.drafting) == (1, None, None, None)
+
+
 def test_a_difference_is_found_where_it_is() -> None:
     """One other token in one answer: counted, and named by its place."""
     other = [0, 1, 2, 3, 99, 5, 6, 7, 8]
@@ -175,7 +186,7 @@ def written(pair: list[Own]) -> dict[str, Any]:
     facts = Run(
         engine="torch",
         machine="a machine",
-        floor=Floor(bytes=1e6, bandwidth_gb_s=10.0, ms=0.1),
+        floor=Floor(bytes=10**6, bandwidth_gb_s=10.0),
         settings={},
         missing={"llama.cpp:Q8_0": "not installed"},
         provenance={"created": "today", "command": "fastmtp bench"},

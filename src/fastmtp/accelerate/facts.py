@@ -1,4 +1,4 @@
-"""What a plan depends on: the model's size and speed here, and what training can start from."""
+"""What a plan depends on: the model's size and speed on this machine, and what training can start from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastmtp.progress import QUIET, Progress
 
 @dataclass(frozen=True)
 class Facts:
-    """Tokens a second of a prefill, bytes of the target's weights in 16 bits, and what there is to start from."""
+    """`target_bytes` is of the weights in 16 bits."""
 
     prefill_per_second: float
     target_bytes: int

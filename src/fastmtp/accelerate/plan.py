@@ -1,4 +1,4 @@
-"""Which stages fit into a budget of time, how long each takes, and the disk that they need."""
+"""The stages that fit into a budget of time, the minutes that each takes, and the disk space that they need."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from fastmtp.accelerate.stages import Bench, Distill, Export, Native, Settings, 
 from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
 from fastmtp.models.source import locate
 
-# Answering (in batches) and training reach these shares of the prefill's tokens a second, on two cores with matrix
-# units. Without such units prefill is slower, and both reach half of it.
+# Tokens a second of answering (in batches) and of training, as shares of the prefill's, on two cores with matrix
+# units. Without such units prefill is slower, and both are about half of it.
 _ANSWERED, _TRAINED = 0.2, 0.3
-# Loading the model, the lists, the benchmark and the export take some minutes (of a short run at most a share), and
-# a share of the budget.
+# Everything else (loading, lists, benchmark, export) takes some minutes, but at most a share of a short run, and a
+# share of the budget.
 _OTHER_MINUTES, _OTHER_MOST, _OTHER_SHARE = 4.0, 0.4, 0.1
-# The default budget answers and trains on so many tokens; more improve the head slowly.
+# Tokens of the default budget's answers; with more the head improves slowly.
 _DEFAULT_TOKENS = 1_000_000
 # More passes over the same answers improve little.
 _MOST_EPOCHS = 3.0
-# Compiling pays in longer runs than this.
+# Compiling pays off in longer runs of training.
 _COMPILE_MINUTES = 20
 _BYTES_A_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, about how many minutes it takes, and what it leaves in the output directory."""
+    """A stage, its expected minutes, and the names that it makes in the output directory."""
 
     name: str
     settings: Settings
@@ -37,18 +37,18 @@ class Stage:
     makes: tuple[str, ...]
 
     def shown(self) -> str:
-        """The command line that does the same."""
+        """The equivalent command line."""
         return shlex.join(["fastmtp", *self.settings.command()])
 
 
 def default_minutes(facts: Facts) -> float:
-    """The budget in which about a million tokens are answered and trained on."""
+    """The budget for answers of a million tokens and training on them."""
     seconds = _DEFAULT_TOKENS / facts.prefill_per_second * (1 / _ANSWERED + 1 / _TRAINED)
     return float(round(seconds / 60 / (1 - _OTHER_SHARE) + _OTHER_MINUTES))
 
 
 def default_engine(target: str) -> str:
-    """What to export to."""
+    """The engine to export to."""
     return "transformers" if locate(target).gguf is None else "llama.cpp"
 
 
@@ -62,7 +62,7 @@ def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, toke
 
     Args:
         engine: what to export to.
-        tokens: in the data, once it is there; None estimates them.
+        tokens: of the data; None, before it exists, estimates them.
     """
     answering = distill_minutes(minutes)
     training = _working_minutes(minutes) - answering
@@ -73,7 +73,7 @@ def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, toke
         target,
         data,
         head,
-        # Rounded, so that a continued run has the same settings.
+        # Rounded, so that a continued run plans the same command.
         TrainConfig(epochs=float(f"{epochs:.2g}"), compile=facts.compiler and training >= _COMPILE_MINUTES),
         str(native) if facts.native_head else facts.shipped_head,
     )
@@ -82,20 +82,20 @@ def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, toke
         Stage("distill", Distill(target, data, DistillConfig(count=1_000_000, minutes=answering)), answering, ()),
         Stage("train", train, training, ("head", ".head.tmp", "head.training")),
         Stage("vocabulary", Vocabulary(target, head, data, VocabularyConfig(size="auto")), 1 + rest / 2, ()),
-        Stage("bench", Bench(target, head, out / "bench", 2, 128), 1 + rest, ("bench",)),
+        Stage("bench", Bench(target, head, 2, 128, out / "bench"), 1 + rest, ("bench",)),
         Stage("export", Export(engine, target, head, out / engine), 1 + rest / 2, (engine,)),
     ]
     return [Stage("native", Native(target, native), 1, ("native",)), *found] if facts.native_head else found
 
 
 def needed_bytes(minutes: float, facts: Facts) -> int:
-    """Roughly the disk for the answers, training's checkpoints and an export with the target's weights."""
+    """About the space for the answers, checkpoints, and an export with the target's weights."""
     answers = 60 * distill_minutes(minutes) * _ANSWERED * facts.prefill_per_second * _BYTES_A_TOKEN
     return int(answers + 2.5 * facts.target_bytes)
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises OSError if the disk has less room than is needed."""
+    """Raises OSError if less disk space is free than needed."""
     existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -1,4 +1,4 @@
-"""The stages' settings: each runs its stage, and says the command line that does the same."""
+"""The settings of each stage, which run it, and give the equivalent command line."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, VocabularyConfig
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.distill.answers import DistillSummary, distill
 from fastmtp.engines.open import open_engine, open_states_engine, open_torch
-from fastmtp.evaluate.benchmark import quick
+from fastmtp.evaluate import bench
 from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.lists import WrittenLists, build_lists
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.package import export_head
 from fastmtp.heads.checkpoint import ImportedHead, import_head
 from fastmtp.progress import Progress
-from fastmtp.report.written import write_run
+from fastmtp.report.page import write_run
 from fastmtp.train.processes import Processes
 from fastmtp.train.run import TrainSummary, train_head
 
@@ -25,7 +26,7 @@ Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | Document 
 
 class Settings(Protocol):
     def command(self) -> list[str]:
-        """The arguments of the `fastmtp` command that does the same."""
+        """The arguments of the equivalent `fastmtp` command."""
         ...
 
     def run(self, progress: Progress) -> Result: ...
@@ -39,7 +40,7 @@ class Native:
     out: Path
 
     def command(self) -> list[str]:
-        return _command("head", "import", target=self.target, out=self.out)
+        return _command("head", "import", **vars(self))
 
     def run(self, progress: Progress) -> ImportedHead:
         return import_head(self.target, self.out)
@@ -58,9 +59,8 @@ class Distill:
         return _command("distill", target=self.target, out=self.out, **limits)
 
     def run(self, progress: Progress) -> DistillSummary:
-        return distill(
-            open_engine(self.target, for_throughput=True, progress=progress), self.config, self.out, None, progress
-        )
+        engine = open_engine(self.target, for_throughput=True, progress=progress)
+        return distill(engine, self.config, self.out, None, progress)
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,17 @@ class Bench:
 
     target: str
     head: Path
-    out: Path
     limit: int
     max_new_tokens: int
+    out: Path
 
     def command(self) -> list[str]:
-        given = {"limit": self.limit, "max_new_tokens": self.max_new_tokens, "out": self.out}
-        return _command("bench", target=self.target, head=self.head, **given)
+        return _command("bench", **vars(self))
 
     def run(self, progress: Progress) -> Document:
-        chosen, engine = (
-            quick(self.head, self.limit, self.max_new_tokens),
-            open_engine(self.target, progress=progress),
-        )
-        found, _ = chosen.run(engine, self.out, progress)
+        settings = bench.Settings(self.max_new_tokens, 1, SamplingConfig())
+        benchmark = bench.Benchmark(DraftOptions(self.head), settings, limit=self.limit)
+        found, _ = benchmark.run(open_engine(self.target, progress=progress), self.out, progress)
         write_run(found, self.out)
         if found.summary.failed_cells or found.breaks_promise:
             raise ValueError(f"{self.out / 'report.html'}: an answer failed, or differs from plain decoding's")

@@ -1,8 +1,7 @@
-"""What is done in an output directory, in its accelerate.json."""
+"""Which stages are done in an output directory, in its accelerate.json."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,21 +12,17 @@ from fastmtp.accelerate.facts import Facts, measure_facts
 from fastmtp.accelerate.plan import Stage
 from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import token_count
-from fastmtp.files import read_json, write_json
+from fastmtp.files import read_json, remove, write_json
 from fastmtp.progress import QUIET, Progress
 
 STATE = "accelerate.json"
 
 
 class State:
-    """Which stages are done. A stage is known by its command, and is not done again with the same one."""
+    """Which stages are done. One is repeated only if its command has changed, or an earlier stage is repeated."""
 
     def __init__(self, out: Path, target: str) -> None:
-        """Open an output directory.
-
-        Raises:
-            ValueError: it holds something else, or was made for another target.
-        """
+        """Raises ValueError if `out` holds something else, or was made for another target."""
         self._out, self._path = out, out / STATE
         if self._path.is_file():
             self._state: dict[str, Any] = read_json(self._path)
@@ -39,13 +34,13 @@ class State:
             self._state = {"target": target, "stages": {}}
 
     def facts(self, progress: Progress = QUIET) -> Facts:
-        """Measured at the first call only, so that a continued run has the same plan."""
+        """Measured once and saved, so that a continued run has the same plan."""
         if "facts" not in self._state:
             self._state["facts"] = asdict(measure_facts(self._state["target"], progress))
         return Facts(**self._state["facts"])
 
     def stages(self, minutes: float, engine: str) -> list[Stage]:
-        """The plan; once there is data, training is planned by its tokens."""
+        """The plan; once the data is complete, training is planned by its number of tokens."""
 
         def planned(tokens: int | None) -> list[Stage]:
             return planning.plan(self._state["target"], minutes, engine, self._out, self.facts(), tokens)
@@ -55,7 +50,7 @@ class State:
         return planned(token_count(self._out / "data")) if answered else stages
 
     def remaining(self, minutes: float, engine: str) -> Iterator[Stage]:
-        """The stages to do, from the first that is not done; planned again after each."""
+        """The stages from the first that is not done on; planned again after each."""
         again = False
         for number in range(len(self.stages(minutes, engine))):
             stage = self.stages(minutes, engine)[number]
@@ -67,11 +62,11 @@ class State:
         return bool(self._state["stages"].get(stage.name) == {"command": stage.settings.command(), "done": True})
 
     def do(self, stage: Stage, progress: Progress = QUIET) -> Result:
-        """Run a stage. One that was stopped goes on; if its command changed, what it made before is removed."""
+        """Run a stage, or continue it. If its command has changed, what it made before is removed first."""
         command = stage.settings.command()
         if self._state["stages"].get(stage.name, {}).get("command") != command or self.done(stage):
             for name in stage.makes:
-                _remove(self._out / name)
+                remove(self._out / name)
         self._state["stages"][stage.name] = {"command": command, "done": False}
         self._save()
         result = stage.settings.run(progress)
@@ -82,10 +77,3 @@ class State:
     def _save(self) -> None:
         self._out.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._state)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -66,14 +66,14 @@ def accelerate(
     for stage in state.remaining(minutes, to):
         click.echo(f"\n[{stage.name}] {stage.shown()}", err=True)
         found = state.do(stage, TERMINAL)
-        # What stages print is no part of a JSON document.
+        # Only the JSON document may go to stdout.
         with contextlib.redirect_stdout(sys.stderr):
             _tell(found, out, to)
     _end(target, out, to, as_json, (time.monotonic() - started) / 60)
 
 
 def _tell(found: Result, out: Path, engine: str) -> None:
-    """What the stage's own command prints at its end; the benchmark's tables come last of all."""
+    """Print what the stage's own command prints at its end; of the benchmark only the headline."""
     from fastmtp.distill.answers import DistillSummary
     from fastmtp.evaluate.lists import WrittenLists
     from fastmtp.export.manifest import Manifest
@@ -107,14 +107,9 @@ def _end(target: str, out: Path, engine: str, as_json: bool, minutes: float) -> 
         click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
         click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
         click.echo(f"all figures:    {out / 'bench' / 'report.html'}")
-    finish(
-        as_json,
-        {
-            **{"out": str(out), "head": str(out / "head"), "export": str(out / engine)},
-            "bench": document.as_json()["mean"],
-        },
-        f"{bench_report.headline(document)}; {minutes:.0f} minutes",
-    )
+    made = {"out": str(out), "head": str(out / "head"), "export": str(out / engine)}
+    summary = f"{bench_report.headline(document)}; {minutes:.0f} minutes"
+    finish(as_json, {**made, "bench": document.as_json()["mean"]}, summary)
 
 
 def _minutes(budget: str) -> float:

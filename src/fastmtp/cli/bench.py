@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.bench_report import show
-from fastmtp.cli.options import decoding_options, engine_options, json_option, settings_options
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.options import PATH, decoding_options, engine_options, finish, json_option, settings_options
+from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
-from fastmtp.evaluate.lineup import KINDS
+from fastmtp.evaluate.names import KINDS
+
+if TYPE_CHECKING:
+    from fastmtp.evaluate.document import Document
 
 
 @click.command()
@@ -34,18 +36,18 @@ from fastmtp.evaluate.lineup import KINDS
 @click.option("--against", multiple=True, help=f"another competitor; may be repeated: {KINDS}")
 @click.option(
     "--vanilla",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="head trained for one step only, for the competitor of that name (train --vanilla makes one)  "
     "[default: smollm2's, in a clone of the project]",
 )
 @click.option(
     "--record",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="write there what the head says along plain decoding's answers, for `fastmtp replay`",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="directory for the JSON document and the page; a run that was stopped goes on from it",
 )
 @json_option
@@ -69,11 +71,10 @@ def bench(
     Exit code 1: an answer failed, a competitor that was named is missing, or output differs where the engine
     promises that it does not.
     """
-    from fastmtp.evaluate.bench import Settings
-    from fastmtp.evaluate.benchmark import Benchmark
+    from fastmtp.evaluate.bench import Benchmark, Settings
     from fastmtp.evaluate.recording import save
     from fastmtp.heads.shipped import vanilla_head
-    from fastmtp.report.written import write_run
+    from fastmtp.report.page import write_run
 
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
     chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target))
@@ -87,3 +88,16 @@ def bench(
     show(found, as_json)
     if found.summary.failed_cells or found.breaks_promise or any(name in against for name in found.run.missing):
         sys.exit(1)
+
+
+def show(document: Document, as_json: bool, *, short: bool = False) -> None:
+    """Print a run's tables, or only the one by benchmark, and its headline."""
+    from fastmtp.report import bench as tables
+
+    if not as_json:
+        click.echo()
+        for grid in [tables.by_benchmark(document)] if short else tables.grids(document):
+            TERMINAL.console.print(table(grid))
+        for said in [] if short else tables.remarks(document):
+            TERMINAL.say(f"- {said}")
+    finish(as_json, document.as_json(), tables.headline(document))

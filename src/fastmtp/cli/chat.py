@@ -9,7 +9,7 @@ import click
 from fastmtp.cli.generate import described, open_model, tell_plans
 from fastmtp.cli.options import decoding_options, engine_options, settings_options, verbose_option
 from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions
 
 

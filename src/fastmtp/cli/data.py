@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
 
 from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import CleanConfig, load_config
-from fastmtp.models.source import describe
+from fastmtp.report.grid import Grid
+
+if TYPE_CHECKING:
+    from fastmtp.distill.clean import CleanReport
+    from fastmtp.distill.statistics import Statistics
 
 
 @click.group()
@@ -27,9 +36,6 @@ def data() -> None:
 def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **settings: Any) -> None:
     """Copy DIRECTORY without what should not be trained on: unfinished answers, loops, near-duplicates, ..."""
     chosen = load_config(CleanConfig, config, settings)
-    from rich.console import Console
-
-    from fastmtp.cli.data_report import draw_cleaning
     from fastmtp.distill.clean import clean as run
     from fastmtp.distill.clean import told
 
@@ -46,12 +52,10 @@ def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **sett
 @json_option
 def show(directories: tuple[Path, ...], target: str | None, samples: int, as_json: bool) -> None:
     """What data directories hold: counts, domains, languages, lengths, frequent tokens, samples."""
-    from rich.console import Console
-
-    from fastmtp.cli.data_report import draw_statistics
     from fastmtp.distill.dataset import target_of
     from fastmtp.distill.domains import shares
     from fastmtp.distill.statistics import measure
+    from fastmtp.models.source import describe
 
     described = describe(target or target_of(directories[0]))
     found = measure(directories, described, samples, TERMINAL)
@@ -62,3 +66,24 @@ def show(directories: tuple[Path, ...], target: str | None, samples: int, as_jso
         found.as_json(),
         f"{found.exchanges} exchanges, {found.answer_tokens} answer tokens: {shares(found.domains)}",
     )
+
+
+def draw_statistics(found: Statistics, console: Console) -> None:
+    """Tables, then samples, prompts dim and answers bold. Texts of the data are never read as markup."""
+    from fastmtp.report.data import samples, statistics_report
+
+    for part in statistics_report(found):
+        console.print(table(part) if isinstance(part, Grid) else part, markup=False)
+    for sample in samples(found):
+        console.print(Rule())
+        console.print(Text.assemble(*((span.text, "bold" if span.is_answer else "dim") for span in sample)))
+
+
+def draw_cleaning(report: CleanReport, console: Console) -> None:
+    from fastmtp.report.data import clean_report
+
+    grid = clean_report(report)
+    drawn = Table(*grid.head, box=SIMPLE_HEAD, pad_edge=False)
+    for row in grid.rows:
+        drawn.add_row(*(Text(cell, overflow="ellipsis") for cell in row))
+    console.print(drawn)

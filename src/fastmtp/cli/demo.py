@@ -1,16 +1,15 @@
-"""`fastmtp demo`: the embedded model, plainly and with its head."""
+"""`fastmtp demo`: the embedded model with and without its head."""
 
 from __future__ import annotations
 
 import click
 
-from fastmtp.cli.bench_report import show
+from fastmtp.cli.bench import show
 from fastmtp.cli.options import json_option
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.open import DraftOptions
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import open_engine
-from fastmtp.evaluate.lineup import own_competitor
 
 
 @click.command()
@@ -18,7 +17,11 @@ from fastmtp.evaluate.lineup import own_competitor
 @json_option
 def demo(max_new_tokens: int, as_json: bool) -> None:
     """The embedded model and its head: the same prompts plain and speculative, compared."""
-    from fastmtp.evaluate.prompts import builtin_conversations, one_of_each
+    from fastmtp.evaluate.bench import Settings, run
+    from fastmtp.evaluate.journal import Journal
+    from fastmtp.evaluate.lineup import own_competitor
+    from fastmtp.evaluate.prompts import BUILTIN, suite
+    from fastmtp.evaluate.results import document, run_facts
 
     main = DraftOptions().draft
     engine = open_engine("smollm2", progress=TERMINAL)
@@ -27,13 +30,9 @@ def demo(max_new_tokens: int, as_json: bool) -> None:
     competitors = [
         own_competitor(draft, engine, DraftOptions(draft=draft), piece, TERMINAL) for draft in ("plain", main)
     ]
-    from fastmtp.evaluate.bench import Settings, run
-    from fastmtp.evaluate.journal import Journal
-    from fastmtp.evaluate.results import document, run_facts
-
     journal = Journal(None, {})
     settings = Settings(max_new_tokens, 1, SamplingConfig())
-    run(competitors, engine.target, one_of_each(builtin_conversations()), settings, journal, announce)
+    run(competitors, engine.target, suite(BUILTIN, 1), settings, journal, announce)
     facts = run_facts(engine, {}, {})
     show(document(list(journal), competitors, main, engine.target, facts, greedy=True), as_json, short=True)
 
@@ -49,6 +48,6 @@ class _Stream:
         self._started = True
 
     def show(self, piece: str) -> None:
-        # Before the first headline the engines are warmed up.
+        # Nothing is shown of the warm-up, which comes before the first headline.
         if self._started:
             click.echo(piece, nl=False)

@@ -11,7 +11,6 @@ from fastmtp.cli.options import PATH, config_option, engine_options, finish, jso
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import DistillConfig, load_config
 from fastmtp.engines.open import EngineOptions, open_engine
-from fastmtp.models.source import describe
 
 if TYPE_CHECKING:
     from fastmtp.distill.answers import DistillSummary
@@ -54,6 +53,7 @@ def distill(
         raise ValueError("--endpoint decodes elsewhere; leave out --engine, --dtype, --device and --threads")
     from fastmtp.distill.answers import distill as run
     from fastmtp.distill.endpoints import Endpoints
+    from fastmtp.models.source import describe
 
     engine: Any = (
         Endpoints(
@@ -71,7 +71,7 @@ def distill(
 
 
 def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:
-    """The mix that resulted, and how the command ends."""
+    """Print the resulting mix and the summary."""
     from fastmtp.distill.domains import shares
 
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0

@@ -1,4 +1,4 @@
-"""`fastmtp generate`: one answer, and what an answer's statistics look like in a line."""
+"""`fastmtp generate`: one answer; and what `fastmtp chat` shares with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.api import Model
 from fastmtp.cli.options import (
     decoding_options,
     engine_options,
@@ -18,10 +17,11 @@ from fastmtp.cli.options import (
 )
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
-from fastmtp.decode.drafting.open import DraftOptions, open_drafting
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
 
 if TYPE_CHECKING:
+    from fastmtp.api import Model
     from fastmtp.decode.generation import Result
 
 _STOPPED = {"end": "", "stop_string": "", "length": ", cut at max-new-tokens", "context": ", context is full"}
@@ -77,7 +77,10 @@ def generate(
 
 
 def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> Model:
-    """What `generate` and `chat` answer with."""
+    """The model that these options describe."""
+    from fastmtp.api import Model
+    from fastmtp.decode.drafting.open import open_drafting
+
     return Model(open_drafting(open_engine(target, options, progress=TERMINAL), drafting, TERMINAL))
 
 
@@ -89,6 +92,6 @@ def described(result: Result) -> str:
 
 
 def tell_plans(result: Result) -> None:
-    """What was drafted for an answer; of plain steps there is nothing to tell."""
+    """Print what was drafted for an answer; nothing for plain decoding."""
     if result.plans is not None:
         click.echo("\n".join(result.plans.lines()), err=True)

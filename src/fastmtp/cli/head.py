@@ -1,4 +1,4 @@
-"""`fastmtp head`: heads that checkpoints carry, in and out of head directories."""
+"""`fastmtp head`: MTP layers of checkpoints, to and from head directories."""
 
 from __future__ import annotations
 

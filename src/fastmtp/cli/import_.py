@@ -1,4 +1,4 @@
-"""`fastmtp import`: the head of an export as a head directory again."""
+"""`fastmtp import`: a head directory from an export."""
 
 from __future__ import annotations
 

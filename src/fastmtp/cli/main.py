@@ -1,4 +1,4 @@
-"""The `fastmtp` command: its group, and the one place where errors become a line. Heavy imports wait."""
+"""The `fastmtp` command, and the one place that turns errors into a line. Commands do heavy imports themselves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastmtp.extras import MissingExtraError, remedy
 
 
 class _Remarks(logging.Handler):
-    """What the library remarks on, a line each on stderr."""
+    """Prints the library's log messages on stderr, a line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(f"fastmtp: {record.getMessage()}", err=True)
@@ -39,7 +39,7 @@ _REMARKS = _Remarks()
 
 def main() -> None:
     """Entry point: every expected error is one line, without a traceback."""
-    # What stops a service or a job in the background stops as Ctrl-C does: nothing that is done is lost.
+    # SIGTERM, which stops services and background jobs, acts like Ctrl-C, so that finished work is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         commands.main(standalone_mode=False)
@@ -67,21 +67,7 @@ def commands() -> None:
 
 
 for command in (
-    accelerate,
-    distill,
-    data,
-    train,
-    vocab,
-    head,
-    demo,
-    bench,
-    report,
-    replay,
-    bench_engine,
-    export,
-    import_,
-    verify_export,
-    generate,
-    chat,
-):
+    accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, export, import_,
+    verify_export, generate, chat,
+):  # fmt: skip
     commands.add_command(command)

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and how they end."""
+"""Options that commands share, and how a command ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fastmtp.config import kind_of
-from fastmtp.decode.drafting.open import AUTO, GROWING, DraftOptions
+from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
 
 Command = Callable[..., None]
@@ -32,35 +32,21 @@ head_option = click.option("--head", type=PATH, help="head directory  [default: 
 verbose_option = click.option(
     "--verbose", is_flag=True, help="say after an answer what was drafted, and what came of it"
 )
-_data_option = click.option("--data", type=PATH, multiple=True, help="data directory; may be repeated")
-_text_option = click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    help="text to count, FILE or LABEL=FILE: .txt, .jsonl, .parquet; may be repeated",
-)
 
 
 def text_options(command: Command) -> Command:
-    """What the commands count that look at a draft vocabulary's lists."""
-    return _data_option(_text_option(command))
-
-
-def training_options(command: Command) -> Command:
-    """Options of the command that needs gradients, so PyTorch."""
+    """Options for the texts whose tokens are counted."""
     command = click.option(
-        "--dtype", type=click.Choice(TORCH_DTYPES), help="arithmetic  [default: what suits the device]"
+        "--text",
+        "texts",
+        multiple=True,
+        help="text to count, FILE or LABEL=FILE: .txt, .jsonl, .parquet; may be repeated",
     )(command)
-    command = click.option(
-        "--engine",
-        type=click.Choice(("native", "torch")),
-        help="what computes the target's states  [default: native on a CPU, torch on a GPU]",
-    )(command)
-    return target_option(device_option(command))
+    return click.option("--data", type=PATH, multiple=True, help="data directory; may be repeated")(command)
 
 
 def engine_options(command: Command) -> Command:
-    """Options of the commands that run on any engine; they arrive as `options`, an EngineOptions."""
+    """Options of commands that run on any engine; they are passed as `options`, an EngineOptions."""
 
     @functools.wraps(command)
     def collected(
@@ -84,7 +70,7 @@ def engine_options(command: Command) -> Command:
 
 
 def decoding_options(command: Command) -> Command:
-    """Options of what is drafted; they arrive as `drafting`, a DraftOptions."""
+    """Options of drafting; they are passed as `drafting`, a DraftOptions."""
 
     @functools.wraps(command)
     def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
@@ -106,7 +92,7 @@ def decoding_options(command: Command) -> Command:
 
 
 class _OrWord(click.ParamType[Any]):
-    """A value of a type, or one of some words."""
+    """A value of a type, or one of the given words."""
 
     def __init__(self, kind: type[Any], words: tuple[str, ...]) -> None:
         self.name = "|".join([click.types.convert_type(kind).name, *words])
@@ -117,7 +103,7 @@ class _OrWord(click.ParamType[Any]):
 
 
 def settings_options(kind: type[Any]) -> Callable[[Command], Command]:
-    """One option for each setting of a dataclass in config.py, which has the default; what is not given is None."""
+    """An option for each setting of a dataclass in config.py, which has the defaults; None if it is not given."""
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(kind)
@@ -140,7 +126,7 @@ def settings_options(kind: type[Any]) -> Callable[[Command], Command]:
 
 
 def finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: bool = False) -> None:
-    """The end of a command: its summary in one line, or one JSON document on stdout."""
+    """Print a command's summary, or one JSON document on stdout."""
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:

@@ -1,4 +1,4 @@
-"""`fastmtp replay`: what drafters would give on recorded answers."""
+"""`fastmtp replay`: drafters on recorded answers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.options import engine_options, finish, json_option
+from fastmtp.cli.options import PATH, engine_options, finish, head_option, json_option
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.engines.open import EngineOptions, open_engine
 
 
 @click.command()
-@click.argument("recordings", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FILE...")
+@click.argument("recordings", type=PATH, nargs=-1, required=True, metavar="FILE...")
 @engine_options
-@click.option("--head", type=click.Path(path_type=Path), help="head directory  [default: the target's shipped one]")
+@head_option
 @click.option(
     "--fit",
     is_flag=True,
@@ -32,7 +32,8 @@ def replay(
 ) -> None:
     """What chains and `auto` would give on recorded answers, by this machine's costs and without its noise."""
     from fastmtp.decode.drafting import estimates
-    from fastmtp.decode.drafting.open import GROWING, draft_lists
+    from fastmtp.decode.drafting.open import draft_lists
+    from fastmtp.decode.drafting.options import GROWING
     from fastmtp.engines.costs import costs_of
     from fastmtp.evaluate import recording
     from fastmtp.evaluate import replay as replays

@@ -1,4 +1,4 @@
-"""`fastmtp report`: what a benchmark measured, again."""
+"""`fastmtp report`: the reports of benchmarks that ran before."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
+from fastmtp.cli.options import PATH
 from fastmtp.cli.terminal import TERMINAL, table
-from fastmtp.report.written import write_text
 
 
 @click.command()
-@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="FILE [FILE]")
-@click.option("--html", type=click.Path(path_type=Path), help="write the page here")
-@click.option("--markdown", type=click.Path(path_type=Path), help="write the tables here, as Markdown")
+@click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE [FILE]")
+@click.option("--html", type=PATH, help="write the page here")
+@click.option("--markdown", type=PATH, help="write the tables here, as Markdown")
 def report(files: tuple[Path, ...], html: Path | None, markdown: Path | None) -> None:
     """Show what `bench --out` or `bench --json` measured; two files are compared."""
     from fastmtp.evaluate.document import read_document
     from fastmtp.report import bench as tables
-    from fastmtp.report.page import page
+    from fastmtp.report.page import page, write_text
 
     if len(files) > 2:
         raise ValueError(f"report shows one run or compares two; {len(files)} files were given")

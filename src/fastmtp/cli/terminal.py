@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -88,10 +89,8 @@ class _Bar:
 
     def advance(self, units: int, tokens: int, note: str | None = None) -> None:
         self._tokens += tokens
-        if note is None:
-            self._progress.update(self._task, advance=units, tokens=self._tokens)
-        else:
-            self._progress.update(self._task, advance=units, tokens=self._tokens, note=note)
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self._progress.update(self._task, advance=units, tokens=self._tokens, **fields)
 
 
 def table(grid: Grid) -> Table:

@@ -9,17 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options, training_options
+from fastmtp.cli.options import (
+    PATH,
+    config_option,
+    device_option,
+    finish,
+    json_option,
+    settings_options,
+    target_option,
+)
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import TrainConfig, load_config
-from fastmtp.engines.open import EngineName, open_states_engine, open_torch
+from fastmtp.engines.open import TORCH_DTYPES, EngineName, open_states_engine, open_torch
 
 if TYPE_CHECKING:
     from fastmtp.train.run import TrainSummary
 
 
 @click.command()
-@training_options
+@target_option
+@device_option
+@click.option(
+    "--engine",
+    type=click.Choice(("native", "torch")),
+    help="what computes the target's states  [default: native on a CPU, torch on a GPU]",
+)
+@click.option("--dtype", type=click.Choice(TORCH_DTYPES), help="arithmetic  [default: what suits the device]")
 @click.option("--data", type=PATH, required=True, multiple=True, help="data directory; may be repeated")
 @click.option("--init", type=PATH, help="head to go on from  [default: the target's last layer]")
 @click.option("--out", type=PATH, required=True, help="head directory to write")
@@ -61,7 +76,7 @@ def train(
 
     if vanilla and shard_target:
         raise ValueError("--vanilla does not go with --shard-target; train again with --draft-steps 1")
-    # First, for it says which GPU is this process's.
+    # Before the target is loaded: under torchrun it chooses this process's GPU.
     processes = Processes()
     placed = "cpu" if shard_target else device
     own = open_torch(target, dtype, placed, for_throughput=True, progress=TERMINAL)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from fastmtp.cli.options import (
     PATH,
@@ -18,7 +19,6 @@ from fastmtp.cli.options import (
 )
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import VocabularyConfig, load_config
-from fastmtp.models.source import describe
 from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ def build(
 
 
 def tell_written(found: WrittenLists, as_json: bool) -> None:
-    """The sizes that were compared, the lists, and how the command ends."""
-    from rich.console import Console
-
+    """Print the compared sizes, the lists and the summary."""
     from fastmtp.evaluate.lists import fastest
 
     built, console = found.built, Console(stderr=as_json)
@@ -118,10 +116,9 @@ def show(
         check_plot(plot)
         if not data and not texts:
             raise ValueError("--plot draws how much of a text the lists cover; give --data or --text")
-    from rich.console import Console
-
     from fastmtp.distill.token_counts import count
     from fastmtp.heads.format import read_description
+    from fastmtp.models.source import describe
     from fastmtp.vocabulary.builder import compare, coverage_curves
 
     described = describe(target)

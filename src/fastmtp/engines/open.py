@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastmtp.engines.protocol import Engine
 from fastmtp.extras import require
 from fastmtp.models.config import ONLY_TORCH
 from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:
+    from fastmtp.engines.protocol import Engine
     from fastmtp.engines.torch.engine import TorchEngine
 
 EngineName = Literal["native", "torch"]

@@ -1,22 +1,53 @@
-"""How near to a tie the target was where an answer differs from plain decoding's."""
+"""Where answers of our own competitors differ from their reference's, and the target's margin there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fastmtp.engines.protocol import TokenSequence
-from fastmtp.evaluate.figures import Difference, Divergence
+from fastmtp.evaluate.figures import Facts
 from fastmtp.evaluate.records import PLAIN, Turn
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The turn, the competitor, and the index of the first token that differs."""
+
+    key: str
+    competitor: str
+    token: int
+
+
+@dataclass(frozen=True)
+class Divergence(Difference):
+    """With the target's margin there: its largest logit less its second largest."""
+
+    margin: float
+
+
+def differences(turns: Sequence[Turn], competitors: Mapping[str, Facts]) -> list[Difference]:
+    """Only of our own competitors: they alone share the reference's arithmetic."""
+    found = []
+    for turn in turns:
+        for name, facts in competitors.items():
+            answer, reference = turn.answer(name), turn.answer(facts.reference)
+            if facts.costs and answer and reference and not answer.same_as(reference):
+                pairs = zip(answer.tokens, reference.tokens, strict=False)
+                common = min(len(answer.tokens), len(reference.tokens))
+                first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), common)
+                found.append(Difference(turn.key, name, first))
+    return found
 
 
 def with_margins(
     differences: Sequence[Difference], turns: Sequence[Turn], sequence: TokenSequence
 ) -> list[Divergence]:
-    """Differences with the target's margin there.
+    """Differences with their margins.
 
-    Where arithmetic depends on how many tokens are computed together only near-ties may flip.
+    Where arithmetic depends on how many tokens are computed together, only near-ties may flip.
     """
     by_key = {turn.key: turn for turn in turns}
     found = []

@@ -1,29 +1,90 @@
-"""The same prompts to every competitor, in turns. What comes out is a journal (records.Turn)."""
+"""A benchmark: every competitor gets the same prompts, in turns, and answers are noted in a journal."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.options import DraftOptions
+from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.competitors import Competitor
+from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.drift import Kernels
 from fastmtp.evaluate.journal import Journal
-from fastmtp.evaluate.prompts import Conversation
+from fastmtp.evaluate.lineup import lineup, own_competitor
+from fastmtp.evaluate.names import check_names
+from fastmtp.evaluate.prompts import BUILTIN, Conversation, suite
 from fastmtp.evaluate.quality import right
+from fastmtp.evaluate.recording import Recording, record_all
 from fastmtp.evaluate.records import PLAIN, Answer, Failure, Turn
+from fastmtp.evaluate.results import document, run_facts
+from fastmtp.files import file_sha256
+from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every answer of a run has in common."""
+    """What all answers of a run have in common."""
 
     max_new_tokens: int
     repeats: int
     sampling: SamplingConfig
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured: the first prompts of each of a suite's benchmarks, and the competitors (names.KINDS).
+
+    `vanilla` is a head trained for one step, for the competitor of that name.
+    """
+
+    options: DraftOptions
+    settings: Settings
+    suite: str = BUILTIN
+    limit: int | None = None
+    against: tuple[str, ...] = ()
+    vanilla: Path | None = None
+
+    def check(self) -> None:
+        """Raises FileNotFoundError or ValueError if there is no such suite or competitor."""
+        check_names(self.against, self.vanilla)
+        suite(self.suite, self.limit)
+
+    def run(self, engine: Engine, out: Path | None = None, progress: Progress = QUIET) -> tuple[Document, Journal]:
+        """Measure, or continue a run that was stopped.
+
+        Args:
+            out: the directory of the journal; None keeps it in memory.
+        """
+        competitors, missing = lineup(self.against, engine, self.options, self.vanilla, progress)
+        try:
+            stated = asdict(self.settings) | {
+                "target": engine.target.source,
+                "head": _head_sha256(engine.target.source, self.options.head),
+                "suite": self.suite,
+                "limit": self.limit,
+                "draft_vocabulary": self.options.draft_vocabulary,
+                "competitors": [[competitor.name, competitor.version] for competitor in competitors],
+            }
+            journal = Journal(out / "answers.jsonl" if out else None, stated)
+            conversations = suite(self.suite, self.limit)
+            run(competitors, engine.target, conversations, self.settings, journal, progress=progress)
+        finally:
+            for competitor in competitors:
+                competitor.close()
+        greedy, facts = self.settings.sampling.temperature == 0, run_facts(engine, stated, missing)
+        main = self.options.draft
+        return document(list(journal), competitors, main, engine.target, facts, greedy=greedy), journal
+
+    def record(self, engine: Engine, journal: Journal, progress: Progress = QUIET) -> list[Recording]:
+        """The head's candidates along plain decoding's answers."""
+        main = own_competitor(self.options.draft, engine, self.options, progress=progress)
+        return record_all(main.sequence, journal, self.settings.sampling, progress)
 
 
 def run(
@@ -35,17 +96,17 @@ def run(
     announce: Callable[[str, str], None] | None = None,
     progress: Progress = QUIET,
 ) -> None:
-    """Answers of every competitor to every turn, into the journal; what is there already is not asked again.
+    """Add every competitor's answer to every turn to the journal. Turns that it holds already are skipped.
 
-    A turn's history holds plain decoding's answers to the turns before. A failure costs its own cell only.
+    The history of a turn holds plain decoding's answers to the turns before. A failure affects its own cell only.
 
     Args:
-        announce: gets benchmark and competitor before each answer, and these come in the order given; without it
-            the order is random, turn by turn.
+        announce: called with benchmark and competitor before each answer; competitors then answer in the order
+            given. Without it their order is random, turn by turn.
     """
     kernels = Kernels()
     total = settings.repeats * sum(len(conversation.turns) for conversation in conversations)
-    # The first forwards of a process are slower than all others.
+    # Warm-up: the first forwards of a process are slower than all others.
     for competitor in competitors:
         _cell(competitor, target.encode("Hello"), replace(settings, max_new_tokens=8))
     with progress.bar("bench", total) as bar:
@@ -60,14 +121,20 @@ def run(
                         cells = _cells(competitors, prompt, settings, conversation, key, announce)
                         if conversation.answer is not None and index == len(conversation.turns) - 1:
                             cells = {name: _judged(cell, conversation.answer) for name, cell in cells.items()}
-                        place = (key, conversation.benchmark, conversation.id, index, repeat)
-                        journal.add(Turn(*place, prompt, kernels.read(), cells))
+                        which = (key, conversation.benchmark, conversation.id, index, repeat)
+                        journal.add(Turn(*which, prompt, kernels.read(), cells))
                     turn = journal[key]
                     bar.advance(1, sum(cell.length for cell in turn.cells.values()))
                     plain = turn.answer(PLAIN)
                     if plain is None:
                         break
                     messages.append({"role": "assistant", "content": plain.text})
+
+
+def _head_sha256(target: str, head: Path | None) -> str | None:
+    """Hash of the measured head, so that a run is not continued with another one."""
+    directory = head or shipped_head(target)
+    return None if directory is None else file_sha256(directory / "model.safetensors")
 
 
 def _cells(

@@ -23,10 +23,9 @@ _OTHER = {"summarization": "cnn_dm", "qa": "nq_qa", "rag": "nq_rag", "translatio
 _SUBJECTS = (
     "accountant", "advanced_mathematics", "art_studies", "basic_medicine", "business_administration",
     "chinese_language_and_literature", "civil_servant", "clinical_medicine", "college_chemistry",
-    "college_economics", "college_physics",
-    "college_programming", "computer_architecture", "computer_network", "discrete_mathematics",
-    "education_science", "electrical_engineer", "environmental_impact_assessment_engineer", "fire_engineer",
-    "high_school_biology", "high_school_chemistry", "high_school_chinese", "high_school_geography",
+    "college_economics", "college_physics", "college_programming", "computer_architecture", "computer_network",
+    "discrete_mathematics", "education_science", "electrical_engineer", "environmental_impact_assessment_engineer",
+    "fire_engineer", "high_school_biology", "high_school_chemistry", "high_school_chinese", "high_school_geography",
     "high_school_history", "high_school_mathematics", "high_school_physics", "high_school_politics",
     "ideological_and_moral_cultivation", "law", "legal_professional", "logic", "mao_zedong_thought", "marxism",
     "metrology_engineer", "middle_school_biology", "middle_school_chemistry", "middle_school_geography",

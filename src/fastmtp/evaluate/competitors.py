@@ -1,6 +1,6 @@
-"""What is measured against plain decoding: our own ways to draft, and other engines on the same weights.
+"""Our own ways to decode as competitors in a benchmark; other_engines.py has those on the same weights.
 
-All get the same token ids and say what came out and how long it took, prefill apart.
+All get the same token ids and give an answer with its times, prefill apart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REPEATS = 3
 
 
 class Competitor(Protocol):
-    """One way to decode. `reference` names the one whose greedy tokens it must give; None is one itself."""
+    """One way to decode. `reference` names the competitor whose greedy tokens it must give, if there is one."""
 
     name: str
     version: str
@@ -33,10 +33,10 @@ class Competitor(Protocol):
 
 
 class Own:
-    """Our decoding: plainly, in chains, or in trees."""
+    """Our decoding: plain, with chains, or with trees."""
 
     def __init__(self, name: str, drafting: Drafting, show: Callable[[str], None] | None = None) -> None:
-        """`show` gets each piece of text as it comes."""
+        """`show` is called with each piece of text as it is decoded."""
         self.name = name
         self.engine, self._drafting = drafting.engine, drafting
         self.version = f"fastmtp {importlib.metadata.version('fastmtp')}, {self.engine.name}"
@@ -46,7 +46,7 @@ class Own:
         self._show = show
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
-        # No competitor may profit from another one's prompt cache.
+        # No competitor may reuse the prompt cache of another one's answer.
         self._measured.reset()
         self._measured.forget()
         generation = Generation(
@@ -75,14 +75,13 @@ class Own:
     def close(self) -> None:
         pass
 
-    def forward_ms(self, context: int) -> dict[str, float]:
-        """Milliseconds of a forward by its tokens, after so many tokens of context; the least of some turns."""
+    def forward_ms(self, context: int) -> dict[int, float]:
+        """Milliseconds of a forward, by its number of tokens, after `context` tokens; the least of some runs."""
         ids = some_ids(self.engine.target.vocabulary_size, context)
-        found = least_ms({count: forward_task(self.sequence, ids, count) for count in TOGETHER}, _REPEATS)
-        return {str(count): milliseconds for count, milliseconds in found.items()}
+        return least_ms({count: forward_task(self.sequence, ids, count) for count in TOGETHER}, _REPEATS)
 
     def draft_ms(self, context: int) -> float:
-        """Milliseconds of a draft step, or of asking the head once; 0 if nothing is drafted."""
+        """Milliseconds of a draft step of a chain, or of asking the head once; 0 if nothing is drafted."""
         ids = some_ids(self.engine.target.vocabulary_size, context)
         if self._drafting.new_drafter is None:
             return 0.0

@@ -1,4 +1,4 @@
-"""The one JSON document of a run: everything that a report shows is in it."""
+"""The JSON document of a run; reports are made from it alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtp.evaluate.drift import Reading
-from fastmtp.evaluate.figures import Divergence, Facts, Figures, Summary, nested
+from fastmtp.engines.protocol import Floor
+from fastmtp.evaluate.audit import Divergence
+from fastmtp.evaluate.drift import Steadiness
+from fastmtp.evaluate.figures import Facts, Figures, Summary, nested
 from fastmtp.evaluate.records import Json, from_json
 from fastmtp.files import read_json
 
@@ -15,17 +17,8 @@ FORMAT = "fastmtp bench 1"
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The least time of a forward: the bytes that it reads, at the memory's bandwidth."""
-
-    bytes: float
-    bandwidth_gb_s: float
-    ms: float
-
-
-@dataclass(frozen=True)
 class Run:
-    """What is known of a run besides its answers."""
+    """What is known of a run apart from its answers."""
 
     engine: str
     machine: str
@@ -36,25 +29,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """95th over 5th percentile of a kernel's times between prompts."""
-
-    memory: float
-    arithmetic: float
-
-
-@dataclass(frozen=True)
-class Steadiness:
-    """How steady the machine was: load is the median number of processes that wanted to run."""
-
-    spread: Spread
-    load: float
-    noisy: bool
-
-
-@dataclass(frozen=True)
 class Sample:
-    """An answer in pieces of text, each with the draft step that proposed it; 0 if the target gave it."""
+    """An answer in pieces of text, each with the draft step that proposed it; 0 if it is the target's own token."""
 
     benchmark: str
     id: str
@@ -62,22 +38,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ShortTurn:
-    """A turn without its texts: by competitor tokens, and seconds of prefill and decoding; or the error."""
-
-    key: str
-    benchmark: str
-    id: str
-    turn: int
-    repeat: int
-    prompt_tokens: int
-    machine: Reading
-    cells: dict[str, tuple[int, float, float] | str]
-
-
-@dataclass(frozen=True)
 class Document:
-    """A run. `main` is the competitor that the headline is about; `costs_context` is in tokens."""
+    """A run. `main` is the competitor of the headline; costs were timed after `costs_context` tokens."""
 
     main: str
     target: str
@@ -88,11 +50,11 @@ class Document:
     divergences: list[Divergence]
     steadiness: Steadiness
     samples: list[Sample]
-    answers: list[ShortTurn]
+    answers: list[Json]  # turns without their texts
 
     @property
     def breaks_promise(self) -> bool:
-        """Whether output differs from plain decoding's where the engine promises that it is the same."""
+        """Whether output differs from plain decoding's although the engine promises identical output."""
         return bool(self.divergences) and self.run.engine.startswith("native")
 
     @property
@@ -106,6 +68,7 @@ class Document:
             "format": FORMAT,
             **{name: own[name] for name in ("main", "target")},
             **own["run"],
+            "floor": {**own["run"]["floor"], "ms": self.run.floor.ms},
             "mean": means[self.main],
             "competitors": means,
             "benchmarks": {name: self._benchmark(found) for name, found in self.summary.benchmarks.items()},
@@ -122,7 +85,7 @@ class Document:
 
 
 def document_from_json(value: dict[str, Any]) -> Document:
-    """Raises AttributeError, KeyError, TypeError or ValueError if it is no document."""
+    """Raises AttributeError, KeyError, TypeError or ValueError if `value` is no document."""
     means = {name: nested(found) for name, found in value["competitors"].items()}
     benchmarks = {
         benchmark: {name: nested(figures) for name, figures in found["competitors"].items()}

@@ -6,14 +6,16 @@ slow stretch can be longer than one prompt, so reports say how steady the machin
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import psutil
 
-# A kernel whose times spread further than this (95th to 5th percentile) marks a run as noisy.
+from fastmtp.engines.costs import timed
+
+# A kernel whose times spread further than this (95th over 5th percentile) marks a run as noisy.
 STEADY = 1.25
 _BYTES, _NUMBERS = 1 << 25, 1 << 15
 
@@ -27,6 +29,31 @@ class Reading:
     load: float
 
 
+@dataclass(frozen=True)
+class Spread:
+    """95th over 5th percentile of a kernel's times between prompts."""
+
+    memory: float
+    arithmetic: float
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """How steady the machine was during a run; `load` is a median."""
+
+    spread: Spread
+    load: float
+    noisy: bool
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading]) -> Steadiness:
+        times = [(reading.memory_ms, reading.arithmetic_ms) for reading in readings]
+        low, high = np.percentile(times, [5, 95], axis=0)
+        spread = Spread(*(high / low).tolist())
+        noisy = max(spread.memory, spread.arithmetic) > STEADY
+        return cls(spread, median(reading.load for reading in readings), noisy)
+
+
 class Kernels:
     """Fixed work whose times show how fast the machine is now."""
 
@@ -38,16 +65,5 @@ class Kernels:
         return Reading(_least_ms(self._data.sum), _least_ms(lambda: np.tanh(self._numbers)), psutil.getloadavg()[0])
 
 
-def spread(values: Sequence[float]) -> float:
-    """95th percentile over the 5th."""
-    low, high = np.percentile(values, [5, 95])
-    return float(high / low)
-
-
 def _least_ms(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return 1e3 * min(times)
+    return 1e3 * min(timed(run) for _ in range(5))

@@ -1,6 +1,6 @@
-"""How fast the native engine is on this machine, and how near to what the memory allows.
+"""How fast the native engine is on this machine, and how close to the limit of the memory's bandwidth.
 
-Everything is measured several times in turn (A B C A B C), and medians are taken: a shared machine drifts.
+Tasks are measured several times in turn (A B C A B C), and medians are taken: a shared machine drifts.
 Shapes: M tokens verified together, D draft vocabulary.
 """
 
@@ -20,7 +20,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
 from fastmtp.engines.native.engine import NativeEngine
-from fastmtp.engines.protocol import Head
+from fastmtp.engines.protocol import Floor, Head
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
@@ -32,7 +32,7 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
-# Tokens of context of the rounds, of answers, and of the prompt that is prefilled.
+# Tokens: of context in the rounds, of answers, of the prompt whose prefill is timed.
 ROUNDS_CONTEXT, ANSWER, PREFILL = 500, 128, 512
 SEQUENCES = 16
 _READ_BYTES = 1 << 28
@@ -48,7 +48,7 @@ class Rounds:
     tau: float
     round_ms: float
     speedup: float
-    outside_matmul: float  # share of a round between the matrix products: attention, norms, sampling, Python
+    outside_matmul: float  # share of a round outside the matrix products: attention, norms, sampling, Python
     identical: bool
 
 
@@ -60,7 +60,7 @@ class EngineReport:
     engine: str
     machine: str
     bandwidth_gb_s: float
-    forward_bytes: int  # weights and keys and values that a forward at CONTEXT tokens reads
+    forward_bytes: int  # weights, keys and values that a forward at CONTEXT tokens reads
     forward_ms: dict[int, float]  # by M
     draft_ms: dict[int, float]  # a step of a draft chain, by D; empty without a head
     level_ms: dict[int, float]  # a level of a draft tree, by D
@@ -74,8 +74,8 @@ class EngineReport:
 
     @property
     def floor_ms(self) -> float:
-        """The least time that a forward can take: its bytes at the machine's bandwidth."""
-        return self.forward_bytes / self.bandwidth_gb_s / 1e6
+        """The least time of a forward."""
+        return Floor(self.forward_bytes, self.bandwidth_gb_s).ms
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -115,7 +115,7 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
 
     config = target.config
-    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * target.config.head_dim * CONTEXT
+    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
     return EngineReport(
         model=target.source,
         engine=engine.name,
@@ -211,16 +211,16 @@ def _rounds(engine: NativeEngine, head: Head) -> Rounds:
         plain_seconds = timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
         sequence.reset()
         rounds = speculative(sequence, prompt, Chain(steps, greedy), greedy)
-        settled = [next(rounds)]
+        done = [next(rounds)]
         before = target.runtime.matmul_seconds
-        seconds = timed(lambda: settled.extend(_until(rounds, ANSWER)))  # noqa: B023
+        seconds = timed(lambda: done.extend(_until(rounds, ANSWER)))  # noqa: B023
         shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
-        rounds_ms.append(1e3 * seconds / (len(settled) - 1))
-        decoded = [token for one in settled for token in one.tokens]
+        rounds_ms.append(1e3 * seconds / (len(done) - 1))
+        decoded = [token for one in done for token in one.tokens]
         # By token: the last round may go beyond the plain answer.
         speedups.append(plain_seconds / (len(expected) - 1) / (seconds / (len(decoded) - 1)))
         sequence.reset()
-    accepted = Acceptance.of((one.accepted for one in settled[1:]), steps)
+    accepted = Acceptance.of((one.accepted for one in done[1:]), steps)
     return Rounds(
         draft_steps=steps,
         draft_vocabulary=len(head.lists.union()) or target.vocabulary_size,
@@ -233,10 +233,10 @@ def _rounds(engine: NativeEngine, head: Head) -> Rounds:
 
 
 def _until(rounds: Iterator[Round], tokens: int) -> Iterator[Round]:
-    """Rounds until they have settled so many tokens."""
-    settled = 0
+    """Rounds until they have committed `tokens` tokens."""
+    committed = 0
     for one in rounds:
         yield one
-        settled += len(one.tokens)
-        if settled >= tokens:
+        committed += len(one.tokens)
+        if committed >= tokens:
             return

@@ -1,4 +1,4 @@
-"""The figures of a run: what `summarize` makes of its turns, and reports show."""
+"""The figures of a run, which `summarize` computes and reports show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Identical:
-    """How many answers are the same as the reference's."""
+    """How many answers are identical to the reference's."""
 
     same: int
     total: int
@@ -18,7 +18,7 @@ class Identical:
 
 @dataclass(frozen=True)
 class Right:
-    """How many answers are right, of those whose right answer is known."""
+    """How many answers are right, of the prompts whose right answer is known."""
 
     right: int
     total: int
@@ -26,7 +26,7 @@ class Right:
 
 @dataclass(frozen=True)
 class RoundCosts:
-    """Milliseconds timed apart from the run: a forward, by its number of tokens, and a draft step or tree level."""
+    """Milliseconds, timed after the run: a forward by its number of tokens, and a draft step or tree level."""
 
     forward_ms: dict[int, float]
     draft_ms: float
@@ -49,12 +49,12 @@ class Split:
     verify: float
     keep: float
     rest: float
-    prompt: float | None = None  # of the head's reading of the prompt; runs of earlier versions lack it
+    prompt: float | None = None  # the head's prefill; None in runs of earlier versions
 
 
 @dataclass(frozen=True)
 class Excess:
-    """Measured over predicted time. Above 1: it took longer than it was timed at."""
+    """Measured over predicted time: above 1, it took longer in the run than when it was timed alone."""
 
     verify: float
     draft: float | None = None  # None if nothing was drafted
@@ -62,7 +62,7 @@ class Excess:
 
 @dataclass(frozen=True)
 class Drafting:
-    """What only our own engines know: acceptance, and where the time goes."""
+    """What is known of our own competitors only: acceptance, and where the time goes."""
 
     tau: float
     rounds: int
@@ -76,7 +76,7 @@ class Drafting:
 
 @dataclass(frozen=True)
 class Figures:
-    """One competitor, on one benchmark or as means over benchmarks. None: it cannot be said."""
+    """One competitor, on one benchmark or as means over benchmarks. None: not known."""
 
     answers: int
     failed: int
@@ -95,7 +95,7 @@ class Figures:
         return None if self.drafting is None else self.drafting.tau
 
     def as_json(self) -> dict[str, Any]:
-        """The parts of `drafting` stand beside the others."""
+        """Flat: the fields of `drafting` beside the others."""
         found = asdict(self)
         drafting = found.pop("drafting") or {"tau": None}
         for part, missing in (("split", "prompt"), ("measured_over_predicted", "draft")):
@@ -105,7 +105,7 @@ class Figures:
 
 
 def nested(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures from JSON as they are nested here."""
+    """The opposite of `Figures.as_json`: `drafting` as a record of its own."""
     return figures | {"drafting": figures if "split" in figures else None}
 
 
@@ -117,19 +117,3 @@ class Summary:
     benchmarks: dict[str, dict[str, Figures]]
     identical: Identical | None  # over our own competitors
     failed_cells: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where an answer of our own leaves its reference: the turn, and the index of the first other token."""
-
-    key: str
-    competitor: str
-    token: int
-
-
-@dataclass(frozen=True)
-class Divergence(Difference):
-    """With the target's margin there: the logit of its first token less that of its second."""
-
-    margin: float

@@ -1,4 +1,4 @@
-"""What a run has measured so far, a JSON line for each turn, so that it can go on where it stopped."""
+"""What a run has measured so far, a JSON line for each turn, so that a run that was stopped can be continued."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastmtp.evaluate.records import Json, Turn, from_json
 
 
 class Journal:
-    """Turns by key, in memory, and in a file if there is one."""
+    """Turns by key, in memory and, if a path is given, in a file."""
 
     def __init__(self, path: Path | None, settings: Json) -> None:
-        """Open a journal, or begin it.
+        """Open a journal, or start one.
 
         Raises:
             ValueError: the file holds a run with other settings.
@@ -23,7 +23,7 @@ class Journal:
             return
         lines = [settings]
         if path.is_file():
-            # A line that a killed run left half written is measured again.
+            # A turn whose line was only half written when the run was killed is measured again.
             lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             if lines and lines[0] != settings:
                 differing = [key for key in settings if lines[0].get(key) != settings[key]]

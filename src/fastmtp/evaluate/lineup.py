@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastmtp.decode.drafting.open import PLAIN, DraftOptions, open_drafting
-from fastmtp.engines.open import TORCH_DTYPES
+from fastmtp.decode.drafting.open import open_drafting
+from fastmtp.decode.drafting.options import PLAIN, DraftOptions
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.competitors import Competitor, Own
+from fastmtp.evaluate.names import ALL, OTHERS
 from fastmtp.evaluate.other_engines import LlamaCpp, Transformers
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
 from fastmtp.progress import QUIET, Progress
-
-ALL = "all"
-KINDS = (
-    "vanilla, chain:K, auto, each also with @VOCABULARY (chain:3@full), transformers, transformers+lookup, "
-    "llama.cpp:TYPE, llama.cpp:TYPE+ngram with TYPE one of Q8_0, BF16, Q4_0, or all"
-)
-_OTHERS = re.compile(r"transformers(\+lookup)?|llama\.cpp:(?P<type>Q8_0|BF16|Q4_0)(?P<ngram>\+ngram)?")
-# Most tokens of context that llama.cpp reserves memory for; a longer prompt gives an error instead of an answer.
-_CONTEXT = 8192
-
-
-def check_names(against: Sequence[str], vanilla: Path | None) -> None:
-    """Raises ValueError if a name is not one of KINDS, or if `vanilla` is named without a head for it."""
-    for name in against:
-        draft = name.partition("@")[0]
-        if draft == "vanilla" and vanilla is None:
-            raise ValueError(f"--against {name} needs --vanilla DIR, a head trained for one step only")
-        if name == ALL or draft == "vanilla" or _OTHERS.fullmatch(name):
-            continue
-        try:
-            DraftOptions(draft=draft).steps()
-        except ValueError as error:
-            raise ValueError(f"--against {name}: there is no such competitor; there are {KINDS}") from error
 
 
 def own_competitor(
@@ -47,7 +24,7 @@ def own_competitor(
     show: Callable[[str], None] | None = None,
     progress: Progress = QUIET,
 ) -> Own:
-    """Our own decoding, as `options` says; `show` gets each piece of text as it comes."""
+    """Our own decoding with these options; `show` is called with each piece of text as it is decoded."""
     drafting = open_drafting(engine, options, progress)
     if drafting.new_drafter is None and options.draft != PLAIN:
         source = engine.target.source
@@ -62,10 +39,7 @@ def lineup(
     vanilla: Path | None = None,
     progress: Progress = QUIET,
 ) -> tuple[list[Competitor], dict[str, str]]:
-    """The competitors, and by name why others cannot take part.
-
-    First plain decoding, then our own with `options`, then those of `against`.
-    """
+    """The competitors: plain decoding, our own with `options`, those of `against`; and why others are missing."""
     names = [name for given in against for name in (_everyone(engine, vanilla) if given == ALL else [given])]
     found: list[Competitor] = [
         own_competitor(PLAIN, engine, replace(options, draft=PLAIN)),
@@ -84,7 +58,7 @@ def lineup(
 
 def _everyone(engine: Engine, vanilla: Path | None) -> list[str]:
     names = [*(["vanilla"] if vanilla else []), "chain:3@full", "chain:3", "transformers", "transformers+lookup"]
-    if llama_cpp.version() is not None and _gguf(engine) is not None:
+    if llama_cpp.version() is not None and locate(engine.target.source).gguf is not None:
         names += [*(f"llama.cpp:{kind}" for kind in llama_cpp.TYPES), "llama.cpp:Q8_0+ngram"]
     return names
 
@@ -92,43 +66,11 @@ def _everyone(engine: Engine, vanilla: Path | None) -> list[str]:
 def _competitor(
     name: str, engine: Engine, options: DraftOptions, vanilla: Path | None, progress: Progress
 ) -> Competitor:
-    other = _OTHERS.fullmatch(name)
+    other = OTHERS.fullmatch(name)
     if other is not None:
-        if other["type"]:
-            return _llama_cpp(name, other["type"], bool(other["ngram"]), engine)
-        return _transformers(name, engine)
+        return LlamaCpp(name, other["type"], engine) if other["type"] else Transformers(name, engine)
     draft, _, vocabulary = name.partition("@")
     chosen = replace(options, draft=draft, draft_vocabulary=vocabulary or options.draft_vocabulary)
     if draft == "vanilla":
         chosen = replace(chosen, head=vanilla, draft="chain:3")
     return own_competitor(name, engine, chosen, progress=progress)
-
-
-def _transformers(name: str, engine: Engine) -> Competitor:
-    from fastmtp.engines.torch.target import throughput_dtype
-
-    # That of our own PyTorch engine, where it is this one that is measured.
-    own = engine.arithmetic.removeprefix("torch.")
-    dtype = own if own in TORCH_DTYPES else str(throughput_dtype("cpu")).removeprefix("torch.")
-    return Transformers(
-        name,
-        engine.target.source,
-        dtype=dtype,
-        device=engine.device,
-        threads=engine.threads,
-        lookup=name.endswith("+lookup"),
-    )
-
-
-def _llama_cpp(name: str, kind: str, ngram: bool, engine: Engine) -> Competitor:
-    if llama_cpp.version() is None:
-        raise FileNotFoundError("llama.cpp is not installed; pip install 'fastmtp[llama-cpp]'")
-    source = _gguf(engine)
-    if source is None:
-        raise FileNotFoundError(f"llama.cpp runs GGUF files; {engine.target.source} is none")
-    context = min(engine.target.context_limit, _CONTEXT)
-    return LlamaCpp(name, source, kind, context=context, threads=engine.threads, ngram=ngram)
-
-
-def _gguf(engine: Engine) -> Path | None:
-    return locate(engine.target.source).gguf

@@ -1,4 +1,4 @@
-"""How long a list should be: acceptance measured on text kept aside, against what drafting costs on this engine.
+"""How long a list should be: acceptance on held-out text against the cost of drafting on this engine.
 
 Shapes: T tokens, N positions, S sizes, H hidden, D draft vocabulary, V vocabulary.
 """
@@ -27,7 +27,7 @@ MAX_LENGTH = 768
 
 @dataclass(frozen=True)
 class SizePoint:
-    """A size of a list: share of the text that it covers, acceptance length, and speed relative to all tokens."""
+    """One size of a list: share of the text that it covers, acceptance length, speed relative to the full list."""
 
     size: int
     coverage: float
@@ -37,15 +37,15 @@ class SizePoint:
 
 
 def sizes_for(vocabulary_size: int, least: int) -> list[int]:
-    """The sizes that are compared: those above `least`, and the whole vocabulary."""
+    """The sizes to compare: those of SIZES above `least`, and the whole vocabulary."""
     return [*(size for size in SIZES if least < size < vocabulary_size), vocabulary_size]
 
 
 def curve(head: MTPHead, target: Target, engine: Engine, ranking: Ranking, costs: ChainCosts) -> list[SizePoint]:
-    """Predicted speed by size, the sizes being those whose draft step was timed; tau / round time.
+    """Predicted speed, tau / round time, of each size whose draft step was timed.
 
     Raises:
-        ValueError: no text of this label was kept aside.
+        ValueError: there is no held-out text of this label.
     """
     sizes = sorted(costs.step_ms)
     found: list[list[Acceptance]] = []
@@ -71,9 +71,9 @@ def curve(head: MTPHead, target: Target, engine: Engine, ranking: Ranking, costs
 def same_by_size(
     head: MTPHead, target: Target, text: Reference, ranking: Sequence[int], sizes: Sequence[int], draft_steps: int
 ) -> Tensor:
-    """Whether draft k of the chain at t is the target's own choice, for lists of the first tokens of a ranking.
+    """Whether draft k of the chain at t is the target's argmax, for lists of the first tokens of a ranking.
 
-    [S, T, K] of bool. The lists grow, as when decoding: tokens of the text so far count as listed.
+    Bool [S, T, K]. The lists grow as in decoding: tokens of the text so far count as listed.
     """
     ids_T = torch.tensor(list(text.ids), device=target.device)
     outputs = recursion(head, target, ids_T[None], text.states_TH[None], draft_steps)
@@ -86,21 +86,21 @@ def same_by_size(
             logits_NV = target.logits(output[0, starts]).float()
             # A chain at t starts when token t + 1 is known.
             unseen_NG = first_G > starts[:, None] + 1
-            best_N, place_N = logits_NV[:, own_G].masked_fill(unseen_NG, -torch.inf).max(-1)
-            drafted_N = own_G[place_N]
-            choice_N = text.argmax_T[(starts + k).clamp(max=len(ids_T) - 1)]
+            best_N, index_N = logits_NV[:, own_G].masked_fill(unseen_NG, -torch.inf).max(-1)
+            drafted_N = own_G[index_N]
+            argmax_N = text.argmax_T[(starts + k).clamp(max=len(ids_T) - 1)]
             begin = 0
             for s, part_NV in enumerate(torch.split(logits_NV[:, order_V], parts, dim=1)):
-                most_N, place_N = part_NV.max(-1)
-                drafted_N = torch.where(most_N > best_N, order_V[begin + place_N], drafted_N)
+                most_N, index_N = part_NV.max(-1)
+                drafted_N = torch.where(most_N > best_N, order_V[begin + index_N], drafted_N)
                 best_N = torch.maximum(best_N, most_N)
                 begin += part_NV.shape[1]
-                same_STK[s, starts, k - 1] = (drafted_N == choice_N).cpu()
+                same_STK[s, starts, k - 1] = (drafted_N == argmax_N).cpu()
     return same_STK
 
 
 def _first_seen(ids_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The different tokens of a text, and the place where each is first."""
+    """The distinct tokens of a text, and the position where each occurs first."""
     own_G, which_T = torch.unique(ids_T, return_inverse=True)
     first_G = torch.full_like(own_G, len(ids_T))
     return own_G, first_G.scatter_reduce(0, which_T, torch.arange(len(ids_T), device=ids_T.device), "amin")

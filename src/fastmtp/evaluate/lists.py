@@ -23,7 +23,7 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 @dataclass(frozen=True)
 class WrittenLists:
-    """Lists in the file `path`; by label the sizes that were compared, if the size was `auto`."""
+    """Lists in the file `path`; for size `auto`, by label the sizes that were compared."""
 
     path: Path
     built: Built
@@ -40,7 +40,7 @@ def build_lists(
     head: Path | None = None,
     progress: Progress = QUIET,
 ) -> WrittenLists:
-    """Write a list of the likeliest tokens of each language and domain to `path`.
+    """Write a list of the most frequent tokens of each language and domain to `path`.
 
     Args:
         data: data directories; their answers are counted.

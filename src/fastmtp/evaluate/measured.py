@@ -1,4 +1,4 @@
-"""A sequence that notes where the time of an answer goes."""
+"""A sequence that measures where the time of an answer goes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TypeVar
 from fastmtp.engines.protocol import Candidates, Logits, TokenSequence
 from fastmtp.engines.tree import Tree
 
-# Where the time goes: in the first call for drafts the head reads the prompt, which is a cost of its own.
+# The first call for drafts includes the head's prefill, so it is measured apart, as `prompt`.
 PARTS = ("prompt", "draft", "verify", "keep")
 
 _T = TypeVar("_T")
 
 
 class MeasuredSequence:
-    """The sequence that it wraps, and what was asked of it since `forget`."""
+    """A wrapped sequence, with the times and numbers of its calls since `forget`."""
 
     def __init__(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
@@ -26,7 +26,7 @@ class MeasuredSequence:
     def forget(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._prompt_read = False
-        # Forwards by the tokens that each verified; draft steps, or how often the head was asked, after the first.
+        # Number of forwards by tokens verified; draft steps, or calls of `ask`, after the first.
         self.verified: Counter[int] = Counter()
         self.draft_steps = 0
 

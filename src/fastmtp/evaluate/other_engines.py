@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastmtp.config import SamplingConfig
+from fastmtp.engines.open import TORCH_DTYPES
+from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.records import Answer
+from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
 from fastmtp.others.process import EngineProcess
 
 LOOKUP_TOKENS = 10
+# Most tokens of context that llama.cpp reserves memory for; a longer prompt gives an error instead of an answer.
+_CONTEXT = 8192
 
 
 class Transformers:
-    """`generate` of transformers, plainly or with prompt lookup, in the given dtype."""
+    """`generate` of transformers, plainly or with prompt lookup."""
 
-    def __init__(
-        self, name: str, target: str, *, dtype: str, device: str | None, threads: int, lookup: bool
-    ) -> None:
+    def __init__(self, name: str, engine: Engine) -> None:
+        from fastmtp.engines.torch.target import throughput_dtype
+
+        # That of our own PyTorch engine, if that is the one that is measured.
+        own = engine.arithmetic.removeprefix("torch.")
+        dtype = own if own in TORCH_DTYPES else str(throughput_dtype("cpu")).removeprefix("torch.")
+        lookup = name.endswith("+lookup")
         self.name = name
         self.version = f"transformers {importlib.metadata.version('transformers')}, {dtype}"
         self.reference = "transformers" if lookup else None
         settings = {
-            "target": target,
+            "target": engine.target.source,
             "dtype": dtype,
-            "device": device,
-            "threads": threads,
+            "device": engine.device,
+            "threads": engine.threads,
             "lookup": LOOKUP_TOKENS if lookup else 0,
         }
         self._process = EngineProcess("fastmtp.others.transformers_process", settings, name)
@@ -47,12 +55,20 @@ class Transformers:
 class LlamaCpp:
     """llama.cpp on the target's weights in one of its types, plainly or with n-gram speculation."""
 
-    def __init__(self, name: str, source: Path, kind: str, *, context: int, threads: int, ngram: bool) -> None:
+    def __init__(self, name: str, kind: str, engine: Engine) -> None:
+        """Raises FileNotFoundError if llama.cpp is not installed, or the target is no GGUF file."""
+        if llama_cpp.version() is None:
+            raise FileNotFoundError("llama.cpp is not installed; pip install 'fastmtp[llama-cpp]'")
+        source = locate(engine.target.source).gguf
+        if source is None:
+            raise FileNotFoundError(f"llama.cpp runs GGUF files; {engine.target.source} is none")
+        ngram = name.endswith("+ngram")
         self.name = name
         self.version = f"llama.cpp through xllamacpp {llama_cpp.version()}, {kind}"
         self.reference = f"llama.cpp:{kind}" if ngram else None
-        path = llama_cpp.requantized(source, kind)
-        self._process = llama_cpp.process(path, context, threads, speculation="NGRAM_SIMPLE" if ngram else None)
+        path, context = llama_cpp.requantized(source, kind), min(engine.target.context_limit, _CONTEXT)
+        speculation = "NGRAM_SIMPLE" if ngram else None
+        self._process = llama_cpp.process(path, context, engine.threads, speculation=speculation)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
         request = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,7 @@ BUILTIN, PAPER = "builtin", "fastmtp7"
 
 @dataclass(frozen=True)
 class Conversation:
-    """User messages, asked one after the other. `answer` is the right one to the last, if it is known."""
+    """User messages, one a turn. `answer` is the right answer to the last, if it is known."""
 
     benchmark: str
     id: str
@@ -36,23 +36,24 @@ def suite(name: str, limit: int | None) -> list[Conversation]:
         found = builtin_conversations()
     else:
         found = read_conversations(fetch_benchmarks() if name == PAPER else Path(name))
-    return _limited(found, limit)
+    counted = Counter[str]()
+    kept = []
+    for conversation in found:
+        counted[conversation.benchmark] += 1
+        if limit is None or counted[conversation.benchmark] <= limit:
+            kept.append(conversation)
+    return kept
 
 
 def builtin_conversations() -> list[Conversation]:
-    """Six for each kind of task; the first of each kind is short."""
+    """Six conversations for each kind of task; the first of each kind is short."""
     text = files("fastmtp.evaluate").joinpath("builtin.jsonl").read_text(encoding="utf-8")
     return _read(Path("builtin.jsonl"), text)
 
 
-def one_of_each(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """The first conversation of each benchmark."""
-    return _limited(conversations, 1)
-
-
 def short_prompts() -> list[str]:
     """The first built-in prompt of each kind, for short measurements."""
-    return [conversation.turns[0] for conversation in one_of_each(builtin_conversations())]
+    return [conversation.turns[0] for conversation in suite(BUILTIN, 1)]
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -83,13 +84,3 @@ def _read(path: Path, text: str) -> list[Conversation]:
         named = f"{path.stem}-{number}" if name is None else str(name)
         conversations.append(Conversation(str(benchmark), named, turns, None if answer is None else str(answer)))
     return conversations
-
-
-def _limited(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
-    taken: dict[str, int] = {}
-    kept = []
-    for conversation in conversations:
-        taken[conversation.benchmark] = taken.get(conversation.benchmark, 0) + 1
-        if limit is None or taken[conversation.benchmark] <= limit:
-            kept.append(conversation)
-    return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# A letter that the text calls the answer, or a letter by itself that is not the article "A".
+# A letter that the text names as the answer, or else a single letter that is not the article "A".
 _NAMED = re.compile(r"(?:answer|答案)[^A-Za-z]*(?:is|:|：)?[^A-Za-z]*([A-E])(?![A-Za-z])", re.IGNORECASE)
 _CHOICE = re.compile(r"(?<![A-Za-z])([A-E])(?![A-Za-z]| [a-z])")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?")
@@ -15,8 +15,8 @@ _SPELLING = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", ""), ("\\r
 def right(text: str, answer: str) -> bool:
     """Whether `text` gives `answer`.
 
-    If `answer` is a letter from A to E, the text's answer is the letter that it names, or the first one by itself;
-    otherwise it is what stands in the last \\boxed{}, or else the last number.
+    If `answer` is a letter from A to E, the text's answer is the letter that it names, or the first single one;
+    otherwise it is the content of the last \\boxed{}, or else the last number.
     """
     if re.fullmatch("[A-E]", answer):
         found = _NAMED.search(text) or _CHOICE.search(text)

@@ -1,7 +1,7 @@
-"""What the head says after every token of an answer, recorded once, so that any drafter can be run on it again.
+"""The head's candidates after every token of an answer, recorded once, so that any drafter can be replayed on it.
 
-Output does not depend on what is drafted, so an answer is the same for every drafter, and so is what the head says
-after each of its tokens. `Recorded` is a sequence that answers from a recording, without model and without clock.
+Output does not depend on what is drafted, so an answer is the same for every drafter, and so are the head's
+candidates after each of its tokens. `Recorded` is a sequence that answers from a recording, without a model.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fastmtp.files import replacing
 from fastmtp.progress import QUIET, Progress
 
 FORMAT = "fastmtp recording 1"
-# Candidates of a node, and nodes of a level that the head goes on from, beside the text's and the right one.
+# Candidates of a node, and nodes of a level that are expanded besides the lookup's and the right one.
 WIDTH, BEAM = 8, 6
 
-# The tokens from the first one drafted to a node, and what the head says after it.
+# The head's candidates after a node, by the drafted tokens on the path to it.
 Said = dict[tuple[int, ...], Candidates]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """An answer, the first token included, and for every place in it what the head says of what follows."""
+    """An answer, its first token included, and the head's candidates after every token but the last."""
 
     benchmark: str
     id: str
@@ -46,7 +46,7 @@ class Recording:
 def record_all(
     sequence: TokenSequence, turns: Iterable[Turn], sampling: SamplingConfig, progress: Progress = QUIET
 ) -> list[Recording]:
-    """Plain decoding's answers of a benchmark's turns, each with what the head says along it."""
+    """Record plain decoding's answers to a benchmark's turns, of the first repeat."""
     answered = [(turn, plain.tokens) for turn in turns if turn.repeat == 0 and (plain := turn.answer(PLAIN))]
     long = [(turn, tokens) for turn, tokens in answered if len(tokens) > 1]
     found = []
@@ -65,7 +65,7 @@ def record(
     answer: Sequence[int],
     sampling: SamplingConfig,
 ) -> Recording:
-    """Go through an answer token by token, and ask the head for trees that hold what any drafter would ask for."""
+    """Step through an answer, and ask the head for trees that contain what any drafter would ask for."""
     lookup, said = Lookup(), []
     lookup.extend(prompt)
     sequence.reset()
@@ -104,7 +104,7 @@ def _ask(
 
 
 class Recorded:
-    """A DraftingSequence from a recording; `missed` counts what was asked for and is not there."""
+    """A DraftingSequence that reads a recording; `missed` counts requests that it does not contain."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
@@ -144,7 +144,7 @@ def save(recordings: Sequence[Recording], path: Path) -> None:
 
 
 def load(path: Path) -> Iterator[Recording]:
-    """Raises FileNotFoundError without the file, ValueError where it is no recording."""
+    """Raises FileNotFoundError if there is no file, ValueError if it is no recording."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording; `fastmtp bench --record` makes one")
     with gzip.open(path, "rt", encoding="utf-8") as stream:

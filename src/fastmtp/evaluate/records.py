@@ -1,4 +1,4 @@
-"""What a run measures, turn by turn, and how JSON becomes records."""
+"""What a run measures, turn by turn; and records from JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastmtp.evaluate.drift import Reading
 
 PLAIN = "plain"
 
-# A JSON object that is kept as it is.
+# A JSON object that no record describes.
 Json = Mapping[str, object]
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. What only our own engines know is empty for the others."""
+    """One answer. What is known of our own competitors only is empty for the others."""
 
     tokens: list[int]
     text: str
@@ -36,6 +36,10 @@ class Answer:
     def length(self) -> int:
         return len(self.tokens) or self.count
 
+    def same_as(self, other: Answer) -> bool:
+        """By tokens, or by text where an engine does not give their ids."""
+        return (self.tokens or self.text) == (other.tokens or other.text)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -50,7 +54,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation: every competitor's answer, and how fast the machine was then."""
+    """One turn of a conversation: every competitor's answer, and the machine's speed at the time."""
 
     key: str
     benchmark: str
@@ -62,7 +66,7 @@ class Turn:
     cells: dict[str, Answer | Failure]
 
     def answer(self, competitor: str | None) -> Answer | None:
-        """None if the competitor failed, or there is none of this name."""
+        """None if the competitor failed or did not take part."""
         cell = None if competitor is None else self.cells.get(competitor)
         return cell if isinstance(cell, Answer) else None
 
@@ -75,10 +79,10 @@ class Turn:
 
 
 def from_json(kind: type[_T], value: object) -> _T:
-    """A record from JSON. Missing parts take the record's defaults, and unknown parts are left out.
+    """A record from JSON. Missing fields take their defaults, unknown ones are ignored.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: `value` has another form.
+        AttributeError, KeyError, TypeError, ValueError: `value` does not fit the record.
     """
     record: _T = _read(kind, value)
     return record

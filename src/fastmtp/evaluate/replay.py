@@ -1,7 +1,7 @@
-"""Any drafter on recorded answers, by the costs of a machine: the same figures every time, in a second.
+"""Drafters on recorded answers, with the costs of a machine: deterministic figures, within a second.
 
-Beside the drafters two bounds. In hindsight: each round drafts from the same candidates, but knows which are right,
-and how far to go. Oracle: each round verifies the right tokens, which cost nothing to find.
+There are two bounds besides. Hindsight: each round drafts from the same candidates, but knows which are right and
+how deep to draft. Oracle: each round verifies the right tokens, and drafting costs nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastmtp.decode.drafting.adaptive import WIDTH, Adaptive
 from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains
@@ -23,13 +24,13 @@ from fastmtp.method.acceptance import follow
 
 CHAINS = (1, 2, 3, 4, 5)
 HINDSIGHT, ORACLE = "hindsight", "oracle"
-# Context is no limit here.
+# The context is not limited here.
 _ROOM = MAX_NODES + 1
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """Sums over answers. `missed`: nodes after which a drafter asked the head and the recording does not say."""
+    """Sums over answers. `missed`: requests of drafters that the recording does not contain."""
 
     plain_ms: float = 0.0
     milliseconds: float = 0.0
@@ -52,13 +53,13 @@ class Replayed:
 
 
 def compare(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> dict[str, dict[str, Replayed]]:
-    """By drafter and benchmark: chains, `auto`, and the bounds."""
-    ways: dict[str, Callable[[Recording], Replayed]] = {}
-    for steps in CHAINS:
-        ways[f"chain:{steps}"] = _with(chains(steps), costs)
-    ways["auto"] = _with(adaptive(Learned(costs, known)), costs)
-    ways[HINDSIGHT] = lambda recording: hindsight(recording, costs)
-    ways[ORACLE] = lambda recording: oracle(recording, costs)
+    """Chains, `auto` and the bounds, by drafter and benchmark."""
+    drafters = {f"chain:{steps}": chains(steps) for steps in CHAINS} | {"auto": adaptive(Learned(costs, known))}
+    ways: dict[str, Callable[[Recording], Replayed]] = {
+        **{name: partial(replay, new_drafter=drafter, costs=costs) for name, drafter in drafters.items()},
+        HINDSIGHT: partial(hindsight, costs=costs),
+        ORACLE: partial(oracle, costs=costs),
+    }
     found: dict[str, dict[str, Replayed]] = {}
     for name, way in ways.items():
         by_benchmark: dict[str, Replayed] = defaultdict(Replayed)
@@ -103,7 +104,7 @@ def replay(recording: Recording, new_drafter: NewDrafter, costs: Costs) -> Repla
 
 
 def hindsight(recording: Recording, costs: Costs) -> Replayed:
-    """The fastest rounds that draft right candidates only: of the text, or of the head, asked as far as they go."""
+    """The fastest rounds that draft right tokens only: from the text by lookup, or from the head's candidates."""
     lookup, reach = Lookup(), []
     lookup.extend(recording.prompt)
     for index, token in enumerate(recording.answer[:-1]):
@@ -128,7 +129,7 @@ def oracle(recording: Recording, costs: Costs) -> Replayed:
 
 
 def _fastest(recording: Recording, costs: Costs, drafting_ms: Callable[[int, int], float | None]) -> Replayed:
-    """Dynamic programming from the end: the best number of drafts at each token, where `drafting_ms` allows it."""
+    """The best number of drafts at each token, by dynamic programming; None of `drafting_ms` is impossible."""
     last, start = len(recording.answer) - 1, len(recording.prompt)
     best = [Replayed() for _ in range(last + 1)]
     for index in reversed(range(last)):
@@ -144,17 +145,14 @@ def _fastest(recording: Recording, costs: Costs, drafting_ms: Callable[[int, int
 
 
 def _right_of_head(recording: Recording, index: int) -> int:
-    """How many tokens after one of the answer are among the head's candidates, one after the other."""
-    said, place = recording.said[index], len(recording.prompt) + index + 1
-    for depth, token in enumerate(recording.answer[index + 1 :][:MAX_DEPTH]):
-        found = said.get(tuple(recording.answer[index + 1 :][:depth]))
-        if (
-            found is None
-            or token not in race(found.tokens, found.confidences, recording.sampling, place + depth)[0][:WIDTH]
-        ):
+    """How many of the tokens after `index` are, one after the other, among the head's candidates."""
+    said, position = recording.said[index], len(recording.prompt) + index + 1
+    following = recording.answer[index + 1 :][:MAX_DEPTH]
+    for depth, token in enumerate(following):
+        found = said.get(tuple(following[:depth]))
+        if found is None:
             return depth
-    return min(MAX_DEPTH, len(recording.answer) - index - 1)
-
-
-def _with(drafter: NewDrafter, costs: Costs) -> Callable[[Recording], Replayed]:
-    return lambda recording: replay(recording, drafter, costs)
+        drawn, _ = race(found.tokens, found.confidences, recording.sampling, position + depth)
+        if token not in drawn[:WIDTH]:
+            return depth
+    return len(following)

@@ -1,29 +1,28 @@
-"""From the turns of a run to its document."""
+"""Makes a run's document from its turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 
 from tokenizers.decoders import DecodeStream
 
 from fastmtp.engines.protocol import Engine
-from fastmtp.evaluate.audit import with_margins
+from fastmtp.evaluate.audit import differences, with_margins
 from fastmtp.evaluate.competitors import Competitor, Own
-from fastmtp.evaluate.document import Document, Floor, Run, Sample, ShortTurn, Spread, Steadiness
-from fastmtp.evaluate.drift import STEADY, Reading, spread
+from fastmtp.evaluate.document import Document, Run, Sample
+from fastmtp.evaluate.drift import Steadiness
 from fastmtp.evaluate.figures import Facts, RoundCosts
 from fastmtp.evaluate.records import PLAIN, Answer, Json, Turn
-from fastmtp.evaluate.summary import differences, summarize
+from fastmtp.evaluate.summary import summarize
 from fastmtp.models.info import TargetInfo
 from fastmtp.provenance import machine, provenance
 
 
 def run_facts(engine: Engine, settings: Json, missing: Mapping[str, str]) -> Run:
-    """What is known of a run on this machine."""
-    floor = engine.floor()
-    measured = Floor(floor.bytes, floor.bandwidth_gb_s, floor.ms)
-    return Run(engine.name, machine(), measured, settings, dict(missing), provenance())
+    """A run of an engine on this machine, now."""
+    return Run(engine.name, machine(), engine.floor(), settings, dict(missing), provenance())
 
 
 def document(
@@ -35,18 +34,17 @@ def document(
     *,
     greedy: bool,
 ) -> Document:
-    """Figures, the audit, the machine's steadiness, and answers to look at.
+    """Figures, the audit, the machine's steadiness, and sample answers.
 
     Args:
         competitors: plain decoding first.
-        greedy: whether the answers of other engines can be compared too. At a temperature each engine draws in
-            its own way.
+        greedy: whether other engines' answers are compared too. At a temperature each engine draws in its own way.
     """
     # Forwards are timed at the answers' typical context, so that predicted and measured times are comparable.
     context = int(median(len(turn.prompt) + turn.cells[PLAIN].length // 2 for turn in turns))
-    plain = _owns(competitors)[0]
-    forward_ms = {int(count): ms for count, ms in plain.forward_ms(context).items()}
-    facts = {}
+    plain = competitors[0]
+    assert isinstance(plain, Own)
+    forward_ms, facts = plain.forward_ms(context), {}
     for competitor in competitors:
         costs = RoundCosts(forward_ms, competitor.draft_ms(context)) if isinstance(competitor, Own) else None
         reference = competitor.reference if greedy or costs else None
@@ -59,21 +57,10 @@ def document(
         summary=summarize(turns, facts),
         costs_context=context,
         divergences=with_margins(differences(turns, facts), turns, plain.sequence),
-        steadiness=_steadiness([turn.machine for turn in turns]),
+        steadiness=Steadiness.of([turn.machine for turn in turns]),
         samples=list(_samples(turns, main, target)) if main != PLAIN else [],
         answers=[_short(turn) for turn in turns],
     )
-
-
-def _owns(competitors: Sequence[Competitor]) -> list[Own]:
-    return [competitor for competitor in competitors if isinstance(competitor, Own)]
-
-
-def _steadiness(readings: Sequence[Reading]) -> Steadiness:
-    memory = spread([reading.memory_ms for reading in readings])
-    arithmetic = spread([reading.arithmetic_ms for reading in readings])
-    load = median(reading.load for reading in readings)
-    return Steadiness(Spread(memory, arithmetic), load, max(memory, arithmetic) > STEADY)
 
 
 def _samples(turns: Sequence[Turn], main: str, target: TargetInfo) -> Iterator[Sample]:
@@ -92,19 +79,20 @@ def _pieces(tokens: Sequence[int], steps: Sequence[int], target: TargetInfo) -> 
     stream = DecodeStream(skip_special_tokens=True)
     pieces = []
     for token, step in zip(tokens, steps, strict=False):
-        # A character of several tokens appears with its last one.
+        # A character that spans several tokens appears with the last of them.
         if text := stream.step(target.tokenizer.backend_tokenizer, token):
             pieces.append((text, step))
     return pieces
 
 
-def _short(turn: Turn) -> ShortTurn:
+def _short(turn: Turn) -> Json:
+    """A turn without its texts; a cell is tokens, seconds of prefill and seconds of decoding, or an error."""
     cells = {
-        name: (cell.length, round(cell.prefill_seconds, 5), round(cell.decode_seconds, 5))
+        name: [cell.length, round(cell.prefill_seconds, 5), round(cell.decode_seconds, 5)]
         if isinstance(cell, Answer)
         else cell.error
         for name, cell in turn.cells.items()
     }
-    now = turn.machine
-    machine = Reading(round(now.memory_ms, 3), round(now.arithmetic_ms, 3), round(now.load, 3))
-    return ShortTurn(turn.key, turn.benchmark, turn.id, turn.turn, turn.repeat, len(turn.prompt), machine, cells)
+    kept = {name: getattr(turn, name) for name in ("key", "benchmark", "id", "turn", "repeat")}
+    speed = {name: round(value, 3) for name, value in asdict(turn.machine).items()}
+    return {**kept, "prompt_tokens": len(turn.prompt), "machine": speed, "cells": cells}

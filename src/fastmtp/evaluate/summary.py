@@ -1,7 +1,7 @@
-"""From turns to figures: pure functions, so that the same turns always give the same document.
+"""Figures from turns, by pure functions: the same turns always give the same figures.
 
 Speeds are of decoding, after the first token, which the prefill gives. A benchmark's speed is that of all its
-tokens together; a mean weighs every benchmark equally, as the paper does.
+tokens together; a mean weights every benchmark equally, as in the paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.evaluate.figures import (
-    Difference,
     Drafting,
     Excess,
     Facts,
@@ -31,7 +30,7 @@ from fastmtp.evaluate.records import PLAIN, Answer, Failure, Turn
 from fastmtp.method.acceptance import Acceptance
 
 _RESAMPLES = 2000
-# Steps of which acceptance is reported.
+# Draft steps whose acceptance is reported.
 _STEPS = 8
 
 
@@ -56,26 +55,12 @@ def summarize(turns: Sequence[Turn], competitors: Mapping[str, Facts]) -> Summar
     )
 
 
-def differences(turns: Sequence[Turn], competitors: Mapping[str, Facts]) -> list[Difference]:
-    """Where answers of our own leave their reference's."""
-    found = []
-    for turn in turns:
-        for name, facts in competitors.items():
-            answer, reference = turn.answer(name), turn.answer(facts.reference)
-            if facts.costs and answer and reference and not _same(answer, reference):
-                pairs = zip(answer.tokens, reference.tokens, strict=False)
-                common = min(len(answer.tokens), len(reference.tokens))
-                place = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), common)
-                found.append(Difference(turn.key, name, place))
-    return found
-
-
 def _figures(turns: Sequence[Turn], name: str, facts: Facts, ratios: NDArray[np.float64]) -> Figures:
     """One competitor on one benchmark."""
     answers, both = _answers(turns, name), _pairs(turns, name, PLAIN)
     judged = [answer.right for answer in answers if answer.right is not None]
     speed, plain_speed = _speed([answer for answer, _ in both]), _speed([plain for _, plain in both])
-    same = [_same(*pair) for pair in _pairs(turns, name, facts.reference)]
+    same = [answer.same_as(other) for answer, other in _pairs(turns, name, facts.reference)]
     seconds = sum(answer.decode_seconds + answer.prefill_seconds for answer in answers)
     tokens = sum(answer.length for answer in answers)
     return Figures(
@@ -94,14 +79,15 @@ def _figures(turns: Sequence[Turn], name: str, facts: Facts, ratios: NDArray[np.
 
 
 def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting | None:
-    """Acceptance, where the time went, and how long it should have taken; None if nothing is known."""
-    if costs is None or not answers:
+    """Acceptance, where the time went, and the time predicted from costs; None if nothing was decoded or timed."""
+    # Prefill gives the first token: for answers of one token nothing is verified.
+    if costs is None or not any(answer.verified for answer in answers):
         return None
     committed = [tokens for answer in answers for tokens in answer.rounds]
     accepted = Acceptance.of((tokens - 1 for tokens in committed), _STEPS if committed else 0)
     shares = accepted.cumulative
     seconds = sum(answer.decode_seconds for answer in answers)
-    # A run that an earlier version began has answers without the prompt's part.
+    # Journals of earlier versions have answers without `prompt`.
     parts = {part: sum(answer.seconds.get(part, 0.0) for answer in answers) for part in PARTS}
     verified: Counter[int] = Counter()
     for answer in answers:
@@ -112,7 +98,7 @@ def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting |
     draft = costs.draft_ms * sum(answer.draft_steps for answer in answers) / 1e3
     plain_seconds = times[0] * sum(answer.length - 1 for answer in answers) / 1e3
     return Drafting(
-        # Not the sum of the shares: trees may be deeper than the steps that are reported.
+        # Not the sum of the shares: trees may be deeper than the reported steps.
         tau=sum(committed) / len(committed) if committed else 1.0,
         rounds=accepted.rounds,
         cumulative=shares,
@@ -129,7 +115,7 @@ def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting |
 def _mean(
     benchmarks: Sequence[Figures], drafting: Drafting | None, ratios: Sequence[NDArray[np.float64]]
 ) -> Figures:
-    """Means over benchmarks, sums of counts; `drafting` is over all answers, but for the two means in it."""
+    """Means of figures, sums of counts. `drafting` is over all answers, but tau and the prediction are means."""
 
     def mean(values: Iterable[float | None]) -> float | None:
         there = [value for value in values if value is not None]
@@ -159,7 +145,7 @@ def _mean(
 
 
 def _resampled(benchmarks: Sequence[Sequence[Turn]], name: str) -> list[NDArray[np.float64]]:
-    """Speedups [_RESAMPLES] of each benchmark, its prompts drawn with replacement (bootstrap)."""
+    """Speedups [_RESAMPLES] of each benchmark, from prompts drawn with replacement (bootstrap)."""
     generator = np.random.default_rng(0)
     found = []
     for turns in benchmarks:
@@ -181,7 +167,7 @@ def _resampled(benchmarks: Sequence[Sequence[Turn]], name: str) -> list[NDArray[
 
 
 def _interval(ratios: NDArray[np.float64]) -> Interval | None:
-    """The middle 95 % of resampled speedups; None for a single prompt, which says nothing."""
+    """The middle 95 % of resampled speedups; None for a single prompt, whose speedups are all the same."""
     if not np.isfinite(ratios).all() or np.ptp(ratios) == 0:
         return None
     low, high = np.percentile(ratios, [2.5, 97.5])
@@ -196,10 +182,6 @@ def _pairs(turns: Sequence[Turn], name: str, other: str | None) -> list[tuple[An
     """Answers of two competitors to the turns that both answered."""
     pairs = [(turn.answer(name), turn.answer(other)) for turn in turns]
     return [(one, two) for one, two in pairs if one is not None and two is not None]
-
-
-def _same(answer: Answer, reference: Answer) -> bool:
-    return (answer.tokens or answer.text) == (reference.tokens or reference.text)
 
 
 def _identical(counts: Sequence[Identical | None]) -> Identical | None:

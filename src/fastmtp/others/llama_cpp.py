@@ -1,4 +1,4 @@
-"""llama.cpp on the same weights, through PyPI's `xllamacpp` (extra `llama-cpp`), for comparison."""
+"""llama.cpp on the same weights, through PyPI's `xllamacpp` (extra `llama-cpp`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,13 @@ def requantized(source: Path, kind: str) -> Path:
     with replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, reader.fields["general.architecture"].contents())
         for name, field in reader.fields.items():
-            # The writer sets the first ones itself; the type and version of quantisation would be wrong.
+            # The writer sets the first two itself; the source's file type and quantisation version no longer hold.
             if not name.startswith(("GGUF.", "general.architecture", "general.file_type", "general.quantization")):
                 items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
                 writer.add_key_value(name, field.contents(), field.types[0], sub_type=items)
         for tensor in reader.tensors:
             values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            # As llama.cpp's own tool does: vectors, and matrices that blocks do not divide, stay as they are.
+            # Like llama.cpp's own tool: vectors, and matrices whose rows do not divide into blocks, are float32.
             block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
             fits = values.ndim > 1 and values.shape[-1] % block == 0
             wanted = gguf.GGMLQuantizationType[kind if fits else "F32"]
@@ -65,9 +66,9 @@ class Drafting:
 
 @dataclass(frozen=True)
 class Replay:
-    """Greedy answers: by answer its text and the number of drafts that each round accepted.
+    """Greedy answers: the text of each, and the number of drafts that each of its rounds accepted.
 
-    `mismatches` says by prompt how llama.cpp's own template and tokenizer differ from it; empty if they do not.
+    `mismatches`, by prompt: how llama.cpp's own template and tokenizer differ from ours; empty if they do not.
     """
 
     texts: list[str]
@@ -79,10 +80,10 @@ class Replay:
 def process(
     path: Path, context: int, threads: int, *, speculation: str | None = None, drafting: Drafting | None = None
 ) -> EngineProcess:
-    """llama.cpp with a model, in a process of its own; the caller closes it.
+    """Start llama.cpp with a model in a child process; the caller closes it.
 
     Args:
-        speculation: a type of llama.cpp's that needs no head, as NGRAM_SIMPLE.
+        speculation: one of llama.cpp's types that needs no head, like NGRAM_SIMPLE.
     Raises:
         ValueError: llama.cpp failed; the message holds its last words.
     """
@@ -99,7 +100,7 @@ def process(
 
 def decode_speed(path: Path, prompt: list[int], new_tokens: int, threads: int) -> tuple[float, float]:
     """Tokens a second of plain decoding and of prefill, by llama.cpp's own clock."""
-    with process(path, len(prompt) + new_tokens + 16, threads) as engine:
+    with closing(process(path, len(prompt) + new_tokens + 16, threads)) as engine:
         request = {"prompt": prompt, "n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
         found = engine.ask(request | {"cache_prompt": False})
     return float(found["decode_per_second"]), float(found["prefill_per_second"])
@@ -121,7 +122,8 @@ def replay(
     Raises:
         ValueError: llama.cpp failed; the message holds its last words.
     """
-    with process(path, max(map(len, prompts)) + new_tokens + 16, threads, drafting=drafting) as engine:
+    context = max(map(len, prompts)) + new_tokens + 16
+    with closing(process(path, context, threads, drafting=drafting)) as engine:
         greedy = {"n_predict": new_tokens, "temperature": 0}
         answers = [engine.ask({"prompt": prompt, **greedy}) for prompt in prompts]
         pairs = zip(questions, prompts, strict=True) if questions else ()
@@ -136,18 +138,18 @@ def replay(
 
 
 def _mismatch(engine: EngineProcess, question: str, prompt: list[int]) -> str:
-    """What differs between a prompt and what llama.cpp's own template and tokenizer make of its question."""
+    """How the prompt that llama.cpp's own template and tokenizer make of a question differs from ours."""
     engine.ask({"prompt": prompt, "n_predict": 1, "cache_prompt": True})
     messages = [{"role": "user", "content": question}]
     usage = engine.ask({"messages": messages, "max_tokens": 1, "cache_prompt": True})
-    # The cache has all of an equal prompt but its last token, which is computed anew.
+    # If the prompts are equal, all tokens but the last, which is always computed, come from the cache.
     if usage["count"] == len(prompt) and usage["cached"] >= usage["count"] - 1:
         return ""
     return f"llama.cpp's template and tokenizer make {usage['count']} tokens of it, {len(prompt)} were expected"
 
 
 def _accepted(log: str) -> list[list[int]]:
-    """By answer the accepted drafts of each round, which only the log tells."""
+    """The accepted drafts of each round, by answer; only the log has them."""
     rounds: dict[str, list[int]] = {}
     for task, what in re.findall(r"\| task (\d+) \| (processing task|accepted +\d+/ *\d+ draft tokens)", log):
         answer = rounds.setdefault(task, [])

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own (process.py)."""
+"""llama.cpp in a child process (process.py)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import xllamacpp
 
 from fastmtp.others.process import serve
 
-# Of llama.cpp's log: nothing, or the drafts that each round accepted.
+# Levels of llama.cpp's log: nothing, or with the drafts that each round accepted.
 _SILENT, _TELLS_ROUNDS = -1, 5
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A server for one sequence, with the settings of `llama_cpp.process`.
 
-    A request is llama.cpp's own: a completion, or a chat completion, of which only the size of the prompt is told.
+    A request is llama.cpp's own: a completion, or a chat completion, for which only the prompt's size is returned.
     """
     server = xllamacpp.Server(_parameters(settings))
 

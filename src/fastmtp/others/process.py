@@ -1,7 +1,7 @@
-"""Another engine in a process of its own: one JSON line in, one out.
+"""Another engine in a child process: one JSON line in, one out.
 
-Not inside our process: the OpenMP runtime spins less at its barriers as soon as two teams of threads exist in a
-process, which costs llama.cpp a third of its speed, and ours too.
+It does not run in our process because the OpenMP runtime spins less at its barriers as soon as a process has two
+teams of threads, which costs llama.cpp a third of its speed, and ours too.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 # Characters of an engine's log that an error shows.
 _LAST_WORDS = 1000
 
 
 class EngineProcess:
-    """Starts `python -m MODULE`, sends it its settings, and then one request at a time.
+    """Runs `python -m MODULE`; sends it settings, and then one request at a time.
 
     Attributes:
         log: what it wrote to standard error; complete once it is closed.
@@ -71,14 +70,6 @@ class EngineProcess:
         self._log_file.seek(0)
         self.log = self._log_file.read().decode(errors="replace")
         self._log_file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def serve(start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, Any]]]) -> None:

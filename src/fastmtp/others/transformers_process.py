@@ -1,4 +1,4 @@
-"""transformers' own `generate` in a process of its own (process.py)."""
+"""transformers' own `generate` in a child process (process.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmtp.others.process import serve
 
 
 class _FirstToken(BaseStreamer):  # type: ignore[misc]
-    """Notes when the first token came; the first call is for the prompt."""
+    """Notes the time of the first token; the first call of `put` is for the prompt."""
 
     def __init__(self) -> None:
         self.calls = 0

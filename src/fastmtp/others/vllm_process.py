@@ -1,4 +1,4 @@
-"""vLLM in a process of its own (process.py)."""
+"""vLLM in a child process (process.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ON_CPU = {
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """An engine for one sequence; `model`, `context`, `new_tokens`, `ends`, `overrides`, `speculative`."""
-    # One process: its counters can be read, and a failure is its own.
+    # In one process, so that its counters can be read and its failures end it.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -30,7 +30,7 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]
 
     engine = LLM(
         settings["model"],
-        # On a CPU, where text can be compared: other types round by how many tokens go together.
+        # float32 on a CPU makes texts comparable: rounding in other types depends on the batch.
         dtype="auto" if on_gpu else "float32",
         max_model_len=settings["context"],
         max_num_seqs=1,
@@ -64,7 +64,7 @@ def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]
 
 
 def _counts(engine: Any) -> tuple[int, list[int]]:
-    """So far: rounds, and in how many the first k drafts were accepted."""
+    """The number of rounds so far, and in how many the first k drafts were accepted."""
     found = {metric.name: metric for metric in engine.get_metrics()}
     if "vllm:spec_decode_num_drafts" not in found:
         return 0, []

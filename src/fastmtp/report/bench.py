@@ -1,4 +1,4 @@
-"""A run's document as tables and remarks. The same cells stand in the page (page.py)."""
+"""A run's document as tables and remarks; page.py shows the same tables."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def headline(document: Document) -> str:
 
 
 def grids(document: Document) -> list[Grid]:
-    """By benchmark, by competitor, whole answers, where time goes, acceptance by step; each fits a terminal."""
+    """The tables that fit a terminal."""
     found = [by_benchmark(document), by_competitor(document), whole_answers(document), time_split(document)]
-    return [*found, by_step(document)] if _accepting(document) else found
+    return [*found, by_step(document)] if accepting(document) else found
 
 
 def by_benchmark(document: Document) -> Grid:
@@ -91,13 +91,13 @@ def time_split(document: Document) -> Grid:
 
 
 def by_step(document: Document) -> Grid:
-    accepting = _accepting(document)
+    drafting = accepting(document)
     last = max(
-        (step for found in accepting.values() for step, share in enumerate(found.cumulative, 1) if share >= 0.005),
+        (step for found in drafting.values() for step, share in enumerate(found.cumulative, 1) if share >= 0.005),
         default=1,
     )
     rows = []
-    for name, found in accepting.items():
+    for name, found in drafting.items():
         for kind, shares in (("cumulative", found.cumulative), ("conditional", found.conditional)):
             cells = [
                 _percent(share) if reached else ""
@@ -140,13 +140,13 @@ def compared(one: Document, other: Document) -> Grid:
 
 
 def remarks(document: Document) -> list[str]:
-    """What a reader must know besides the figures."""
+    """What a reader should know besides the figures."""
     run, summary, steady = document.run, document.summary, document.steadiness
     floor, speed = run.floor, summary.means[PLAIN].tokens_per_second
-    said = f"floor: {floor.bytes / 1e6:.0f} MB a forward, {floor.bandwidth_gb_s:.1f} GB/s: {floor.ms:.2f} ms"
+    least = f"floor: {floor.bytes / 1e6:.0f} MB a forward, {floor.bandwidth_gb_s:.1f} GB/s: {floor.ms:.2f} ms"
     if speed:
-        said += f"; plain decoding takes {1e3 / speed:.2f} ms a token, {100 * floor.ms * speed / 1e3:.0f} %"
-    found = [f"{run.machine}; {run.engine}", said]
+        least += f"; plain decoding takes {1e3 / speed:.2f} ms a token, {100 * floor.ms * speed / 1e3:.0f} %"
+    found = [f"{run.machine}; {run.engine}", least]
     if document.mean.drafting is not None:
         found.append(_prediction(document.mean.drafting, document.mean.speedup))
     found.append(
@@ -167,12 +167,12 @@ def remarks(document: Document) -> list[str]:
 
 def markdown(document: Document) -> str:
     """Headline, remarks and tables."""
-    said = "\n".join(f"- {remark}" for remark in remarks(document))
+    listed = "\n".join(f"- {remark}" for remark in remarks(document))
     tables = map(grid_markdown, [*grids(document), speedups(document)])
-    return "\n\n".join([f"**{headline(document)}**", said, *tables]) + "\n"
+    return "\n\n".join([f"**{headline(document)}**", listed, *tables]) + "\n"
 
 
-def _accepting(document: Document) -> dict[str, Drafting]:
+def accepting(document: Document) -> dict[str, Drafting]:
     """The competitors whose drafts were counted by step."""
     means = document.summary.means
     return {name: found.drafting for name, found in means.items() if found.drafting and found.drafting.cumulative}

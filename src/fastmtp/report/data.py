@@ -1,4 +1,4 @@
-"""What data directories hold and what cleaning left out, as text and tables."""
+"""The contents of data directories, and what cleaning left out, as text and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPAN_CHARACTERS = 900
 
 
 def statistics_report(found: Statistics) -> Iterator[Grid | str]:
-    """Counts, lengths and frequent tokens; `samples` follow."""
+    """Counts, lengths and frequent tokens."""
     yield (
         f"{found.exchanges} exchanges, {found.finished} finished; "
         f"{found.prompt_tokens} prompt tokens, {found.answer_tokens} answer tokens"
@@ -29,7 +29,7 @@ def statistics_report(found: Statistics) -> Iterator[Grid | str]:
 
 
 def samples(found: Statistics) -> Iterator[list[Span]]:
-    """The samples, the middle of long spans left out."""
+    """The samples, long spans without their middle."""
     half = _SPAN_CHARACTERS // 2
     for sample in found.samples:
         yield [

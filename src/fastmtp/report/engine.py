@@ -1,4 +1,4 @@
-"""The engine's figures as text and tables."""
+"""What `bench-engine` measured, as text and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def engine_report(report: EngineReport) -> Iterator[Grid | str]:
         steps = ["ms a draft step", *_texts(list(report.draft_ms.values()))]
         levels = ["ms a level of a tree", *_texts(list(report.level_ms.values()))]
         yield Grid("", ["draft vocabulary", *map(str, report.draft_ms)], [steps, levels])
-    # Spaces that do not break keep each name on one line.
+    # Non-breaking spaces keep each name on one line.
     names = ["fastmtp", *(f"llama.cpp\N{NO-BREAK SPACE}{kind}" for kind in report.llama_cpp)]
     yield Grid(
         "",

@@ -1,4 +1,4 @@
-"""A table's texts, before anyone draws them: cli/terminal.py on a terminal, `markdown` in a document."""
+"""A table as texts; cli/terminal.py draws it on a terminal, `markdown` in a document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Grid:
-    """A title, the head of each column, rows, and rows that sum up. The first column holds names."""
+    """A title, column heads, rows, and rows of totals. The first column holds names."""
 
     title: str
     head: list[str]

@@ -1,16 +1,30 @@
-"""A run's document as one HTML page that needs nothing else: plots, tables, and answers token by token."""
+"""A run's document as a self-contained HTML page: plots, tables, and answers token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 
 from fastmtp.evaluate.document import Document
-from fastmtp.evaluate.figures import Figures
+from fastmtp.evaluate.figures import Figures, Split
 from fastmtp.evaluate.records import PLAIN
+from fastmtp.files import replacing, write_json
 from fastmtp.report import bench as tables
+
+
+def write_run(document: Document, out: Path) -> None:
+    """Write the JSON document, the page, and the tables as Markdown."""
+    write_json(out / "bench.json", document.as_json(), indent=None)
+    write_text(out / "report.html", page([document]))
+    write_text(out / "report.md", tables.markdown(document))
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -27,14 +41,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Plot:
-    """Bars on a common scale, which begins at 0 and has a line at `one`."""
+    """Bars on a common scale from 0; `one` is where the line at 1x stands."""
 
     bars: list[Bar]
     one: float
 
 
 def page(documents: Sequence[Document]) -> str:
-    """The page of a run, or of two, which are then compared first."""
+    """The page of one run, or of two runs and their comparison."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastmtp.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -44,7 +58,7 @@ def page(documents: Sequence[Document]) -> str:
 
 
 def _run(document: Document) -> dict[str, object]:
-    """What the template shows of a run."""
+    """The template's variables for a run."""
     means = document.summary.means
     by_benchmark = {name: found[document.main] for name, found in document.summary.benchmarks.items()}
     return {
@@ -53,12 +67,8 @@ def _run(document: Document) -> dict[str, object]:
         "remarks": tables.remarks(document),
         "by_benchmark": _plot({**by_benchmark, "mean": document.mean}),
         "by_competitor": _plot({name: found for name, found in means.items() if name != PLAIN}),
-        "steps": {
-            name: _steps(found.drafting.cumulative)
-            for name, found in means.items()
-            if found.drafting and found.drafting.cumulative
-        },
-        "splits": {name: _split(found) for name, found in means.items() if found.drafting},
+        "steps": {name: _steps(found.cumulative) for name, found in tables.accepting(document).items()},
+        "splits": {name: _split(found.drafting.split) for name, found in means.items() if found.drafting},
         "grids": [*tables.grids(document), tables.speedups(document)],
     }
 
@@ -82,9 +92,7 @@ def _steps(cumulative: Sequence[float]) -> list[Bar]:
     return [Bar(str(step), f"{share:.0f} %", share) for step, share in shares]
 
 
-def _split(figures: Figures) -> list[tuple[str, float]]:
+def _split(split: Split) -> list[tuple[str, float]]:
     """Per cent of the decoding time by part, in the order of a round."""
-    assert figures.drafting is not None
-    split = figures.drafting.split
     parts = {name: getattr(split, name) for name in ("prompt", "draft", "verify", "keep", "rest")}
     return [(name, 100 * share) for name, share in parts.items() if share is not None]

@@ -1,4 +1,4 @@
-"""Figures as files: .png, .svg, or a page that needs nothing else (.html). Needs the extra `plot`."""
+"""Figures as .png, .svg or self-contained .html files (extra `plot`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from fastmtp.files import replacing
 
 SUFFIXES = (".png", ".svg", ".html")
-# So that curves can be told apart without colours.
+# Curves must be distinguishable without colours.
 _STYLES = ("-", "--", "-.", ":")
 
 
 def check_plot(path: Path) -> None:
-    """Raises ValueError if no figure can be written there, before any work is done for it."""
+    """Raises ValueError if no figure can be written there."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a plot is a {', '.join(SUFFIXES)} file")
     try:
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot_coverage(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> None:
-    """By label, the share of a text that the first 0, 1, 2, ... tokens of a list cover."""
+    """Draw, by label, the share of a text that the first 0, 1, 2, ... tokens of a list cover."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

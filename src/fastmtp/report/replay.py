@@ -15,12 +15,12 @@ Compared = Mapping[str, Mapping[str, Replayed]]
 
 
 def mean_speedup(by_benchmark: Mapping[str, Replayed]) -> float:
-    """Every benchmark weighs the same."""
+    """The mean over benchmarks."""
     return mean(one.speedup for one in by_benchmark.values())
 
 
 def replay_grid(compared: Compared) -> Grid:
-    """Speedups by benchmark, and over all rounds tau, tokens verified, and how often the head was asked."""
+    """Speedups by benchmark; tau, tokens verified and requests to the head a round, over all rounds."""
     rows = [
         [benchmark, *(f"{of[benchmark].speedup:.2f}x" for of in compared.values())]
         for benchmark in next(iter(compared.values()))

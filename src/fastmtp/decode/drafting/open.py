@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastmtp.decode.drafting import estimates
 from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.learned import Learned
+from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, DraftOptions
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.protocol import Engine, Head, TokenSequence
 from fastmtp.heads.shipped import shipped_head
@@ -17,31 +17,7 @@ from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
-GROWING, LISTED, FULL = "growing", "listed", "full"
-AUTO, PLAIN = "auto", "plain"
 log = logging.getLogger("fastmtp")
-
-
-@dataclass(frozen=True)
-class DraftOptions:
-    """What a user wants drafted; without a head, from the one that ships with the target."""
-
-    head: Path | None = None
-    draft: str = AUTO
-    draft_vocabulary: str = GROWING
-
-    def steps(self) -> int | None:
-        """K of a chain, 0 for plain decoding, None for trees.
-
-        Raises:
-            ValueError: `draft` is none of these.
-        """
-        kind, _, number = self.draft.partition(":")
-        if kind == "chain" and number.isdecimal() and int(number) > 0:
-            return int(number)
-        if self.draft in (AUTO, PLAIN):
-            return None if self.draft == AUTO else 0
-        raise ValueError(f"--draft is {self.draft}; it must be auto, chain:K with K of 1 or more, or plain")
 
 
 @dataclass(frozen=True)
