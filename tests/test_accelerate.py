@@ -18,6 +18,7 @@ from fastmtp.accelerate.state import State
 from fastmtp.cli.main import commands
 from fastmtp.config import TrainConfig, VocabularyConfig
 from fastmtp.distill.answers import distill
+from fastmtp.distill.dataset import DataSet
 from fastmtp.engines.open import open_engine
 from fastmtp.evaluate.lists import build_lists
 from fastmtp.progress import Progress
@@ -25,6 +26,7 @@ from tests.conftest import tiny_target
 
 FACTS = Facts(prefill_per_second=2400.0, target_bytes=270_000_000)
 OUT = Path("out")
+DATA = DataSet([OUT / "data"])
 
 
 def option(stage: Stage, name: str) -> str:
@@ -35,7 +37,7 @@ def option(stage: Stage, name: str) -> str:
 @pytest.mark.parametrize("minutes", [1.0, 10.0, 30.0, 300.0])
 def test_stages_fit_into_the_budget(minutes: float) -> None:
     """Together they take the budget, within a tenth and the minutes that nothing can shorten; none is left out."""
-    stages = plan("m", minutes, "llama.cpp", OUT, FACTS, None)
+    stages = plan("m", minutes, "llama.cpp", OUT, FACTS, None, DATA)
     assert [stage.name for stage in stages] == ["distill", "train", "vocabulary", "bench", "export"]
     assert sum(stage.minutes for stage in stages) <= 1.1 * minutes + 3
     assert option(stages[0], "--minutes") == str(planning.distill_minutes(minutes))
@@ -44,7 +46,7 @@ def test_stages_fit_into_the_budget(minutes: float) -> None:
 def test_training_fits_the_data_that_came() -> None:
     """Twice the data, half the passes; never more passes than teach something."""
     few, more, little = (
-        float(option(plan("m", 60, "llama.cpp", OUT, FACTS, tokens)[1], "--epochs"))
+        float(option(plan("m", 60, "llama.cpp", OUT, FACTS, tokens, DATA)[1], "--epochs"))
         for tokens in (2_000_000, 4_000_000, 1000)
     )
     assert few == pytest.approx(2 * more, rel=0.1)
@@ -53,11 +55,11 @@ def test_training_fits_the_data_that_came() -> None:
 
 def test_training_begins_from_what_there_is() -> None:
     """A shipped head, or the checkpoint's own layer, which is imported first; else nothing is named."""
-    without = plan("m", 30, "llama.cpp", OUT, FACTS, None)
+    without = plan("m", 30, "llama.cpp", OUT, FACTS, None, DATA)
     assert "--init" not in without[1].settings.command()
-    shipped = plan("m", 30, "llama.cpp", OUT, Facts(2400, 1, shipped_head="h"), None)
+    shipped = plan("m", 30, "llama.cpp", OUT, Facts(2400, 1, shipped_head="h"), None, DATA)
     assert option(shipped[1], "--init") == "h"
-    native = plan("m", 30, "llama.cpp", OUT, Facts(2400, 1, native_head=True), None)
+    native = plan("m", 30, "llama.cpp", OUT, Facts(2400, 1, native_head=True), None, DATA)
     assert native[0].settings.command()[:2] == ["head", "import"]
     assert option(native[2], "--init") == option(native[0], "--out")
 
@@ -151,7 +153,7 @@ def _small(settings: Any, directory: Path) -> Settings:
     class Texts(type(settings)):
         def run(self, progress: Progress) -> Result:
             path, texts = self.head / "vocabulary.json", [f"en={directory / 'text.txt'}"]
-            return build_lists(self.target, path, self.config, [self.data], texts, head=self.head)
+            return build_lists(self.target, path, self.config, self.data, texts, head=self.head)
 
     match type(settings).__name__:
         case "Distill":

@@ -21,7 +21,7 @@ from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch, is_looping
 from fastmtp.decode.plain import plain
 from fastmtp.distill.answers import distill
-from fastmtp.distill.dataset import Exchange, finished_indices, read_exchanges, shards
+from fastmtp.distill.dataset import DataSet, Exchange, finished_indices, read_exchanges, shards
 from fastmtp.distill.own_prompts import KINDS, opening
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
@@ -138,8 +138,8 @@ def test_own_prompts(tmp_path: Path) -> None:
         assert row.finished == (row.ids[-1] == 257)
         assert row.prompt.startswith(opening(CONFIG.seed, row.index, {}).words.strip())
     sha256 = tokenizer_sha256(target.tokenizer)
-    assert len(read_exchanges([tmp_path / "data"], sha256)) == 12
-    kept = read_exchanges([tmp_path / "data"], sha256, finished_only=True)
+    assert len(read_exchanges(DataSet([tmp_path / "data"]), sha256)) == 12
+    kept = read_exchanges(DataSet([tmp_path / "data"]), sha256, finished_only=True)
     assert len(kept) == 12 - summary.truncated
     assert 0 < len(kept) < 12
     assert all(row.finished for row in kept)
@@ -211,11 +211,11 @@ def test_reading_bad_data(tmp_path: Path) -> None:
     target = talkative()
     distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
     with pytest.raises(ValueError, match="of another tokenizer"):
-        read_exchanges([tmp_path / "data"], "0")
+        read_exchanges(DataSet([tmp_path / "data"]), "0")
     path = shards(tmp_path / "data")[0]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=f"{path.name}: cannot be read"):
-        read_exchanges([tmp_path / "data"], tokenizer_sha256(target.tokenizer))
+        read_exchanges(DataSet([tmp_path / "data"]), tokenizer_sha256(target.tokenizer))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
@@ -235,6 +235,10 @@ def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) 
     assert process.wait(120) != 0
     done = finished_indices(data)
     assert 6 <= len(done) < 4000
+    if sent == signal.SIGINT:
+        assert not list(data.glob(".*"))
+    # More than there is, so that another shard is written, and what was killed in the writing is replaced.
+    count = max(done) + 7
+    distill(TorchEngine(talkative()), DistillConfig(**{**vars(CONFIG), "count": count}), data, None)
+    assert finished_indices(data) == set(range(count))
     assert not list(data.glob(".*"))
-    distill(TorchEngine(talkative()), DistillConfig(**{**vars(CONFIG), "count": 12}), data, None)
-    assert finished_indices(data) >= done | set(range(12))

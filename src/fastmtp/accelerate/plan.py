@@ -10,6 +10,7 @@ from pathlib import Path
 from fastmtp.accelerate.facts import Facts
 from fastmtp.accelerate.stages import Bench, Distill, Export, Native, Settings, Train, Vocabulary
 from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.distill.dataset import DataSet
 from fastmtp.models.source import locate
 
 # Tokens a second of answering (in batches) and of training, as shares of the prefill's, on two cores with matrix
@@ -57,18 +58,21 @@ def distill_minutes(minutes: float) -> float:
     return round(0.5 * _working_minutes(minutes), 2)
 
 
-def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, tokens: int | None) -> list[Stage]:
+def plan(
+    target: str, minutes: float, engine: str, out: Path, facts: Facts, tokens: int | None, data: DataSet
+) -> list[Stage]:
     """The stages that fit into a budget.
 
     Args:
         engine: what to export to.
         tokens: of the data; None, before it exists, estimates them.
+        data: the answers in `out`, as they will be.
     """
     answering = distill_minutes(minutes)
     training = _working_minutes(minutes) - answering
     expected = tokens or max(1, int(60 * answering * _ANSWERED * facts.prefill_per_second))
     epochs = min(_MOST_EPOCHS, 60 * training * _TRAINED * facts.prefill_per_second / expected)
-    data, head, native = out / "data", out / "head", out / "native"
+    head, native = out / "head", out / "native"
     train = Train(
         target,
         data,
@@ -79,7 +83,12 @@ def plan(target: str, minutes: float, engine: str, out: Path, facts: Facts, toke
     )
     rest = _OTHER_SHARE * minutes / 2
     found = [
-        Stage("distill", Distill(target, data, DistillConfig(count=1_000_000, minutes=answering)), answering, ()),
+        Stage(
+            "distill",
+            Distill(target, out / "data", DistillConfig(count=1_000_000, minutes=answering)),
+            answering,
+            (),
+        ),
         Stage("train", train, training, ("head", ".head.tmp", "head.training")),
         Stage("vocabulary", Vocabulary(target, head, data, VocabularyConfig(size="auto")), 1 + rest / 2, ()),
         Stage("bench", Bench(target, head, 2, 128, out / "bench"), 1 + rest, ("bench",)),

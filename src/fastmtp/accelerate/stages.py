@@ -9,6 +9,7 @@ from typing import Protocol
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig, VocabularyConfig
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.distill.answers import DistillSummary, distill
+from fastmtp.distill.dataset import DataSet
 from fastmtp.engines.open import open_engine, open_states_engine, open_torch
 from fastmtp.evaluate import bench
 from fastmtp.evaluate.document import Document
@@ -68,21 +69,21 @@ class Train:
     """Train a head."""
 
     target: str
-    data: Path
+    data: DataSet
     out: Path
     config: TrainConfig
     init: str | None = None
 
     def command(self) -> list[str]:
         given = {"epochs": f"{self.config.epochs:.2g}", "init": self.init}
-        command = _command("train", target=self.target, data=self.data, out=self.out, **given)
+        command = _command("train", target=self.target, data=self.data.directories, out=self.out, **given)
         return [*command, "--compile"] if self.config.compile else command
 
     def run(self, progress: Progress) -> TrainSummary:
         own = open_torch(self.target, for_throughput=True, progress=progress)
         return train_head(
             own.target,
-            [self.data],
+            self.data,
             self.config,
             self.out,
             init=None if self.init is None else Path(self.init),
@@ -98,16 +99,16 @@ class Vocabulary:
 
     target: str
     head: Path
-    data: Path
+    data: DataSet
     config: VocabularyConfig
 
     def command(self) -> list[str]:
-        given = {"data": self.data, "size": self.config.size}
+        given = {"data": self.data.directories, "size": self.config.size}
         return _command("vocab", "build", target=self.target, head=self.head, **given)
 
     def run(self, progress: Progress) -> WrittenLists:
         path = self.head / "vocabulary.json"
-        return build_lists(self.target, path, self.config, [self.data], head=self.head, progress=progress)
+        return build_lists(self.target, path, self.config, self.data, head=self.head, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -150,5 +151,9 @@ class Export:
 
 
 def _command(*words: str, **options: object) -> list[str]:
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
-    return [*words, *(part for pair in given for part in pair)]
+    given = list(words)
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                given += [f"--{name.replace('_', '-')}", str(one)]
+    return given

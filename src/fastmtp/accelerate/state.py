@@ -11,7 +11,7 @@ from fastmtp.accelerate import plan as planning
 from fastmtp.accelerate.facts import Facts, measure_facts
 from fastmtp.accelerate.plan import Stage
 from fastmtp.accelerate.stages import Result
-from fastmtp.distill.dataset import token_count
+from fastmtp.distill.dataset import DataSet, token_count
 from fastmtp.files import read_json, remove, write_json
 from fastmtp.progress import QUIET, Progress
 
@@ -24,6 +24,8 @@ class State:
     def __init__(self, out: Path, target: str) -> None:
         """Raises ValueError if `out` holds something else, or was made for another target."""
         self._out, self._path = out, out / STATE
+        # Read once, for training and for the lists.
+        self._data = DataSet([out / "data"], keep=True)
         if self._path.is_file():
             self._state: dict[str, Any] = read_json(self._path)
             if self._state["target"] != target:
@@ -43,7 +45,8 @@ class State:
         """The plan; once the data is complete, training is planned by its number of tokens."""
 
         def planned(tokens: int | None) -> list[Stage]:
-            return planning.plan(self._state["target"], minutes, engine, self._out, self.facts(), tokens)
+            facts = self.facts()
+            return planning.plan(self._state["target"], minutes, engine, self._out, facts, tokens, self._data)
 
         stages = planned(None)
         answered = any(stage.name == "distill" and self.done(stage) for stage in stages)

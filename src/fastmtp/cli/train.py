@@ -71,6 +71,7 @@ def train(
 ) -> None:
     """Train the head on self-distilled data. Goes on where it stopped; runs under torchrun as well."""
     chosen = load_config(TrainConfig, config, settings)
+    from fastmtp.distill.dataset import DataSet
     from fastmtp.train.processes import Processes
     from fastmtp.train.run import percentages, train_head
 
@@ -84,7 +85,7 @@ def train(
     run = partial(
         train_head,
         own.target,
-        data,
+        DataSet(data, keep=vanilla),
         init=init,
         processes=processes,
         engine=states_engine,

@@ -60,9 +60,10 @@ def build(
         raise ValueError(f"{out}: exists; choose another --out")
     if head is None and chosen.size == "auto" and not chosen.coverage:
         raise ValueError("--size auto measures a head's acceptance; give --head DIR, or a --size")
+    from fastmtp.distill.dataset import DataSet
     from fastmtp.evaluate.lists import build_lists
 
-    tell_written(build_lists(target, path, chosen, data, texts, head=head, progress=TERMINAL), as_json)
+    tell_written(build_lists(target, path, chosen, DataSet(data), texts, head=head, progress=TERMINAL), as_json)
 
 
 def tell_written(found: WrittenLists, as_json: bool) -> None:
@@ -116,6 +117,7 @@ def show(
         check_plot(plot)
         if not data and not texts:
             raise ValueError("--plot draws how much of a text the lists cover; give --data or --text")
+    from fastmtp.distill.dataset import DataSet
     from fastmtp.distill.token_counts import count
     from fastmtp.heads.format import read_description
     from fastmtp.models.source import describe
@@ -123,7 +125,7 @@ def show(
 
     described = describe(target)
     vocabulary, _ = read_description(head, described)
-    labelled = count(described, data, texts, TERMINAL) if data or texts else {}
+    labelled = count(described, DataSet(data), texts, TERMINAL) if data or texts else {}
     totals = {label: counts.total for label, counts in labelled.items()}
     found = compare(vocabulary, totals, missing)
     if plot is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,47 @@ def finished_indices(directory: Path) -> set[int]:
     return {index for path in shards(directory) for index in _read(path, ["index"])["index"].to_pylist()}
 
 
-def read_exchanges(
-    directories: Iterable[Path], tokenizer_sha256: str, *, finished_only: bool = False
-) -> list[Exchange]:
+class DataSet:
     """The exchanges of data directories, in order.
 
+    Args:
+        keep: hold them for the next reader; else each reads the shards, with one in memory at a time.
+    """
+
+    def __init__(self, directories: Iterable[Path], *, keep: bool = False) -> None:
+        self.directories, self._keep = list(directories), keep
+        self._kept: list[Exchange] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(exchange_count, self.directories))
+
+    def __iter__(self) -> Iterator[Exchange]:
+        """
+        Raises:
+            FileNotFoundError: a directory holds no shard.
+            ValueError: a shard is damaged, or an answer mask cannot be right.
+        """
+        if self._kept is not None:
+            return iter(self._kept)
+        read = chain.from_iterable(map(iter_exchanges, self.directories))
+        if not self._keep:
+            return read
+        self._kept = list(read)
+        return iter(self._kept)
+
+
+def read_exchanges(data: DataSet, tokenizer_sha256: str, *, finished_only: bool = False) -> list[Exchange]:
+    """
     Args:
         finished_only: leave out answers that were cut.
     Raises:
         FileNotFoundError: a directory is missing or holds no shard.
         ValueError: a shard is damaged, or the data is of another tokenizer, or no answer is finished.
     """
-    exchanges: list[Exchange] = []
-    for directory in directories:
+    for directory in data.directories:
         if tokenizer_of(directory) != tokenizer_sha256:
             raise ValueError(f"{directory}: its token ids are of another tokenizer; distill from this target")
-        exchanges += [exchange for exchange in iter_exchanges(directory) if exchange.finished or not finished_only]
+    exchanges = [exchange for exchange in data if exchange.finished or not finished_only]
     if not exchanges:
         raise ValueError("the data holds no finished answer; distill more, or raise max_new_tokens")
     return exchanges

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmtp.distill.dataset import Exchange, check_tokenizer, exchange_count, iter_exchanges
+from fastmtp.distill.dataset import DataSet, Exchange, check_tokenizer
 from fastmtp.distill.domains import Mix
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
@@ -64,20 +64,20 @@ def measure(
     answer_lengths: list[int] = []
     tokens: Counter[int] = Counter()
     kept: dict[tuple[int, str], Exchange] = {}
-    with progress.bar("read", sum(map(exchange_count, directories))) as bar:
-        for directory in directories:
-            for exchange in iter_exchanges(directory):
-                answer = list(compress(exchange.ids, exchange.answer_mask))
-                answer_lengths.append(len(answer))
-                prompt_lengths.append(len(exchange.ids) - len(answer))
-                tokens.update(answer)
-                found.finished += exchange.finished
-                # The first of every kind, then the second of every kind, ...
-                rank = (found.kinds[exchange.kind], exchange.kind)
-                if rank[0] < samples:
-                    kept[rank] = exchange
-                found.count(exchange.kind, exchange.prompt, exchange.answer)
-                bar.advance(1, len(exchange.ids))
+    data = DataSet(directories)
+    with progress.bar("read", len(data)) as bar:
+        for exchange in data:
+            answer = list(compress(exchange.ids, exchange.answer_mask))
+            answer_lengths.append(len(answer))
+            prompt_lengths.append(len(exchange.ids) - len(answer))
+            tokens.update(answer)
+            found.finished += exchange.finished
+            # The first of every kind, then the second of every kind, ...
+            rank = (found.kinds[exchange.kind], exchange.kind)
+            if rank[0] < samples:
+                kept[rank] = exchange
+            found.count(exchange.kind, exchange.prompt, exchange.answer)
+            bar.advance(1, len(exchange.ids))
     found.exchanges = len(answer_lengths)
     found.prompt_tokens, found.answer_tokens = sum(prompt_lengths), sum(answer_lengths)
     found.prompt_lengths, found.answer_lengths = _quantiles(prompt_lengths), _quantiles(answer_lengths)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from fastmtp.distill.dataset import check_tokenizer, exchange_count, iter_exchanges
+from fastmtp.distill.dataset import DataSet, check_tokenizer
 from fastmtp.distill.domains import domain, language
 from fastmtp.distill.rows import file_rows, is_jsonl
 from fastmtp.models.info import TargetInfo
@@ -27,12 +27,12 @@ _PIECE = 4000
 
 
 def count(
-    target: TargetInfo, data: Sequence[Path], texts: Sequence[str], progress: Progress = QUIET
+    target: TargetInfo, data: DataSet, texts: Sequence[str], progress: Progress = QUIET
 ) -> dict[str, LabelledCounts]:
     """Token counts by label, which is a domain of DOMAINS or else a language.
 
     Args:
-        data: data directories; their answers are counted.
+        data: its answers are counted.
         texts: files of text (`.txt`), rows with `text` (`.jsonl`, `.parquet`), each as FILE or LABEL=FILE.
     Raises:
         FileNotFoundError: no such directory or file.
@@ -52,12 +52,11 @@ def count(
                 part.samples.append((ids, mask.index(True)))
         return len(own)
 
-    check_tokenizer(data, target)
-    with progress.bar("count", sum(map(exchange_count, data)) + len(texts)) as bar:
-        for directory in data:
-            for exchange in iter_exchanges(directory):
-                label = _label(exchange.prompt, exchange.answer)
-                bar.advance(1, add(label, exchange.ids, exchange.answer_mask))
+    check_tokenizer(data.directories, target)
+    with progress.bar("count", len(data) + len(texts)) as bar:
+        for exchange in data:
+            label = _label(exchange.prompt, exchange.answer)
+            bar.advance(1, add(label, exchange.ids, exchange.answer_mask))
         for text in texts:
             label, _, name = text.rpartition("=")
             for piece in _pieces(Path(name)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.config import VocabularyConfig
-from fastmtp.distill.dataset import data_sha256
+from fastmtp.distill.dataset import DataSet, data_sha256
 from fastmtp.distill.token_counts import count
 from fastmtp.engines import costs
 from fastmtp.engines.open import open_engine, open_torch
@@ -34,7 +34,7 @@ def build_lists(
     target: str,
     path: Path,
     config: VocabularyConfig,
-    data: Sequence[Path],
+    data: DataSet,
     texts: Sequence[str] = (),
     *,
     head: Path | None = None,
@@ -43,7 +43,7 @@ def build_lists(
     """Write a list of the most frequent tokens of each language and domain to `path`.
 
     Args:
-        data: data directories; their answers are counted.
+        data: its answers are counted.
         texts: files of text, each as FILE or LABEL=FILE.
         head: the head that the lists are for; size `auto` needs it.
     Raises:
@@ -64,7 +64,7 @@ def build_lists(
     else:
         size_of = _fastest(target, head, len(always), curves, progress)
     built = build(labelled, always, described.vocabulary_size, size_of)
-    record = provenance(config, data=data_sha256(data), texts=list(texts), tokens=built.tokens)
+    record = provenance(config, data=data_sha256(data.directories), texts=list(texts), tokens=built.tokens)
     built.lists.save(path, described.identity.tokenizer_sha256, record)
     return WrittenLists(path, built, curves)
 

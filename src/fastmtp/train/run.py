@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.config import TrainConfig
-from fastmtp.distill.dataset import data_sha256, read_exchanges
+from fastmtp.distill.dataset import DataSet, data_sha256, read_exchanges
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import check_free, read_vocabulary, save_head
@@ -47,7 +47,7 @@ class TrainSummary:
 
 def train_head(
     target: Target,
-    data: Sequence[Path],
+    data: DataSet,
     config: TrainConfig,
     out: Path,
     *,
@@ -115,7 +115,7 @@ def train_head(
     facts = {
         "target": target.source,
         "init": None if init is None else str(init),
-        "data": data_sha256(data),
+        "data": data_sha256(data.directories),
         "exchanges": len(exchanges),
         "tokens": sum(len(exchange.ids) for exchange in exchanges),
         "held_out_tau": held_out.tau,
