@@ -5,6 +5,8 @@ using namespace fastmtp;
 
 NB_MODULE(_native, m) {
   m.doc() = "fastmtp's CPU engine; docs/native-engine.md describes it.";
+  // An application that holds a model when Python ends would read of leaks.
+  nb::set_leak_warnings(false);
   m.attr("PAGE_TOKENS") = kPageTokens;
 
   nb::class_<Runtime>(m, "Runtime")
