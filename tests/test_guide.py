@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MinistralConfig, MinistralForCausalLM
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
+from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.export import registry
 from fastmtp.export.package import export_head, import_export
 from fastmtp.heads.format import save_head
 from fastmtp.method.head import MTPHead
+from fastmtp.models.families import FAMILIES
 from fastmtp.vocabulary.lists import VocabularyLists
-from tests.conftest import random_ids, tiny_target
+from tests.conftest import COMMON, byte_tokenizer, random_ids, tiny_target
 from tests.engines import ENGINES, Engine
 
 GREEDY = SamplingConfig()
@@ -82,3 +85,22 @@ def test_an_exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_export(out, tmp_path / "again")
     again, before = (tmp_path / name / "model.safetensors" for name in ("again", "head"))
     assert again.read_bytes() == before.read_bytes()
+
+
+def test_a_model_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of such a model is refused before; after, both engines decode what transformers computes."""
+    torch.manual_seed(0)
+    model = MinistralForCausalLM(MinistralConfig(**COMMON, sliding_window=24)).eval().bfloat16()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'ministral' is not supported"):
+        open_engine(str(tmp_path))
+    # Taken back after the test.
+    monkeypatch.setitem(FAMILIES, "ministral", FAMILIES["mistral"])
+    example("A model family")
+    ids = random_ids(40)
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([ids])).logits[0, -1]
+    for options in (EngineOptions("torch", "float32"), EngineOptions("native", "bfloat16")):
+        found = torch.as_tensor(open_engine(str(tmp_path), options).new_sequence().prefill(ids))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.std()))

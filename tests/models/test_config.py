@@ -11,9 +11,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastmtp.models import family
-from fastmtp.models.config import FULL, SUPPORTED, ModelConfig
+from fastmtp.models import tensors
+from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.embedded import embedded_gguf
+from fastmtp.models.families import SUPPORTED
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.layers import norm_offset
@@ -77,7 +78,7 @@ def test_a_config_is_read_as_transformers_reads_it(kind: str, given: dict[str, A
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.hidden_act == getattr(theirs, "hidden_act", getattr(theirs, "hidden_activation", None))
     assert list(ours.layer_types) == (
-        family.layer_types(theirs) if kind != "llama" else [FULL] * theirs.num_hidden_layers
+        tensors.layer_types(theirs) if kind != "llama" else [FULL] * theirs.num_hidden_layers
     )
     if kind != "llama":
         assert ours.sliding_window == theirs.sliding_window
@@ -108,12 +109,12 @@ def test_tensors_and_scales_are_those_of_the_modules(name: str) -> None:
     model: Any = tiny_target(name).model
     config = ModelConfig.from_json(model.config.to_dict(), name)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert family.tensor_shapes(config) == shapes
-    own, base = family.family(config), model.model
+    assert tensors.tensor_shapes(config) == shapes
+    own, base = tensors.family(config), model.model
     assert own.model_class == type(model).__name__
     assert own.norm_offset == norm_offset(base.norm)
-    assert family.embedding_scale(config) == getattr(base.embed_tokens, "scalar_embed_scale", 1.0)
-    assert family.attention_scale(config) == base.layers[0].self_attn.scaling
+    assert tensors.embedding_scale(config) == getattr(base.embed_tokens, "scalar_embed_scale", 1.0)
+    assert tensors.attention_scale(config) == base.layers[0].self_attn.scaling
     assert config.rope_parameters == model.config.rope_parameters
 
 
@@ -124,7 +125,7 @@ def test_biases_have_their_tensors(kind: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(dict(given)))
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert family.tensor_shapes(ModelConfig.from_json(given, "here")) == shapes
+    assert tensors.tensor_shapes(ModelConfig.from_json(given, "here")) == shapes
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -202,7 +203,7 @@ def test_the_embedded_models_metadata() -> None:
         },
         "smollm2",
     )
-    family.check_tensors(config, GgufWeights(file, config).shapes(), "smollm2")
+    tensors.check_tensors(config, GgufWeights(file, config).shapes(), "smollm2")
     theirs = transformers_config(config)
     for name in NAMES:
         assert getattr(config, name) == getattr(theirs, name), name
@@ -282,10 +283,10 @@ def test_tensors_are_checked_both_ways(name: str) -> None:
     config = ModelConfig.from_json(model.config.to_dict(), name)
     shapes = dict(TensorWeights(model.state_dict()).shapes())
     shapes["model.layers.0.rotary_emb.inv_freq"] = (4,)
-    family.check_tensors(config, shapes, name)
+    tensors.check_tensors(config, shapes, name)
     shapes["model.layers.0.self_attn.q_proj.weight_scale_inv"] = (1, 1)
     del shapes["model.layers.1.mlp.down_proj.weight"]
     with pytest.raises(ValueError, match="do not fit the configuration") as error:
-        family.check_tensors(config, shapes, name)
+        tensors.check_tensors(config, shapes, name)
     assert "model.layers.1.mlp.down_proj.weight: missing" in str(error.value)
     assert "weight_scale_inv: has no place" in str(error.value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastmtp.extras import require
-from fastmtp.models.config import ONLY_TORCH
+from fastmtp.models.families import ONLY_TORCH
 from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.config import ALIASES, ONLY_TORCH, SUPPORTED
+from fastmtp.models.families import ALIASES, ONLY_TORCH, SUPPORTED
 
 OPTIONS: tuple[str, ...] = ()
 CONVENTION = (

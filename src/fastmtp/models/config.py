@@ -10,46 +10,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH, Family
+
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-# With experts or latent attention, which the native engine does not have.
-ONLY_TORCH = ("glm4_moe", "deepseek_v3")
-# Architectures that run as another one: MiMo is a Qwen2 with additional MTP layers (vLLM's mimo.py, 055e47c).
-ALIASES = {"mimo": "qwen2"}
-
 _LONG_CONTEXT = ("llama3", "yarn", "longrope")
-# transformers' defaults for keys that a config.json lacks.
-_COMMON = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
-_MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8}
-_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-_QWEN_LAYERS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _COMMON | _ENDS | {"intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": _COMMON | _ENDS | _MISTRAL | {"sliding_window": 4096},
-    "qwen2": _COMMON | _QWEN | _QWEN_LAYERS,
-    "qwen3": _COMMON | _QWEN | _QWEN_LAYERS | {"head_dim": 128},
-    "gemma3_text": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    },
-}
 # For these keys null is a value of its own, not the default.
 _NULLABLE = ("num_key_value_heads", "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 _REFUSED = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
@@ -99,18 +65,20 @@ class ModelConfig:
         check_supported(values, source)
         kind = ALIASES.get(values["model_type"], values["model_type"])
         known = {name: value for name, value in values.items() if value is not None or name in _NULLABLE}
-        given = _DEFAULTS[kind] | known
+        family = FAMILIES[kind]
+        given = {**family.defaults, **known}
         layers, heads = (_count(given, name, source) for name in ("num_hidden_layers", "num_attention_heads"))
         hidden = _count(given, "hidden_size", source)
         # transformers has no default of head_dim for most models.
         given.setdefault("head_dim", hidden // heads)
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = heads
-        window = _window(kind, given)
-        types = _layer_types(kind, given, window, layers)
+        window = _window(family, given)
+        types = _layer_types(family, given, window, layers)
         if len(types) != layers or not set(types) <= {FULL, SLIDING}:
             raise ValueError(f"{source}: layer_types must hold {FULL} or {SLIDING} for each of {layers} layers")
-        gemma = kind == "gemma3_text"
+        activation = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+        scalar = given["query_pre_attn_scalar"] if "query_pre_attn_scalar" in family.defaults else None
         return cls(
             model_type=kind,
             vocab_size=_count(given, "vocab_size", source),
@@ -122,14 +90,14 @@ class ModelConfig:
             head_dim=_count(given, "head_dim", source),
             max_position_embeddings=_count(given, "max_position_embeddings", source),
             rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
-            hidden_act=str(given["hidden_activation"] if gemma else given.get("hidden_act", "silu")),
+            hidden_act=str(given.get(activation, "silu")),
             tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
-            rope_parameters=_gemma_rope(given) if gemma else _rope(kind, given, types),
+            rope_parameters=_rope_by_kind(given) if family.rope_by_kind else _rope(family, given, types),
             layer_types=types,
             sliding_window=window,
-            attention_bias=kind in ("llama", "qwen3", "gemma3_text") and bool(given.get("attention_bias", False)),
-            mlp_bias=kind == "llama" and bool(given.get("mlp_bias", False)),
-            query_pre_attn_scalar=float(given["query_pre_attn_scalar"]) if gemma else None,
+            attention_bias="attention_bias" in family.biases and bool(given.get("attention_bias", False)),
+            mlp_bias="mlp_bias" in family.biases and bool(given.get("mlp_bias", False)),
+            query_pre_attn_scalar=None if scalar is None else float(scalar),
             bos_token_id=given.get("bos_token_id"),
             eos_token_id=given.get("eos_token_id"),
             pad_token_id=given.get("pad_token_id"),
@@ -139,8 +107,8 @@ class ModelConfig:
 def check_supported(values: Mapping[str, Any], source: str) -> None:
     """Raises ValueError if no engine runs models of this kind."""
     kind = values.get("model_type")
-    if kind not in (*SUPPORTED, *ALIASES, *ONLY_TORCH):
-        supported = ", ".join((*SUPPORTED, *ALIASES, *ONLY_TORCH))
+    if kind not in (*FAMILIES, *ALIASES, *ONLY_TORCH):
+        supported = ", ".join((*FAMILIES, *ALIASES, *ONLY_TORCH))
         raise ValueError(f"{source}: architecture {kind!r} is not supported; supported: {supported}")
     for name in _REFUSED:
         if values.get(name):
@@ -160,26 +128,25 @@ def _count(given: Mapping[str, Any], name: str, source: str) -> int:
     return value
 
 
-def _window(kind: str, given: Mapping[str, Any]) -> int | None:
-    if kind in ("qwen2", "qwen3") and not given.get("use_sliding_window", False):
-        return None
-    return None if kind == "llama" else given["sliding_window"]
+def _window(family: Family, given: Mapping[str, Any]) -> int | None:
+    switched_off = family.window_switch and not given.get("use_sliding_window", False)
+    return given["sliding_window"] if family.windows and not switched_off else None
 
 
-def _layer_types(kind: str, given: Mapping[str, Any], window: int | None, layers: int) -> tuple[str, ...]:
-    if kind != "llama" and given.get("layer_types") is not None:
+def _layer_types(family: Family, given: Mapping[str, Any], window: int | None, layers: int) -> tuple[str, ...]:
+    if family.windows and given.get("layer_types") is not None:
         return tuple(given["layer_types"])
-    if kind == "gemma3_text":
+    if "sliding_window_pattern" in family.defaults:
         pattern = int(given["sliding_window_pattern"])
         return tuple(SLIDING if (layer + 1) % pattern else FULL for layer in range(layers))
-    first = 0 if kind == "mistral" else int(given.get("max_window_layers", 0))
+    first = int(given["max_window_layers"]) if family.window_switch else 0
     return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
 
 
-def _rope(kind: str, given: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
+def _rope(family: Family, given: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
     """The settings in the form of transformers 5, from that form or the older one."""
     parameters: dict[str, Any] = deepcopy(given.get("rope_scaling") or given.get("rope_parameters") or {})
-    nested = [parameters[key] for key in parameters if key in types and kind in ("qwen2", "qwen3")]
+    nested = [parameters[key] for key in parameters if key in types and family.window_switch]
     for own in nested or [parameters]:
         own.setdefault("rope_theta", given.get("rope_theta", 10000.0))
         if "partial_rotary_factor" in given:
@@ -188,7 +155,7 @@ def _rope(kind: str, given: Mapping[str, Any], types: tuple[str, ...]) -> dict[s
     return parameters
 
 
-def _gemma_rope(given: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_by_kind(given: Mapping[str, Any]) -> dict[str, Any]:
     parameters: dict[str, Any] = deepcopy(given.get("rope_parameters") or {})
     for kind, theta, default in ((SLIDING, "rope_local_base_freq", 1e4), (FULL, "rope_theta", 1e6)):
         own = parameters[kind] = parameters.get(kind) or {"rope_type": "default"}

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.models.config import ModelConfig
-from fastmtp.models.family import family, tensor_shapes
 from fastmtp.models.gguf_file import GgufFile
 from fastmtp.models.safetensors_file import SINGLE, StoredTensor, read_header, read_index
+from fastmtp.models.tensors import family, tensor_shapes
 
 Floats = NDArray[np.float32]
 

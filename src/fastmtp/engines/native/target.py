@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastmtp import _native
 from fastmtp.engines.native.packing import equal, gains, interleaved, pack, rows_from
-from fastmtp.models import family
+from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import GATHERED, TargetInfo
 from fastmtp.models.rope import ropes
@@ -66,7 +66,7 @@ class NativeTarget(TargetInfo):
             ValueError: tensors are missing, of another shape, or not of this model.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
-        self.family = family.family(config)
+        self.family = tensors.family(config)
         super().__init__(config, end_ids, tokenizer, self.family.model_class, source)
         self._gathered = lru_cache(GATHERED)(self._gather)
         self.runtime = runtime
@@ -74,7 +74,7 @@ class NativeTarget(TargetInfo):
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
         self._check(weights)
         self._rope_factors = weights.rope_factors
-        self.embedding_scale = family.embedding_scale(config)
+        self.embedding_scale = tensors.embedding_scale(config)
         self.embedding = self.matrix(self.vocabulary_size, config.hidden_size)
         pack(self.embedding, weights, "model.embed_tokens")
         self.lm_head = self.embedding
@@ -83,7 +83,7 @@ class NativeTarget(TargetInfo):
         if stored and not equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
             self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size)
             pack(self.lm_head, weights, "lm_head")
-        windows = family.windows(config)
+        windows = tensors.windows(config)
         self.stack = self.new_stack()
         for index, kind in enumerate(config.layer_types):
             self.add_layer(self.stack, weight_type, kind, windows[kind], weights, f"model.layers.{index}.")
@@ -115,7 +115,7 @@ class NativeTarget(TargetInfo):
             head_size=config.head_dim,
             feed_forward=config.intermediate_size,
             epsilon=config.rms_norm_eps,
-            attention_scale=family.attention_scale(config),
+            attention_scale=tensors.attention_scale(config),
             gelu=self._activation() == "gelu_pytorch_tanh",
             ropes=[(frequencies.tolist(), scale) for frequencies, scale in found],
         )
@@ -130,7 +130,7 @@ class NativeTarget(TargetInfo):
         prefix: str,
     ) -> None:
         """Append a layer of the family, with a checkpoint's tensors, to a stack."""
-        projections, own_norms = family.projections(self.config), family.norms(self.config)
+        projections, own_norms = tensors.projections(self.config), tensors.norms(self.config)
         layer = stack.add_layer(
             _TYPES[weight_type],
             bias=projections["self_attn.q_proj"].bias,
@@ -155,7 +155,7 @@ class NativeTarget(TargetInfo):
         """The tensors of an `MTPHead` for this target."""
         hidden = self.config.hidden_size
         norms = {f"{name}.weight": (hidden,) for name in ("token_norm", "hidden_norm", "final_norm")}
-        layer = {f"layer.{name}": shape for name, shape in family.layer_shapes(self.config).items()}
+        layer = {f"layer.{name}": shape for name, shape in tensors.layer_shapes(self.config).items()}
         return {**norms, "input_proj.weight": (hidden, 2 * hidden), **layer}
 
     @property
@@ -166,7 +166,7 @@ class NativeTarget(TargetInfo):
         return sum(matrix.bytes for matrix in [*matrices, self.lm_head])
 
     def _check(self, weights: Weights) -> None:
-        expected = family.check_tensors(self.config, weights.shapes(), self.source)
+        expected = tensors.check_tensors(self.config, weights.shapes(), self.source)
         needed = sum(
             math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
             for name, shape in expected.items()
@@ -175,8 +175,8 @@ class NativeTarget(TargetInfo):
 
     def _activation(self) -> str:
         name = self.config.hidden_act
-        if name not in family.ACTIVATIONS:
-            supported = ", ".join(family.ACTIVATIONS)
+        if name not in tensors.ACTIVATIONS:
+            supported = ", ".join(tensors.ACTIVATIONS)
             raise ValueError(f"{self.source}: activation {name!r} is not supported; supported: {supported}")
         return name
 

@@ -1,4 +1,4 @@
-"""Families of models as tables: names and shapes of tensors, norms, biases, scales."""
+"""What a configuration implies: the tensors of a model and their shapes, norms, scales, windows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastmtp.models.config import FULL, SLIDING, ModelConfig
+from fastmtp.models.families import FAMILIES, Family
 from fastmtp.models.info import raise_problems
 
 Shape = tuple[int, ...]
@@ -15,37 +16,6 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 # Tensors of Hugging Face checkpoints that a model does not need: leftovers, and MTP layers, which are heads.
 _LEFT_OVER = ("rotary_emb.inv_freq", ".rotary_emb.inv_freq")
 _MTP_LAYERS = ("model.mtp_layers.", "mtp.")
-
-
-@dataclass(frozen=True)
-class Family:
-    """
-    Attributes:
-        model_class: transformers' name of the causal language model; heads on disk hold it.
-        norm_offset: added to a norm's stored weights to get its gains.
-        query_key_norms: q and k of each head are normalised.
-        outer_norms: there are norms after attention and the feed-forward network, too.
-        scaled_embedding: embeddings are multiplied by the root of the hidden size.
-        query_bias: q, k and v have biases whatever the configuration says.
-    """
-
-    model_class: str
-    norm_offset: float = 0.0
-    query_key_norms: bool = False
-    outer_norms: bool = False
-    scaled_embedding: bool = False
-    query_bias: bool = False
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", query_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", query_key_norms=True),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM", norm_offset=1.0, query_key_norms=True, outer_norms=True, scaled_embedding=True
-    ),
-}
 
 
 def family(config: ModelConfig) -> Family:
