@@ -23,11 +23,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastmtp.decode.drafting.open import backend_of
-from fastmtp.engines.torch.target import load_target
+from fastmtp.decode.drafting.drafter import chains
+from fastmtp.decode.drafting.open import Drafting
+from fastmtp.engines.open import open_torch
 from fastmtp.export import vllm
 from fastmtp.export.job import open_job
-from fastmtp.export.measure import measure
+from fastmtp.export.measure import measure, union_of
 from fastmtp.export.package import write_export
 from fastmtp.export.verify import compared
 from fastmtp.heads.format import save_head
@@ -81,9 +82,10 @@ def main() -> None:
 def prove(name: str, head: Path, out: Path, options: dict[str, str], *, own_model: bool = False) -> bool:
     """Export a head, measure it here, replay it in vLLM, and print how they compare."""
     job = open_job(name, head, out, options)
-    target = load_target(name, dtype=torch.float32, device="cpu")
-    lists = VocabularyLists({} if own_model else {"all": job.vocabulary.union()})
-    measured = measure(target, backend_of(target, head, lists)[0], STEPS, "full" if own_model else "union")
+    engine = open_torch(name, "float32", "cpu")
+    lists = None if own_model else union_of(job.vocabulary, engine.target.vocabulary_size)
+    drafting = Drafting(engine, engine.load_head(head), lists, chains(STEPS))
+    measured = measure(drafting, "full" if own_model else "union")
     manifest = write_export("vllm", job, measured, force=False)
     found = compared(manifest, vllm.replayed(out, manifest, own_model=own_model))
     here, there = (
@@ -91,7 +93,7 @@ def prove(name: str, head: Path, out: Path, options: dict[str, str], *, own_mode
     )
     same = sum(answer.text == now for answer, (now, _) in zip(measured.answers, found.parts, strict=True))
     print(
-        f"{target.architecture}, {'its own MiMo model' if own_model else 'plugin'} in {found.replayed_by}: "
+        f"{engine.target.architecture}, {'its own MiMo model' if own_model else 'plugin'} in {found.replayed_by}: "
         f"{found.identical} of {found.answers} answers as without the head, {same} as in fastmtp; "
         f"kept by step {there} %, in fastmtp {here} %",
         *found.problems,
@@ -124,12 +126,11 @@ def make(config: PreTrainedConfig, out: Path) -> tuple[Path, Path]:
         rows.div_(rows.pow(2).mean(-1, keepdim=True).sqrt() * scale)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    target = load_target(str(out / "model"), dtype=torch.float32, device="cpu")
-    head, size = MTPHead(target), int(config.hidden_size)
+    head, size = MTPHead(model), int(config.hidden_size)
     with torch.no_grad():
         head.input_proj.weight.copy_(torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1))
     half = VocabularyLists({"even": list(range(0, config.vocab_size, 2)), "few": list(range(1, 9999, 2))})
-    save_head(out / "head", head, target, draft_steps=STEPS, vocabulary=half, provenance={})
+    save_head(out / "head", head, describe(str(out / "model")), draft_steps=STEPS, vocabulary=half, provenance={})
     return out / "model", out / "head"
 
 

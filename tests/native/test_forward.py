@@ -170,9 +170,9 @@ def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: Weigh
     native, head = native_target(llama, weight_type), MTPHead(llama.model)
     ids = [257, 3, 100, 31, 7]
     whole = NativeRunner(native, native_head(native, head), None)
-    part = NativeRunner(
-        native, native_head(native, head), DraftVocabulary(DraftLists(VocabularyLists.of(ids), 300))
-    )
+    vocabulary = DraftVocabulary(DraftLists(VocabularyLists.of(ids), 300))
+    part = NativeRunner(native, native_head(native, head), vocabulary)
+    part.fit_rows(vocabulary, {})
     state = torch.randn(1, 32, generator=torch.Generator().manual_seed(2)).numpy()
     assert np.array_equal(draft_logits(native, part, state), draft_logits(native, whole, state)[:, ids])
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.evaluate.records import from_json
-from fastmtp.export.registry import MODULES
 from fastmtp.files import read_json
 from fastmtp.method.acceptance import Acceptance
 
@@ -83,14 +82,12 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: the directory is not an export.
-        ValueError: the file is damaged, of a later version, or for an unknown engine.
+        ValueError: the file is damaged or of a later version.
     """
     path = directory / MANIFEST
     values = read_json(path)
     if values.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}")
-    if values.get("engine") not in MODULES:
-        raise ValueError(f"{path}: engine must be one of {', '.join(MODULES)}")
     try:
         return from_json(Manifest, values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Measured, MeasuredAnswer
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.config import ONLY_TORCH, SUPPORTED
+from fastmtp.models.families import ONLY_TORCH, SUPPORTED
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists
@@ -40,11 +40,11 @@ def measure_job(job: Job, drafts_from: str, progress: Progress = QUIET) -> Measu
     options = EngineOptions("torch") if job.kind in ONLY_TORCH else EngineOptions(dtype="bfloat16")
     engine = open_engine(job.target.source, options, progress=progress)
     head, size = engine.load_head(job.head), engine.target.vocabulary_size
-    lists = draft_lists(head, drafts_from, size) if drafts_from != "union" else _union(head.lists, size)
+    lists = draft_lists(head, drafts_from, size) if drafts_from != "union" else union_of(head.lists, size)
     return measure(Drafting(engine, head, lists, chains(job.draft_steps)), drafts_from)
 
 
-def _union(lists: VocabularyLists, vocabulary_size: int) -> DraftLists | None:
+def union_of(lists: VocabularyLists, vocabulary_size: int) -> DraftLists | None:
     """All lists as one, without own tokens."""
     return DraftLists(VocabularyLists.of(lists.union()), vocabulary_size, 0) if lists.lists else None
 

@@ -16,7 +16,7 @@ from fastmtp.export.mimo_layout import read_head as read_head
 from fastmtp.export.vllm_plugin import ALL, CHOICE, FULL, LISTS, MARK
 from fastmtp.files import write_json
 from fastmtp.method.acceptance import Acceptance
-from fastmtp.models.config import SUPPORTED
+from fastmtp.models.families import SUPPORTED
 from fastmtp.models.source import describe
 from fastmtp.others import vllm
 
