@@ -19,8 +19,7 @@ from fastmtp.decode.drafting.lookup import FOLLOWED, Lookup
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines import costs
-from fastmtp.engines.costs import Costs
-from fastmtp.engines.protocol import Candidates
+from fastmtp.engines.protocol import Candidates, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
@@ -248,18 +247,18 @@ def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest
     """Kept under their fingerprint, and timed again for another one, or where the file is damaged."""
     monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path))
     engine, head = Engine().open(llama), Engine().head(llama, MTPHead(llama.model))
-    timed = costs.costs_of(engine, head, None)
+    timed = engine.costs(head, None)
     assert all(ms > 0 for times in timed.forward_ms.values() for ms in times.values())
     assert timed.ask_ms > 0
     monkeypatch.setattr(costs, "_timed", lambda *_: FLAT)
-    assert costs.costs_of(engine, head, None) == timed
+    assert engine.costs(head, None) == timed
     (path,) = tmp_path.iterdir()
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(costs, "machine", lambda: {"another": "machine"})
-        assert costs.costs_of(engine, head, None) == FLAT
-    assert costs.costs_of(engine, head, DraftLists(VocabularyLists.of([5]), 300)) == FLAT
+        assert engine.costs(head, None) == FLAT
+    assert engine.costs(head, DraftLists(VocabularyLists.of([5]), 300)) == FLAT
     path.write_text("{")
-    assert costs.costs_of(engine, head, None) == FLAT
+    assert engine.costs(head, None) == FLAT
 
 
 def test_costs_by_tokens_and_context() -> None:

@@ -16,8 +16,7 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.costs import Costs
-from fastmtp.engines.protocol import Candidates, TokenSequence
+from fastmtp.engines.protocol import Candidates, Costs, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead

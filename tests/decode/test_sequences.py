@@ -20,8 +20,7 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines import protocol
-from fastmtp.engines.costs import Costs
-from fastmtp.engines.protocol import Head, TokenSequence
+from fastmtp.engines.protocol import Costs, Head, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.vocabulary.draft import DraftLists

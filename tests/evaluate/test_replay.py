@@ -14,7 +14,7 @@ from fastmtp.decode.drafting.estimates import Estimates
 from fastmtp.decode.drafting.learned import MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.costs import Costs
+from fastmtp.engines.protocol import Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.evaluate import recording, replay

@@ -34,7 +34,6 @@ def replay(
     from fastmtp.decode.drafting import estimates
     from fastmtp.decode.drafting.open import draft_lists
     from fastmtp.decode.drafting.options import GROWING
-    from fastmtp.engines.costs import costs_of
     from fastmtp.evaluate import recording
     from fastmtp.evaluate import replay as replays
     from fastmtp.files import file_sha256
@@ -49,7 +48,7 @@ def replay(
     engine = open_engine(target, options, progress=TERMINAL)
     loaded = engine.load_head(directory)
     lists = draft_lists(loaded, GROWING, engine.target.vocabulary_size)
-    costs = costs_of(engine, loaded, lists, TERMINAL)
+    costs = engine.costs(loaded, lists, TERMINAL)
     if fit:
         found = replays.fit(answers, costs, estimates.Estimates())
         hashes = {path.name: file_sha256(path) for path in recordings}

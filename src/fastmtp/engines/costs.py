@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmtp.engines.protocol import Engine, Head, TokenSequence
+from fastmtp.engines.protocol import Costs, Engine, Head, TokenSequence
 from fastmtp.engines.tree import Tree
 from fastmtp.files import cache_directory, read_json, write_json
 from fastmtp.progress import QUIET, Progress
@@ -31,24 +31,6 @@ _REPEATS, _RUNS = 5, 3
 
 # Runs something, and returns how many seconds it took.
 Task = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows."""
-
-    forward_ms: dict[int, dict[int, float]]
-    ask_ms: float
-
-    def forward(self, tokens: int, context: int = CONTEXT) -> float:
-        """Linear in the context, beyond what was timed too, and in the tokens between what was timed."""
-        (short, times), *longer = sorted(self.forward_ms.items())
-        near = _between(times, tokens)
-        if not longer:
-            return near
-        long, times = longer[-1]
-        # A short text is not cheaper than was timed: noise could make it so.
-        return near + (max(context, short) - short) / (long - short) * max(0.0, _between(times, tokens) - near)
 
 
 @dataclass(frozen=True)
@@ -165,8 +147,3 @@ def timed(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def _between(milliseconds: dict[int, float], number: int) -> float:
-    numbers = sorted(milliseconds)
-    return float(np.interp(number, numbers, [milliseconds[known] for known in numbers]))

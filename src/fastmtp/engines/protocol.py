@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastmtp.engines.tree import Tree
 from fastmtp.models.info import TargetInfo
+from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -49,6 +50,24 @@ class Floor:
     @property
     def ms(self) -> float:
         return self.bytes / self.bandwidth_gb_s / 1e6
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows."""
+
+    forward_ms: dict[int, dict[int, float]]
+    ask_ms: float
+
+    def forward(self, tokens: int, context: int = 0) -> float:
+        """Linear in the context, beyond what was timed too, and in the tokens between what was timed."""
+        (short, times), *longer = sorted(self.forward_ms.items())
+        near = _between(times, tokens)
+        if not longer:
+            return near
+        long, times = longer[-1]
+        # A short text is not cheaper than was timed: noise could make it so.
+        return near + (max(context, short) - short) / (long - short) * max(0.0, _between(times, tokens) - near)
 
 
 class DraftingSequence(Protocol):
@@ -180,4 +199,13 @@ class Engine(Protocol):
         """Room for so many sequences that are decoded together."""
         ...
 
+    def costs(self, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+        """Durations of forwards and of asking the head on this machine; timed at the first call, and kept."""
+        ...
+
     def floor(self) -> Floor: ...
+
+
+def _between(milliseconds: dict[int, float], number: int) -> float:
+    numbers = sorted(milliseconds)
+    return float(np.interp(number, numbers, [milliseconds[known] for known in numbers]))

@@ -17,7 +17,7 @@ from fastmtp.decode.drafting.estimates import Counts, Estimates
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
-from fastmtp.engines.costs import Costs
+from fastmtp.engines.protocol import Costs
 from fastmtp.engines.sequence import common_prefix
 from fastmtp.evaluate.recording import Recorded, Recording
 from fastmtp.method.acceptance import follow

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.estimates import Estimates
-from fastmtp.engines.costs import Costs
+from fastmtp.engines.protocol import Costs
 
 # The largest tree, and its depth.
 MAX_NODES, MAX_DEPTH = 16, 8

@@ -10,7 +10,6 @@ from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, DraftOptions
-from fastmtp.engines.costs import costs_of
 from fastmtp.engines.protocol import Engine, Head, TokenSequence
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.progress import QUIET, Progress
@@ -51,7 +50,7 @@ def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QU
     lists = draft_lists(head, options.draft_vocabulary, engine.target.vocabulary_size)
     if steps is not None:
         return Drafting(engine, head, lists, chains(steps))
-    learned = Learned(costs_of(engine, head, lists, progress), estimates.load(directory))
+    learned = Learned(engine.costs(head, lists, progress), estimates.load(directory))
     return Drafting(engine, head, lists, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
 
 

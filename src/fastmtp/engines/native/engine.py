@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from fastmtp import _native
+from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
 from fastmtp.engines.native.runner import NativeRunner, States, forward
 from fastmtp.engines.native.target import NativeHead, NativeTarget
-from fastmtp.engines.protocol import Floor, Head, TokenSequence
+from fastmtp.engines.protocol import Costs, Floor, Head, TokenSequence
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.heads.format import read_head
+from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
 
 _READ_BYTES = 1 << 28
@@ -65,6 +67,9 @@ class NativeEngine:
 
     def batch(self, slots: int) -> NativeBatch:
         return NativeBatch(self.target, slots)
+
+    def costs(self, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+        return costs_of(self, head, lists, progress)
 
     def floor(self) -> Floor:
         seconds = _native.read_seconds(self.target.runtime, _READ_BYTES, 5)

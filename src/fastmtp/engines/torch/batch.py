@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmtp.engines.protocol import Logits
 from fastmtp.engines.torch.kv_cache import KVCache, SlotCache
 from fastmtp.engines.torch.target import Target
-from fastmtp.models.family import windows
+from fastmtp.models.tensors import windows
 
 
 class TorchBatch:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastmtp.engines.protocol import Floor, Head, TokenSequence
+from fastmtp.engines.costs import costs_of
+from fastmtp.engines.protocol import Costs, Floor, Head, TokenSequence
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.torch.batch import TorchBatch
 from fastmtp.engines.torch.runner import TorchRunner
@@ -24,6 +25,7 @@ from fastmtp.heads.format import read_head
 from fastmtp.method.head import MTPHead, shapes_of
 from fastmtp.models.layers import causal_masks
 from fastmtp.models.weights import whole
+from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
 
 _READ_BYTES = 1 << 28
@@ -86,6 +88,9 @@ class TorchEngine:
 
     def batch(self, slots: int) -> TorchBatch:
         return TorchBatch(self.target, slots)
+
+    def costs(self, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+        return costs_of(self, head, lists, progress)
 
     def floor(self) -> Floor:
         weights = [*self.target.model.model.layers.parameters(), self.target.lm_head.weight]

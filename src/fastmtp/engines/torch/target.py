@@ -20,10 +20,10 @@ from transformers.utils import logging
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
 from fastmtp.models.config import FULL, ModelConfig
-from fastmtp.models.family import check_tensors, layer_types, windows
 from fastmtp.models.info import GATHERED, TargetInfo, ids_of, raise_problems
 from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, skeleton
 from fastmtp.models.source import Source, locate, reading
+from fastmtp.models.tensors import check_tensors, layer_types, windows
 from fastmtp.models.weights import whole
 
 
