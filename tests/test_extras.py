@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +50,30 @@ def test_a_command_that_lacks_a_library_says_so(
     monkeypatch.setattr(builtins, "__import__", without("nothing_like_it"))
     with pytest.raises(ModuleNotFoundError, match="nothing_like_it"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("command", "extras"),
+    [
+        ("train --data d --out o", "torch,data"),
+        ("accelerate smollm2 --out o --yes", "torch,data"),
+        ("distill --out o", "data"),
+        ("export --to checkpoint --target smollm2 --out o", "torch"),
+    ],
+)
+def test_a_command_names_all_its_extras_at_once(tmp_path: Path, command: str, extras: str) -> None:
+    """Nobody installs one extra only to read of the next."""
+    script = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'httpx2', 'py3langid')\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name in missing else found(name, *rest)\n"
+        "from fastmtp.cli.main import main\n"
+        "main()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, *command.split()], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert process.returncode == 2
+    assert process.stderr.strip().endswith(f"pip install 'fastmtp[{extras}]'"), process.stderr
+    assert not list(tmp_path.iterdir())

@@ -16,17 +16,19 @@ class MissingExtraError(ImportError):
 
 def require(*extras: str) -> None:
     """Raises MissingExtraError, which says what to install, unless the modules of these extras are there."""
-    for extra in extras:
-        missing = [name for name in _MODULES[extra] if importlib.util.find_spec(name) is None]
-        if missing:
-            raise MissingExtraError(_remedy(missing, extra))
+    lacking = {
+        extra: [name for name in _MODULES[extra] if importlib.util.find_spec(name) is None] for extra in extras
+    }
+    if any(lacking.values()):
+        raise MissingExtraError(_remedy({extra: missing for extra, missing in lacking.items() if missing}))
 
 
 def remedy(module: str | None) -> str | None:
     """What to install where importing a module failed; None if it is of no extra."""
     extra = next((extra for extra, modules in _MODULES.items() if module in modules), None)
-    return None if extra is None or module is None else _remedy([module], extra)
+    return None if extra is None or module is None else _remedy({extra: [module]})
 
 
-def _remedy(missing: list[str], extra: str) -> str:
-    return f"this needs {' and '.join(missing)}; pip install 'fastmtp[{extra}]'"
+def _remedy(lacking: dict[str, list[str]]) -> str:
+    missing = [name for names in lacking.values() for name in names]
+    return f"this needs {' and '.join(missing)}; pip install 'fastmtp[{','.join(lacking)}]'"

@@ -71,12 +71,14 @@ def train(
 ) -> None:
     """Train the head on self-distilled data. Goes on where it stopped; runs under torchrun as well."""
     chosen = load_config(TrainConfig, config, settings)
-    from fastmtp.distill.dataset import DataSet
     from fastmtp.train.processes import Processes
     from fastmtp.train.run import percentages, train_head
 
     if vanilla and shard_target:
         raise ValueError("--vanilla does not go with --shard-target; train again with --draft-steps 1")
+    # After `fastmtp.train`, which names all the extras that are missing.
+    from fastmtp.distill.dataset import DataSet
+
     # Before the target is loaded: under torchrun it chooses this process's GPU.
     processes = Processes()
     placed = "cpu" if shard_target else device
