@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastmtp.cli.main import commands
 from fastmtp.export.manifest import read_manifest
-from fastmtp.files import read_json
+from fastmtp.files import read_json, write_json
 from tests.checkpoints import make_checkpoint
 
 
@@ -56,3 +56,19 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     run(*common, "--out", tmp_path / "export", "--force")
     refused = CliRunner().invoke(commands, [*arguments, str(tmp_path / "head"), "--force"])
     assert "is no export" in str(refused.exception)
+
+
+def test_an_unknown_engine_is_named_with_its_file(tmp_path: Path) -> None:
+    """An export of a later version, or an edited one: the message says which file, and what may stand there."""
+    model = make_checkpoint("mimo", tmp_path / "model").directory
+    run("head", "import", "--target", model, "--out", tmp_path / "head")
+    out = tmp_path / "export"
+    run(
+        "export", "--to", "checkpoint", "--target", model, "--head", tmp_path / "head", "--no-measure", "--out", out
+    )
+    write_json(out / "export.json", read_json(out / "export.json") | {"engine": "abacus"})
+    for command in (["verify-export", out], ["import", out, "--out", tmp_path / "again"]):
+        refused = CliRunner().invoke(commands, list(map(str, command)))
+        assert f"{out / 'export.json'}: engine must be one of llama.cpp" in str(refused.exception)
+        assert "'abacus'" in str(refused.exception)
+    assert not (tmp_path / "again").exists()

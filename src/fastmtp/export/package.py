@@ -105,11 +105,25 @@ def write_export(name: str, job: Job, measured: Measured | None, *, force: bool)
     return manifest
 
 
+def open_export(directory: Path) -> tuple[Manifest, Engine]:
+    """An export's manifest and its engine.
+
+    Raises:
+        FileNotFoundError: the directory is not an export.
+        ValueError: the manifest is damaged, of a later version, or for an unknown engine.
+    """
+    manifest = read_manifest(directory)
+    try:
+        return manifest, engine_named(manifest.engine)
+    except ValueError as error:
+        raise ValueError(f"{directory / MANIFEST}: {error}") from error
+
+
 def import_export(directory: Path, out: Path) -> Manifest:
     """Write the head of an export as a head directory, bit for bit if the manifest's `exact` is true."""
     head_format.check_free(out)
-    manifest = read_manifest(directory)
-    tensors = _cast(engine_named(manifest.engine).read_head(directory, manifest), manifest)
+    manifest, engine = open_export(directory)
+    tensors = _cast(engine.read_head(directory, manifest), manifest)
     with replacing(out) as temporary:
         temporary.mkdir()
         _copy(directory / "head", temporary)

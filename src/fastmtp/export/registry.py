@@ -22,5 +22,5 @@ GGUF_TYPES = ("BF16", "F16", "F32", "Q8_0", "Q4_0")
 def engine_named(name: str) -> Engine:
     """Raises ValueError if there is no such engine."""
     if name not in MODULES:
-        raise ValueError(f"an export's engine must be one of {', '.join(MODULES)}, not {name!r}")
+        raise ValueError(f"engine must be one of {', '.join(MODULES)}, not {name!r}")
     return cast("Engine", importlib.import_module(MODULES[name]))

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from fastmtp.export.engines import Verification
-from fastmtp.export.manifest import Manifest, Measured, read_manifest
-from fastmtp.export.registry import engine_named
+from fastmtp.export.manifest import Manifest, Measured
+from fastmtp.export.package import open_export
 from fastmtp.method.acceptance import Acceptance
 
 # Tolerances. On equal texts acceptance differs by near-ties and by how engines end the last round, on others by
@@ -22,8 +22,7 @@ def verify(directory: Path) -> Verification:
     Raises:
         FileNotFoundError, ValueError: the directory is not an export, or its files are damaged.
     """
-    manifest = read_manifest(directory)
-    engine = engine_named(manifest.engine)
+    manifest, engine = open_export(directory)
     engine.read_head(directory, manifest)
     return compared(manifest, engine.verify(directory, manifest))
 
