@@ -6,6 +6,9 @@
 namespace fastmtp {
 namespace {
 
+using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+constexpr uintptr_t kAlignment = 64;  // of weights
+
 Attention& attention_of(Layer& layer) { return dynamic_cast<Attention&>(*layer.mixer); }
 Dense& dense_of(Layer& layer) { return dynamic_cast<Dense&>(*layer.network); }
 
@@ -34,6 +37,16 @@ void bind_matrix(nb::module_& m) {
       .def_prop_ro("inputs", &Matrix::inputs)
       .def_prop_ro("bytes", &Matrix::bytes)
       .def_prop_ro("stride", [](const Matrix& matrix) { return stride_of(matrix); })
+      .def_prop_ro("memory",
+                   [](const Matrix& matrix) { return Bytes(matrix.memory(), {matrix.memory_bytes()}); },
+                   nb::rv_policy::reference_internal)
+      .def("use",
+           [](Matrix& matrix, const Bytes& memory) {
+             require(memory.size() == matrix.memory_bytes(), "the memory must be as large as the matrix's own");
+             require(reinterpret_cast<uintptr_t>(memory.data()) % kAlignment == 0, "the memory must be aligned");
+             matrix.use(memory.data(), std::make_shared<Bytes>(memory));
+           },
+           "memory"_a)
       .def("pack",
            [](Matrix& matrix, const Input& outputs, const Input& rows) {
              const int count = length_of(outputs);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 namespace fastmtp {
@@ -63,6 +64,25 @@ void copy_lane(uint8_t*& to, int to_lane, const uint8_t*& from, int from_lane, s
     std::memcpy(to + to_lane * sizeof(Number), from + from_lane * sizeof(Number), sizeof(Number));
 }
 
+// Rounds half to even, as std::lrint does, in a form that compilers turn into vectors; |x| is below 2^22.
+int nearest(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+  return int(bits_of(x + kShift)) - int(bits_of(kShift));
+}
+
+// The least and the largest of some numbers, of which eight are compared at a time.
+std::pair<float, float> bounds(const float* x, int count) {
+  float low[8], high[8];
+  for (int i = 0; i < 8; i++) low[i] = high[i] = x[0];
+  int k = 0;
+  for (; k + 8 <= count; k += 8)
+    for (int i = 0; i < 8; i++) low[i] = std::min(low[i], x[k + i]), high[i] = std::max(high[i], x[k + i]);
+  for (; k < count; k++) low[0] = std::min(low[0], x[k]), high[0] = std::max(high[0], x[k]);
+  return {*std::min_element(low, low + 8), *std::max_element(high, high + 8)};
+}
+
+float clamped(float x, float most) { return std::min(std::max(x, 0.0f), most); }
+
 // The orthonormal Walsh-Hadamard transform of a group; its own inverse.
 void spread(float* x) {
   for (int distance = 1; distance < kGroup; distance *= 2)
@@ -81,8 +101,20 @@ Matrix::Matrix(Type type, int outputs, int inputs, bool with_bias)
     : type_(type), outputs_(outputs), inputs_(inputs), groups_(round_up(inputs, kGroup) / kGroup),
       block_bytes_(bytes_of_block(type, groups_)) {
   if (outputs < 1 || inputs < 1) throw std::invalid_argument("a matrix needs outputs and inputs");
-  data_ = allocate<uint8_t>(bytes());
-  if (with_bias) bias_ = allocate<float>(size_t(blocks()) * kLanes);
+  own_ = allocate<uint8_t>(bytes() + (with_bias ? blocks() * kLanes * sizeof(float) : 0));
+  data_ = own_.get();
+  bias_ = with_bias ? reinterpret_cast<float*>(data_ + bytes()) : nullptr;
+}
+
+void Matrix::use(const uint8_t* memory, std::shared_ptr<void> owner) {
+  data_ = const_cast<uint8_t*>(memory);
+  if (bias_) bias_ = reinterpret_cast<float*>(data_ + bytes());
+  owner_ = std::move(owner);
+  own_ = nullptr;
+}
+
+void Matrix::check_own() const {
+  if (owner_) throw std::invalid_argument("a matrix that uses the memory of others cannot be changed");
 }
 
 void Matrix::check_outputs(const int32_t* outputs, int count) const {
@@ -93,18 +125,19 @@ void Matrix::check_outputs(const int32_t* outputs, int count) const {
 }
 
 void Matrix::pack(const int32_t* outputs, const float* rows, int count) {
+  check_own();
   check_outputs(outputs, count);
-#pragma omp parallel for schedule(static)
   for (int i = 0; i < count; i++) pack_row(outputs[i], rows + size_t(i) * inputs_);
 }
 
 void Matrix::set_bias(const int32_t* outputs, const float* values, int count) {
+  check_own();
   check_outputs(outputs, count);
   if (!bias_) throw std::invalid_argument("this matrix was made without a bias");
   for (int i = 0; i < count; i++) bias_[outputs[i]] = values[i];
 }
 
-uint8_t* Matrix::block(int output) const { return data_.get() + (output / kLanes) * block_bytes_; }
+uint8_t* Matrix::block(int output) const { return data_ + (output / kLanes) * block_bytes_; }
 
 void Matrix::pack_row(int output, const float* row) {
   const int lane = output % kLanes;
@@ -112,18 +145,17 @@ void Matrix::pack_row(int output, const float* row) {
   if (type_ == Type::bf16)
     for (int k = 0; k < inputs_; k++) bf16_weight(to, lane, k) = nearest_bf16(row[k]);
   for (int start = 0; type_ == Type::int4 && start < inputs_; start += kHalf) {
-    const int end = std::min(start + kHalf, inputs_);
-    const auto [low, high] = std::minmax_element(row + start, row + end);
+    const int count = std::min(kHalf, inputs_ - start);
+    const auto [low, high] = bounds(row + start, count);
     uint16_t* scales = int4_scales(to, lane, start);
-    scales[0] = nearest_bf16((*high - *low) / 15.0f);
-    scales[kLanes] = nearest_bf16(*low);
+    scales[0] = nearest_bf16((high - low) / 15.0f);
+    scales[kLanes] = nearest_bf16(low);
     const float step = float_of(scales[0]), least = float_of(scales[kLanes]);
     const float inverse = step > kSmallest ? 1.0f / step : 0.0f;
-    for (int k = start; k < end; k++) {
-      const int number = std::clamp(int(std::lrint((row[k] - least) * inverse)), 0, 15), shift = k / 4 % 2 * 4;
-      uint8_t& pair = int4_pair(to, lane, k);
-      pair = uint8_t((pair & ~(15 << shift)) | number << shift);
-    }
+    uint8_t numbers[kHalf] = {};
+    for (int k = 0; k < count; k++) numbers[k] = uint8_t(nearest(clamped((row[start + k] - least) * inverse, 15.0f)));
+    for (int k = 0; k < kHalf; k += 8)
+      for (int i = 0; i < 4; i++) (&int4_pair(to, lane, start + k))[i] = uint8_t(numbers[k + i] | numbers[k + 4 + i] << 4);
   }
   for (int g = 0; type_ == Type::int8 && g < groups_; g++) {
     float group[kGroup] = {};
@@ -131,10 +163,12 @@ void Matrix::pack_row(int output, const float* row) {
     spread(group);
     float most = 0;
     for (float weight : group) most = std::max(most, std::fabs(weight));
+    uint8_t numbers[kGroup];
     const uint16_t scale = most > kSmallest ? bf16_above(most / 127.0f) : 0;
     const float inverse = scale ? 1.0f / float_of(scale) : 0.0f;
     for (int k = 0; k < kGroup; k++)
-      int8_weight(to, lane, g * kGroup + k) = uint8_t(128 + std::lrint(group[k] * inverse));
+      numbers[k] = uint8_t(128 + nearest(group[k] * inverse));
+    for (int k = 0; k < kGroup; k += 4) std::memcpy(&int8_weight(to, lane, g * kGroup + k), numbers + k, 4);
     int8_scale(to, lane, g, groups_) = scale;
   }
 }
@@ -161,6 +195,7 @@ void Matrix::unpack(int output, float* row) const {
 void Matrix::copy(const int32_t* outputs, const Matrix& source, const int32_t* source_outputs, int count) {
   if (source.type_ != type_ || source.inputs_ != inputs_)
     throw std::invalid_argument("rows are copied between matrices of one type and width only");
+  check_own();
   check_outputs(outputs, count);
   source.check_outputs(source_outputs, count);
   // A part of a block is lines of sixteen words of 4 bytes, then lines of sixteen scales of 2 bytes. int4 has a part

@@ -30,9 +30,16 @@ class Matrix {
   int inputs() const { return inputs_; }
   int blocks() const { return round_up(outputs_, kLanes) / kLanes; }
   size_t bytes() const { return blocks() * block_bytes_; }
-  PackedView view() const { return {type_, outputs_, groups_, block_bytes_, data_.get(), bias_.get()}; }
+  PackedView view() const { return {type_, outputs_, groups_, block_bytes_, data_, bias_}; }
 
-  // Rounds `count` rows of inputs and stores them as these outputs. Throws std::invalid_argument.
+  // All that is stored: the blocks, then the bias.
+  const uint8_t* memory() const { return data_; }
+  size_t memory_bytes() const { return bytes() + (bias_ ? blocks() * kLanes * sizeof(float) : 0); }
+  // Reads the weights from `memory`, as another matrix stored them, in place of its own; it cannot be changed then.
+  void use(const uint8_t* memory, std::shared_ptr<void> owner);
+
+  // Rounds `count` rows of inputs and stores them as these outputs. Several threads may pack rows of one matrix.
+  // Throws std::invalid_argument.
   void pack(const int32_t* outputs, const float* rows, int count);
   void set_bias(const int32_t* outputs, const float* values, int count);
   // The weights of one output after rounding.
@@ -42,14 +49,17 @@ class Matrix {
 
  private:
   void check_outputs(const int32_t* outputs, int count) const;
+  void check_own() const;
   void pack_row(int output, const float* row);
   uint8_t* block(int output) const;
 
   Type type_;
   int outputs_, inputs_, groups_;
   size_t block_bytes_;
-  Buffer<uint8_t> data_;
-  Buffer<float> bias_;
+  Buffer<uint8_t> own_;
+  std::shared_ptr<void> owner_;  // of memory that is not its own
+  uint8_t* data_;
+  float* bias_;  // null where there is none
 };
 
 }  // namespace fastmtp

@@ -21,8 +21,9 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.distill.domains import language
 from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.native.runner import forward, logits
-from fastmtp.engines.native.target import NativeTarget, WeightType, load_native_target
+from fastmtp.engines.native.target import NativeTarget, WeightType
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import load_target
 from fastmtp.evaluate.prompts import short_prompts

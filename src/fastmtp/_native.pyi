@@ -35,6 +35,9 @@ class Matrix:
     inputs: Final[int]
     bytes: Final[int]
     stride: Final[int]
+    memory: Final[NDArray[np.uint8]]
+    def use(self, memory: NDArray[np.uint8]) -> None:
+        """Read the weights from an aligned array, a copy of another matrix's `memory`; then none can be packed."""
     def pack(self, outputs: _Integers, rows: _Floats) -> None: ...
     def set_bias(self, outputs: _Integers, values: _Floats) -> None: ...
     def unpack(self, output: int, row: _Floats) -> None: ...

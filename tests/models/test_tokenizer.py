@@ -274,7 +274,7 @@ def test_describing_a_model_needs_neither_torch_nor_transformers(tmp_path: Path)
     byte_tokenizer().save_pretrained(tmp_path)
     script = """
 import sys
-from fastmtp.engines.native.target import load_native_target
+from fastmtp.engines.native.load import load_native_target
 for name in sys.argv[1:]:
     target = load_native_target(name)
     target.decode(target.encode_chat([{"role": "user", "content": "Hi"}]))

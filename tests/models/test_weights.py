@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastmtp.engines.native.target import load_native_target
+from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.models.checkpoint import Checkpoint
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.source import locate
-from fastmtp.models.weights import SafetensorsWeights, directory_weights, whole
+from fastmtp.models.weights import SafetensorsWeights, weight_paths, whole
 from tests.conftest import random_ids, tiny_target
 from tests.models.gguf_files import write_random
 from tests.models.test_target import write_gguf
@@ -110,7 +110,7 @@ def test_a_stored_lm_head_is_used_though_the_configuration_ties_it(directory: Pa
 def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
     index = {"weight_map": {"x": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    for read in (directory_weights, Checkpoint):
+    for read in (lambda path: SafetensorsWeights(weight_paths(path)), Checkpoint):
         with pytest.raises(ValueError, match=r"evil.*which is not a file of the directory"):
             read(tmp_path)
 

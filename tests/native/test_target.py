@@ -16,8 +16,9 @@ import torch
 from fastmtp import _native
 from fastmtp.engines.native import runner
 from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.native.load import default_threads, load_native_target
 from fastmtp.engines.native.runner import forward
-from fastmtp.engines.native.target import NativeTarget, default_threads, load_native_target
+from fastmtp.engines.native.target import NativeTarget
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead

@@ -55,11 +55,11 @@ def open_engine(
     if choose_engine(options) == "torch":
         return open_torch(name, options.dtype, options.device, for_throughput=for_throughput, progress=progress)
     from fastmtp.engines.native.engine import NativeEngine
-    from fastmtp.engines.native.target import load_native_target
+    from fastmtp.engines.native.load import load_native_target
 
     weight_type: Any = options.dtype or "int8"
-    with progress.status(f"loading {name}"):
-        return NativeEngine(load_native_target(name, weight_type=weight_type, threads=options.threads))
+    target = load_native_target(name, weight_type=weight_type, threads=options.threads, progress=progress)
+    return NativeEngine(target)
 
 
 def open_torch(

@@ -56,6 +56,11 @@ def read_gguf(path: Path) -> GgufFile:
     return _read(path, tuple(_version(part) for part in (path, *_parts(path))))
 
 
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of a model: the file itself, or all parts of a split model."""
+    return _parts(path) or [path]
+
+
 def _parts(path: Path) -> list[Path]:
     """All parts of the split model that the file's name says it belongs to; empty for other names."""
     if (name := _PART.fullmatch(path.name)) is None:

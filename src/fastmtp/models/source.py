@@ -15,12 +15,12 @@ from fastmtp.models.config import ModelConfig, check_supported
 from fastmtp.models.families import ALIASES, ONLY_TORCH
 from fastmtp.models.gguf_config import end_ids as gguf_end_ids
 from fastmtp.models.gguf_config import gguf_config
-from fastmtp.models.gguf_file import read_gguf
+from fastmtp.models.gguf_file import gguf_parts, read_gguf
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
 from fastmtp.models.info import TargetInfo, ids_of
 from fastmtp.models.tensors import family
 from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
-from fastmtp.models.weights import GgufWeights, SafetensorsWeights, directory_weights
+from fastmtp.models.weights import GgufWeights, SafetensorsWeights, weight_paths
 
 _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -88,14 +88,23 @@ class Source:
         path = self.directory / "generation_config.json"
         return ids_of(read_json(path).get("eos_token_id")) if path.is_file() else []
 
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        if self.gguf is not None:
+            return gguf_parts(self.gguf)
+        return weight_paths(self._with_weights())
+
     def open_weights(self) -> GgufWeights | SafetensorsWeights:
         """The tensors; those of a hub id are fetched first."""
         if self.gguf is not None:
             file = read_gguf(self.gguf)
             return GgufWeights(file, gguf_config(file, self.name))
+        return SafetensorsWeights(weight_paths(self._with_weights()))
+
+    def _with_weights(self) -> Path:
         if Path(self.location).is_dir():
-            return directory_weights(Path(self.location))
-        return directory_weights(_fetched(self.location, [*_DESCRIPTION, "*.safetensors"]))
+            return Path(self.location)
+        return _fetched(self.location, [*_DESCRIPTION, "*.safetensors"])
 
 
 def _fetched(hub_id: str, patterns: list[str]) -> Path:

@@ -86,16 +86,15 @@ class SafetensorsWeights:
         return self._tensors[name].rows(start, stop)
 
 
-def directory_weights(directory: Path) -> SafetensorsWeights:
-    """The tensors of a Hugging Face directory.
+def weight_paths(directory: Path) -> list[Path]:
+    """The files that hold the tensors of a Hugging Face directory.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the index names a file outside the directory.
+        ValueError: the index is damaged, or names a file outside the directory.
     """
     index = read_index(directory)
     names = [SINGLE] if index is None else sorted(set(index.values()))
-    return SafetensorsWeights(directory / name for name in names)
+    return [directory / name for name in names]
 
 
 class GgufWeights:

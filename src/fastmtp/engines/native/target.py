@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,14 +14,15 @@ import psutil
 from numpy.typing import NDArray
 
 from fastmtp import _native
-from fastmtp.engines.native.packing import equal, gains, interleaved, pack, rows_from
+from fastmtp.engines.native import packed
+from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, equal, gains, interleaved, pack, rows_from
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import GATHERED, TargetInfo
 from fastmtp.models.rope import ropes
-from fastmtp.models.source import locate, reading
 from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.models.weights import Weights
+from fastmtp.progress import QUIET, Progress
 
 WeightType = Literal["int8", "int4", "bfloat16"]
 _TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
@@ -55,13 +57,16 @@ class NativeTarget(TargetInfo):
         runtime: _native.Runtime,
         *,
         weight_type: WeightType = "int8",
+        kept: Path | None = None,
+        progress: Progress = QUIET,
     ) -> None:
-        """Convert a model's weights, a part at a time.
+        """Map the packed weights of an earlier start, or convert a model's weights, a part at a time.
 
         Args:
             end_ids: as for `TargetInfo`.
             weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
                 layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
+            kept: the file of the packed weights, which is made if it is not there; None keeps nothing.
         Raises:
             ValueError: tensors are missing, of another shape, or not of this model.
             MemoryError: the converted weights would not fit; nothing was converted.
@@ -72,23 +77,53 @@ class NativeTarget(TargetInfo):
         self.runtime = runtime
         self.weight_type = weight_type
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
-        self._check(weights)
+        expected = tensors.check_tensors(config, weights.shapes(), source)
         self._rope_factors = weights.rope_factors
         self.embedding_scale = tensors.embedding_scale(config)
+        with packed.locked(kept, progress) if kept else nullcontext():
+            found = packed.read(kept, runtime.threads) if kept else {}
+            if not found:
+                self._check_memory(expected)
+            self._build(weights, "lm_head" in found if found else _has_own_lm_head(weights))
+            if found:
+                for name, matrix in self._matrices().items():
+                    matrix.use(found[name])
+            else:
+                self._convert(weights, progress)
+                if kept:
+                    memories = {name: matrix.memory for name, matrix in self._matrices().items()}
+                    packed.write(kept, memories, runtime.threads)
+        self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
+
+    def _build(self, weights: Weights, own_lm_head: bool) -> None:
+        """The model with all its norms, and matrices of zeros."""
+        config = self.config
         self.embedding = self.matrix(self.vocabulary_size, config.hidden_size)
-        pack(self.embedding, weights, "model.embed_tokens")
-        self.lm_head = self.embedding
-        # A stored LM head is used even if the configuration says that the two are tied.
-        stored = "lm_head.weight" in weights.shapes()
-        if stored and not equal(weights, "lm_head.weight", "model.embed_tokens.weight"):
-            self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size)
-            pack(self.lm_head, weights, "lm_head")
+        self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size) if own_lm_head else self.embedding
         windows = tensors.windows(config)
         self.stack = self.new_stack()
+        self._modules = [Module("model.embed_tokens", self.embedding)]
+        if own_lm_head:
+            self._modules.append(Module("lm_head", self.lm_head))
         for index, kind in enumerate(config.layer_types):
-            self.add_layer(self.stack, weight_type, kind, windows[kind], weights, f"model.layers.{index}.")
+            prefix = f"model.layers.{index}."
+            self._modules += self.add_layer(self.stack, self.weight_type, kind, windows[kind], weights, prefix)
         self.stack.final_norm = gains(weights, "model.norm", self.family.norm_offset)
-        self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
+
+    def _convert(self, weights: Weights, progress: Progress) -> None:
+        shapes = weights.shapes()
+        millions = sum(math.prod(shapes[f"{module.name}.weight"]) for module in self._modules) // 10**6
+        with progress.bar(f"converting to {self.weight_type}, million weights", millions) as bar:
+            pack(self._modules, weights, self.runtime.threads, bar)
+
+    def _matrices(self) -> dict[str, _native.Matrix]:
+        """All matrices by name; a tied LM head is the embedding."""
+        found = {"embedding": self.embedding}
+        if self.lm_head is not self.embedding:
+            found["lm_head"] = self.lm_head
+        for index, layer in enumerate(self.stack.layers):
+            found |= {f"layers.{index}.{name}": matrix for name, matrix in _layer_matrices(layer).items()}
+        return found
 
     def matrix(self, outputs: int, inputs: int) -> _native.Matrix:
         """A matrix of zeros, of the type of weights outside the target's layers."""
@@ -128,8 +163,8 @@ class NativeTarget(TargetInfo):
         window: int | None,
         weights: Weights,
         prefix: str,
-    ) -> None:
-        """Append a layer of the family, with a checkpoint's tensors, to a stack."""
+    ) -> list[Module]:
+        """Append a layer of the family to a stack: with its norms, and matrices for the modules returned."""
         projections, own_norms = tensors.projections(self.config), tensors.norms(self.config)
         layer = stack.add_layer(
             _TYPES[weight_type],
@@ -139,17 +174,20 @@ class NativeTarget(TargetInfo):
             window=window or 0,
             rope=self._rope_kinds().index(kind),
         )
-        start = 0
-        for name in ("q_proj", "k_proj", "v_proj"):
-            pack(layer.query_key_value, weights, f"{prefix}self_attn.{name}", rows_from(start))
-            start += projections[f"self_attn.{name}"].outputs
-        pack(layer.out, weights, prefix + "self_attn.o_proj")
-        pack(layer.gate_up, weights, prefix + "mlp.gate_proj", interleaved(0))
-        pack(layer.gate_up, weights, prefix + "mlp.up_proj", interleaved(1))
-        pack(layer.down, weights, prefix + "mlp.down_proj")
         for ours, theirs in (_NORMS | _OUTER_NORMS if self.family.outer_norms else _NORMS).items():
             if theirs in own_norms:
                 setattr(layer, ours, gains(weights, prefix + theirs, self.family.norm_offset))
+        queries, keys = (projections[f"self_attn.{name}"].outputs for name in ("q_proj", "k_proj"))
+        places: dict[str, tuple[_native.Matrix, Outputs]] = {
+            "self_attn.q_proj": (layer.query_key_value, IN_ORDER),
+            "self_attn.k_proj": (layer.query_key_value, rows_from(queries)),
+            "self_attn.v_proj": (layer.query_key_value, rows_from(queries + keys)),
+            "self_attn.o_proj": (layer.out, IN_ORDER),
+            "mlp.gate_proj": (layer.gate_up, interleaved(0)),
+            "mlp.up_proj": (layer.gate_up, interleaved(1)),
+            "mlp.down_proj": (layer.down, IN_ORDER),
+        }
+        return [Module(prefix + name, *place) for name, place in places.items()]
 
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of an `MTPHead` for this target."""
@@ -161,12 +199,10 @@ class NativeTarget(TargetInfo):
     @property
     def forward_bytes(self) -> int:
         """Bytes of weights that one forward of few tokens reads, LM head included."""
-        layers = self.stack.layers
-        matrices = [m for layer in layers for m in (layer.query_key_value, layer.out, layer.gate_up, layer.down)]
-        return sum(matrix.bytes for matrix in [*matrices, self.lm_head])
+        layers = [matrix for layer in self.stack.layers for matrix in _layer_matrices(layer).values()]
+        return sum(matrix.bytes for matrix in [*layers, self.lm_head])
 
-    def _check(self, weights: Weights) -> None:
-        expected = tensors.check_tensors(self.config, weights.shapes(), self.source)
+    def _check_memory(self, expected: Mapping[str, tensors.Shape]) -> None:
         needed = sum(
             math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
             for name, shape in expected.items()
@@ -191,49 +227,25 @@ class NativeHead:
         """Convert a head's tensors, whose names and shapes were checked against the target."""
         offset = target.family.norm_offset
         self.projection = _native.Projection(_TYPES[target.outer_type], target.config.hidden_size)
-        pack(self.projection.matrix, weights, "input_proj")
+        modules = [Module("input_proj", self.projection.matrix)]
         self.projection.hidden_norm = gains(weights, "hidden_norm", offset)
         self.projection.token_norm = gains(weights, "token_norm", offset)
         self.stack = target.new_stack()
         # The layer always attends to the full context (models/head.py).
-        target.add_layer(self.stack, target.outer_type, FULL, None, weights, "layer.")
+        modules += target.add_layer(self.stack, target.outer_type, FULL, None, weights, "layer.")
+        pack(modules, weights, target.runtime.threads)
         self.stack.final_norm = gains(weights, "final_norm", offset)
         self.native = _native.Head(target.model, self.stack, self.projection)
 
 
-def load_native_target(name: str, *, weight_type: WeightType = "int8", threads: int | None = None) -> NativeTarget:
-    """Load a target into the native engine; `name` as for `load_target`.
-
-    Args:
-        weight_type: as for `NativeTarget`.
-        threads: default one for each physical core that this process may use.
-    Raises:
-        FileNotFoundError: no such file or directory, or a hub id that cannot be downloaded.
-        ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
-        MemoryError: the weights would not fit.
-    """
-    runtime = _native.Runtime(default_threads() if threads is None else threads)
-    source = locate(name)
-    with reading(source):
-        config = source.read_config()
-        if not isinstance(config, ModelConfig):
-            raise ValueError(
-                f"{name}: architecture {config.model_type!r} runs in PyTorch only; give --engine torch"
-            )
-        end_ids, tokenizer, weights = source.end_ids(), source.read_tokenizer(), source.open_weights()
-        return NativeTarget(config, end_ids, tokenizer, name, weights, runtime, weight_type=weight_type)
+def _layer_matrices(layer: _native.Layer) -> dict[str, _native.Matrix]:
+    return {name: getattr(layer, name) for name in ("query_key_value", "out", "gate_up", "down")}
 
 
-def default_threads() -> int:
-    """OMP_NUM_THREADS if it is set, else one for each physical core that this process may use.
-
-    A second thread on a core adds no speed while memory is the limit.
-    """
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit():
-        return max(1, int(wanted))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, psutil.cpu_count(logical=False) or usable)
+def _has_own_lm_head(weights: Weights) -> bool:
+    """Whether one is stored that is not the embedding, whatever the configuration says."""
+    stored = "lm_head.weight" in weights.shapes()
+    return stored and not equal(weights, "lm_head.weight", "model.embed_tokens.weight")
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:
