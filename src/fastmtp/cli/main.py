@@ -11,6 +11,7 @@ import click
 from fastmtp.cli.accelerate import accelerate
 from fastmtp.cli.bench import bench
 from fastmtp.cli.bench_engine import bench_engine
+from fastmtp.cli.cache import cache
 from fastmtp.cli.chat import chat
 from fastmtp.cli.data import data
 from fastmtp.cli.demo import demo
@@ -68,6 +69,6 @@ def commands() -> None:
 
 for command in (
     accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, export, import_,
-    verify_export, generate, chat,
+    verify_export, generate, chat, cache,
 ):  # fmt: skip
     commands.add_command(command)
