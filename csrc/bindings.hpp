@@ -61,7 +61,7 @@ auto* data_of(const Array& array, const char* name, const char* shape_name, std:
   if (!fits)
     throw std::invalid_argument(std::string(name) + " must be " + shape_name +
                                 ", a C-contiguous array, not empty, of " +
-                                (std::is_same_v<T, float> ? "float32" : "int32"));
+                                (std::is_same_v<T, float> ? "float32" : std::is_same_v<T, uint8_t> ? "uint8" : "int32"));
   using Pointer = std::conditional_t<std::is_same_v<Array, Input>, const T*, T*>;
   return static_cast<Pointer>(array.data());
 }

@@ -54,6 +54,15 @@ void bind_matrix(nb::module_& m) {
                          data_of<float>(rows, "rows", "[outputs, inputs]", {count, matrix.inputs()}), count);
            },
            "outputs"_a, "rows"_a, WithoutGil())
+      .def("pack_grid",
+           [](Matrix& matrix, const Input& outputs, const Input& numbers, const Input& steps, const Input& least) {
+             const int count = length_of(outputs), groups = matrix.inputs() / kHalf;
+             matrix.pack_grid(outputs_of(outputs, "outputs", count),
+                              data_of<uint8_t>(numbers, "numbers", "[outputs, inputs]", {count, matrix.inputs()}),
+                              data_of<float>(steps, "steps", "[outputs, inputs / 32]", {count, groups}),
+                              data_of<float>(least, "least", "[outputs, inputs / 32]", {count, groups}), count);
+           },
+           "outputs"_a, "numbers"_a, "steps"_a, "least"_a, WithoutGil())
       .def("set_bias",
            [](Matrix& matrix, const Input& outputs, const Input& values) {
              const int count = length_of(outputs);

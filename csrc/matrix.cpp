@@ -147,15 +147,12 @@ void Matrix::pack_row(int output, const float* row) {
   for (int start = 0; type_ == Type::int4 && start < inputs_; start += kHalf) {
     const int count = std::min(kHalf, inputs_ - start);
     const auto [low, high] = bounds(row + start, count);
-    uint16_t* scales = int4_scales(to, lane, start);
-    scales[0] = nearest_bf16((high - low) / 15.0f);
-    scales[kLanes] = nearest_bf16(low);
-    const float step = float_of(scales[0]), least = float_of(scales[kLanes]);
+    const uint16_t steps = nearest_bf16((high - low) / 15.0f), lows = nearest_bf16(low);
+    const float step = float_of(steps), least = float_of(lows);
     const float inverse = step > kSmallest ? 1.0f / step : 0.0f;
     uint8_t numbers[kHalf] = {};
     for (int k = 0; k < count; k++) numbers[k] = uint8_t(nearest(clamped((row[start + k] - least) * inverse, 15.0f)));
-    for (int k = 0; k < kHalf; k += 8)
-      for (int i = 0; i < 4; i++) (&int4_pair(to, lane, start + k))[i] = uint8_t(numbers[k + i] | numbers[k + 4 + i] << 4);
+    pack_int4(output, start, numbers, steps, lows);
   }
   for (int g = 0; type_ == Type::int8 && g < groups_; g++) {
     float group[kGroup] = {};
@@ -171,6 +168,29 @@ void Matrix::pack_row(int output, const float* row) {
     for (int k = 0; k < kGroup; k += 4) std::memcpy(&int8_weight(to, lane, g * kGroup + k), numbers + k, 4);
     int8_scale(to, lane, g, groups_) = scale;
   }
+}
+
+void Matrix::pack_int4(int output, int start, const uint8_t* numbers, uint16_t step, uint16_t least) {
+  const int lane = output % kLanes;
+  uint8_t* to = block(output);
+  for (int k = 0; k < kHalf; k += 8)
+    for (int i = 0; i < 4; i++) (&int4_pair(to, lane, start + k))[i] = uint8_t(numbers[k + i] | numbers[k + 4 + i] << 4);
+  uint16_t* scales = int4_scales(to, lane, start);
+  scales[0] = step;
+  scales[kLanes] = least;
+}
+
+void Matrix::pack_grid(const int32_t* outputs, const uint8_t* numbers, const float* steps, const float* least,
+                       int count) {
+  check_own();
+  check_outputs(outputs, count);
+  if (type_ != Type::int4 || inputs_ % kHalf)
+    throw std::invalid_argument("a grid fits only an int4 matrix whose width is a multiple of 32");
+  const int groups = inputs_ / kHalf;
+  for (int i = 0; i < count; i++)
+    for (int g = 0; g < groups; g++)
+      pack_int4(outputs[i], g * kHalf, numbers + size_t(i) * inputs_ + g * kHalf,
+                nearest_bf16(steps[size_t(i) * groups + g]), nearest_bf16(least[size_t(i) * groups + g]));
 }
 
 void Matrix::unpack(int output, float* row) const {

@@ -41,6 +41,9 @@ class Matrix {
   // Rounds `count` rows of inputs and stores them as these outputs. Several threads may pack rows of one matrix.
   // Throws std::invalid_argument.
   void pack(const int32_t* outputs, const float* rows, int count);
+  // Stores weights that are on a grid already, least + step * number, in an int4 matrix whose width is a multiple of
+  // 32: numbers [count, inputs] below 16, steps and least weights [count, inputs / 32].
+  void pack_grid(const int32_t* outputs, const uint8_t* numbers, const float* steps, const float* least, int count);
   void set_bias(const int32_t* outputs, const float* values, int count);
   // The weights of one output after rounding.
   void unpack(int output, float* row) const;
@@ -51,6 +54,7 @@ class Matrix {
   void check_outputs(const int32_t* outputs, int count) const;
   void check_own() const;
   void pack_row(int output, const float* row);
+  void pack_int4(int output, int start, const uint8_t* numbers, uint16_t step, uint16_t least);
   uint8_t* block(int output) const;
 
   Type type_;

@@ -47,6 +47,9 @@ class TensorWeights:
         values: Floats = self._tensors[name][start:stop].detach().float().contiguous().numpy()
         return values
 
+    def grid(self, name: str, start: int, stop: int) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -75,7 +75,7 @@ class TargetInfo:
             token >= self.vocabulary_size and token not in special for token in self.tokenizer.get_vocab().values()
         )
 
-    @property
+    @cached_property
     def identity(self) -> TargetIdentity:
         return TargetIdentity(
             architecture=self.architecture,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastmtp.models.config import ModelConfig
 from fastmtp.models.gguf_file import GgufFile
+from fastmtp.models.grids import GRIDDED, Grid, grid
 from fastmtp.models.safetensors_file import SINGLE, StoredTensor, read_header, read_index
 from fastmtp.models.tensors import family, tensor_shapes
 
@@ -59,6 +60,10 @@ class Weights(Protocol):
         """Rows start..stop - 1 of a matrix, or elements of a vector."""
         ...
 
+    def grid(self, name: str, start: int, stop: int) -> Grid | None:
+        """Rows of a matrix whose weights are stored on a grid of 16 steps; None for others."""
+        ...
+
 
 def whole(weights: Weights, name: str) -> Floats:
     return weights.rows(name, 0, weights.shapes()[name][0])
@@ -84,6 +89,9 @@ class SafetensorsWeights:
 
     def rows(self, name: str, start: int, stop: int) -> Floats:
         return self._tensors[name].rows(start, stop)
+
+    def grid(self, name: str, start: int, stop: int) -> Grid | None:
+        return None
 
 
 def weight_paths(directory: Path) -> list[Path]:
@@ -122,11 +130,19 @@ class GgufWeights:
     def rows(self, name: str, start: int, stop: int) -> Floats:
         if name in self._zeros:
             return np.zeros(stop - start, np.float32)
-        wanted: slice | NDArray[np.int64] = slice(start, stop)
-        if self._reordered and (".q_proj." in name or ".k_proj." in name):
-            wanted = self._neighbours(np.arange(start, stop))
-        values = self._tensors[name].rows(wanted)
+        values = self._tensors[name].rows(self._stored_rows(name, start, stop))
         return values - self._offset if self._offset and name.endswith("norm.weight") else values
+
+    def grid(self, name: str, start: int, stop: int) -> Grid | None:
+        tensor = self._tensors[name]
+        if tensor.kind not in GRIDDED:
+            return None
+        return grid(tensor.kind, tensor.data[self._stored_rows(name, start, stop)])
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> slice | NDArray[np.int64]:
+        if self._reordered and (".q_proj." in name or ".k_proj." in name):
+            return self._neighbours(np.arange(start, stop))
+        return slice(start, stop)
 
     def _neighbours(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The file's rows of q or k, whose rope rotates neighbours, for rows of a rope that rotates halves."""

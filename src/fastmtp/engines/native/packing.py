@@ -68,12 +68,17 @@ def pack(modules: Sequence[Module], weights: Weights, threads: int, bar: Bar | N
 
 
 def _pack_rows(weights: Weights, module: Module, start: int, stop: int) -> int:
-    values = weights.rows(f"{module.name}.weight", start, stop)
-    inputs, matrix = values.shape[1], module.matrix
+    name, matrix = f"{module.name}.weight", module.matrix
+    inputs = weights.shapes()[name][1]
+    outputs = module.outputs(np.arange(start, stop)).astype(np.int32)
+    if matrix.type == _native.Type.int4 and inputs == matrix.inputs and (grid := weights.grid(name, start, stop)):
+        matrix.pack_grid(outputs, grid.numbers, grid.steps, grid.least)
+        return grid.numbers.size
+    values = weights.rows(name, start, stop)
     # The feed-forward width is padded to whole blocks in `down`.
     padded = np.zeros((stop - start, matrix.inputs), np.float32) if inputs < matrix.inputs else values
     padded[:, :inputs] = values
-    matrix.pack(module.outputs(np.arange(start, stop)).astype(np.int32), padded)
+    matrix.pack(outputs, padded)
     return values.size
 
 
