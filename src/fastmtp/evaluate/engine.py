@@ -1,11 +1,13 @@
 """How fast the native engine is on this machine, and how close to the limit of the memory's bandwidth.
 
-Tasks are measured several times in turn (A B C A B C), and medians are taken: a shared machine drifts.
+Tasks are measured several times in turn (A B C A B C), and medians are taken: a shared machine drifts. For a large
+model there are fewer turns, which decode fewer tokens, so that it ends in minutes too.
 Shapes: M tokens verified together, D draft vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +38,12 @@ DRAFT_SIZES = (4096, 8192, 16384, 32768)
 ROUNDS_CONTEXT, ANSWER, PREFILL = 500, 128, 512
 SEQUENCES = 16
 _READ_BYTES = 1 << 28
-_REPEATS = 7
+_MOST_TURNS = 7
+# Seconds after which no other turn begins: of the tasks, and of the rounds; and of decoding in one task.
+_TASKS_SECONDS, _ROUNDS_SECONDS, _ANSWER_SECONDS = 120.0, 40.0, 4.0
+_LEAST_ANSWER = 16
+# Making another type of a larger file takes llama.cpp's comparison minutes.
+_REQUANTIZED_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class EngineReport:
     plain_tokens_per_second: float
     batch_tokens_per_second: float  # plain decoding of SEQUENCES together
     prefill_tokens_per_second: float
+    turns: int  # of which medians were taken
+    answer_tokens: int  # decoded in a turn
     rounds: Rounds | None
     llama_cpp: dict[str, float]  # plain tokens a second by type; empty if it cannot run
     llama_cpp_prefill: dict[str, float]
@@ -96,19 +105,21 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         head: an MTP head, for draft steps and rounds of its K; None leaves them out.
     """
     target = engine.target
+    forwards = _forward_tasks(engine)
+    answer = max(_LEAST_ANSWER, min(ANSWER, int(_ANSWER_SECONDS / forwards["forward 1"]())))
     tasks = {
         "read": lambda: _READ_BYTES / _native.read_seconds(target.runtime, _READ_BYTES, 3) / 1e9,
-        **_forward_tasks(engine),
+        **forwards,
         **(_draft_tasks(engine, head) if head else {}),
-        **_speed_tasks(engine),
-        **_llama_cpp_tasks(engine),
+        **_speed_tasks(engine, answer),
+        **_llama_cpp_tasks(engine, answer),
     }
     found: dict[str, list[float]] = defaultdict(list)
-    with progress.bar("bench-engine", _REPEATS * len(tasks)) as bar:
-        for _ in range(_REPEATS):
+    with progress.bar("bench-engine", _MOST_TURNS * len(tasks), seconds=_TASKS_SECONDS) as bar:
+        for turn in _turns(_TASKS_SECONDS):
             for name, task in tasks.items():
                 found[name].append(task())
-                bar.advance(1, 0, name)
+                bar.advance(1, 0, f"turn {turn + 1}: {name}")
     medians = {name: median(values) for name, values in found.items()}
 
     def by_key(kind: str) -> dict[str, float]:
@@ -128,11 +139,23 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         plain_tokens_per_second=medians["plain"],
         batch_tokens_per_second=medians["batch"],
         prefill_tokens_per_second=medians["prefill"],
-        rounds=None if head is None else _rounds(engine, head),
+        turns=turn + 1,
+        answer_tokens=answer,
+        rounds=None if head is None else _rounds(engine, head, answer, progress),
         llama_cpp=by_key("llama.cpp "),
         llama_cpp_prefill=by_key("llama.cpp-prefill "),
         llama_cpp_version=llama_cpp.version(),
     )
+
+
+def _turns(seconds: float) -> Iterator[int]:
+    """Numbers of turns; another one begins if one as long as those before ends in time."""
+    started = time.monotonic()
+    for turn in range(_MOST_TURNS):
+        yield turn
+        spent = time.monotonic() - started
+        if spent + spent / (turn + 1) > seconds:
+            return
 
 
 def _forward_tasks(engine: NativeEngine) -> dict[str, Task]:
@@ -154,7 +177,7 @@ def _draft_tasks(engine: NativeEngine, head: Head) -> dict[str, Task]:
     return tasks
 
 
-def _speed_tasks(engine: NativeEngine) -> dict[str, Task]:
+def _speed_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
     sequence, size = engine.new_sequence(), engine.target.vocabulary_size
     prompt, long_prompt = some_ids(size, CONTEXT), some_ids(size, PREFILL)
 
@@ -162,7 +185,7 @@ def _speed_tasks(engine: NativeEngine) -> dict[str, Task]:
         sequence.reset()
         tokens = plain(sequence, prompt, SamplingConfig())
         next(tokens)
-        return ANSWER / timed(lambda: list(islice(tokens, ANSWER)))
+        return answer / timed(lambda: list(islice(tokens, answer)))
 
     def prefill() -> float:
         sequence.reset()
@@ -175,51 +198,55 @@ def _speed_tasks(engine: NativeEngine) -> dict[str, Task]:
         tokens = dict.fromkeys(range(SEQUENCES), prompt[0])
 
         def run() -> None:
-            for _ in range(ANSWER // 4):
+            for _ in range(answer // 4):
                 tokens.update(enumerate(batch.step(tokens).argmax(-1).tolist()))
 
-        return ANSWER // 4 * SEQUENCES / timed(run)
+        return answer // 4 * SEQUENCES / timed(run)
 
     return {"plain": decode, "batch": decode_batch, "prefill": prefill}
 
 
-def _llama_cpp_tasks(engine: NativeEngine) -> dict[str, Task]:
+def _llama_cpp_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
     source, size = locate(engine.target.source).gguf, engine.target.vocabulary_size
     if source is None or llama_cpp.version() is None:
         return {}
     threads = engine.target.runtime.threads
+    large = source.stat().st_size > _REQUANTIZED_BYTES
+    kinds = [llama_cpp.FILE] if large else llama_cpp.TYPES
 
     def task(kind: str, prompt: list[int], tokens: int, which: int) -> Task:
         path = llama_cpp.requantized(source, kind)
         return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
 
     prompt, long_prompt = some_ids(size, CONTEXT), some_ids(size, PREFILL)
-    decoding = {f"llama.cpp {kind}": task(kind, prompt, ANSWER, 0) for kind in llama_cpp.TYPES}
-    return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in llama_cpp.TYPES}
+    decoding = {f"llama.cpp {kind}": task(kind, prompt, answer, 0) for kind in kinds}
+    return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in kinds}
 
 
-def _rounds(engine: NativeEngine, head: Head) -> Rounds:
+def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -> Rounds:
     """Plain and speculative decoding in turn, around ROUNDS_CONTEXT tokens of context."""
     target, steps, greedy = engine.target, head.draft_steps, SamplingConfig()
     sequence = engine.new_sequence(head, DraftLists(head.lists, target.vocabulary_size))
     prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(short_prompts())}])
     prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
-    for _ in range(_REPEATS):
-        tokens = plain(sequence, prompt, greedy)
-        expected = [next(tokens)]
-        plain_seconds = timed(lambda: expected.extend(islice(tokens, ANSWER)))  # noqa: B023
-        sequence.reset()
-        rounds = speculative(sequence, prompt, Chain(steps, greedy), greedy)
-        done = [next(rounds)]
-        before = target.runtime.matmul_seconds
-        seconds = timed(lambda: done.extend(_until(rounds, ANSWER)))  # noqa: B023
-        shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
-        rounds_ms.append(1e3 * seconds / (len(done) - 1))
-        decoded = [token for one in done for token in one.tokens]
-        # By token: the last round may go beyond the plain answer.
-        speedups.append(plain_seconds / (len(expected) - 1) / (seconds / (len(decoded) - 1)))
-        sequence.reset()
+    with progress.bar(f"rounds of {steps} drafts", _MOST_TURNS, seconds=_ROUNDS_SECONDS) as bar:
+        for _ in _turns(_ROUNDS_SECONDS):
+            tokens = plain(sequence, prompt, greedy)
+            expected = [next(tokens)]
+            plain_seconds = timed(lambda: expected.extend(islice(tokens, answer)))  # noqa: B023
+            sequence.reset()
+            rounds = speculative(sequence, prompt, Chain(steps, greedy), greedy)
+            done = [next(rounds)]
+            before = target.runtime.matmul_seconds
+            seconds = timed(lambda: done.extend(_until(rounds, answer)))  # noqa: B023
+            shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
+            rounds_ms.append(1e3 * seconds / (len(done) - 1))
+            decoded = [token for one in done for token in one.tokens]
+            # By token: the last round may go beyond the plain answer.
+            speedups.append(plain_seconds / (len(expected) - 1) / (seconds / (len(decoded) - 1)))
+            sequence.reset()
+            bar.advance(1, 0)
     accepted = Acceptance.of((one.accepted for one in done[1:]), steps)
     return Rounds(
         draft_steps=steps,

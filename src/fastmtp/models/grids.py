@@ -1,4 +1,4 @@
-"""Weights of GGUF files in four bits as numbers on a grid, from which int4 is packed without rounding them again."""
+"""Weights of GGUF files in four bits as numbers on a grid, which int4 packs without rounding them again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Grid:
 
 
 def grid(kind: Kind, data: NDArray[np.uint8]) -> Grid:
-    """The grid of rows of blocks [rows, bytes], of a kind in GRIDDED (ggml's block_q4_0, block_q4_1, block_q4_K)."""
+    """The grid of rows of blocks [rows, bytes], of a kind in GRIDDED, in ggml's layouts."""
     rows = len(data)
     if kind == Kind.Q4_K:
         blocks = data.reshape(rows, -1, 144)

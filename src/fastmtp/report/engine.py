@@ -17,7 +17,8 @@ def engine_report(report: EngineReport) -> Iterator[Grid | str]:
     yield (
         f"{report.model}, {report.engine}, {report.machine}\n"
         f"reads {report.bandwidth_gb_s:.1f} GB/s; a forward reads {report.forward_bytes / 1e6:.0f} MB at "
-        f"{facts['context']} tokens of context, so takes {report.floor_ms:.2f} ms at least"
+        f"{facts['context']} tokens of context, so takes {report.floor_ms:.2f} ms at least\n"
+        f"medians of {report.turns} turns, of {report.answer_tokens} tokens each where texts are decoded"
     )
     ratios = [ms / report.forward_ms[1] for ms in forward_ms]
     forwards = [["ms", *_texts(list(forward_ms))], ["times one", *_texts(ratios)]]
