@@ -13,6 +13,7 @@ import click
 
 from fastmtp.cli.distill import tell_distilled
 from fastmtp.cli.export import exported
+from fastmtp.cli.fetching import yes_option
 from fastmtp.cli.head import tell_imported
 from fastmtp.cli.options import PATH, finish, json_option
 from fastmtp.cli.terminal import TERMINAL, table
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(MODULES)),
     help="the engine to export to  [default: llama.cpp for a GGUF model, else transformers]",
 )
-@click.option("--yes", is_flag=True, help="do not ask")
+@yes_option("do not ask", expose=True)
 @json_option
 def accelerate(
     target: str,

@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options
+from fastmtp.cli.options import PATH, config_option, finish, json_option, large_option, settings_options
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import CleanConfig, load_config
 from fastmtp.report.grid import Grid
@@ -48,6 +48,7 @@ def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **sett
 @data.command()
 @click.argument("directories", type=PATH, nargs=-1, required=True)
 @click.option("--target", help="whose tokenizer it is  [default: the target it was distilled from]")
+@large_option
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="exchanges to print")
 @json_option
 def show(directories: tuple[Path, ...], target: str | None, samples: int, as_json: bool) -> None:

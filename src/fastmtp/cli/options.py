@@ -12,26 +12,32 @@ from typing import Any
 
 import click
 
+from fastmtp.cli.fetching import Command, yes_option
 from fastmtp.config import kind_of
 from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
 
-Command = Callable[..., None]
 PATH = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
 config_option = click.option("--config", type=PATH, help="TOML file with the settings below")
-target_option = click.option(
-    "--target",
-    default="smollm2",
-    show_default=True,
-    help="smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id",
-)
+large_option = yes_option("fetch a model of more than 1 GB without asking")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 head_option = click.option("--head", type=PATH, help="head directory  [default: the target's shipped one]")
 verbose_option = click.option(
     "--verbose", is_flag=True, help="say after an answer what was drafted, and what came of it"
 )
+
+
+def target_option(command: Command) -> Command:
+    """`--target`, and --yes for one that must be fetched."""
+    return click.option(
+        "--target",
+        default="smollm2",
+        show_default=True,
+        help="smollm2 or qwen2.5-coder-1.5b (fetched at first use: 0.1 and 1.1 GB), a Hugging Face directory, a "
+        ".gguf file, or a hub id",
+    )(large_option(command))
 
 
 def text_options(command: Command) -> Command:

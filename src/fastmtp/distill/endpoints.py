@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# transformers depends on it already. Its connections are pooled, and asyncio can cancel them at Ctrl-C.
+# Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
 
 from fastmtp.decode.batch import Completion, Request

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastmtp.extras import require
 from fastmtp.models.families import ONLY_TORCH
+from fastmtp.models.packaged import file_of
 from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def open_engine(
     """Load a target into the engine that `choose_engine` chooses.
 
     Args:
-        name: `smollm2` (the embedded model), a Hugging Face directory, a `.gguf` file, or a hub id.
+        name: a packaged model (packaged_models.py), a Hugging Face directory, a `.gguf` file, or a hub id.
         for_throughput: where the user names no dtype, PyTorch takes the fastest for many tokens at once.
     Raises:
         FileNotFoundError: no such file or directory, or a hub id that cannot be had.
@@ -58,6 +59,7 @@ def open_engine(
     from fastmtp.engines.native.target import load_native_target
 
     weight_type: Any = options.dtype or "int8"
+    file_of(name, progress)
     with progress.status(f"loading {name}"):
         return NativeEngine(load_native_target(name, weight_type=weight_type, threads=options.threads))
 
@@ -78,6 +80,7 @@ def open_torch(
     from fastmtp.engines.torch.target import load_target, throughput_dtype
 
     chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
+    file_of(name, progress)
     with progress.status(f"loading {name}"):
         return TorchEngine(load_target(name, dtype=chosen, device=device))
 
