@@ -78,7 +78,7 @@ def bench(
 
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
     chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target))
-    chosen.check()
+    chosen.check(target, options, out, records=record is not None)
     engine = open_engine(target, options, progress=TERMINAL)
     found, journal = chosen.run(engine, out, TERMINAL)
     if out is not None:

@@ -97,6 +97,14 @@ def open_states_engine(
     return open_engine(trained.target.source, options, progress=progress)
 
 
+def open_beside(engine: Engine, dtype: str, progress: Progress = QUIET) -> Engine:
+    """The target of an open engine once more, in the same kind of engine on the same device, with other weights."""
+    kind: EngineName = "torch" if engine.arithmetic.startswith("torch.") else "native"
+    return open_engine(
+        engine.target.source, EngineOptions(kind, dtype, engine.device, engine.threads), progress=progress
+    )
+
+
 def choose_engine(options: EngineOptions) -> EngineName:
     """The engine that fits what was asked for, or the fastest one for this machine.
 
