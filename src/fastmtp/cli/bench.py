@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import PATH, decoding_options, engine_options, finish, json_option, settings_options
+from fastmtp.cli.options import (
+    OUT_DIRECTORY,
+    OUT_FILE,
+    PATH,
+    decoding_options,
+    engine_options,
+    finish,
+    json_option,
+    settings_options,
+)
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
@@ -42,12 +51,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--record",
-    type=PATH,
+    type=OUT_FILE,
     help="write there what the head says along plain decoding's answers, for `fastmtp replay`",
 )
 @click.option(
     "--out",
-    type=PATH,
+    type=OUT_DIRECTORY,
     help="directory for the JSON document and the page; a run that was stopped goes on from it",
 )
 @json_option

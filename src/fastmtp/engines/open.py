@@ -79,10 +79,26 @@ def open_torch(
     from fastmtp.engines.torch.engine import TorchEngine
     from fastmtp.engines.torch.target import load_target, throughput_dtype
 
+    _check_device(device)
     chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
     file_of(name, progress)
     with progress.status(f"loading {name}"):
         return TorchEngine(load_target(name, dtype=chosen, device=device))
+
+
+def _check_device(name: str | None) -> None:
+    """Raises ValueError if PyTorch has no such device."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}; it must be cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        there = "has no usable GPU" if count == 0 else f"has {count}"
+        raise ValueError(f"--device {name}: this machine, or this build of torch, {there}")
 
 
 def open_states_engine(

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.open import check_drafting
 from fastmtp.decode.drafting.options import LOOKUP, DraftOptions
 from fastmtp.engines.open import EngineOptions
 from fastmtp.engines.protocol import Engine
@@ -64,7 +63,6 @@ class Benchmark:
         has_head = (self.options.head or shipped_head(target)) is not None
         check_names(self.against, self.vanilla, engine, has_head=has_head)
         suite(self.suite, self.limit)
-        check_drafting(self.options, target)
         if self.options.draft not in (PLAIN, LOOKUP) and not has_head:
             raise ValueError(no_head(target))
         if records and self.options.draft in (PLAIN, LOOKUP):
