@@ -198,6 +198,25 @@ def test_bench_at_a_temperature_against_others(model: Path, head: Path, tmp_path
     assert "llama.cpp:Q8_0 did not take part" in lost.output
 
 
+def test_bench_of_several_weights_without_a_head(model: Path, tmp_path: Path) -> None:
+    """The text alone drafts; answers are compared with plain decoding of the same weights, which comes along."""
+    (tmp_path / "a.jsonl").write_text('{"turns": ["one two one two"]}\n{"turns": ["three"]}\n')
+    common = ["--suite", tmp_path, "--max-new-tokens", 12, "--draft", "lookup", "--dtype", "int4", "--json"]
+    found: Any = run("bench", model, *common, "--against", "lookup/int8", "--against", "plain/bfloat16")
+    competitors = found["competitors"]
+    assert list(competitors) == ["plain", "lookup", "plain/int8", "lookup/int8", "plain/bfloat16"]
+    assert {name: one["reference"] for name, one in competitors.items() if one["reference"]} == {
+        "lookup": "plain",
+        "lookup/int8": "plain/int8",
+    }
+    assert found["identical"] == {"same": 4, "total": 4}
+    for name, weights in (("plain", "int4"), ("lookup/int8", "int8"), ("plain/bfloat16", "bfloat16")):
+        assert weights in competitors[name]["version"]
+    # Speedups, measured and predicted, are over the run's plain decoding, not over that of their own weights.
+    own, base = competitors["plain/int8"], competitors["plain"]["costs"]["forward_ms"]["1"]
+    assert own["predicted_speedup"] == pytest.approx(base / own["costs"]["forward_ms"]["1"])
+
+
 def test_data_clean_and_show(head: Path, tmp_path: Path) -> None:
     """Both print one JSON document with --json; the copy holds what the report says was kept."""
     source = head.parent / "data"

@@ -66,7 +66,7 @@ def test_a_command_names_all_its_extras_at_once(tmp_path: Path, command: str, ex
     script = (
         "import importlib.util, sys\n"
         "found = importlib.util.find_spec\n"
-        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'httpx2', 'py3langid')\n"
+        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'py3langid')\n"
         "importlib.util.find_spec = lambda name, *rest: None if name in missing else found(name, *rest)\n"
         "from fastmtp.cli.main import main\n"
         "main()\n"

@@ -34,7 +34,7 @@ from fastmtp.export.verify import compared
 from fastmtp.heads.format import save_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.method.head import MTPHead
-from fastmtp.models.embedded import NAME
+from fastmtp.models.packaged_models import EMBEDDED
 from fastmtp.models.source import describe
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -65,13 +65,13 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 
 
 def main() -> None:
-    shipped = shipped_head(NAME)
+    shipped = shipped_head(EMBEDDED)
     assert shipped is not None
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         good = [
-            prove(NAME, shipped, place / "plugin", {"type": "F32"}),
-            prove(NAME, shipped, place / "own", {"type": "F32"}, own_model=True),
+            prove(EMBEDDED, shipped, place / "plugin", {"type": "F32"}),
+            prove(EMBEDDED, shipped, place / "own", {"type": "F32"}, own_model=True),
         ]
         for family, config in FAMILIES.items():
             model, head = make(config, place / family)
@@ -110,7 +110,7 @@ def make(config: PreTrainedConfig, out: Path) -> tuple[Path, Path]:
 
     Embeddings have unit length per element, so the head's norm of them changes nothing.
     """
-    tokenizer = describe(NAME).tokenizer
+    tokenizer = describe(EMBEDDED).tokenizer
     config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

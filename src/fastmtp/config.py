@@ -17,6 +17,14 @@ from typing import Any, Literal, TypeVar, cast
 _T = TypeVar("_T")
 
 
+class _SettingError(ValueError):
+    """A value that a setting cannot have."""
+
+    def __init__(self, name: str, wrong: str) -> None:
+        super().__init__(f"{name} {wrong}")
+        self.name, self.wrong = name, wrong
+
+
 def setting(default: _T, meaning: str, choices: tuple[str, ...] = ()) -> _T:
     """A dataclass field that carries its one-line meaning, and its choices if there are only some."""
     described: _T = field(default=default, metadata={"meaning": meaning, "choices": choices})
@@ -72,7 +80,10 @@ class DistillConfig:
         _check(self.retries >= 0, "retries", self.retries, "0 or more")
         self.mix_weights()
         self.answer_sampling(0)
-        self.prompt_sampling()
+        try:
+            self.prompt_sampling()
+        except _SettingError as error:
+            raise _SettingError(f"prompt_{error.name}", error.wrong) from error
 
     def mix_weights(self) -> dict[str, float]:
         """The mix as a table; empty for the default mix."""
@@ -207,8 +218,13 @@ def load_config(kind: type[Config], path: Path | None, overrides: dict[str, Any]
     values: dict[str, Any] = {}
     if path is not None:
         values |= _read_toml(kind, path)
-    values |= {key: value for key, value in overrides.items() if value is not None}
-    return kind(**values)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return kind(**(values | given))
+    except _SettingError as error:
+        if error.name in given:
+            raise ValueError(f"--{error.name.replace('_', '-')} {error.wrong}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
@@ -216,7 +232,7 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
         values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     hints = typing.get_type_hints(kind)
     known = {item.name for item in dataclasses.fields(kind)}
@@ -234,4 +250,4 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
 
 def _check(holds: bool, name: str, value: object, right: str) -> None:
     if not holds:
-        raise ValueError(f"{name} is {value!r}; it must be {right}")
+        raise _SettingError(name, f"is {value!r}; it must be {right}")

@@ -6,7 +6,7 @@ import importlib.util
 
 _MODULES = {
     "torch": ("torch", "transformers"),
-    "data": ("pyarrow", "py3langid", "rensa", "httpx2"),
+    "data": ("pyarrow", "py3langid", "rensa"),
 }
 
 

@@ -29,6 +29,10 @@ class Progress(Protocol):
         """
         ...
 
+    def transfer(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
+        """Around a download of `total` bytes, which are its units, `done` of them from an earlier run."""
+        ...
+
     def status(self, text: str) -> AbstractContextManager[object]:
         """Around work that cannot be counted."""
         ...
@@ -42,6 +46,9 @@ class _Quiet:
     def bar(
         self, title: str, total: int, done: int = 0, *, seconds: float | None = None
     ) -> AbstractContextManager[Bar]:
+        return nullcontext(self)
+
+    def transfer(self, title: str, total: int, done: int = 0) -> AbstractContextManager[Bar]:
         return nullcontext(self)
 
     def status(self, text: str) -> AbstractContextManager[object]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.adaptive import Adaptive
+from fastmtp.decode.drafting.adaptive import Adaptive, FromText
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, Learned, Mean
 from fastmtp.decode.drafting.lookup import FOLLOWED, Lookup
@@ -59,6 +59,21 @@ def test_greedy_output_is_plain_output(
         sequence, drafter = engine.sequence(target, head, ids), Adaptive(learned, prompt, GREEDY)
         rounds = speculative(sequence, prompt, drafter, GREEDY)
         assert decoded(rounds, 40) == plain_tokens(engine, target, prompt, 40)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=0.8, seed=3)], ids=str)
+def test_the_text_alone_drafts(engine: Engine, target: Target, sampling: SamplingConfig) -> None:
+    """Without a head: the output is plain decoding's, and fewer rounds are needed if the text holds the answer."""
+    sequence, prompt = engine.open(target).new_sequence(), random_ids(12, seed=5)
+    expected = list(islice(plain(sequence, prompt, sampling), 40))
+    sequence.reset()
+    # What the drafter looks up is a text in which the prompt is followed by its answer, but for one token.
+    text = [*prompt, *expected[:20], 5, *expected[21:], *prompt]
+    drafter = FromText(Learned(replace(FLAT, ask_ms=0.0)), text, sampling)
+    rounds = list(islice(speculative(sequence, prompt, drafter, sampling), 20))
+    assert [token for one in rounds for token in one.tokens][:40] == expected
+    assert sum(one.accepted for one in rounds) > 10
+    assert sum(one.planned.levels for one in rounds if one.planned) == 0
 
 
 def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
@@ -259,6 +274,15 @@ def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest
     assert engine.costs(head, DraftLists(VocabularyLists.of([5]), 300)) == FLAT
     path.write_text("{")
     assert engine.costs(head, None) == FLAT
+
+
+def test_costs_without_a_head(tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards are timed, asking costs nothing, and a head that scores all tokens does not share them."""
+    monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path))
+    engine, head = Engine().open(llama), Engine().head(llama, MTPHead(llama.model))
+    assert engine.costs(None, None).ask_ms == 0
+    assert engine.costs(head, None).ask_ms > 0
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_costs_by_tokens_and_context() -> None:

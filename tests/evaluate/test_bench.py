@@ -231,7 +231,7 @@ def test_margins_are_the_targets(pair: list[Own], llama: Target) -> None:
     run(pair, llama, CONVERSATIONS[:1], GREEDY, journal)
     key = "0/0/0"
     difference = Difference(key, competitor="x", token=3)
-    (found,) = audit.with_margins([difference], [journal[key]], pair[0].sequence)
+    (found,) = audit.with_margins([difference], [journal[key]], pair[0])
     plain = journal[key].answer("plain")
     assert plain is not None
     logits = pair[0].sequence.prefill([*journal[key].prompt, *plain.tokens[:3]])

@@ -35,6 +35,21 @@ def test_weights_in_another_type(tmp_path: Path, llama: Target, kind: str, toler
     assert made.stat().st_mtime_ns == before
 
 
+def test_the_file_itself(tmp_path: Path, llama: Target) -> None:
+    """Nothing is made; the report has llama.cpp's name of its type, if the file says it."""
+    source = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(source, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert llama_cpp.requantized(source, llama_cpp.FILE) == source
+    assert llama_cpp.type_of(source, llama_cpp.FILE) == "the file itself (Q4_K_M)"
+    write_gguf(source, llama)
+    assert llama_cpp.type_of(source, llama_cpp.FILE) == "the file itself (unnamed type)"
+    assert llama_cpp.type_of(source, "Q4_0") == "Q4_0"
+
+
 def test_failure_says_why(tmp_path: Path) -> None:
     """A file that llama.cpp cannot read, or llama.cpp that is not there: one error with its last words."""
     path = tmp_path / "broken.gguf"

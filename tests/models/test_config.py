@@ -13,11 +13,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
-from fastmtp.models.embedded import embedded_gguf
 from fastmtp.models.families import SUPPORTED
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.layers import norm_offset
+from fastmtp.models.packaged import file_of
 from fastmtp.models.rope import ropes
 from fastmtp.models.source import locate, transformers_config
 from fastmtp.models.weights import GgufWeights
@@ -182,7 +182,7 @@ def test_partly_turned_heads_are_refused() -> None:
 
 def test_the_embedded_models_metadata() -> None:
     """As transformers read it; the file's tensors are all in their place."""
-    file = read_gguf(embedded_gguf())
+    file = read_gguf(file_of("smollm2"))
     config = gguf_config(file, "smollm2")
     assert config == ModelConfig.from_json(
         {

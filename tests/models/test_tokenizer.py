@@ -17,10 +17,10 @@ from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from fastmtp.models.embedded import embedded_gguf
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
 from fastmtp.models.info import tokenizer_sha256
+from fastmtp.models.packaged import file_of
 from fastmtp.models.pre_tokenizers import SPLITTINGS
 from fastmtp.models.source import describe, locate
 from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
@@ -77,18 +77,18 @@ def llama_cpp_ids(path: Path) -> list[list[int]]:
 
 @cache
 def embedded() -> Tokenizer:
-    return gguf_tokenizer(read_gguf(embedded_gguf()), "smollm2")
+    return gguf_tokenizer(read_gguf(file_of("smollm2")), "smollm2")
 
 
 @cache
 def embedded_keys() -> dict[str, Any]:
-    found = read_gguf(embedded_gguf()).metadata
+    found = read_gguf(file_of("smollm2")).metadata
     return {key.removeprefix("tokenizer."): found[key] for key in found if key.startswith("tokenizer.")}
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    path = embedded_gguf()
+    path = file_of("smollm2")
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 

@@ -13,8 +13,9 @@ import click
 
 from fastmtp.cli.distill import tell_distilled
 from fastmtp.cli.export import exported
+from fastmtp.cli.fetching import yes_option
 from fastmtp.cli.head import tell_imported
-from fastmtp.cli.options import PATH, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, finish, json_option
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.cli.train import trained
 from fastmtp.cli.vocab import tell_written
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("target", metavar="MODEL")
-@click.option("--out", type=PATH, help="directory for everything  [default: MODEL-fastmtp, here]")
+@click.option("--out", type=OUT_DIRECTORY, help="directory for everything  [default: MODEL-fastmtp, here]")
 @click.option("--budget", help="time for all of it, as 30m or 2h  [default: what a million tokens take here]")
 @click.option(
     "--to",
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(MODULES)),
     help="the engine to export to  [default: llama.cpp for a GGUF model, else transformers]",
 )
-@click.option("--yes", is_flag=True, help="do not ask")
+@yes_option("do not ask", expose=True)
 @json_option
 def accelerate(
     target: str,

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import PATH, decoding_options, engine_options, finish, json_option, settings_options
+from fastmtp.cli.options import (
+    OUT_DIRECTORY,
+    OUT_FILE,
+    PATH,
+    decoding_options,
+    engine_options,
+    finish,
+    json_option,
+    settings_options,
+)
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
@@ -42,12 +51,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--record",
-    type=PATH,
+    type=OUT_FILE,
     help="write there what the head says along plain decoding's answers, for `fastmtp replay`",
 )
 @click.option(
     "--out",
-    type=PATH,
+    type=OUT_DIRECTORY,
     help="directory for the JSON document and the page; a run that was stopped goes on from it",
 )
 @json_option
@@ -78,7 +87,7 @@ def bench(
 
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
     chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target))
-    chosen.check()
+    chosen.check(target, options, out, records=record is not None)
     engine = open_engine(target, options, progress=TERMINAL)
     found, journal = chosen.run(engine, out, TERMINAL)
     if out is not None:

@@ -22,11 +22,14 @@ from fastmtp.report.grid import Grid
 def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None, as_json: bool) -> None:
     """How fast the native engine is here, against the memory's bandwidth and llama.cpp (extra `llama-cpp`)."""
     from fastmtp.evaluate.engine import measure
+    from fastmtp.heads.format import check_head
     from fastmtp.heads.shipped import shipped_head
     from fastmtp.report.engine import engine_report
 
-    engine: Any = open_engine(target, EngineOptions("native", dtype, None, threads), progress=TERMINAL)
     directory = head or shipped_head(target)
+    if directory is not None:
+        check_head(directory)
+    engine: Any = open_engine(target, EngineOptions("native", dtype, None, threads), progress=TERMINAL)
     report = measure(engine, None if directory is None else engine.load_head(directory), TERMINAL)
     if not as_json:
         for part in engine_report(report):

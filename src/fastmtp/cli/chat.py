@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from fastmtp.cli.generate import described, open_model, tell_plans
-from fastmtp.cli.options import decoding_options, engine_options, settings_options, verbose_option
+from fastmtp.cli.options import decoding_options, engine_options, settings_options, tokens_option, verbose_option
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions
@@ -17,7 +17,7 @@ from fastmtp.engines.open import EngineOptions
 @engine_options
 @decoding_options
 @settings_options(SamplingConfig)
-@click.option("--max-new-tokens", type=int, default=512, show_default=True, help="for each answer")
+@tokens_option
 @verbose_option
 def chat(
     target: str,

@@ -12,7 +12,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from fastmtp.cli.options import PATH, config_option, finish, json_option, settings_options
+from fastmtp.cli.options import (
+    OUT_DIRECTORY,
+    PATH,
+    config_option,
+    finish,
+    json_option,
+    large_option,
+    settings_options,
+)
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.config import CleanConfig, load_config
 from fastmtp.report.grid import Grid
@@ -29,7 +37,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("directory", type=PATH)
-@click.option("--out", type=PATH, required=True, help="data directory to write")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="data directory to write")
 @config_option
 @json_option
 @settings_options(CleanConfig)
@@ -48,15 +56,17 @@ def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **sett
 @data.command()
 @click.argument("directories", type=PATH, nargs=-1, required=True)
 @click.option("--target", help="whose tokenizer it is  [default: the target it was distilled from]")
+@large_option
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="exchanges to print")
 @json_option
 def show(directories: tuple[Path, ...], target: str | None, samples: int, as_json: bool) -> None:
     """What data directories hold: counts, domains, languages, lengths, frequent tokens, samples."""
-    from fastmtp.distill.dataset import target_of
+    from fastmtp.distill.dataset import check_data, target_of
     from fastmtp.distill.domains import shares
     from fastmtp.distill.statistics import measure
     from fastmtp.models.source import describe
 
+    check_data(directories)
     described = describe(target or target_of(directories[0]))
     found = measure(directories, described, samples, TERMINAL)
     if not as_json:

@@ -13,7 +13,7 @@ from fastmtp.engines.open import open_engine
 
 
 @click.command()
-@click.option("--max-new-tokens", type=int, default=96, show_default=True, help="for each answer")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=96, show_default=True, help="for each answer")
 @json_option
 def demo(max_new_tokens: int, as_json: bool) -> None:
     """The embedded model and its head: the same prompts plain and speculative, compared."""

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import PATH, config_option, engine_options, finish, json_option, settings_options
+from fastmtp.cli.options import (
+    OUT_DIRECTORY,
+    config_option,
+    engine_options,
+    finish,
+    json_option,
+    settings_options,
+)
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import DistillConfig, load_config
 from fastmtp.engines.open import EngineOptions, open_engine
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @engine_options
-@click.option("--out", type=PATH, required=True, help="data directory to fill")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="data directory to fill")
 @click.option(
     "--prompts",
     help="JSONL, Parquet or text file, or hf:owner/name[:split]  [default: the model writes its own prompts]",
@@ -51,10 +58,13 @@ def distill(
         raise ValueError("--endpoint-model is the name at an --endpoint; give that too")
     if endpoints and options != EngineOptions():
         raise ValueError("--endpoint decodes elsewhere; leave out --engine, --dtype, --device and --threads")
+    from fastmtp.distill.answers import check
     from fastmtp.distill.answers import distill as run
-    from fastmtp.distill.endpoints import Endpoints
+    from fastmtp.distill.endpoints import Endpoints, check_addresses
     from fastmtp.models.source import describe
 
+    check(chosen, out, prompts)
+    check_addresses(endpoints)
     engine: Any = (
         Endpoints(
             describe(target),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import PATH, finish, head_option, json_option, target_option
+from fastmtp.cli.options import OUT_DIRECTORY, finish, head_option, json_option, target_option
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.export.registry import GGUF_TYPES, MODULES
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--to", "engine", type=click.Choice(list(MODULES)), required=True, help="the engine to write for")
 @target_option
 @head_option
-@click.option("--out", type=PATH, required=True, help="directory to write")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="directory to write")
 @click.option(
     "--type",
     type=click.Choice(GGUF_TYPES),

@@ -13,6 +13,7 @@ from fastmtp.cli.options import (
     finish,
     json_option,
     settings_options,
+    tokens_option,
     verbose_option,
 )
 from fastmtp.cli.terminal import TERMINAL
@@ -32,7 +33,7 @@ _STOPPED = {"end": "", "stop_string": "", "length": ", cut at max-new-tokens", "
 @engine_options
 @decoding_options
 @settings_options(SamplingConfig)
-@click.option("--max-new-tokens", type=int, default=512, show_default=True)
+@tokens_option
 @click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
 @verbose_option
 @click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
@@ -51,7 +52,11 @@ def generate(
 ) -> None:
     """Answer one prompt. PROMPT may be - for standard input."""
     sampling = load_config(SamplingConfig, None, settings)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
+    if raw and not text:
+        raise ValueError("PROMPT is empty, so --raw has nothing to continue")
+    if "" in stop:
+        raise ValueError("--stop is empty; give the text before which the answer is to end")
     model = open_model(target, options, drafting)
     generation = model.stream(text, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw)
     for piece in generation:
@@ -76,6 +81,13 @@ def generate(
     finish(as_json, facts, described(result), to_stderr=True)
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"PROMPT: standard input is no text: {error}") from error
+
+
 def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> Model:
     """The model that these options describe."""
     from fastmtp.api import Model
@@ -86,9 +98,12 @@ def open_model(target: str, options: EngineOptions, drafting: DraftOptions) -> M
 
 def described(result: Result) -> str:
     """An answer's statistics in one line."""
-    verified = result.verified / max(1, result.acceptance.rounds)
-    tau = f", tau {result.acceptance.tau:.2f}, {verified:.1f} verified a round" if result.plans else ", plain"
-    return f"{len(result.tokens)} tokens, {result.tokens_per_second:.1f} tokens/s{tau}{_STOPPED[result.stopped]}"
+    count, rate = len(result.tokens), ""
+    if result.tokens_per_second is not None:
+        verified = result.verified / max(1, result.acceptance.rounds)
+        tau = f"tau {result.acceptance.tau:.2f}, {verified:.1f} verified a round" if result.plans else "plain"
+        rate = f", {result.tokens_per_second:.1f} tokens/s, {tau}"
+    return f"{count} token{'' if count == 1 else 's'}{rate}{_STOPPED[result.stopped]}"
 
 
 def tell_plans(result: Result) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastmtp.cli.options import PATH, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, PATH, finish, json_option
 
 if TYPE_CHECKING:
     from fastmtp.heads.checkpoint import ImportedHead
@@ -23,7 +23,7 @@ def head() -> None:
 
 @head.command("import")
 @_target_option
-@click.option("--out", type=PATH, required=True, help="head directory to write")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="head directory to write")
 @json_option
 def import_(target: str, out: Path, as_json: bool) -> None:
     """Write the target's own MTP layer as a head directory, to decode with or to train on from."""
@@ -43,7 +43,7 @@ def tell_imported(found: ImportedHead, out: Path, as_json: bool) -> None:
 @head.command("write-back")
 @_target_option
 @click.option("--head", "directory", type=PATH, required=True, help="head directory")
-@click.option("--out", type=PATH, required=True, help="model directory to write")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="model directory to write")
 @json_option
 def write_back(target: str, directory: Path, out: Path, as_json: bool) -> None:
     """Write the target with a head in place of its MTP layer: one new file, and links to the target's own."""

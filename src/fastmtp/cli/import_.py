@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.options import PATH, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, PATH, finish, json_option
 
 
 @click.command("import")
 @click.argument("directory", type=PATH)
-@click.option("--out", type=PATH, required=True, help="head directory to write")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="head directory to write")
 @json_option
 def import_(directory: Path, out: Path, as_json: bool) -> None:
     """Write the head of an export, DIRECTORY, as a head directory again."""

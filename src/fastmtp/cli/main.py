@@ -17,15 +17,18 @@ from fastmtp.cli.data import data
 from fastmtp.cli.demo import demo
 from fastmtp.cli.distill import distill
 from fastmtp.cli.export import export
+from fastmtp.cli.fetching import permit
 from fastmtp.cli.generate import generate
 from fastmtp.cli.head import head
 from fastmtp.cli.import_ import import_
 from fastmtp.cli.replay import replay
 from fastmtp.cli.report import report
+from fastmtp.cli.terminal import TERMINAL
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
 from fastmtp.cli.vocab import vocab
 from fastmtp.extras import MissingExtraError, remedy
+from fastmtp.models.packaged import fetching
 
 
 class _Remarks(logging.Handler):
@@ -65,6 +68,7 @@ def main() -> None:
 def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
     logging.getLogger("fastmtp").addHandler(_REMARKS)
+    click.get_current_context().with_resource(fetching(permit=permit, progress=TERMINAL))
 
 
 for command in (

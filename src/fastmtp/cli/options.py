@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,26 +13,52 @@ from typing import Any
 
 import click
 
+from fastmtp.cli.fetching import Command, yes_option
 from fastmtp.config import kind_of
 from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
 
-Command = Callable[..., None]
 PATH = click.Path(path_type=Path)
+
+
+class _OutPath(click.Path):
+    """A place to write to: what is there must be of the right kind, and its directory writable."""
+
+    def __init__(self, **kind: bool) -> None:
+        super().__init__(path_type=Path, writable=True, **kind)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value).absolute()
+        near = next(one for one in (path, *path.parents) if one.exists())
+        if near != path and not (near.is_dir() and os.access(near, os.W_OK)):
+            self.fail(f"{near} is no directory that can be written to", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+OUT_FILE, OUT_DIRECTORY = _OutPath(dir_okay=False), _OutPath(file_okay=False)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
 config_option = click.option("--config", type=PATH, help="TOML file with the settings below")
-target_option = click.option(
-    "--target",
-    default="smollm2",
-    show_default=True,
-    help="smollm2 (embedded), a Hugging Face directory, a .gguf file, or a hub id",
-)
+large_option = yes_option("fetch a model of more than 1 GB without asking")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 head_option = click.option("--head", type=PATH, help="head directory  [default: the target's shipped one]")
+tokens_option = click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="for each answer"
+)
 verbose_option = click.option(
     "--verbose", is_flag=True, help="say after an answer what was drafted, and what came of it"
 )
+
+
+def target_option(command: Command) -> Command:
+    """`--target`, and --yes for one that must be fetched."""
+    return click.option(
+        "--target",
+        default="smollm2",
+        show_default=True,
+        help="smollm2 or qwen2.5-coder-1.5b (fetched at first use: 0.1 and 1.1 GB), a Hugging Face directory, a "
+        ".gguf file, or a hub id",
+    )(large_option(command))
 
 
 def text_options(command: Command) -> Command:
@@ -70,17 +97,22 @@ def engine_options(command: Command) -> Command:
 
 
 def decoding_options(command: Command) -> Command:
-    """Options of drafting; they are passed as `drafting`, a DraftOptions."""
+    """Options of drafting, checked for the target; they are passed as `drafting`, a DraftOptions."""
 
     @functools.wraps(command)
-    def collected(head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
-        command(drafting=DraftOptions(head, draft, draft_vocabulary), **rest)
+    def collected(target: str, head: Path | None, draft: str, draft_vocabulary: str, **rest: Any) -> None:
+        from fastmtp.decode.drafting.open import check_drafting
+
+        drafting = DraftOptions(head, draft, draft_vocabulary)
+        check_drafting(drafting, target)
+        command(target=target, drafting=drafting, **rest)
 
     decorated: Command = click.option(
         "--draft",
         default=AUTO,
         show_default=True,
-        help="auto: trees, as large as pays; chain:K: K tokens in every round; plain: nothing",
+        help="auto: trees from the head and the text, as large as pays; lookup: from the text alone; chain:K: K "
+        "tokens in every round; plain: nothing",
     )(head_option(collected))
     return click.option(
         "--draft-vocabulary",

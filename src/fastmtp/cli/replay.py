@@ -37,6 +37,7 @@ def replay(
     from fastmtp.evaluate import recording
     from fastmtp.evaluate import replay as replays
     from fastmtp.files import file_sha256
+    from fastmtp.heads.format import check_head
     from fastmtp.heads.shipped import shipped_head
     from fastmtp.provenance import provenance
     from fastmtp.report import replay as tables
@@ -44,6 +45,8 @@ def replay(
     directory = head or shipped_head(target)
     if directory is None or (fit and head is None):
         raise ValueError("give --head DIR, the head that was recorded")
+    check_head(directory)
+    known = estimates.load(directory)
     answers = [one for path in recordings for one in recording.load(path)]
     engine = open_engine(target, options, progress=TERMINAL)
     loaded = engine.load_head(directory)
@@ -53,7 +56,7 @@ def replay(
         found = replays.fit(answers, costs, estimates.Estimates())
         hashes = {path.name: file_sha256(path) for path in recordings}
         estimates.save(found, directory, provenance(recordings=hashes))
-    compared = replays.compare(answers, costs, estimates.load(directory))
+    compared = replays.compare(answers, costs, estimates.load(directory) if fit else known)
     means = {name: tables.mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
     if not as_json:
         TERMINAL.console.print(table(tables.replay_grid(compared)))

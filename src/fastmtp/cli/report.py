@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.options import PATH
+from fastmtp.cli.options import OUT_FILE, PATH
 from fastmtp.cli.terminal import TERMINAL, table
 
 
 @click.command()
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILE [FILE]")
-@click.option("--html", type=PATH, help="write the page here")
-@click.option("--markdown", type=PATH, help="write the tables here, as Markdown")
+@click.option("--html", type=OUT_FILE, help="write the page here")
+@click.option("--markdown", type=OUT_FILE, help="write the tables here, as Markdown")
 def report(files: tuple[Path, ...], html: Path | None, markdown: Path | None) -> None:
     """Show what `bench --out` or `bench --json` measured; two files are compared."""
     from fastmtp.evaluate.document import read_document

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
@@ -18,6 +19,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Column, Table
 from rich.text import Text
@@ -51,6 +53,20 @@ class Terminal:
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(title, total=total, completed=done, tokens=0, note="")
             yield _Bar(progress, task)
+
+    @contextmanager
+    def transfer(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """A progress bar with megabytes, the rate and the time left."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(max_width=24)),
+            DownloadColumn(table_column=_WHOLE),
+            TransferSpeedColumn(table_column=_WHOLE),
+            _Left(None),
+            TextColumn("left"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            yield _Bar(progress, progress.add_task(title, total=total, completed=done))
 
     def status(self, text: str) -> AbstractContextManager[object]:
         return self.console.status(text)

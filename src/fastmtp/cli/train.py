@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.cli.options import (
+    OUT_DIRECTORY,
     PATH,
     config_option,
     device_option,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(TORCH_DTYPES), help="arithmetic  [default: what suits the device]")
 @click.option("--data", type=PATH, required=True, multiple=True, help="data directory; may be repeated")
 @click.option("--init", type=PATH, help="head to go on from  [default: the target's last layer]")
-@click.option("--out", type=PATH, required=True, help="head directory to write")
-@click.option("--states", type=PATH, help="keep the target's hidden states there, and use them")
+@click.option("--out", type=OUT_DIRECTORY, required=True, help="head directory to write")
+@click.option("--states", type=OUT_DIRECTORY, help="keep the target's hidden states there, and use them")
 @click.option(
     "--lists",
     type=PATH,
@@ -72,13 +73,16 @@ def train(
     """Train the head on self-distilled data. Goes on where it stopped; runs under torchrun as well."""
     chosen = load_config(TrainConfig, config, settings)
     from fastmtp.train.processes import Processes
-    from fastmtp.train.run import percentages, train_head
+    from fastmtp.train.run import check_run, percentages, train_head
 
     if vanilla and shard_target:
         raise ValueError("--vanilla does not go with --shard-target; train again with --draft-steps 1")
     # After `fastmtp.train`, which names all the extras that are missing.
     from fastmtp.distill.dataset import DataSet
 
+    beside = out.with_name(out.name + "-vanilla")
+    for one in (out, beside) if vanilla else (out,):
+        check_run(data, one, init, lists)
     # Before the target is loaded: under torchrun it chooses this process's GPU.
     processes = Processes()
     placed = "cpu" if shard_target else device
@@ -98,7 +102,6 @@ def train(
     summary = run(chosen, out, shard_target=shard_target)
     facts = asdict(summary)
     if vanilla:
-        beside = out.with_name(out.name + "-vanilla")
         one_step = run(replace(chosen, draft_steps=1), beside, measure_steps=chosen.draft_steps)
         facts["vanilla"] = asdict(one_step)
     if not processes.first:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.options import PATH, finish, json_option
+from fastmtp.cli.options import PATH, finish, json_option, large_option
 
 # The package's extras that bring an engine.
 _EXTRAS = {"llama.cpp": "llama-cpp", "vllm": "vllm"}
@@ -15,6 +15,7 @@ _EXTRAS = {"llama.cpp": "llama-cpp", "vllm": "vllm"}
 
 @click.command("verify-export")
 @click.argument("directory", type=PATH)
+@large_option
 @json_option
 def verify_export(directory: Path, as_json: bool) -> None:
     """Run an export, DIRECTORY, in its engine, and compare acceptance and text; exit code 1 if they differ."""

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from fastmtp.cli.options import (
+    OUT_FILE,
     PATH,
     config_option,
     finish,
@@ -34,7 +35,7 @@ def vocab() -> None:
 @vocab.command()
 @target_option
 @click.option("--head", type=PATH, help="head directory to write the lists into")
-@click.option("--out", type=PATH, help="file to write them to instead, for `fastmtp train`")
+@click.option("--out", type=OUT_FILE, help="file to write them to instead, for `fastmtp train`")
 @text_options
 @config_option
 @json_option
@@ -60,9 +61,15 @@ def build(
         raise ValueError(f"{out}: exists; choose another --out")
     if head is None and chosen.size == "auto" and not chosen.coverage:
         raise ValueError("--size auto measures a head's acceptance; give --head DIR, or a --size")
-    from fastmtp.distill.dataset import DataSet
+    from fastmtp.distill.dataset import DataSet, check_data
+    from fastmtp.distill.token_counts import check_texts
     from fastmtp.evaluate.lists import build_lists
+    from fastmtp.heads.format import check_head
 
+    if head is not None:
+        check_head(head)
+    check_data(data)
+    check_texts(texts)
     tell_written(build_lists(target, path, chosen, DataSet(data), texts, head=head, progress=TERMINAL), as_json)
 
 
@@ -99,7 +106,7 @@ def _point(point: SizePoint) -> list[str]:
 @click.option("--head", type=PATH, required=True, help="head directory")
 @text_options
 @click.option("--missing", type=click.IntRange(0), default=10, show_default=True, help="left-out tokens to print")
-@click.option("--plot", type=PATH, help="draw coverage against size there: .png, .svg or .html")
+@click.option("--plot", type=OUT_FILE, help="draw coverage against size there: .png, .svg or .html")
 @json_option
 def show(
     target: str,
@@ -117,12 +124,15 @@ def show(
         check_plot(plot)
         if not data and not texts:
             raise ValueError("--plot draws how much of a text the lists cover; give --data or --text")
-    from fastmtp.distill.dataset import DataSet
-    from fastmtp.distill.token_counts import count
-    from fastmtp.heads.format import read_description
+    from fastmtp.distill.dataset import DataSet, check_data
+    from fastmtp.distill.token_counts import check_texts, count
+    from fastmtp.heads.format import check_head, read_description
     from fastmtp.models.source import describe
     from fastmtp.vocabulary.builder import compare, coverage_curves
 
+    check_head(head)
+    check_data(data)
+    check_texts(texts)
     described = describe(target)
     vocabulary, _ = read_description(head, described)
     labelled = count(described, DataSet(data), texts, TERMINAL) if data or texts else {}

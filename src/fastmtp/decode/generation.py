@@ -39,9 +39,9 @@ class Result:
     plans: Plans | None = None  # what was drafted in its rounds
 
     @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed, after the first token, which the prefill gives."""
-        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed, after the first token, which the prefill gives; None if there is no other."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 else None
 
 
 class Generation:

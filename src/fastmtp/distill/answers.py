@@ -12,7 +12,7 @@ from pathlib import Path
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Completion, Request, decode_batch
 from fastmtp.decode.sampling import derived_seed
-from fastmtp.distill.dataset import Exchange, ShardWriter, claim_directory, finished_indices
+from fastmtp.distill.dataset import Exchange, ShardWriter, check_claim, claim_directory, finished_indices
 from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
@@ -51,6 +51,17 @@ class DistillSummary(Mix):
         self.count(exchange.kind, exchange.prompt, exchange.answer)
 
 
+def check(config: DistillConfig, out: Path, prompts: str | None) -> None:
+    """What can be said of a run before the target is loaded; arguments and errors as for `distill`."""
+    mix = config.mix_weights()
+    check_mix(mix)
+    if mix and prompts is not None:
+        raise ValueError("--mix is of the model's own prompts; leave out --mix or --prompts")
+    if prompts is not None:
+        read_prompts(prompts)
+    check_claim(out, vars(config), FREE_SETTINGS, vars(DistillConfig()))
+
+
 def distill(
     engine: Engine | Endpoints,
     config: DistillConfig,
@@ -69,9 +80,6 @@ def distill(
     """
     target = engine.target
     mix = config.mix_weights()
-    check_mix(mix)
-    if mix and prompts is not None:
-        raise ValueError("mix: is of the model's own prompts; leave out --mix or --prompts")
     listed = None if prompts is None else read_prompts(prompts)
     turn = UserTurn(target) if listed is None else None
     facts = provenance(

@@ -179,12 +179,21 @@ def data_sha256(directories: Iterable[Path]) -> dict[str, str]:
     }
 
 
-def claim_directory(
-    directory: Path, facts: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]
-) -> None:
-    """Start a data directory, or continue one; its settings must be the same except for the `free` ones.
+def check_data(directories: Iterable[Path]) -> None:
+    """Raises FileNotFoundError if a directory holds no data, of whatever target."""
+    for directory in directories:
+        tokenizer_of(directory)
+        if not shards(directory):
+            raise FileNotFoundError(f"{directory}: holds no shard-*.parquet; run `fastmtp distill` first")
+
+
+def check_claim(
+    directory: Path, settings: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The provenance of a data directory that can be continued; None if there is none yet.
 
     Args:
+        free: settings that may differ.
         defaults: values of settings that did not exist when the directory was made.
     Raises:
         ValueError: the directory was made with other settings, or is not a data directory.
@@ -192,21 +201,34 @@ def claim_directory(
     path = directory / "provenance.json"
     if path.is_file():
         before = read_json(path)
-        for key in ("tokenizer_sha256", "prompts_sha256"):
-            if before.get(key) != facts[key]:
-                raise ValueError(f"{directory}: was made with another {key.split('_')[0]}; choose another --out")
         if "cleaned_from" in before:
             raise ValueError(f"{directory}: is a cleaned copy, which distill does not add to; choose another --out")
-        settings = defaults | before["settings"]
-        for name, value in facts["settings"].items():
-            if name not in free and settings[name] != value:
+        made_with = defaults | before["settings"]
+        for name, value in settings.items():
+            if name not in free and made_with[name] != value:
                 raise ValueError(
-                    f"{directory}: was made with {name} = {settings[name]!r}, not {value!r}; "
+                    f"{directory}: was made with {name} = {made_with[name]!r}, not {value!r}; "
                     "choose another --out, or the same settings to go on"
                 )
-    elif directory.exists() and any(directory.iterdir()):
+        return before
+    if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory}: is not empty and not a data directory; choose another --out")
-    write_json(path, facts)
+    return None
+
+
+def claim_directory(
+    directory: Path, facts: dict[str, Any], free: tuple[str, ...], defaults: dict[str, Any]
+) -> None:
+    """Start a data directory, or continue one; arguments and errors as for `check_claim`.
+
+    Raises:
+        ValueError: the directory was made with another tokenizer or other prompts.
+    """
+    before = check_claim(directory, facts["settings"], free, defaults)
+    for key in ("tokenizer_sha256", "prompts_sha256"):
+        if before is not None and before.get(key) != facts[key]:
+            raise ValueError(f"{directory}: was made with another {key.split('_')[0]}; choose another --out")
+    write_json(directory / "provenance.json", facts)
 
 
 def _read(path: Path, columns: list[str]) -> pa.Table:

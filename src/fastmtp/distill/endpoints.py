@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# transformers depends on it already. Its connections are pooled, and asyncio can cancel them at Ctrl-C.
+# Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
 
 from fastmtp.decode.batch import Completion, Request
@@ -49,6 +49,13 @@ class _RefusedError(Exception):
     """The endpoint works, but not for this request."""
 
 
+def check_addresses(urls: Sequence[str]) -> None:
+    """Raises ValueError if one is no http address."""
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--endpoint {url}: must be an address such as http://localhost:8000/v1")
+
+
 class Endpoints:
     """Servers of one target; counts `refused` requests, and completions `retokenised` and `mismatched`."""
 
@@ -75,9 +82,7 @@ class Endpoints:
         Raises:
             ValueError: a url is no http address.
         """
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"--endpoint {url}: must be an address such as http://localhost:8000/v1")
+        check_addresses(urls)
         self.target = target
         self.urls = [url.rstrip("/").removesuffix("/v1") + "/v1/completions" for url in urls]
         self.refused = 0

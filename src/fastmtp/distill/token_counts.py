@@ -52,6 +52,7 @@ def count(
                 part.samples.append((ids, mask.index(True)))
         return len(own)
 
+    check_texts(texts)
     check_tokenizer(data.directories, target)
     with progress.bar("count", len(data) + len(texts)) as bar:
         for exchange in data:
@@ -67,14 +68,20 @@ def count(
     return dict(found)
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises FileNotFoundError if a text, FILE or LABEL=FILE, is not there."""
+    for text in texts:
+        path = Path(text.rpartition("=")[2])
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such text file")
+
+
 def _label(prompt: str, answer: str) -> str:
     about = domain(prompt, answer)
     return about if about in DOMAINS else language(answer)
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such text file")
     is_parquet = path.suffix == ".parquet"
     if not is_parquet and not is_jsonl(path):
         yield from _cut(path.read_text())

@@ -57,11 +57,15 @@ def of_chains(drafting: dict[int, TokenSequence], steps: int, vocabulary_size: i
     return ChainCosts(steps, found.pop(0), found)
 
 
-def costs_of(engine: Engine, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
-    """Costs of an engine's rounds; timed once for a machine, a model and a draft vocabulary, and kept."""
+def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+    """Costs of an engine's rounds; timed once for a machine, a model and a draft vocabulary, and kept.
+
+    Args:
+        head: None: nobody is asked, at no cost.
+    """
     sequence, target = engine.new_sequence(head, lists), engine.target
     timed: list[Any] = [TOGETHER, CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
-    model = [target.source, target.identity.tokenizer_sha256, sequence.draft_size]
+    model = [target.source, target.identity.tokenizer_sha256, sequence.draft_size if head else 0]
     facts = [importlib.metadata.version("fastmtp"), machine(), engine.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = cache_directory() / f"costs-{fingerprint[:16]}.json"
@@ -71,7 +75,7 @@ def costs_of(engine: Engine, head: Head, lists: DraftLists | None, progress: Pro
         kept = {}
     if not kept:
         with progress.status("timing forwards and drafts, once for this model and machine"):
-            kept = asdict(_timed(sequence, target.vocabulary_size))
+            kept = asdict(_timed(sequence, target.vocabulary_size, head))
         write_json(path, {fingerprint: kept})
     by_context = {
         int(context): {int(count): ms for count, ms in times.items()}
@@ -80,7 +84,7 @@ def costs_of(engine: Engine, head: Head, lists: DraftLists | None, progress: Pro
     return Costs(by_context, kept["ask_ms"])
 
 
-def _timed(sequence: TokenSequence, vocabulary_size: int) -> Costs:
+def _timed(sequence: TokenSequence, vocabulary_size: int, head: Head | None) -> Costs:
     contexts: dict[int, Sequence[int]] = {CONTEXT: TOGETHER}
     if sequence.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
         contexts[LONG_CONTEXT] = LONG_TOGETHER
@@ -89,6 +93,8 @@ def _timed(sequence: TokenSequence, vocabulary_size: int) -> Costs:
         ids = some_ids(vocabulary_size, context)
         tasks = {count: forward_task(sequence, ids, count, _RUNS) for count in together}
         by_context[context] = least_ms(tasks, _REPEATS)
+    if head is None:
+        return Costs(by_context, 0.0)
     asking = ask_task(sequence, some_ids(vocabulary_size, CONTEXT))
     return Costs(by_context, least_ms({0: asking}, _REPEATS)[0])
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastmtp.extras import require
 from fastmtp.models.families import ONLY_TORCH
+from fastmtp.models.packaged import file_of
 from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def open_engine(
     """Load a target into the engine that `choose_engine` chooses.
 
     Args:
-        name: `smollm2` (the embedded model), a Hugging Face directory, a `.gguf` file, or a hub id.
+        name: a packaged model (packaged_models.py), a Hugging Face directory, a `.gguf` file, or a hub id.
         for_throughput: where the user names no dtype, PyTorch takes the fastest for many tokens at once.
     Raises:
         FileNotFoundError: no such file or directory, or a hub id that cannot be had.
@@ -58,6 +59,7 @@ def open_engine(
     from fastmtp.engines.native.load import load_native_target
 
     weight_type: Any = options.dtype or "int8"
+    file_of(name, progress)
     target = load_native_target(name, weight_type=weight_type, threads=options.threads, progress=progress)
     return NativeEngine(target)
 
@@ -77,9 +79,26 @@ def open_torch(
     from fastmtp.engines.torch.engine import TorchEngine
     from fastmtp.engines.torch.target import load_target, throughput_dtype
 
+    _check_device(device)
     chosen = getattr(torch, dtype) if dtype else throughput_dtype(device) if for_throughput else None
+    file_of(name, progress)
     with progress.status(f"loading {name}"):
         return TorchEngine(load_target(name, dtype=chosen, device=device))
+
+
+def _check_device(name: str | None) -> None:
+    """Raises ValueError if PyTorch has no such device."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}; it must be cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        there = "has no usable GPU" if count == 0 else f"has {count}"
+        raise ValueError(f"--device {name}: this machine, or this build of torch, {there}")
 
 
 def open_states_engine(
@@ -92,6 +111,14 @@ def open_states_engine(
     if choose_engine(options) == "torch":
         return trained
     return open_engine(trained.target.source, options, progress=progress)
+
+
+def open_beside(engine: Engine, dtype: str, progress: Progress = QUIET) -> Engine:
+    """The target of an open engine once more, in the same kind of engine on the same device, with other weights."""
+    kind: EngineName = "torch" if engine.arithmetic.startswith("torch.") else "native"
+    return open_engine(
+        engine.target.source, EngineOptions(kind, dtype, engine.device, engine.threads), progress=progress
+    )
 
 
 def choose_engine(options: EngineOptions) -> EngineName:

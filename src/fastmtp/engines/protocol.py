@@ -199,7 +199,7 @@ class Engine(Protocol):
         """Room for so many sequences that are decoded together."""
         ...
 
-    def costs(self, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+    def costs(self, head: Head | None, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
         """Durations of forwards and of asking the head on this machine; timed at the first call, and kept."""
         ...
 

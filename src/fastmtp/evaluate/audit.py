@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmtp.engines.protocol import TokenSequence
+from fastmtp.evaluate.competitors import Own
 from fastmtp.evaluate.figures import Facts
-from fastmtp.evaluate.records import PLAIN, Turn
+from fastmtp.evaluate.records import Turn
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,18 @@ def differences(turns: Sequence[Turn], competitors: Mapping[str, Facts]) -> list
     return found
 
 
-def with_margins(
-    differences: Sequence[Difference], turns: Sequence[Turn], sequence: TokenSequence
-) -> list[Divergence]:
-    """Differences with their margins.
+def with_margins(differences: Sequence[Difference], turns: Sequence[Turn], plain: Own) -> list[Divergence]:
+    """Differences from one plain decoding, with their margins.
 
     Where arithmetic depends on how many tokens are computed together, only near-ties may flip.
     """
     by_key = {turn.key: turn for turn in turns}
     found = []
     for one in differences:
-        plain = by_key[one.key].answer(PLAIN)
-        assert plain is not None
-        sequence.reset()
-        logits_V = sequence.prefill([*by_key[one.key].prompt, *plain.tokens[: one.token]])
+        answer = by_key[one.key].answer(plain.name)
+        assert answer is not None
+        plain.sequence.reset()
+        logits_V = plain.sequence.prefill([*by_key[one.key].prompt, *answer.tokens[: one.token]])
         second, first = np.partition(logits_V, -2)[-2:].tolist()
         found.append(Divergence(one.key, one.competitor, one.token, first - second))
     return found

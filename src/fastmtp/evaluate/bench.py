@@ -8,20 +8,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.options import DraftOptions
+from fastmtp.decode.drafting.options import LOOKUP, DraftOptions
+from fastmtp.engines.open import EngineOptions
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.competitors import Competitor
 from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.drift import Kernels
-from fastmtp.evaluate.journal import Journal
+from fastmtp.evaluate.journal import JOURNAL, Journal, check_settings
 from fastmtp.evaluate.lineup import lineup, own_competitor
-from fastmtp.evaluate.names import check_names
+from fastmtp.evaluate.names import check_names, no_head
 from fastmtp.evaluate.prompts import BUILTIN, Conversation, suite
 from fastmtp.evaluate.quality import right
 from fastmtp.evaluate.recording import Recording, record_all
 from fastmtp.evaluate.records import PLAIN, Answer, Failure, Turn
 from fastmtp.evaluate.results import document, run_facts
 from fastmtp.files import file_sha256
+from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
@@ -50,10 +52,35 @@ class Benchmark:
     against: tuple[str, ...] = ()
     vanilla: Path | None = None
 
-    def check(self) -> None:
-        """Raises FileNotFoundError or ValueError if there is no such suite or competitor."""
-        check_names(self.against, self.vanilla)
+    def check(self, target: str, engine: EngineOptions, out: Path | None = None, *, records: bool = False) -> None:
+        """What can be said before the target is loaded.
+
+        Args:
+            records: whether the head's candidates are to be recorded.
+        Raises:
+            FileNotFoundError, ValueError: no such suite, competitor or head, or `out` has a run of other settings.
+        """
+        has_head = (self.options.head or shipped_head(target)) is not None
+        check_names(self.against, self.vanilla, engine, has_head=has_head)
         suite(self.suite, self.limit)
+        if self.options.draft not in (PLAIN, LOOKUP) and not has_head:
+            raise ValueError(no_head(target))
+        if records and self.options.draft in (PLAIN, LOOKUP):
+            raise ValueError("--record asks the head; give --draft auto or chain:K")
+        if self.vanilla is not None:
+            check_head(self.vanilla)
+        if out is not None:
+            check_settings(out / JOURNAL, self._stated(target))
+
+    def _stated(self, target: str) -> dict[str, object]:
+        """The settings that a run that goes on must share with the one before."""
+        return asdict(self.settings) | {
+            "target": target,
+            "head": _head_sha256(target, self.options.head),
+            "suite": self.suite,
+            "limit": self.limit,
+            "draft_vocabulary": self.options.draft_vocabulary,
+        }
 
     def run(self, engine: Engine, out: Path | None = None, progress: Progress = QUIET) -> tuple[Document, Journal]:
         """Measure, or continue a run that was stopped.
@@ -63,15 +90,9 @@ class Benchmark:
         """
         competitors, missing = lineup(self.against, engine, self.options, self.vanilla, progress)
         try:
-            stated = asdict(self.settings) | {
-                "target": engine.target.source,
-                "head": _head_sha256(engine.target.source, self.options.head),
-                "suite": self.suite,
-                "limit": self.limit,
-                "draft_vocabulary": self.options.draft_vocabulary,
-                "competitors": [[competitor.name, competitor.version] for competitor in competitors],
-            }
-            journal = Journal(out / "answers.jsonl" if out else None, stated)
+            versions = [[competitor.name, competitor.version] for competitor in competitors]
+            stated = self._stated(engine.target.source) | {"competitors": versions}
+            journal = Journal(out / JOURNAL if out else None, stated)
             conversations = suite(self.suite, self.limit)
             run(competitors, engine.target, conversations, self.settings, journal, progress=progress)
         finally:

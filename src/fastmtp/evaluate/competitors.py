@@ -15,7 +15,8 @@ from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.generation import Generation
 from fastmtp.engines.costs import TOGETHER, ask_task, draft_task, forward_task, least_ms, some_ids
 from fastmtp.evaluate.measured import MeasuredSequence
-from fastmtp.evaluate.records import PLAIN, Answer
+from fastmtp.evaluate.names import OwnName
+from fastmtp.evaluate.records import Answer
 
 _REPEATS = 3
 
@@ -40,7 +41,8 @@ class Own:
         self.name = name
         self.engine, self._drafting = drafting.engine, drafting
         self.version = f"fastmtp {importlib.metadata.version('fastmtp')}, {self.engine.name}"
-        self.reference = None if name == PLAIN else PLAIN
+        plain = OwnName.of(name).plain
+        self.reference = None if name == plain else plain
         self.sequence = drafting.new_sequence()
         self._measured = MeasuredSequence(self.sequence)
         self._show = show
@@ -83,7 +85,7 @@ class Own:
     def draft_ms(self, context: int) -> float:
         """Milliseconds of a draft step of a chain, or of asking the head once; 0 if nothing is drafted."""
         ids = some_ids(self.engine.target.vocabulary_size, context)
-        if self._drafting.new_drafter is None:
+        if self._drafting.new_drafter is None or self._drafting.head is None:
             return 0.0
         drafter = self._drafting.new_drafter(ids, SamplingConfig())
         chain = isinstance(drafter, Chain)

@@ -26,10 +26,14 @@ class Right:
 
 @dataclass(frozen=True)
 class RoundCosts:
-    """Milliseconds, timed after the run: a forward by its number of tokens, and a draft step or tree level."""
+    """Milliseconds, timed after the run: a forward by its number of tokens, and a draft step or tree level.
+
+    `plain_ms`: a forward of one token in the plain decoding of the run; None if it is of these.
+    """
 
     forward_ms: dict[int, float]
     draft_ms: float
+    plain_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,22 @@ from pathlib import Path
 
 from fastmtp.evaluate.records import Json, Turn, from_json
 
+JOURNAL = "answers.jsonl"
+
+
+def check_settings(path: Path, settings: Json) -> None:
+    """Raises ValueError if a journal is of a run in which one of these settings was another."""
+    if not path.is_file():
+        return
+    with path.open() as stream:
+        first = stream.readline()
+    before = json.loads(first) if first.endswith("\n") else settings
+    if differing := [key for key in settings if before.get(key) != settings[key]]:
+        raise ValueError(
+            f"{path}: holds a run with other settings ({', '.join(differing)}); give another --out, or the same "
+            "settings to go on with it"
+        )
+
 
 class Journal:
     """Turns by key, in memory and, if a path is given, in a file."""
@@ -22,15 +38,10 @@ class Journal:
         if path is None:
             return
         lines = [settings]
+        check_settings(path, settings)
         if path.is_file():
             # A turn whose line was only half written when the run was killed is measured again.
             lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            if lines and lines[0] != settings:
-                differing = [key for key in settings if lines[0].get(key) != settings[key]]
-                raise ValueError(
-                    f"{path}: holds a run with other settings ({', '.join(differing)}); give another --out, or the "
-                    "same settings to go on with it"
-                )
             self._turns = {turn.key: turn for turn in (from_json(Turn, line) for line in lines[1:])}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(map(_line, lines or [settings])))

@@ -64,7 +64,7 @@ class LlamaCpp:
             raise FileNotFoundError(f"llama.cpp runs GGUF files; {engine.target.source} is none")
         ngram = name.endswith("+ngram")
         self.name = name
-        self.version = f"llama.cpp through xllamacpp {llama_cpp.version()}, {kind}"
+        self.version = f"llama.cpp through xllamacpp {llama_cpp.version()}, {llama_cpp.type_of(source, kind)}"
         self.reference = f"llama.cpp:{kind}" if ngram else None
         path, context = llama_cpp.requantized(source, kind), min(engine.target.context_limit, _CONTEXT)
         speculation = "NGRAM_SIMPLE" if ngram else None

@@ -42,13 +42,18 @@ def document(
     """
     # Forwards are timed at the answers' typical context, so that predicted and measured times are comparable.
     context = int(median(len(turn.prompt) + turn.cells[PLAIN].length // 2 for turn in turns))
-    plain = competitors[0]
-    assert isinstance(plain, Own)
-    forward_ms, facts = plain.forward_ms(context), {}
-    for competitor in competitors:
-        costs = RoundCosts(forward_ms, competitor.draft_ms(context)) if isinstance(competitor, Own) else None
-        reference = competitor.reference if greedy or costs else None
-        facts[competitor.name] = Facts(competitor.version, reference, costs)
+    own = {competitor.name: competitor for competitor in competitors if isinstance(competitor, Own)}
+    plainly = {name: competitor for name, competitor in own.items() if competitor.reference is None}
+    forward_ms = {name: competitor.forward_ms(context) for name, competitor in plainly.items()}
+    costs = {
+        name: RoundCosts(forward_ms[one.reference or name], one.draft_ms(context), forward_ms[PLAIN][1])
+        for name, one in own.items()
+    }
+    facts = {
+        one.name: Facts(one.version, one.reference if greedy or one.name in own else None, costs.get(one.name))
+        for one in competitors
+    }
+    found = differences(turns, facts)
     return Document(
         main=main,
         target=target.source,
@@ -56,7 +61,11 @@ def document(
         facts=facts,
         summary=summarize(turns, facts),
         costs_context=context,
-        divergences=with_margins(differences(turns, facts), turns, plain.sequence),
+        divergences=[
+            one
+            for name, plain in plainly.items()
+            for one in with_margins([one for one in found if facts[one.competitor].reference == name], turns, plain)
+        ],
         steadiness=Steadiness.of([turn.machine for turn in turns]),
         samples=list(_samples(turns, main, target)) if main != PLAIN else [],
         answers=[_short(turn) for turn in turns],

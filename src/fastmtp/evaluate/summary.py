@@ -96,7 +96,7 @@ def _drafting(answers: Sequence[Answer], costs: RoundCosts | None) -> Drafting |
     times = [costs.forward_ms[count] for count in known]
     verify = sum(float(np.interp(count, known, times)) * number for count, number in verified.items()) / 1e3
     draft = costs.draft_ms * sum(answer.draft_steps for answer in answers) / 1e3
-    plain_seconds = times[0] * sum(answer.length - 1 for answer in answers) / 1e3
+    plain_seconds = (costs.plain_ms or times[0]) * sum(answer.length - 1 for answer in answers) / 1e3
     return Drafting(
         # Not the sum of the shares: trees may be deeper than the reported steps.
         tau=sum(committed) / len(committed) if committed else 1.0,

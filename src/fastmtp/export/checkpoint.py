@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,12 +12,16 @@ from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.heads.checkpoint import find_head, write_back
 
-OPTIONS: tuple[str, ...] = ()
+OPTIONS: Mapping[str, Sequence[object]] = {}
 CONVENTION = (
     "The checkpoint's own: the key names, the order of the projection's halves, and the state that the model's "
     "engine gives to its MTP layer."
 )
 DRAFTS_FROM = "full"
+
+
+def check(job: Job) -> None:
+    find_head(job.target.source)
 
 
 def write(job: Job, directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastmtp.export.measure import NEW_TOKENS, prompts
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.families import ALIASES, ONLY_TORCH, SUPPORTED
 
-OPTIONS: tuple[str, ...] = ()
+OPTIONS: Mapping[str, Sequence[object]] = {}
 CONVENTION = (
     "fastmtp's own: the head takes the target's state after its final norm (`last_hidden_state`) and feeds back "
     "its own state after `final_norm`; `input_proj` takes [hidden, embedding]; the state of position t and the "
@@ -33,10 +33,13 @@ DRAFTS_FROM = "union"
 _IDS = "draft_ids"
 
 
-def write(job: Job, directory: Path) -> None:
+def check(job: Job) -> None:
     if job.kind not in (*SUPPORTED, *ONLY_TORCH):
         known = ", ".join((*SUPPORTED, *ALIASES, *ONLY_TORCH))
         raise ValueError(f"{job.target.source}: --to transformers supports {known}, not {job.kind}")
+
+
+def write(job: Job, directory: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in job.tensors.items()}
     if job.vocabulary.lists:
         tensors[_IDS] = torch.tensor(job.vocabulary.union(), dtype=torch.int64)

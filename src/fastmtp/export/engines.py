@@ -3,12 +3,13 @@
 job.py opens the target and the head; package.py writes README.md and export.json, copies the head's JSON files, and
 reads the export back. The module provides:
 
-- `OPTIONS`: the names of its options; `Job.options` has the values that were given.
+- `OPTIONS`: its options, each with the values that it can have; `Job.options` has those that were given.
 - `CONVENTION`: how its graph uses the head, as text for the README.
 - `DRAFTS_FROM`: the draft vocabulary with which our engine drafts like this one: full (all tokens), union (of all
   the head's lists), or another value of --draft-vocabulary.
-- `write`: write its files into an empty directory, or raise a ValueError that says what is supported. Tensors of
-  the target are read one at a time, from `Job.weights`.
+- `check`: raise a ValueError that says what is supported, before anything is measured or written.
+- `write`: write its files into an empty directory. Tensors of the target are read one at a time, from
+  `Job.weights`.
 - `guide`: the README's commands, as Markdown; DIR is replaced by the export's directory.
 - `read_head`: the head's tensors from these files, under the names of `MTPHead`, in any dtype. They are cast to the
   head's own dtypes, which is exact if the stored type represents their values.
@@ -17,6 +18,7 @@ reads the export back. The module provides:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -80,9 +82,11 @@ class Verification:
 class Engine(Protocol):
     """A module of `registry.MODULES`."""
 
-    OPTIONS: tuple[str, ...]
+    OPTIONS: Mapping[str, Sequence[object]]
     CONVENTION: str
     DRAFTS_FROM: str
+
+    def check(self, job: Job) -> None: ...
 
     def write(self, job: Job, directory: Path) -> None: ...
 

@@ -27,8 +27,6 @@ def check(job: Job) -> None:
         if kind is not None:
             raise ValueError(f"--type is for a target in a GGUF file; {job.target.source} is served as it is")
         return
-    if kind not in (None, *TYPES):
-        raise ValueError(f"--type is {kind}; a Hugging Face directory can be {', '.join(TYPES)}")
     if job.weights.rope_factors is not None:
         raise ValueError(
             f"{job.target.source}: has rope factors, which are not written here; give the model's Hugging Face "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.source import describe
 from fastmtp.others import llama_cpp
 
-OPTIONS = ("type", "split")
+OPTIONS: Mapping[str, Sequence[object]] = {"type": GGUF_TYPES, "split": (True,)}
 CONVENTION = (
     "Architecture `glm4moe`. The head takes the target's state after its final norm and feeds back its own state "
     "after `shared_head_norm`; `eh_proj` takes [embedding, hidden] (fastmtp's `input_proj` with the halves of its "
@@ -33,8 +34,12 @@ DRAFTS_FROM = "full"
 _ONE, _TRUNK, _HEAD = "model.gguf", "trunk.gguf", "head.gguf"
 
 
-def write(job: Job, directory: Path) -> None:
+def check(job: Job) -> None:
     gguf_layout.check(job)
+    tokenizer_metadata(job)
+
+
+def write(job: Job, directory: Path) -> None:
     kind, metadata = (
         str(job.options.get("type", GGUF_TYPES[0])),
         tokenizer_metadata(job) | gguf_layout.metadata(job),

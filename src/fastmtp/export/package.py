@@ -71,13 +71,18 @@ def export_head(
     """
     check_free(out, force=force)
     engine = engine_named(engine_name)
-    for name in options or {}:
+    for name, value in (options or {}).items():
         if name not in engine.OPTIONS:
             raise ValueError(f"--{name.replace('_', '-')} is not an option of --to {engine_name}")
+        if value not in (allowed := engine.OPTIONS[name]):
+            known = ", ".join(map(str, allowed))
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; --to {engine_name} can write {known}")
     directory = head or shipped_head(target)
     if directory is None:
         raise ValueError(f"{target}: no head ships for this target; train one and give --head DIR")
+    head_format.check_head(directory)
     job = open_job(target, directory, out, options or {})
+    engine.check(job)
     found = measure_job(job, engine.DRAFTS_FROM, progress) if measured else None
     return write_export(engine_name, job, found, force=force)
 
@@ -91,6 +96,7 @@ def write_export(name: str, job: Job, measured: Measured | None, *, force: bool)
     out = job.out
     check_free(out, force=force)
     engine = engine_named(name)
+    engine.check(job)
     with replacing(out) as temporary:
         temporary.mkdir()
         engine.write(job, temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from fastmtp.export.mimo_layout import read_head as read_head
 from fastmtp.files import write_json
 from fastmtp.models.info import raise_problems
 
-OPTIONS = ("type",)
+OPTIONS: Mapping[str, Sequence[object]] = {"type": tuple(hugging_face.TYPES)}
 CONVENTION = (
     "The head takes the target's state after its final norm and feeds back its own state after `final_layernorm`; "
     "`input_proj` takes [hidden, embedding]; the state of position t and the token of t + 1 are put at position t; "
@@ -27,12 +28,15 @@ DRAFTS_FROM = "union"
 _ALL = "all"
 
 
-def write(job: Job, directory: Path) -> None:
+def check(job: Job) -> None:
     raise_problems(
         f"{job.target.source}: SGLang's MiMo model cannot run this head; vLLM can, with our plugin (--to vllm):",
         mimo_layout.problems(job),
     )
     hugging_face.check(job)
+
+
+def write(job: Job, directory: Path) -> None:
     save_file(mimo_layout.tensors(job), directory / mimo_layout.FILE, metadata={"format": "pt"})
     write_json(directory / "config.json", mimo_layout.config(job))
     for name, ids in _maps(job).items():

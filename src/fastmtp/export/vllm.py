@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from fastmtp.models.families import SUPPORTED
 from fastmtp.models.source import describe
 from fastmtp.others import vllm
 
-OPTIONS = ("type",)
+OPTIONS: Mapping[str, Sequence[object]] = {"type": tuple(hugging_face.TYPES)}
 CONVENTION = (
     "The head takes the target's state after its final norm and feeds back its own state after `final_layernorm`; "
     "`input_proj` takes [hidden, embedding]; the state of position t and the token of t + 1 are put at position t. "
@@ -34,7 +35,6 @@ _OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
 def write(job: Job, directory: Path) -> None:
-    _check(job)
     tensors = mimo_layout.tensors(job)
     for name, ids in job.vocabulary.lists.items():
         tensors[LISTS + name] = torch.tensor(ids, dtype=torch.int64)
@@ -94,8 +94,7 @@ def replayed(directory: Path, manifest: Manifest, *, own_model: bool = False) ->
     )
 
 
-def _check(job: Job) -> None:
-    """Raises ValueError if vLLM cannot draft from this export."""
+def check(job: Job) -> None:
     if mimo_layout.declared_kind(job) == "mimo":
         raise ValueError(
             f"{job.target.source}: vLLM gives the head of a MiMo model the state before its final norm, and this "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmtp.files import file_sha256
-from fastmtp.heads.format import check_free, read_head, write_head
+from fastmtp.heads.format import check_free, check_head, read_head, write_head
 from fastmtp.heads.layouts import KeyMap, Layout, all_keys, from_head, key_map, layout_of, to_head
 from fastmtp.method.head import shapes
 from fastmtp.models.checkpoint import Checkpoint, write_overlay
@@ -138,6 +138,9 @@ def write_back(name: str, head: Path, out: Path) -> Overlay:
     Raises:
         FileNotFoundError, ValueError: as `find_head`; the head does not fit; or `out` exists.
     """
+    if out.exists():
+        raise ValueError(f"{out}: exists; choose another --out")
+    check_head(head)
     own = find_head(name)
     read_head(head, own.target, own.shapes)  # raises if the head does not fit
     path = head / "model.safetensors"

@@ -107,10 +107,18 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
     return StoredHead(weights, lists, steps)
 
 
-def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:
-    """A head's lists and its K, checked against the target as by `read_head`."""
+def check_head(directory: Path) -> None:
+    """Raises FileNotFoundError if a directory holds no head, of whatever target."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such head directory")
+    for name in ("config.json", "model.safetensors", "vocabulary.json"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory}: is no head directory; it has no {name}")
+
+
+def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:
+    """A head's lists and its K, checked against the target as by `read_head`."""
+    check_head(directory)
     config = read_json(directory / "config.json")
     raise_problems(f"{directory}: this head does not fit {target.source}:", _mismatches(config, target))
     return read_vocabulary(directory / "vocabulary.json", target), int(config["draft_steps"])

@@ -1,4 +1,4 @@
-"""Sources of a target: the embedded model, a Hugging Face directory, a GGUF file, or a hub id."""
+"""Sources of a target: a packaged model, a Hugging Face directory, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.files import read_json
-from fastmtp.models import embedded
 from fastmtp.models.config import ModelConfig, check_supported
 from fastmtp.models.families import ALIASES, ONLY_TORCH
 from fastmtp.models.gguf_config import end_ids as gguf_end_ids
@@ -18,6 +17,8 @@ from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import gguf_parts, read_gguf
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
 from fastmtp.models.info import TargetInfo, ids_of
+from fastmtp.models.packaged import file_of
+from fastmtp.models.packaged_models import MODELS
 from fastmtp.models.tensors import family
 from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
 from fastmtp.models.weights import GgufWeights, SafetensorsWeights, weight_paths
@@ -140,7 +141,7 @@ def locate(name: str) -> Source:
         FileNotFoundError: there is no such file or directory.
         ValueError: the file is not a GGUF file.
     """
-    path = embedded.embedded_gguf() if name == embedded.NAME else Path(name).expanduser()
+    path = file_of(name) or Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{name}: no such GGUF file")
@@ -155,7 +156,7 @@ def locate(name: str) -> Source:
         return Source(name, str(path))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
-            f"{name}: no such model; give {embedded.NAME!r}, a Hugging Face directory, a .gguf file, "
+            f"{name}: no such model; give {' or '.join(MODELS)}, a Hugging Face directory, a .gguf file, "
             "or a hub id such as Qwen/Qwen3-0.6B"
         )
     return Source(name, name)
@@ -200,6 +201,6 @@ def _explained(name: str, error: Exception) -> Exception:
     if isinstance(error, ValueError) and str(error).startswith(name):
         return error
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if Path(name).expanduser().exists() or name == embedded.NAME:
+    if Path(name).expanduser().exists() or name in MODELS:
         return ValueError(f"{name}: the model cannot be read, its files may be damaged or incomplete: {reason}")
     return FileNotFoundError(f"{name}: cannot be loaded from the hub: {reason}")

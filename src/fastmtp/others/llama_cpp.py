@@ -15,9 +15,12 @@ import gguf
 import numpy as np
 
 from fastmtp.files import cache_directory, replacing
+from fastmtp.models.gguf_file import read_gguf
 from fastmtp.others.process import EngineProcess
 
 TYPES = ("Q8_0", "BF16", "Q4_0")
+# Stands for the type that a target's own file has.
+FILE = "file"
 
 
 def version() -> str | None:
@@ -28,7 +31,13 @@ def version() -> str | None:
 
 
 def requantized(source: Path, kind: str) -> Path:
-    """A GGUF file with the weights of `source` in another type, made once and kept in the cache directory."""
+    """A GGUF file with the weights of `source` in another type, made once and kept in the cache directory.
+
+    Args:
+        kind: one of TYPES, or FILE for the source itself.
+    """
+    if kind == FILE:
+        return source
     stat = source.stat()
     key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     path = cache_directory() / "llama.cpp" / f"{key}-{kind}.gguf"
@@ -54,6 +63,15 @@ def requantized(source: Path, kind: str) -> Path:
         writer.write_tensors_to_file()
         writer.close()
     return path
+
+
+def type_of(source: Path, kind: str) -> str:
+    """A name for the weights of `requantized`: for FILE, llama.cpp's name of the file's type."""
+    if kind != FILE:
+        return kind
+    number = read_gguf(source).metadata.get("general.file_type")
+    named = gguf.LlamaFileType(number).name.removeprefix("MOSTLY_") if number is not None else "unnamed type"
+    return f"the file itself ({named})"
 
 
 @dataclass(frozen=True)

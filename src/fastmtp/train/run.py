@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.config import TrainConfig
-from fastmtp.distill.dataset import DataSet, data_sha256, read_exchanges
+from fastmtp.distill.dataset import DataSet, check_data, data_sha256, read_exchanges
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
-from fastmtp.heads.format import check_free, read_vocabulary, save_head
+from fastmtp.files import read_json
+from fastmtp.heads.format import check_free, check_head, read_vocabulary, save_head
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 from fastmtp.train.agreement import Measured
@@ -43,6 +44,20 @@ class TrainSummary:
     tokens_per_second: float
     seconds: dict[str, float]
     peak_memory_gb: float
+
+
+def check_run(data: Sequence[Path], out: Path, init: Path | None, lists: Path | None) -> None:
+    """What can be said of a run before the target is loaded; arguments as for `train_head`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such data, head or lists, or `out` is something else than a head.
+    """
+    check_free(out)
+    check_data(data)
+    if init is not None:
+        check_head(init)
+    if lists is not None:
+        read_json(lists)
 
 
 def train_head(

@@ -144,6 +144,13 @@ class Adaptive:
                 gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._learned.ask_ms
 
 
+class FromText(Adaptive):
+    """Trees from the text alone, without a head."""
+
+    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+        return []
+
+
 def _open(tree: Tree, node: int) -> float:
     """Probability that a node is accepted, and that none of its children is what follows."""
     children = tree.nodes[node].children.values()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastmtp.decode.drafting import estimates
-from fastmtp.decode.drafting.adaptive import Adaptive
+from fastmtp.decode.drafting.adaptive import Adaptive, FromText
 from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.learned import Learned
-from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, DraftOptions
+from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, LOOKUP, DraftOptions
 from fastmtp.engines.protocol import Engine, Head, TokenSequence
+from fastmtp.files import read_json
+from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
@@ -39,12 +43,17 @@ def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QU
         FileNotFoundError, ValueError: as `Engine.load_head`; no head ships for the target; no such list.
     """
     steps, name = options.steps(), engine.target.source
+    if options.draft == LOOKUP:
+        from_text = Learned(engine.costs(None, None, progress))
+        return Drafting(engine, new_drafter=lambda prompt, sampling: FromText(from_text, prompt, sampling))
     directory = options.head or shipped_head(name)
     if directory is None and steps:
         raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
     if directory is None or steps == 0:
         if steps is None:
-            log.warning("no head ships for %s, decoding plainly; train one and give --head", name)
+            log.warning(
+                "no head ships for %s, decoding plainly; train one and give --head, or --draft lookup", name
+            )
         return Drafting(engine)
     head = engine.load_head(directory)
     lists = draft_lists(head, options.draft_vocabulary, engine.target.vocabulary_size)
@@ -52,6 +61,29 @@ def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QU
         return Drafting(engine, head, lists, chains(steps))
     learned = Learned(engine.costs(head, lists, progress), estimates.load(directory))
     return Drafting(engine, head, lists, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
+
+
+def check_drafting(options: DraftOptions, target: str) -> None:
+    """What can be said of options before the target is loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: no such head, list or way to draft; or a head is needed and none ships.
+    """
+    steps, directory = options.steps(), options.head or shipped_head(target)
+    if directory is None and steps:
+        raise ValueError(f"{target}: no head ships for this target; train one and give --head DIR")
+    known = [GROWING, LISTED, FULL]
+    if directory is not None:
+        check_head(directory)
+        estimates.load(directory)
+        known += read_json(directory / "vocabulary.json").get("lists", {})
+    _check_list(options.draft_vocabulary, known, directory)
+
+
+def _check_list(wanted: str, known: Sequence[str], directory: Path | None) -> None:
+    if wanted not in known:
+        whose = f"{directory}: has" if directory else "there is"
+        raise ValueError(f"{whose} no list {wanted!r} for --draft-vocabulary; there are {', '.join(known)}")
 
 
 def draft_lists(head: Head, wanted: str, vocabulary_size: int) -> DraftLists | None:
@@ -68,7 +100,5 @@ def draft_lists(head: Head, wanted: str, vocabulary_size: int) -> DraftLists | N
         return DraftLists(head.lists, vocabulary_size, 0)
     if wanted == FULL:
         return None
-    if wanted in head.lists.lists:
-        return DraftLists(VocabularyLists.of(head.lists.lists[wanted]), vocabulary_size, 0)
-    known = ", ".join([GROWING, LISTED, FULL, *head.lists.lists])
-    raise ValueError(f"{head.directory}: has no list {wanted!r} for --draft-vocabulary; there are {known}")
+    _check_list(wanted, [GROWING, LISTED, FULL, *head.lists.lists], head.directory)
+    return DraftLists(VocabularyLists.of(head.lists.lists[wanted]), vocabulary_size, 0)

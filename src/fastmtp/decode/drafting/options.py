@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GROWING, LISTED, FULL = "growing", "listed", "full"
-AUTO, PLAIN = "auto", "plain"
+AUTO, LOOKUP, PLAIN = "auto", "lookup", "plain"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class DraftOptions:
     draft_vocabulary: str = GROWING
 
     def steps(self) -> int | None:
-        """K of a chain, 0 for plain decoding, None for trees.
+        """K of a chain, 0 for plain decoding, None for trees (lookup's too).
 
         Raises:
             ValueError: `draft` is none of these.
@@ -26,6 +26,6 @@ class DraftOptions:
         kind, _, number = self.draft.partition(":")
         if kind == "chain" and number.isdecimal() and int(number) > 0:
             return int(number)
-        if self.draft in (AUTO, PLAIN):
-            return None if self.draft == AUTO else 0
-        raise ValueError(f"--draft is {self.draft}; it must be auto, chain:K with K of 1 or more, or plain")
+        if self.draft in (AUTO, LOOKUP, PLAIN):
+            return 0 if self.draft == PLAIN else None
+        raise ValueError(f"--draft is {self.draft}; it must be auto, lookup, chain:K with K of 1 or more, or plain")

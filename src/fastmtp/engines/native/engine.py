@@ -68,7 +68,7 @@ class NativeEngine:
     def batch(self, slots: int) -> NativeBatch:
         return NativeBatch(self.target, slots)
 
-    def costs(self, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+    def costs(self, head: Head | None, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
         return costs_of(self, head, lists, progress)
 
     def floor(self) -> Floor:

@@ -89,7 +89,7 @@ class TorchEngine:
     def batch(self, slots: int) -> TorchBatch:
         return TorchBatch(self.target, slots)
 
-    def costs(self, head: Head, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+    def costs(self, head: Head | None, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
         return costs_of(self, head, lists, progress)
 
     def floor(self) -> Floor:

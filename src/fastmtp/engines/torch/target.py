@@ -93,7 +93,7 @@ def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | to
     """Load and freeze a target.
 
     Args:
-        name: `smollm2` (the embedded model), a Hugging Face directory, a `.gguf` file, or a hub id.
+        name: a packaged model (packaged_models.py), a Hugging Face directory, a `.gguf` file, or a hub id.
         dtype: by default bfloat16 on a GPU, and float32 on a CPU, where bfloat16 saves no time.
         device: by default the GPU if there is one.
     Raises:
