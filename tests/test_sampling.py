@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode import sampling as module
+from fastmtp.decode.penalties import adjusted
+from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.sampling import choose, race, support
 
 SETTINGS = [
@@ -124,3 +134,94 @@ def test_a_draft_from_another_distribution_is_right_as_often_as_the_coupling_all
 
 def test_greedy_candidates_stay_as_they_are() -> None:
     assert race([5, 2], [0.6, 0.3], SamplingConfig(), 9) == ([5, 2], [0.6, 0.3])
+
+
+ADJUSTED = [
+    SamplingConfig(repetition_penalty=1.7),
+    SamplingConfig(frequency_penalty=0.6, presence_penalty=-0.4),
+    SamplingConfig(logit_bias=((3, 2.5), (0, -4.0)), repetition_penalty=0.8, frequency_penalty=-0.3),
+]
+
+
+@given(logits, st.lists(st.integers(0, 4), max_size=9), st.lists(st.integers(0, 4), max_size=9))
+@settings(deadline=None)
+def test_penalties_by_their_formulas(values: list[int], prompt: list[int], answer: list[int]) -> None:
+    """Each token by itself: bias, then CTRL's penalty of what was seen, then OpenAI's of the answer."""
+    row = np.array(values, np.float32) / 8
+    for config in ADJUSTED:
+        expected = []
+        for token, logit in enumerate(row.tolist()):
+            logit += dict(config.logit_bias).get(token, 0.0)
+            if token in prompt or token in answer:
+                logit = logit / config.repetition_penalty if logit > 0 else logit * config.repetition_penalty
+            count = answer.count(token)
+            expected.append(logit - count * config.frequency_penalty - (count > 0) * config.presence_penalty)
+        found = adjusted(row, config, np.unique(np.array(prompt, np.int64)), Counter(answer))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@given(logits)
+@settings(deadline=None)
+def test_repetition_penalty_and_min_p_are_transformers_own(values: list[int]) -> None:
+    row, seen = torch.tensor(values) / 8, torch.tensor([[1, 3, 3]])
+    penalised = adjusted(row.numpy(), ADJUSTED[0], np.array([1, 3]), {})
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, row[None].clone())[0]
+    np.testing.assert_allclose(penalised, expected.numpy(), rtol=1e-6)
+    for top_k, top_p in itertools.product((0, 3), (1.0, 0.8)):
+        config = SamplingConfig(temperature=1.7, min_p=0.2, top_k=top_k, top_p=top_p)
+        scores = MinPLogitsWarper(0.2)(None, TemperatureLogitsWarper(1.7)(None, row[None].double()))
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        ids, weights = support(row.numpy(), config)
+        found = torch.zeros(len(row), dtype=torch.float64)
+        found[torch.from_numpy(ids)] = torch.from_numpy(weights / weights.sum()).double()
+        torch.testing.assert_close(found, scores.softmax(-1)[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_path_counts_as_text() -> None:
+    """Whether its tokens were settled or are a path of a tree, what follows them is drawn alike."""
+    generator = torch.Generator().manual_seed(3)
+    for config in [replace(one, temperature=temperature) for one in ADJUSTED for temperature in (0.0, 1.0)]:
+        rows, tokens = torch.randn(40, 8, generator=generator).numpy(), [1, 5, 1, 1, 0, 7]
+        settled, waiting = Sampler(config, [2, 2, 1]), Sampler(config, [2, 2, 1])
+        settled.extend(tokens)
+        waiting.extend(tokens[:2])
+        drawn = [settled.draw(row) for row in rows]
+        assert drawn == [waiting.draw(row, tokens[2:]) for row in rows]
+        assert drawn != [waiting.draw(row) for row in rows]
+
+
+def test_penalised_draws_have_the_distribution() -> None:
+    """The softmax of the logits that the formulas give."""
+    config = SamplingConfig(temperature=1.3, logit_bias=((6, 1.0),), repetition_penalty=1.5, frequency_penalty=0.5)
+    row = np.array([1.0, 0.3, -0.5, 2.0, -3.0, 0.9, 0.0], np.float32)
+    logits_V = np.array([1.0, 0.3 / 1.5, -0.5 * 1.5 - 1.0, 2.0 / 1.5 - 0.5, -3.0, 0.9, 1.0]) / 1.3
+    expected = 4000 * np.exp(logits_V) / np.exp(logits_V).sum()
+    counts = np.zeros(7)
+    for place in range(4000):
+        sampler = Sampler(config, [1] * place)
+        sampler.extend([2, 3, 2])
+        counts[sampler.draw(row)] += 1
+    # The prompt of the first place holds nothing that is penalised.
+    assert ((counts - expected) ** 2 / expected).sum() < 28
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"min_p": 1.5}, "min_p is 1.5; it must be from 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be from 0.01 to 100"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan; it must be from -100 to 100"),
+        ({"logit_bias": [(-1, 2.0)]}, "logit_bias is {-1: 2.0}; it must be of token ids, from -100 to 100"),
+    ],
+)
+def test_wrong_penalties_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**wrong)
+
+
+def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="logit_bias names token 9; the vocabulary has 7 tokens"):
+        Sampler(SamplingConfig(logit_bias=[(9, 1.0)]), [1]).draw(np.zeros(7, np.float32))

@@ -25,27 +25,59 @@ class _SettingError(ValueError):
         self.name, self.wrong = name, wrong
 
 
-def setting(default: _T, meaning: str, choices: tuple[str, ...] = ()) -> _T:
-    """A dataclass field that carries its one-line meaning, and its choices if there are only some."""
-    described: _T = field(default=default, metadata={"meaning": meaning, "choices": choices})
+def setting(default: _T, meaning: str, choices: tuple[str, ...] = (), *, flag: bool = True) -> _T:
+    """A dataclass field that carries its one-line meaning, its choices if there are only some, and whether the
+    commands have a flag for it."""
+    described: _T = field(default=default, metadata={"meaning": meaning, "choices": choices, "flag": flag})
     return described
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a token is drawn from the logits. Temperature 0 is greedy."""
+    """How a token is drawn from the logits. Temperature 0 is greedy.
+
+    Penalties and bias are defined in decode/penalties.py.
+    """
 
     temperature: float = setting(0.0, "0 is greedy; higher is more varied")
     top_k: int = setting(0, "keep the k likeliest tokens; 0 keeps all")
     top_p: float = setting(1.0, "keep the likeliest tokens that together reach this probability")
     seed: int = setting(0, "seed of every random draw")
+    min_p: float = setting(0.0, "keep tokens this many times as likely as the likeliest", flag=False)
+    repetition_penalty: float = setting(
+        1.0, "divides positive logits of tokens of prompt and answer, multiplies negative ones", flag=False
+    )
+    frequency_penalty: float = setting(
+        0.0, "taken from the logits of the answer's tokens for each time that they came", flag=False
+    )
+    presence_penalty: float = setting(0.0, "taken from the logits of the answer's tokens once", flag=False)
+    logit_bias: tuple[tuple[int, float], ...] = setting(
+        (), "pairs of a token id and what is added to its logit", flag=False
+    )
 
     def __post_init__(self) -> None:
+        # Hashable, also when it was read from JSON.
+        object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in self.logit_bias))
         drawn = 1e-4 <= self.temperature < math.inf
         _check(self.temperature == 0 or drawn, "temperature", self.temperature, "0 (greedy), or 0.0001 or more")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (all tokens) to 1")
+        divides = 0.01 <= self.repetition_penalty <= 100
+        _check(divides, "repetition_penalty", self.repetition_penalty, "from 0.01 to 100 (1: none)")
+        for name in ("frequency_penalty", "presence_penalty"):
+            _check(-100 <= getattr(self, name) <= 100, name, getattr(self, name), "from -100 to 100 (0: none)")
+        for token, bias in self.logit_bias:
+            _check(
+                token >= 0 and -100 <= bias <= 100, "logit_bias", {token: bias}, "of token ids, from -100 to 100"
+            )
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the logits are changed before a token is drawn: by a penalty or a bias."""
+        penalised = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+        return penalised or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, kw_only=True)

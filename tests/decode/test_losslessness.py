@@ -299,6 +299,8 @@ SETTINGS = [
     SamplingConfig(temperature=1.0, seed=5),
     SamplingConfig(temperature=0.7, top_k=6, seed=2**64 - 1),
     SamplingConfig(temperature=1.3, top_p=0.9),
+    SamplingConfig(repetition_penalty=1.3, frequency_penalty=0.5),
+    SamplingConfig(temperature=0.9, min_p=0.05, presence_penalty=1.0, logit_bias=[(7, 3.0)]),
 ]
 # Forwards that cost the same up to 16 tokens, so that trees are large.
 FLAT = Learned(Costs({128: {1: 5.0, 16: 5.001}}, 0.01))

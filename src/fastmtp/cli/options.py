@@ -139,7 +139,7 @@ def settings_options(kind: type[Any]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(kind)
-        for item in reversed(dataclasses.fields(kind)):
+        for item in reversed([item for item in dataclasses.fields(kind) if item.metadata["flag"]]):
             choices = item.metadata["choices"]
             kind_of_value, words = kind_of(hints[item.name])
             is_flag = kind_of_value is bool

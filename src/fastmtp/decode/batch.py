@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.sampling import choose, derived_seed
+from fastmtp.decode.sampler import Sampler
+from fastmtp.decode.sampling import derived_seed
 from fastmtp.engines.protocol import Engine
 
 PREFILL_TOKENS = 8192
@@ -47,6 +51,13 @@ class _Row:
     request: Request
     tokens: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._sampler = Sampler(self.request.sampling, self.request.prompt)
+
+    def draw(self, logits_V: NDArray[np.float32]) -> None:
+        self.tokens.append(self._sampler.draw(logits_V))
+        self._sampler.extend(self.tokens[-1:])
+
     def ended(self) -> bool | None:
         """True: at its end token; False: cut; None: goes on."""
         if self.tokens[-1] in self.request.end_ids:
@@ -76,7 +87,7 @@ def decode_batch(engine: Engine, queue: deque[Request], slots: int) -> Iterator[
             logits_RV = batch.step({slot: row.tokens[-1] for slot, row in rows.items()})
         for slot, logits_V in zip(active, logits_RV, strict=True):
             row = rows[slot]
-            row.tokens.append(choose(logits_V, row.request.sampling, len(row.request.prompt) + len(row.tokens)))
+            row.draw(logits_V)
             finished = row.ended()
             if finished is not None:
                 del rows[slot]

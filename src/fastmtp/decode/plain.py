@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.sampling import choose
+from fastmtp.decode.sampler import Sampler
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
 
 
 def plain(sequence: TokenSequence, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
     """Tokens that follow the prompt, without end, until the context is full."""
-    token = choose(sequence.prefill(prompt), sampling, len(prompt))
+    sampler = Sampler(sampling, prompt)
+    token = sampler.draw(sequence.prefill(prompt))
     text = sequence.texts
     yield token
-    while (length := len(sequence.tokens)) < sequence.context_limit:
+    while len(sequence.tokens) < sequence.context_limit:
         check_owned(sequence, text)
-        if sampling.temperature == 0:
+        sampler.extend([token])
+        if sampler.is_argmax:
             following = sequence.verify_greedy(Tree(token))[0]
         else:
-            following = choose(sequence.verify(Tree(token))[0], sampling, length + 1)
+            following = sampler.draw(sequence.verify(Tree(token))[0])
         sequence.commit([0])
         token = following
         yield token

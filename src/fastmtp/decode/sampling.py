@@ -38,7 +38,8 @@ def derived_seed(seed: int, *numbers: int) -> int:
 def support(logits_V: NDArray[np.float32], sampling: SamplingConfig) -> tuple[NDArray[np.int64], Floats]:
     """The tokens [N] that may be drawn above temperature 0, and their probabilities [N] up to a factor.
 
-    Of the `top_k` likeliest tokens, those before which `top_p` of the probability is not reached.
+    Of the `top_k` likeliest tokens, those at least `min_p` times as likely as the likeliest; of these, those before
+    which `top_p` of the probability is not reached.
     """
     size = len(logits_V)
     ids_N = np.arange(size)
@@ -46,6 +47,9 @@ def support(logits_V: NDArray[np.float32], sampling: SamplingConfig) -> tuple[ND
         ids_N = np.argpartition(logits_V, size - sampling.top_k)[size - sampling.top_k :]
     kept_N = logits_V[ids_N]
     weights_N = np.exp((kept_N - kept_N.max()) / sampling.temperature)
+    if sampling.min_p > 0:
+        likely_N = weights_N >= sampling.min_p
+        ids_N, weights_N = ids_N[likely_N], weights_N[likely_N]
     if sampling.top_p < 1:
         # What is less likely than this has no share in top_p, all such tokens together: only the rest is sorted.
         least = (1 - sampling.top_p) * float(weights_N.sum()) / size
@@ -72,6 +76,9 @@ def race(
         return list(tokens), list(probabilities)
     count = min(len(tokens), sampling.top_k or len(tokens))
     ids_N, weights_N = np.array(tokens[:count]), np.array(probabilities[:count])
+    if sampling.min_p > 0:
+        inside = int((weights_N >= sampling.min_p**sampling.temperature * weights_N[0]).sum())
+        ids_N, weights_N = ids_N[:inside], weights_N[:inside]
     if sampling.top_p < 1:
         tempered_N = weights_N ** (1 / sampling.temperature)
         before_N = np.cumsum(tempered_N) - tempered_N

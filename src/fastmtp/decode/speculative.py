@@ -10,7 +10,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Drafter
 from fastmtp.decode.plain import check_owned
 from fastmtp.decode.planned import Planned
-from fastmtp.decode.sampling import choose
+from fastmtp.decode.sampler import Sampler
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
@@ -42,25 +42,28 @@ def speculative(
     Args:
         drafter: a new one, made for this prompt and sampling.
     """
-    token = choose(sequence.prefill(prompt), sampling, len(prompt))
+    sampler = Sampler(sampling, prompt)
+    token = sampler.draw(sequence.prefill(prompt))
     text = sequence.texts
     yield Round([token], 0)
     while (length := len(sequence.tokens)) < sequence.context_limit:
         check_owned(sequence, text)
         started = time.perf_counter()
+        sampler.extend([token])
         tree = drafter.propose(sequence, token, sequence.context_limit - length)
-        path, token = follow(verify(sequence, tree, sampling), tree.child)
+        path, token = follow(verify(sequence, tree, sampler), tree.child)
         sequence.commit(path)
         drafter.learn(tree, path)
         planned = Planned.of(tree, path, 1e3 * (time.perf_counter() - started))
-        yield Round([*(tree.nodes[node].token for node in path[1:]), token], len(tree.verified) - 1, planned)
+        accepted = tree.tokens_of(path[1:])
+        sampler.extend(accepted)
+        yield Round([*accepted, token], len(tree.verified) - 1, planned)
 
 
-def verify(sequence: TokenSequence, tree: Tree, sampling: SamplingConfig) -> Callable[[int], int]:
+def verify(sequence: TokenSequence, tree: Tree, sampler: Sampler) -> Callable[[int], int]:
     """One forward of the target over a tree; the token that the target has after a node."""
-    if sampling.temperature == 0:
+    if sampler.is_argmax:
         tokens = sequence.verify_greedy(tree)
         return lambda node: tokens[tree.rows[node]]
-    position = len(sequence.tokens) + 1
     logits_MV = sequence.verify(tree)
-    return lambda node: choose(logits_MV[tree.rows[node]], sampling, position + tree.nodes[node].depth)
+    return lambda node: sampler.draw(logits_MV[tree.rows[node]], tree.tokens_of(tree.path(node)[1:]))

@@ -89,10 +89,13 @@ class Tree:
             nodes.append(self.nodes[nodes[-1]].parent)
         return nodes[::-1]
 
+    def tokens_of(self, nodes: Iterable[int]) -> list[int]:
+        return [self.nodes[node].token for node in nodes]
+
     @property
     def tokens(self) -> list[int]:
         """Of the verified nodes."""
-        return [self.nodes[node].token for node in self.verified]
+        return self.tokens_of(self.verified)
 
     @property
     def parents(self) -> list[int]:

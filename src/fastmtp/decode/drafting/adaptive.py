@@ -51,7 +51,7 @@ class Adaptive:
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
-        self._lookup.extend([tree.nodes[node].token for node in path[1:]])
+        self._lookup.extend(tree.tokens_of(path[1:]))
         accepted = set(path)
         for node in path:
             for child in tree.children(node):

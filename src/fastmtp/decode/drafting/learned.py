@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.estimates import Estimates
@@ -61,7 +61,7 @@ class Learned:
         self._forward_ms: dict[int, list[float]] = {}
 
     def experience(self, sampling: SamplingConfig) -> Experience:
-        way = SamplingConfig(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+        way = replace(sampling, seed=0)
         if way not in self.experiences:
             # The estimates of a head are of greedy answers; for drawn ones they would be too high.
             known = self._known.copy() if sampling.temperature == 0 else Estimates()
