@@ -8,7 +8,7 @@ Batch::Batch(Runtime& runtime, const std::vector<Segment>& segments, const std::
     : runtime(runtime), segments(segments), ropes_(ropes),
       angle_size_(ropes.empty() ? 0 : 2 * int(ropes.front().inverse_frequencies.size())) {
   for (const auto& [cache, start, count, tree] : segments) {
-    cache->reserve(start + count);
+    cache->prepare(start, count);
     rows += count;
     for (int slot = start; slot < start + count; slot++) {
       positions.push_back(tree ? tree->position(slot - tree->base) : slot);

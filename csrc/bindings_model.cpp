@@ -1,4 +1,6 @@
 // Models, heads, drafters and their caches. Whatever the caller passes, nothing is read or written out of bounds.
+#include <algorithm>
+#include <list>
 #include <optional>
 
 #include "bindings.hpp"
@@ -45,12 +47,26 @@ std::vector<Segment> segments_of(const Stack& stack, const std::vector<Cache*>& 
   return segments;
 }
 
-void check_tree(const Numbers& parents, size_t caches, size_t tokens) {
-  require(parents.empty() || (caches == 1 && parents.size() == tokens),
-          "a tree belongs to one sequence, with a parent for each token");
-  check_tree_size(parents.size());
-  for (size_t i = 0; i < parents.size(); i++)
-    require(parents[i] >= -1 && parents[i] < int32_t(i), "a token of a tree comes after its parent");
+// The trees of the segments whose tokens are none in a row; the segments point to them.
+std::list<Tree> trees_of(std::vector<Segment>& segments, const Numbers& parents, size_t tokens) {
+  require(parents.empty() || parents.size() == tokens, "trees need a parent for each token");
+  std::list<Tree> trees;
+  auto begin = parents.begin();
+  for (Segment& segment : segments) {
+    if (parents.empty()) break;
+    const Numbers own(begin, begin + segment.count);
+    begin += segment.count;
+    bool chain = true;
+    for (int i = 0; i < segment.count; i++) {
+      require(own[i] >= -1 && own[i] < i, "a token of a tree comes after its parent");
+      chain = chain && own[i] == i - 1;
+    }
+    if (chain) continue;
+    check_tree_size(own.size());
+    trees.emplace_back(segment.start, own);
+    segment.tree = &trees.back();
+  }
+  return trees;
 }
 
 DraftRows rows_of(const Stack& stack, const Parts& parts) {
@@ -81,16 +97,23 @@ void commit(Cache& cache, int start, const Numbers& slots) {
   cache.commit(start, slots);
 }
 
+void share(Cache& cache, const Cache& source, int tokens) {
+  require(cache.capacity() == 0, "a cache that shares another's pages must be empty");
+  require(tokens >= 0 && tokens <= source.capacity(), "a cache cannot share more tokens than the other has room for");
+  require(std::equal(cache.layers().begin(), cache.layers().end(), source.layers().begin(), source.layers().end(),
+                     [](const auto& a, const auto& b) { return a->page_numbers() == b->page_numbers(); }),
+          "a cache is of another shape; both must come from one model's (or head's) new_cache()");
+  cache.share(source, tokens);
+}
+
 void forward(const Model& model, const std::vector<Cache*>& caches, const Numbers& starts, const Numbers& counts,
              const Numbers& tokens, const Output& states, const Numbers& parents,
              const std::optional<Output>& last_inputs) {
   auto segments = segments_of(model.stack, caches, starts, counts, tokens.size());
   check_tokens(tokens.data(), tokens.size(), model);
-  check_tree(parents, caches.size(), tokens.size());
+  const std::list<Tree> trees = trees_of(segments, parents, tokens.size());
   float* to = states_of(states, "states", tokens.size(), model.stack);
   float* inputs = last_inputs ? states_of(*last_inputs, "last inputs", tokens.size(), model.stack) : nullptr;
-  const Tree tree(starts[0], parents);
-  if (!tree.is_chain()) segments[0].tree = &tree;
   model.forward(segments, tokens.data(), to, inputs);
 }
 
@@ -142,6 +165,8 @@ void bind_model(nb::module_& m) {
   nb::class_<Cache>(m, "Cache")
       .def("reserve", &Cache::reserve, "tokens"_a)
       .def("commit", &commit, "start"_a, "slots"_a)
+      .def("share", &share, "source"_a, "tokens"_a)
+      .def_prop_ro("pages", &Cache::pages)
       .def_prop_ro("capacity", &Cache::capacity)
       .def_prop_ro("page_bytes", [](const Cache& cache) { return cache.page_numbers() * sizeof(uint16_t); });
 

@@ -13,9 +13,9 @@ class KeyValues : public State {
 
   size_t page_numbers() const override { return 2 * heads * head_numbers(head_size); }
 
-  void reserve(int tokens, uint16_t* page) override {
-    pages_.resize(tokens / kPageTokens);
-    pages_.back() = page;
+  void set_page(int index, uint16_t* page) override {
+    pages_.resize(std::max<size_t>(pages_.size(), index + 1));
+    pages_[index] = page;
   }
 
   void commit(int start, const std::vector<int32_t>& slots) override {

@@ -80,6 +80,9 @@ class Cache:
     def reserve(self, tokens: int) -> None: ...
     def commit(self, start: int, slots: Sequence[int]) -> None:
         """Move the tokens in these slots, which ascend, to the slots from `start` on."""
+    def share(self, source: Cache, tokens: int) -> None:
+        """Hold, while empty, the first tokens of another cache; a page is shared until one of both writes to it."""
+    pages: Final[list[int]]
     capacity: Final[int]
     page_bytes: Final[int]
 
@@ -109,7 +112,7 @@ class Model:
         """Fill `states` [M, H] for `counts` tokens of each sequence, written to its cache from `starts` on.
 
         Args:
-            parents: of each token, if they are a tree after one sequence; -1 is the sequence.
+            parents: of each token, among its own sequence's, if some are trees; -1 is the sequence.
             last_inputs: [M, H], filled with the inputs of the last layer.
         """
     def logits(self, states: _Floats, out: _Floats) -> None:

@@ -6,20 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
-
-from tokenizers.decoders import DecodeStream
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Drafter, NewDrafter
 from fastmtp.decode.plain import plain
 from fastmtp.decode.planned import Plans
 from fastmtp.decode.speculative import Round, speculative
+from fastmtp.decode.transcript import StopReason, Transcript
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.info import TargetInfo
 
-StopReason = Literal["end", "stop_string", "length", "context"]
 # Lends a sequence for the time in which a prompt is answered.
 Lend = Callable[[Sequence[int]], AbstractContextManager[TokenSequence]]
 
@@ -92,7 +89,7 @@ class Generation:
             yield from self._answer(sequence)
 
     def _answer(self, sequence: TokenSequence) -> Iterator[str]:
-        answer = _Answer(self._target, self._max_new_tokens, self._stop)
+        answer = Transcript(self._target, self._max_new_tokens, self._stop, self._target.end_ids)
         rounds: list[int] = []
         verified, planned = 0, []
         started = first = time.perf_counter()
@@ -136,56 +133,3 @@ class Generation:
         if drafter is not None:
             return speculative(sequence, self._prompt, drafter, self._sampling)
         return (Round([token], 0) for token in plain(sequence, self._prompt, self._sampling))
-
-
-class _Answer:
-    """Tokens so far and their text; holds back what may turn out to belong to a stop string."""
-
-    def __init__(self, target: TargetInfo, limit: int, stop: tuple[str, ...]) -> None:
-        self.tokens: list[int] = []
-        self.text = ""
-        self.stopped: StopReason | None = None
-        self._target, self._limit, self._stop = target, limit, stop
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._shown = 0
-
-    def extend(self, tokens: Sequence[int]) -> int:
-        """Take tokens one by one until the answer stops; returns how many were taken."""
-        for taken, token in enumerate(tokens, 1):
-            self.tokens.append(token)
-            if token in self._target.end_ids:
-                self.stopped = "end"
-            else:
-                self.text += self._stream.step(self._target.tokenizer.backend_tokenizer, token) or ""
-                found = [index for text in self._stop if (index := self.text.find(text, self._shown)) >= 0]
-                if found:
-                    self.text = self.text[: min(found)]
-                    self.stopped = "stop_string"
-                elif len(self.tokens) >= self._limit:
-                    self.stopped = "length"
-            if self.stopped:
-                return taken
-        return len(tokens)
-
-    def take(self) -> str:
-        """Text that is certain and was not taken before."""
-        held = max((_overlap(self.text, text) for text in self._stop), default=0)
-        return self._show(len(self.text) - (0 if self.stopped else held))
-
-    def finish(self) -> str:
-        """What is left: text held back, and the bytes of a character that never became whole."""
-        if self.stopped != "stop_string":
-            whole = self._target.decode(self.tokens)
-            if whole.startswith(self.text):
-                self.text = whole
-        return self._show(len(self.text))
-
-    def _show(self, end: int) -> str:
-        piece = self.text[self._shown : end]
-        self._shown = max(self._shown, end)
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
-    return max((size for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ from fastmtp.provenance import machine
 from fastmtp.vocabulary.draft import DraftLists
 
 # Tokens verified together, of which forwards are timed.
-TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16)
+TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 # Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
 CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
 _REPEATS, _RUNS = 5, 3
@@ -45,7 +45,7 @@ class ChainCosts:
         return self.verify_ms + self.draft_steps * self.step_ms[size]
 
 
-def of_chains(drafting: dict[int, TokenSequence], steps: int, vocabulary_size: int) -> ChainCosts:
+def of_chains(drafting: Mapping[int, TokenSequence], steps: int, vocabulary_size: int) -> ChainCosts:
     """Time chains of K drafts.
 
     Args:

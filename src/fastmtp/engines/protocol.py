@@ -60,7 +60,7 @@ class Costs:
     ask_ms: float
 
     def forward(self, tokens: int, context: int = 0) -> float:
-        """Linear in the context, beyond what was timed too, and in the tokens between what was timed."""
+        """Linear in the context and in the tokens, between what was timed and beyond it."""
         (short, times), *longer = sorted(self.forward_ms.items())
         near = _between(times, tokens)
         if not longer:
@@ -134,6 +134,25 @@ class TokenSequence(DraftingSequence, Protocol):
         ...
 
 
+class EngineSequence(TokenSequence, Protocol):
+    """What an engine makes: several can be verified in one forward, and share the beginning of their texts."""
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Begin the text `prompt`, which the caller then verifies and commits from the token returned on.
+
+        What comes before it is cached already; at least the prompt's last token is not.
+        """
+        ...
+
+    def share(self, other: EngineSequence, tokens: int) -> None:
+        """Take over, while new, the first tokens of another sequence of the same engine, head and lists."""
+        ...
+
+    def pages(self) -> dict[int, int]:
+        """The caches' memory, in bytes by address. Sequences that share some have the same address."""
+        ...
+
+
 class Batch(Protocol):
     """Many sequences that are decoded plainly together, one in each slot."""
 
@@ -179,12 +198,28 @@ class Engine(Protocol):
         """
         ...
 
-    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         """An empty sequence.
 
         Args:
             lists: what its draft steps score; None is all tokens.
         """
+        ...
+
+    def verify_together(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        """`verify` of each sequence with its tree, in one forward where the engine can.
+
+        Args:
+            rows: of each tree's verified nodes, those whose logits are wanted.
+        """
+        ...
+
+    def verify_together_greedy(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Like `verify_together`, but only the argmax of each row; of equal logits the first."""
         ...
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Any]:
@@ -208,4 +243,8 @@ class Engine(Protocol):
 
 def _between(milliseconds: dict[int, float], number: int) -> float:
     numbers = sorted(milliseconds)
+    if len(numbers) > 1 and number > numbers[-1]:
+        before, last = numbers[-2:]
+        slope = (milliseconds[last] - milliseconds[before]) / (last - before)
+        return milliseconds[last] + (number - last) * max(0.0, slope)
     return float(np.interp(number, numbers, [milliseconds[known] for known in numbers]))

@@ -6,16 +6,21 @@ own kind of array.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from threading import Lock
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
-from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.engines.protocol import Candidates, EngineSequence, Logits
 from fastmtp.engines.tree import Tree
 from fastmtp.models.info import TargetInfo
 from fastmtp.vocabulary.draft import DraftVocabulary
 
 States = TypeVar("States", bound=Any)
+# Runners, where each one's tokens begin, the tokens, and their parents; the states of each.
+ForwardMany = Callable[
+    [Sequence[Any], Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[int] | None]], list[States]
+]
 
 
 class Runner(Protocol[States]):
@@ -65,9 +70,17 @@ class Runner(Protocol[States]):
         """One after the other."""
         ...
 
+    def share(self, other: Any, tokens: int, drafted: int) -> None:
+        """Fill empty caches with the first tokens of another sequence's, and of its draft cache."""
+        ...
+
+    def pages(self) -> dict[int, int]:
+        """The memory of both caches: bytes by address, which are another sequence's too if it is shared."""
+        ...
+
 
 class TextSequence(Generic[States]):
-    """`TokenSequence`: the text, and how far the head has followed it.
+    """`EngineSequence`: the text, and how far the head has followed it.
 
     The draft cache holds step-1 states only, each from the target's own state, except while a draft is made.
     State t of it depends on token t + 1, so it may lag behind the target's: `_states_TH` are the target's states
@@ -103,7 +116,18 @@ class TextSequence(Generic[States]):
         with self._alone:
             self._rewind(0)
 
-    def prefill(self, prompt: Sequence[int]) -> Logits:
+    def share(self, other: EngineSequence, tokens: int) -> None:
+        assert isinstance(other, TextSequence) and not self._tokens, "only a new sequence takes another's tokens"
+        with self._alone, other._alone:
+            self._tokens, self._drafted = other._tokens[:tokens], min(tokens, other._drafted)
+            self._runner.share(other._runner, tokens, self._drafted)
+            if other._states_TH is not None:
+                self._states_TH = other._states_TH[: tokens - self._drafted]
+
+    def pages(self) -> dict[int, int]:
+        return self._runner.pages()
+
+    def begin(self, prompt: Sequence[int]) -> int:
         with self._alone:
             # The last shared token is computed again: its state and logits are wanted, and the draft state before
             # it has seen the token itself, which is shared.
@@ -111,6 +135,11 @@ class TextSequence(Generic[States]):
             self._rewind(start)
             if self._vocabulary is not None:
                 self._runner.fit_rows(self._vocabulary, self._vocabulary.start(prompt))
+            return start
+
+    def prefill(self, prompt: Sequence[int]) -> Logits:
+        start = self.begin(prompt)
+        with self._alone:
             states_TH = self._runner.forward(start, prompt[start:], None)
             self._append(prompt[start:], states_TH)
             logits_V: Logits = self._runner.logits(states_TH[-1:])[0]
@@ -134,7 +163,7 @@ class TextSequence(Generic[States]):
             else:
                 self._runner.commit(len(self._tokens), rows)
                 states_TH = states_TH[rows]
-            self._append([tree.nodes[node].token for node in path], states_TH)
+            self._append(tree.tokens_of(path), states_TH)
 
     def draft(self, token: int, steps: int) -> list[int]:
         with self._alone:
@@ -189,6 +218,29 @@ class TextSequence(Generic[States]):
         self._drafted = min(length, self._drafted)
         if self._states_TH is not None:
             self._states_TH = self._states_TH[: length - self._drafted]
+
+
+def forward_together(
+    sequences: Sequence[EngineSequence], trees: Sequence[Tree], forward: ForwardMany[States]
+) -> list[States]:
+    """`verify` of several sequences of one engine in one forward; the states [T, H] of each tree.
+
+    Args:
+        forward: from the sequences' runners, and for each where its tokens begin, the tokens, and their parents.
+    """
+    with ExitStack() as stack:
+        texts = [cast("TextSequence[States]", sequence) for sequence in sequences]
+        for text in texts:
+            stack.enter_context(text._alone)
+        every = forward(
+            [text._runner for text in texts],
+            [len(text._tokens) for text in texts],
+            [tree.tokens for tree in trees],
+            [None if tree.is_chain else tree.parents for tree in trees],
+        )
+        for text, tree, states_TH in zip(texts, trees, every, strict=True):
+            text._verified = tree, states_TH
+        return every
 
 
 class _Alone:

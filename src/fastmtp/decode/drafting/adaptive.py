@@ -4,6 +4,7 @@ Nodes come from the head and from the text itself. The head is asked along one p
 the child that is likeliest to be accepted; all that it names are candidates (after EAGLE-2, arXiv 2406.16858). The
 cost of a round is known (Costs) and its gain is estimated, so each decision is one comparison: expected tokens
 against milliseconds times the rate of tokens that decoding has anyway (Dinkelbach's method for the best ratio).
+Where sequences are decoded together, cost and rate are those of all of them: a token more for one delays every one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import DRAWN_AMONG
+from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load
 from fastmtp.decode.drafting.estimates import both_bin, head_bin, text_bin
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, RAREST_PROBE, Learned
 from fastmtp.decode.drafting.lookup import Lookup
@@ -34,20 +35,23 @@ class Adaptive:
 
     def __init__(self, learned: Learned, prompt: Sequence[int], sampling: SamplingConfig) -> None:
         self._learned, self._sampling = learned, sampling
-        self._now = learned.experience(sampling)
+        self._load, self._now = ALONE, learned.experience(sampling)
         self._lookup = Lookup()
         self._lookup.extend(prompt)
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int) -> Tree:
+    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
         self._lookup.extend([token])
-        forward_ms = self._learned.forward_ms(len(sequence.tokens))
+        self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
+        forward_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens + load.prefill)
         tree, ask_ms = Tree(token), self._learned.ask_ms
         agreement = self._look_up(tree)
         open_when_asked = self._draft(sequence, tree, agreement)
         chosen = self._worthwhile(tree, min(room, MAX_NODES), forward_ms)
         self._learn_worth(tree, open_when_asked, chosen, forward_ms)
         tree.select(chosen)
-        tree.expected_ms = forward_ms[len(chosen)] + len(tree.asked) * ask_ms
+        # As if the others asked as often. Prompts are left out: the rate is that of decoding.
+        decoding_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens)[len(chosen)]
+        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * ask_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -57,9 +61,10 @@ class Adaptive:
             for child in tree.children(node):
                 for bin_of in tree.nodes[child].bins:
                     self._now.estimates.learn(bin_of, child in accepted)
-        rate = self._now.rate
-        rate.learn(len(path) / tree.expected_ms)
-        rate.value = max(rate.value, 1 / self._learned.forward_ms(len(self._lookup.tokens))[1])
+        rate, sequences = self._now.rate, self._load.sequences
+        rate.learn(sequences * len(path) / tree.expected_ms)
+        plain_ms = self._learned.forward_ms(len(self._lookup.tokens), sequences - 1)[1]
+        rate.value = max(rate.value, sequences / plain_ms)
 
     def _look_up(self, tree: Tree) -> int:
         """Add the nodes that the text gives; returns how many tokens before them agree."""

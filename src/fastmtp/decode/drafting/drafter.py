@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastmtp.config import SamplingConfig
@@ -14,12 +15,30 @@ from fastmtp.engines.tree import Tree
 DRAWN_AMONG = 32
 
 
+@dataclass(frozen=True)
+class Load:
+    """What is in a forward besides the tree that is planned: others' trees, and prompts.
+
+    Attributes:
+        sequences: that decode together, the planned one included.
+        tokens: of the others' trees.
+        prefill: tokens of prompts, which take time and settle nothing.
+    """
+
+    sequences: int = 1
+    tokens: int = 0
+    prefill: int = 0
+
+
+ALONE = Load()
+
+
 class Drafter(Protocol):
     """The drafts of one text. `depth` is the most that a round can accept."""
 
     depth: int
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int) -> Tree:
+    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
         """A tree after `token`, the sequence's next one; at most `room` of its nodes are to be verified."""
         ...
 
@@ -39,7 +58,7 @@ class Chain:
         self.depth = steps
         self._sampling = sampling
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int) -> Tree:
+    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
         steps = min(self.depth, room - 1)
         if self._sampling.temperature == 0:
             tree = Tree.chain([token, *(sequence.draft(token, steps) if steps else [])])

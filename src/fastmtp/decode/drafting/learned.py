@@ -18,6 +18,10 @@ NEWEST_RATE, NEWEST_WORTH = 0.02, 0.04
 PLANNING_MS = 0.1
 # Costs are those of the nearest multiple of so many tokens of context.
 CONTEXT_STEP = 64
+# The same for the tokens of other sequences beyond MAX_NODES.
+BESIDE_STEP = 8
+# Ways to sample, times numbers of sequences, that are remembered; the first one is forgotten for a new one.
+MOST_EXPERIENCES = 256
 
 
 @dataclass
@@ -57,23 +61,30 @@ class Learned:
         self._costs = costs
         self.ask_ms = costs.ask_ms + PLANNING_MS
         self._known = estimates or Estimates()
-        self.experiences: dict[SamplingConfig, Experience] = {}
-        self._forward_ms: dict[int, list[float]] = {}
+        self.experiences: dict[tuple[SamplingConfig, int], Experience] = {}
+        self._forward_ms: dict[tuple[int, int], list[float]] = {}
 
-    def experience(self, sampling: SamplingConfig) -> Experience:
-        way = replace(sampling, seed=0)
-        if way not in self.experiences:
+    def experience(self, sampling: SamplingConfig, sequences: int = 1) -> Experience:
+        """Of a way to sample, by the number of sequences that decode together, which share the estimates."""
+        way = replace(sampling, seed=0, logit_bias=())
+        if (way, sequences) not in self.experiences:
+            alike = [one.estimates for (other, _), one in list(self.experiences.items()) if other == way]
             # The estimates of a head are of greedy answers; for drawn ones they would be too high.
-            known = self._known.copy() if sampling.temperature == 0 else Estimates()
+            fresh = self._known.copy() if sampling.temperature == 0 else Estimates()
             # A head that is worth having makes decoding half as fast again, or more.
-            new = Experience(known, Mean(1.5 / self._costs.forward(1), 4, NEWEST_RATE))
-            self.experiences.setdefault(way, new)
-        return self.experiences[way]
+            rate = Mean(1.5 * sequences / self._costs.forward(sequences), 4, NEWEST_RATE)
+            self.experiences.setdefault((way, sequences), Experience(alike[0] if alike else fresh, rate))
+            while len(self.experiences) > MOST_EXPERIENCES:
+                self.experiences.pop(next(iter(self.experiences)), None)
+        return self.experiences[way, sequences]
 
-    def forward_ms(self, context: int) -> list[float]:
-        """Milliseconds of a forward, by its tokens from 0 on."""
+    def forward_ms(self, context: int, beside: int = 0) -> list[float]:
+        """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""
         step = round(context / CONTEXT_STEP)
-        if step not in self._forward_ms:
-            costs = [self._costs.forward(count, step * CONTEXT_STEP) for count in range(1, MAX_NODES + 1)]
-            self._forward_ms[step] = [0.0, *costs]
-        return self._forward_ms[step]
+        beside = beside if beside <= MAX_NODES else round(beside / BESIDE_STEP) * BESIDE_STEP
+        if (step, beside) not in self._forward_ms:
+            counts = range(beside, beside + MAX_NODES + 1)
+            self._forward_ms[step, beside] = [
+                self._costs.forward(count, step * CONTEXT_STEP) if count else 0.0 for count in counts
+            ]
+        return self._forward_ms[step, beside]

@@ -12,7 +12,7 @@ from fastmtp.decode.drafting.adaptive import Adaptive, FromText
 from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, LOOKUP, DraftOptions
-from fastmtp.engines.protocol import Engine, Head, TokenSequence
+from fastmtp.engines.protocol import Engine, EngineSequence, Head
 from fastmtp.files import read_json
 from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
@@ -32,7 +32,7 @@ class Drafting:
     lists: DraftLists | None = None
     new_drafter: NewDrafter | None = None
 
-    def new_sequence(self) -> TokenSequence:
+    def new_sequence(self) -> EngineSequence:
         return self.engine.new_sequence(self.head, self.lists)
 
 

@@ -6,6 +6,8 @@ Shapes: T tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ import numpy as np
 from fastmtp import _native
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
-from fastmtp.engines.native.runner import NativeRunner, States, forward
+from fastmtp.engines.native.runner import NativeRunner, States, forward, forward_many, logits
 from fastmtp.engines.native.target import NativeHead, NativeTarget
-from fastmtp.engines.protocol import Costs, Floor, Head, TokenSequence
-from fastmtp.engines.sequence import TextSequence
+from fastmtp.engines.protocol import Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.sequence import TextSequence, forward_together
+from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
@@ -51,10 +54,30 @@ class NativeEngine:
         stored = read_head(directory, self.target, self.target.head_shapes())
         return Head(NativeHead(self.target, stored.tensors), stored.lists, stored.draft_steps, directory)
 
-    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         vocabulary = draft_vocabulary(lists)
         runner = NativeRunner(self.target, head.weights if head else None, vocabulary)
         return TextSequence(runner, self.target, vocabulary)
+
+    def verify_together(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        states_MH = self._rows_together(sequences, trees, rows)
+        logits_MV = logits(self.target, states_MH) if len(states_MH) else states_MH
+        return np.split(logits_MV, np.cumsum([len(own) for own in rows])[:-1])
+
+    def verify_together_greedy(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        states_MH = self._rows_together(sequences, trees, rows)
+        tokens = iter(self.target.model.argmax(states_MH) if len(states_MH) else [])
+        return [list(islice(tokens, len(own))) for own in rows]
+
+    def _rows_together(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> States:
+        every = forward_together(sequences, trees, partial(forward_many, self.target))
+        return np.concatenate([states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)])
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[States]:
         cache = self.target.model.new_cache()

@@ -36,17 +36,17 @@ class NativeRunner:
         # The LM head's rows that the draft step scores, and their tokens; the rows of the text's own tokens.
         self._rows, self._row_ids = target.lm_head, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, vocabulary.own_tokens), hidden) if vocabulary else None
-        self._cache = target.model.new_cache()
+        self.cache = target.model.new_cache()
         self.no_states = np.empty((0, hidden), np.float32) if head else None
         if head:
             self._head, self._draft_cache = head.native, head.native.new_cache()
             self._drafter = _native.Drafter(self._head, self._draft_cache)
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
-        return forward(self._target, [self._cache], [start], [tokens], parents or ())
+        return forward(self._target, [self.cache], [start], [tokens], parents or ())
 
     def commit(self, start: int, rows: Sequence[int]) -> None:
-        self._cache.commit(start, [start + row for row in rows])
+        self.cache.commit(start, [start + row for row in rows])
 
     def logits(self, states_TH: States) -> Logits:
         return logits(self._target, states_TH)
@@ -90,6 +90,15 @@ class NativeRunner:
             rows, ids = np.array(list(changed), np.int32), np.array(list(changed.values()), np.int32)
             self._own_rows.copy(rows, self._target.lm_head, ids)
 
+    def share(self, other: NativeRunner, tokens: int, drafted: int) -> None:
+        self.cache.share(other.cache, tokens)
+        if self.no_states is not None:
+            self._draft_cache.share(other._draft_cache, drafted)
+
+    def pages(self) -> dict[int, int]:
+        caches = [self.cache] if self.no_states is None else [self.cache, self._draft_cache]
+        return {page: cache.page_bytes for cache in caches for page in cache.pages}
+
     def join(self, states_TH: States, more_TH: States) -> States:
         return np.concatenate([states_TH, more_TH])
 
@@ -105,7 +114,8 @@ def forward(
     """The target's states [T, H] of the tokens of one or more sequences, each from its own position on.
 
     Args:
-        parents: where one sequence's tokens are a tree, the row of the token before each; -1 for the sequence.
+        parents: if some sequence's tokens are a tree, the row of the token before each, among its own sequence's;
+            -1 for the sequence.
         last_inputs_TH: filled with the inputs of the last layer.
     Raises:
         MemoryError: a cache cannot grow; the caches are as they were.
@@ -123,6 +133,22 @@ def forward(
         part = tokens[0][begin:end]
         target.model.forward(caches, [starts[0] + begin], [len(part)], part, states_TH[begin:end], [], inputs_TH)
     return states_TH
+
+
+def forward_many(
+    target: NativeTarget,
+    runners: Sequence[NativeRunner],
+    starts: Sequence[int],
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int] | None],
+) -> list[States]:
+    """The states [T, H] of each runner's tokens, from its start on; they are a tree where it has parents."""
+    flat: list[int] = []
+    if any(own is not None for own in parents):
+        for own, given in zip(tokens, parents, strict=True):
+            flat += range(-1, len(own) - 1) if given is None else given
+    states_MH = forward(target, [runner.cache for runner in runners], list(starts), tokens, flat)
+    return np.split(states_MH, np.cumsum([len(own) for own in tokens])[:-1])
 
 
 def logits(target: NativeTarget, states_TH: States) -> Logits:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.engines.costs import costs_of
-from fastmtp.engines.protocol import Costs, Floor, Head, TokenSequence
+from fastmtp.engines.protocol import Costs, EngineSequence, Floor, Head, Logits
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.torch.batch import TorchBatch
 from fastmtp.engines.torch.runner import TorchRunner
 from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.method.head import MTPHead, shapes_of
 from fastmtp.models.layers import causal_masks
@@ -60,10 +61,21 @@ class TorchEngine:
         head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
         return Head(head.eval().requires_grad_(False), stored.lists, stored.draft_steps, directory)
 
-    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> TokenSequence:
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         vocabulary = draft_vocabulary(lists)
         runner = TorchRunner(self.target, head.weights if head else None, vocabulary)
         return TextSequence(runner, self.target, vocabulary)
+
+    def verify_together(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        """One after the other."""
+        return [one.verify(tree)[list(own)] for one, tree, own in zip(sequences, trees, rows, strict=True)]
+
+    def verify_together_greedy(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        return [logits_TV.argmax(-1).tolist() for logits_TV in self.verify_together(sequences, trees, rows)]
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """All texts in one batch; padding on the right does not change the states before it."""

@@ -6,7 +6,7 @@ stores its two parts, which differ in size, as the key and the value of one head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,17 @@ class KVCache:
         for layer in self._layers.values():
             for part in layer:
                 part[:, :, start : self.length] = part[:, :, positions]
+
+    def copy(self, length: int) -> KVCache:
+        """A cache of its own with the first `length` tokens of this one."""
+        copied = KVCache(self._capacity)
+        copied.length = length
+        copied._layers = {index: _grown(held, held, self._capacity, length) for index, held in self._layers.items()}
+        return copied
+
+    def held(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The memory of each layer's keys and values."""
+        return self._layers.values()
 
     def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, the keys and values held, [B, N, L, D] each."""

@@ -118,6 +118,14 @@ class TorchRunner:
             slots, ids = torch.tensor([list(changed), list(changed.values())], device=self._device)
             self._own_rows_GH[slots] = self._target.lm_head.weight[ids]
 
+    @torch.inference_mode()
+    def share(self, other: TorchRunner, tokens: int, drafted: int) -> None:
+        self._cache, self._draft_cache = other._cache.copy(tokens), other._draft_cache.copy(drafted)
+
+    def pages(self) -> dict[int, int]:
+        parts = [part for cache in (self._cache, self._draft_cache) for pair in cache.held() for part in pair]
+        return {part.data_ptr(): part.numel() * part.element_size() for part in parts}
+
     def join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
         return torch.cat([states_TH, more_TH])
 

@@ -1,0 +1,127 @@
+"""Sequences that share a forward, or pages of a cache, have the bits that each has alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from fastmtp.engines.native.runner import forward
+from fastmtp.engines.native.target import NativeTarget, WeightType
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
+from tests.conftest import random_ids
+from tests.engines import native_head, native_target
+from tests.native.conftest import native_of
+from tests.native.test_trees import filled, plain_states, states
+from tests.trees import random_tree
+
+# Of each sequence its context and its tokens: trees of several sizes around borders of pages, chains, a chunk of a
+# prompt. The first two are few rows, for which a page is an item of work.
+MIXES = [
+    [(3, 4), (250, 7)],
+    [(0, 2), (256, -1), (17, 5), (255, -3)],
+    [(250, 19), (24, -40), (0, -200), (300, 7), (15, 16)],
+]
+
+
+def tokens_of(context: int, size: int) -> tuple[list[int], list[int]]:
+    """The parents and tokens of a tree, or of a chain for a negative size."""
+    if size < 0:
+        return list(range(-1, -size - 1)), random_ids(-size, seed=context)
+    return random_tree(size, 31 * context + size)
+
+
+def check_together(native: NativeTarget, more: NativeTarget, mix: Sequence[tuple[int, int]]) -> None:
+    texts = [random_ids(context, seed=context) for context, _ in mix]
+    given = [tokens_of(context, size) for context, size in mix]
+    held = [filled(more, text) for text in texts]
+    flat = [parent for parents, _ in given for parent in parents]
+    found = forward(more, held, [len(text) for text in texts], [tokens for _, tokens in given], flat)
+    expected = [states(native, text, tokens, parents) for text, (parents, tokens) in zip(texts, given, strict=True)]
+    assert np.array_equal(found, np.concatenate(expected)), mix
+    # What follows a path that is committed does not show what was beside it.
+    for text, cache, (parents, tokens) in zip(texts, held, given, strict=True):
+        path = [len(parents) - 1]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        cache.commit(len(text), [len(text) + node for node in path])
+        plain = filled(native, [*text, *(tokens[node] for node in path)])
+        start = len(text) + len(path)
+        after = forward(more, [cache], [start], [[7]])
+        assert np.array_equal(after, forward(native, [plain], [start], [[7]]))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_trees_and_chunks_together(target: Target, weight_type: WeightType, mix: list[tuple[int, int]]) -> None:
+    """In every architecture; each tree alone is its plain decoding (test_trees.py)."""
+    native = native_target(target, weight_type)
+    check_together(native, native, mix)
+
+
+def test_in_every_kind_of_kernels(kernels: str, weight_type: WeightType) -> None:
+    one, more = (native_of("gemma3", weight_type, kernels, threads) for threads in (1, 3))
+    check_together(one, more, MIXES[2])
+
+
+def test_a_tree_in_the_second_sequence_is_plain_decoding(llama: Target) -> None:
+    native, text = native_target(llama, "int8"), random_ids(250, seed=9)
+    parents, tokens = random_tree(9, 4)
+    held = [filled(native, random_ids(40)), filled(native, text)]
+    found = forward(native, held, [40, 250], [[5, 6], tokens], [-1, 0, *parents])
+    assert np.array_equal(found[2:], plain_states(native, text, tokens, parents))
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        ([-1, 0, 1, 0], "comes after its parent"),
+        ([-1, 0, -1, 1], "comes after its parent"),
+        ([-1, 0, -1], "a parent for each token"),
+        ([-1, 0, -1, 0, 1], "a parent for each token"),
+    ],
+)
+def test_parents_are_of_the_own_sequence(llama: Target, parents: list[int], message: str) -> None:
+    native = native_target(llama, "int8")
+    with pytest.raises(ValueError, match=message):
+        forward(native, [native.model.new_cache() for _ in range(2)], [0, 0], [[1, 2], [3, 4]], parents)
+
+
+@pytest.mark.parametrize("shared", [1, 200, 256, 300, 511, 512, 600])
+def test_shared_pages(llama: Target, shared: int) -> None:
+    """Two texts that begin alike go on apart, whichever of the caches writes first, and both as if alone."""
+    native, text = native_target(llama, "int8"), random_ids(600, seed=1)
+    first, second, third = filled(native, text), native.model.new_cache(), native.model.new_cache()
+    second.share(first, shared)
+    third.share(second, shared)
+    assert second.pages == first.pages[: -(-shared // 256)]
+    for held, start, seed in ((second, shared, 2), (first, shared, 3), (third, shared, 4), (second, shared + 5, 5)):
+        more = random_ids(30, seed=seed)
+        before = [*text[:shared], *(random_ids(30, seed=2)[:5] if seed == 5 else [])]
+        found = forward(native, [held], [start], [more])
+        assert np.array_equal(found, forward(native, [filled(native, before)], [start], [more]))
+    assert len({*first.pages, *second.pages, *third.pages}) == 3 * len(third.pages) - 2 * (shared // 256) + (
+        len(first.pages) - len(third.pages)
+    )
+
+
+def test_a_commit_does_not_write_to_a_shared_page(llama: Target) -> None:
+    native, text = native_target(llama, "int8"), random_ids(40)
+    first, second = filled(native, text), native.model.new_cache()
+    forward(native, [first], [40], [[1, 2, 3]], [-1, -1, 1])
+    second.share(first, 41)
+    first.commit(40, [41, 42])
+    after = forward(native, [second], [41], [[9]])
+    assert np.array_equal(after, forward(native, [filled(native, [*text, 1])], [41], [[9]]))
+
+
+def test_what_cannot_be_shared_is_refused(llama: Target) -> None:
+    native = native_target(llama, "int8")
+    first, second = filled(native, random_ids(10)), native.model.new_cache()
+    with pytest.raises(ValueError, match="cannot share more tokens than the other has room for"):
+        second.share(first, 257)
+    with pytest.raises(ValueError, match="must be empty"):
+        first.share(first, 5)
+    with pytest.raises(ValueError, match="of another shape"):
+        native_head(native, MTPHead(llama.model)).native.new_cache().share(first, 5)
