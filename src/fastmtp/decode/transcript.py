@@ -55,7 +55,7 @@ class Transcript:
     def finish(self) -> str:
         """What is left: text held back, and the bytes of a character that never became whole."""
         if self.stopped != "stop_string":
-            whole = self._target.decode(self.tokens)
+            whole = self._target.decode(self.tokens[: -1 if self.stopped == "end" else None])
             if whole.startswith(self.text):
                 self.text = whole
         return self._show(len(self.text))

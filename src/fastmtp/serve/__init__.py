@@ -1,0 +1,1 @@
+"""Many requests decoded at once, each as it would be alone."""

@@ -1,0 +1,158 @@
+"""A request in a slot: its sequence, its drafter, and the tokens so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fastmtp.decode.drafting.drafter import Drafter, Load
+from fastmtp.decode.drafting.open import Drafting
+from fastmtp.decode.sampler import Sampler
+from fastmtp.decode.transcript import Transcript
+from fastmtp.engines.protocol import EngineSequence, Logits
+from fastmtp.engines.tree import Tree
+from fastmtp.method.acceptance import follow
+from fastmtp.serve.logprobs import logprobs
+from fastmtp.serve.requests import Reason, Request, Source, Token, Usage
+
+# By row that was asked for: its logits [M, V], or their argmax alone.
+Values = Logits | Sequence[int]
+
+
+class Running:
+    """Either its prompt is not computed yet, a part of it a step, or it decodes, a round a step.
+
+    Attributes:
+        verified: how many tokens its last round verified.
+        accepted: by round, how many drafts were accepted; empty for rounds without drafts.
+    """
+
+    def __init__(self, request: Request, drafting: Drafting, sequence: EngineSequence, context: int) -> None:
+        """
+        Args:
+            sequence: new, but for what it shares with others.
+        """
+        target = drafting.engine.target
+        self.request, self.sequence = request, sequence
+        self.verified, self.accepted = 1, list[int]()
+        self._drafting, self._context = drafting, context
+        self._drafter: Drafter | None = None
+        self._sampler = Sampler(request.sampling, request.prompt)
+        ends = frozenset[int]() if request.ignore_end else target.end_ids
+        self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends)
+        self._cached = sequence.begin(request.prompt)
+        self._token: int | None = None  # the next one, which is not in the sequence yet
+        self._rounds = self._drafted = 0
+        self._first_token: float | None = None
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are not computed."""
+        return len(self.request.prompt) - len(self.sequence.tokens) if self._token is None else 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the argmax of each row is all that it needs."""
+        return self._sampler.is_argmax and self.request.top_logprobs is None
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why the answer has ended; None: it goes on."""
+        if self._transcript.stopped is not None:
+            return "length" if self._transcript.stopped == "length" else "stop"
+        return "length" if self._token is not None and len(self.sequence.tokens) >= self._context else None
+
+    def next_of_prompt(self, count: int) -> tuple[Tree, Sequence[int]]:
+        """The next `count` tokens of the prompt, and the rows whose values are wanted: of its last token."""
+        start = len(self.sequence.tokens)
+        rows = [count - 1] if count == self.prompt_left else []
+        return Tree.chain(self.request.prompt[start : start + count]), rows
+
+    def propose(self, load: Load) -> tuple[Tree, Sequence[int]]:
+        """The tree to verify next; all of its rows are wanted."""
+        assert self._token is not None
+        drafter, room = self._new_drafter(), self._context - len(self.sequence.tokens)
+        if drafter is None:
+            tree = Tree(self._token)
+        else:
+            left = self.request.max_new_tokens - len(self._transcript.tokens)
+            tree = drafter.propose(self.sequence, self._token, min(room, left), load)
+        self.verified = len(tree.verified)
+        return tree, range(self.verified)
+
+    def take(self, tree: Tree, values: Values) -> list[Token]:
+        """What verification of the tree gives: tokens of the answer, none while the prompt is not complete."""
+        if self._token is None:
+            self.sequence.commit(tree.verified)
+            if self.prompt_left:
+                return []
+            return self._settle(tree, [], [self._choice(values[0])], [values[0]])
+        path, token = follow(
+            lambda node: self._choice(values[tree.rows[node]], tree.tokens_of(tree.path(node)[1:])), tree.child
+        )
+        self.sequence.commit(path)
+        if self._drafter is not None:
+            self._drafter.learn(tree, path)
+        chosen_from = [values[tree.rows[node]] for node in path]
+        settled = self._settle(tree, path[1:], [*tree.tokens_of(path[1:]), token], chosen_from)
+        self._rounds += 1
+        self._drafted += len(tree.verified) - 1
+        if len(tree.verified) > 1:
+            self.accepted.append(sum(one.source != "target" for one in settled))
+        return settled
+
+    def usage(self, submitted: float) -> Usage:
+        """As it is now, for a request submitted then."""
+        first = self._first_token
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self._cached,
+            completion_tokens=len(self._transcript.tokens),
+            rounds=self._rounds,
+            drafted=self._drafted,
+            accepted=sum(self.accepted),
+            first_token_seconds=None if first is None else first - submitted,
+            seconds=time.monotonic() - submitted,
+        )
+
+    def _new_drafter(self) -> Drafter | None:
+        """The request's one, made when it decodes first; None: it decodes plainly."""
+        if self._drafter is None and self.request.draft and self._drafting.new_drafter is not None:
+            self._drafter = self._drafting.new_drafter(self.request.prompt, self.request.sampling)
+        return self._drafter
+
+    def _choice(self, value: Logits | int, path: Sequence[int] = ()) -> int:
+        return self._sampler.draw(value, path) if isinstance(value, np.ndarray) else value
+
+    def _settle(
+        self, tree: Tree, nodes: Sequence[int], tokens: Sequence[int], values: Sequence[Logits | int]
+    ) -> list[Token]:
+        """Take tokens, until the answer ends: accepted nodes, and the target's own after them.
+
+        Args:
+            values: those that each token was chosen from.
+        """
+        if self._first_token is None:
+            self._first_token = time.monotonic()
+        self._token = tokens[-1]
+        self._sampler.extend(tokens)
+        sources: list[Source] = ["text" if tree.nodes[node].from_text else "head" for node in nodes]
+        settled: list[Token] = []
+        for token, source, value in zip(tokens, [*sources, "target"], values, strict=True):
+            self._transcript.extend([token])
+            settled.append(self._described(token, self._transcript.take(), source, value))
+            if self._transcript.stopped:
+                break
+        if self.reason is not None:
+            settled[-1] = replace(settled[-1], text=settled[-1].text + self._transcript.finish())
+        return settled
+
+    def _described(self, token: int, text: str, source: Source, value: Logits | int) -> Token:
+        wanted = self.request.top_logprobs
+        if wanted is None:
+            return Token(token, text, source)
+        assert isinstance(value, np.ndarray)
+        return Token(token, text, source, *logprobs(value, token, wanted))
