@@ -299,7 +299,8 @@ SETTINGS = [
     SamplingConfig(temperature=1.0, seed=5),
     SamplingConfig(temperature=0.7, top_k=6, seed=2**64 - 1),
     SamplingConfig(temperature=1.3, top_p=0.9),
-    SamplingConfig(repetition_penalty=1.3, frequency_penalty=0.5),
+    # Few tokens that take turns: which is next depends on how often each came, in a tree too.
+    SamplingConfig(repetition_penalty=1.3, frequency_penalty=2.5, logit_bias=[(9, 30.0), (17, 29.0), (33, 28.0)]),
     SamplingConfig(temperature=0.9, min_p=0.05, presence_penalty=1.0, logit_bias=[(7, 3.0)]),
 ]
 # Forwards that cost the same up to 16 tokens, so that trees are large.

@@ -141,12 +141,14 @@ def knowing(drafting: Drafting, asked: Sequence[Request]) -> Drafting:
 
 
 def various(count: int, seed: int = 0) -> list[Request]:
-    """Requests of many kinds: greedy ones whose prompts the head was fitted to, and others with prompts of one to some
-    hundred tokens, which repeat themselves."""
+    """Requests of many kinds: prompts that the head was fitted to, greedily, and others of one to 260 tokens."""
     settings = [
         GREEDY,
         SamplingConfig(temperature=0.8, seed=3),
-        SamplingConfig(repetition_penalty=1.3, frequency_penalty=0.4),
+        # Few tokens that take turns: which is next depends on how often each came, in a tree too.
+        SamplingConfig(
+            repetition_penalty=1.3, frequency_penalty=2.5, logit_bias=((9, 30.0), (17, 29.0), (33, 28.0))
+        ),
         SamplingConfig(temperature=1.1, top_k=40, min_p=0.02, presence_penalty=0.5, seed=8, logit_bias=((9, 2.0),)),
     ]
     lengths = [5, 130, 1, 40, 17, 62, 9, 23]

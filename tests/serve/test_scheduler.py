@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import chains
+from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.generation import Generation
+from fastmtp.engines.protocol import Costs
 from fastmtp.serve.requests import Event, Finish, QueueFull, Stopping
 from fastmtp.serve.scheduler import Scheduler
 from fastmtp.serve.step import shares
-from tests.conftest import FAMILIES, random_ids, tiny_target
+from tests.conftest import FAMILIES, random_ids
 from tests.serve.conftest import GREEDY, WAYS, alone, drafting_of, ended, knowing, request, run, various
 
 
@@ -404,16 +407,10 @@ def test_stopping_ends_answers_with_an_error(drafting: Drafting) -> None:
 
 
 def test_costs_are_those_of_the_whole_batch() -> None:
-    """Where a forward is as long as its tokens are many, one text drafts alone and none beside seven others."""
-    from fastmtp.decode.drafting.adaptive import Adaptive
-    from fastmtp.decode.drafting.learned import Learned
-    from fastmtp.engines.protocol import Costs
-
-    target = tiny_target("llama")
+    """Where up to 8 tokens take as long as one, and more take longer: one text drafts alone, none beside seven."""
     base = drafting_of("llama", WAYS[0])
     learned = Learned(Costs({128: {1: 5.0, 8: 5.2, 16: 25.0, 32: 65.0}}, 0.01))
     drafting = Drafting(base.engine, base.head, None, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
-    assert target.vocabulary_size == 300
     verified = {}
     for count in (1, 8):
         scheduler = Scheduler(drafting, slots=8, prefix_bytes=0)
@@ -422,4 +419,5 @@ def test_costs_are_those_of_the_whole_batch() -> None:
         verified[count] = sum(one.finish.usage.drafted for one in found) / sum(
             one.finish.usage.rounds for one in found
         )
-    assert verified[1] > 2 * verified[8]
+    assert verified[1] > 1
+    assert verified[8] == 0
