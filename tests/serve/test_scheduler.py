@@ -113,6 +113,24 @@ def test_a_running_request_shares_its_prompt(drafting: Drafting) -> None:
     assert found[1].finish.usage.cached_tokens == 99
 
 
+def test_prompts_that_begin_alike_are_computed_once(drafting: Drafting) -> None:
+    """Though they come at once: the later ones wait for the first; if it is cancelled, the next one computes."""
+    system = random_ids(200, seed=8)
+    asked = [request([*system, *random_ids(5, seed=seed)], 6) for seed in range(4)]
+    asked.append(request(random_ids(30, seed=9), 6))
+    for cancelled in (False, True):
+        scheduler = Scheduler(drafting, slots=8, chunk=64)
+        answers = [scheduler.submit(one) for one in asked]
+        scheduler.step()
+        if cancelled:
+            answers[0].cancel()
+        found = run(scheduler, answers)
+        for one, answer in zip(asked, found, strict=True):
+            assert answer.ids == ([] if cancelled and one is asked[0] else alone(drafting, one))
+        cached = [answer.finish.usage.cached_tokens for answer in found]
+        assert cached == ([0, 33, 199, 199, 0] if cancelled else [0, 199, 199, 199, 0])
+
+
 def test_kept_prefixes_stay_within_their_bytes(drafting: Drafting) -> None:
     """The least recently used one goes first."""
     (page,) = {size for size in _pages(drafting).values() if size > 9000}

@@ -149,7 +149,7 @@ class EngineSequence(TokenSequence, Protocol):
         ...
 
     def pages(self) -> dict[int, int]:
-        """The caches' memory, in bytes by address. Sequences that share some have the same address."""
+        """The memory of its caches and states, in bytes by address. Sequences that share some have one address."""
         ...
 
 

@@ -125,7 +125,8 @@ class TextSequence(Generic[States]):
                 self._states_TH = other._states_TH[: tokens - self._drafted]
 
     def pages(self) -> dict[int, int]:
-        return self._runner.pages()
+        waiting = {} if self._states_TH is None else {id(self._states_TH): int(self._states_TH.nbytes)}
+        return self._runner.pages() | waiting
 
     def begin(self, prompt: Sequence[int]) -> int:
         with self._alone:

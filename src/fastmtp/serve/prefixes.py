@@ -42,6 +42,16 @@ class Prefixes:
             self._kept.remove(best)
             self._kept.append(best)
 
+    def comes_soon(self, prompt: Sequence[int], filling: Iterable[tuple[Sequence[int], int]]) -> bool:
+        """Whether a beginning of a prompt is about to be computed for others, which are better waited for.
+
+        Args:
+            filling: the prompts that are being computed, and how many of their tokens are.
+        """
+        if self._most_bytes == 0:
+            return False
+        return any(common_prefix(other, prompt) >= done + LEAST_TOKENS for other, done in filling)
+
     def keep(self, sequence: EngineSequence) -> None:
         """Keep a finished request's sequence, instead of those that it continues."""
         if self._most_bytes == 0 or len(sequence.tokens) < LEAST_TOKENS:

@@ -179,19 +179,20 @@ class Scheduler:
         self._end_all("the server stopped")
 
     def _admit(self) -> None:
-        """Fill the free slots."""
-        while len(self._running) < self._slots:
-            with self._changed:
-                if not self._waiting:
-                    return
-                answer = self._waiting.popleft()
-                self._running.append(answer)
-            request = answer.request
+        """Fill the free slots, and begin in them, but for prompts whose beginning another slot is computing."""
+        with self._changed:
+            while self._waiting and len(self._running) < self._slots:
+                self._running.append(self._waiting.popleft())
+        for answer in [one for one in self._running if one.running is None]:
+            prompt = answer.request.prompt
+            others = [one.running for one in self._running if one.running is not None]
+            filling = [(one.request.prompt, len(one.sequence.tokens)) for one in others if one.prompt_left]
+            if self._prefixes.comes_soon(prompt, filling):
+                continue
             try:
                 sequence = self._drafting.new_sequence()
-                others = [one.running.sequence for one in self._running if one.running is not None]
-                self._prefixes.share(sequence, request.prompt, others)
-                answer.running = Running(request, self._drafting, sequence, self.context)
+                self._prefixes.share(sequence, prompt, [one.sequence for one in others])
+                answer.running = Running(answer.request, self._drafting, sequence, self.context)
             except Exception as error:
                 self._finish(answer, "error", f"{type(error).__name__}: {error}")
 

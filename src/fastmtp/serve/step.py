@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from fastmtp.engines.protocol import Engine
 from fastmtp.engines.tree import Tree
 from fastmtp.serve.requests import Token
 from fastmtp.serve.running import Running, Values
+
+log = logging.getLogger("fastmtp")
 
 # Told of a request that could not go on. The others do not notice.
 Fail = Callable[[Running, Exception], None]
@@ -86,4 +89,5 @@ def verified(engine: Engine, work: Sequence[Work], fail: Fail) -> list[tuple[Wor
         if len(work) == 1:
             fail(work[0].running, error)
             return []
+        log.warning("a forward of %d requests failed, each is tried alone: %s", len(work), error)
         return [found for one in work for found in verified(engine, [one], fail)]
