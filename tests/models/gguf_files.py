@@ -8,9 +8,19 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from tokenizers.pre_tokenizers import ByteLevel
+
+from fastmtp.engines.torch.target import Target
 
 HIDDEN, INNER, HEADS = 32, 48, 4
+
+
+def byte_level(size: int = 257) -> dict[str, Any]:
+    """The keys of a tokenizer with a token for each byte, and one more of two bytes."""
+    tokens = [*sorted(ByteLevel.alphabet()), "ab"]
+    tokens += [f"t{index}" for index in range(len(tokens), size)]
+    return {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.tokens": tokens, "ggml.merges": ["a b"]}
 
 
 def write_random(
@@ -55,6 +65,68 @@ def write_random(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_model(
+    path: Path,
+    target: Target,
+    keys: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+) -> None:
+    """A model as llama.cpp's converter writes it, in float32.
+
+    Args:
+        keys: below the architecture's name, besides the shape.
+        tensors: besides the model's.
+    """
+    config, values = target.config, dict(target.model.state_dict())
+    name = config.model_type.removesuffix("_text")
+    shape = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": target.model.model.layers[0].self_attn.head_dim,
+        "attention.value_length": target.model.model.layers[0].self_attn.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    if name == "gemma3":
+        pattern = [kind == "sliding_attention" for kind in config.layer_types]
+        shape |= {"attention.sliding_window": config.sliding_window, "attention.sliding_window_pattern": pattern}
+        shape |= {"rope.freq_base": 1e6, "rope.freq_base_swa": 1e4}
+        # The tiny model keeps the class's scale, which is that of heads of 256.
+        for layer in range(config.num_hidden_layers):
+            key = f"model.layers.{layer}.self_attn.q_norm.weight"
+            values[key] = (1 + values[key]) * (8 / 256) ** 0.5 - 1
+    writer = GGUFWriter(str(path), name)
+    for key, value in byte_level(config.vocab_size).items():
+        _add(writer, f"tokenizer.{key}", value)
+    for key, value in {**shape, **keys}.items():
+        _add(writer, f"{name}.{key}", value)
+    architecture = {text: number for number, text in MODEL_ARCH_NAMES.items()}[name]
+    names = get_tensor_name_map(architecture, config.num_hidden_layers)
+    for own, value in values.items():
+        if own != "lm_head.weight" or not config.tie_word_embeddings:
+            gain = 1 if name == "gemma3" and own.endswith("norm.weight") else 0
+            array = (value + gain).numpy()
+            if name == "llama" and (".q_proj." in own or ".k_proj." in own):
+                array = _neighbours(array, shape["attention.key_length"])
+            writer.add_tensor(names.get_name(own, (".weight", ".bias")), array)
+    for own, array in tensors.items():
+        writer.add_tensor(own, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _neighbours(rows: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    """The rows of q or k in the order of a rope that rotates neighbours."""
+    halves = rows.reshape(rows.shape[0] // size, 2, size // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
 
 def _add(writer: GGUFWriter, name: str, value: Any) -> None:

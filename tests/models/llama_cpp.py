@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ _STRUCTURE = ctypes.c_uint32 * 256
 
 
 class _Parameters(ctypes.Structure):
-    _fields_ = [("values", _STRUCTURE)]  # noqa: RUF012 (as ctypes declares it)
+    _fields_ = [("values", _STRUCTURE)]
 
 
 class _Batch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("count", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("token", "embedding", "position", "sequences", "ids", "wanted")),
     ]
@@ -84,9 +85,7 @@ class _Library:
         return getattr(self.own, f"llama_{name}")
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        model = ctypes.c_void_p(
-            self["model_load_from_file"](request["path"].encode(), self["model_default_params"]())
-        )
+        model = self._model(request["path"], Path(request["path"]).stat().st_mtime_ns)
         if not model:
             return {"error": f"llama.cpp does not load {request['path']}"}
         vocabulary = ctypes.c_void_p(self["model_get_vocab"](model))
@@ -96,8 +95,11 @@ class _Library:
             found["ends"] = [token for token in range(size) if self["vocab_is_eog"](vocabulary, token)]
         if request["ids"]:
             found["logits"] = self._logits(model, request["ids"], request["context"], size)
-        self["model_free"](model)
         return found
+
+    @lru_cache(64)  # noqa: B019 (there is one library)
+    def _model(self, path: str, version: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self["model_load_from_file"](path.encode(), self["model_default_params"]()))
 
     def _tokens(self, vocabulary: ctypes.c_void_p, text: str) -> list[int]:
         data = text.encode()
@@ -121,6 +123,9 @@ class _Library:
 
 
 if __name__ == "__main__":
+    # llama.cpp writes remarks to the standard output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     library = _Library()
     for line in sys.stdin:
-        print(json.dumps(library.answer(json.loads(line))), flush=True)
+        print(json.dumps(library.answer(json.loads(line))), file=answers, flush=True)
