@@ -154,9 +154,7 @@ def test_damaged_files_are_named(tmp_path: Path, change: Callable[[bytes], bytes
         read_gguf(path)
 
 
-def write_part(
-    path: Path, number: int, names: list[str], changed: Mapping[str, int] = MappingProxyType({})
-) -> None:
+def write_part(path: Path, number: int, names: list[str], changed: Mapping[str, int] | None = None) -> None:
     """One of two parts of a model of two tensors."""
     writer = gguf.GGUFWriter(str(path), "llama")
     for key, value in {"no": number, "count": 2, "tensors.count": 2, **(changed or {})}.items():

@@ -51,9 +51,7 @@ def test_keys_that_are_not_applied_are_refused(tmp_path: Path, load: Any, name: 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     write_random(tmp_path / "model.gguf", byte_level(), "qwen2moe")
-    with pytest.raises(
-        ValueError, match=r"model\.gguf: architecture 'qwen2moe' is not supported; supported: llama,"
-    ):
+    with pytest.raises(ValueError, match=r"architecture 'qwen2moe' is not supported; supported: llama,"):
         locate(str(tmp_path / "model.gguf")).read_config()
 
 

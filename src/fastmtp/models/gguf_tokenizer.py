@@ -133,7 +133,7 @@ def _byte_level(keys: Mapping[str, Any], source: str) -> Backend:
     if name not in SPLITTINGS:
         raise ValueError(f"{source}: {PREFIX}pre is {name!r}; supported: {', '.join(SPLITTINGS)}")
     splitting = SPLITTINGS[name]
-    merges = [_pair(merge) for merge in keys["merges"]]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in keys["merges"])]
     vocabulary = _vocabulary(keys["tokens"], source)
     try:
         model = models.BPE(vocabulary, merges, ignore_merges=splitting.whole_words)
@@ -152,12 +152,6 @@ def _vocabulary(tokens: Sequence[str], source: str) -> dict[str, int]:
         twice = next(token for index, token in enumerate(tokens) if found[token] != index)
         raise ValueError(f"{source}: {PREFIX}tokens holds {twice!r} twice")
     return found
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    """The two parts of a merge; byte-level tokens contain no spaces."""
-    left, _, right = merge.partition(" ")
-    return left, right
 
 
 def _cached(file: GgufFile, keys: Mapping[str, Any], source: str) -> Backend:
