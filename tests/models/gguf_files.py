@@ -56,7 +56,8 @@ def write_random(
     own |= {f"{architecture}.{name.replace('__', '.')}": value for name, value in more.items()}
     own |= others
     for name, value in own.items():
-        _add(writer, name, value)
+        if value is not None:
+            _add(writer, name, value)
     size = len(tokenizer["ggml.tokens"])
     shapes = {"token_embd": (size, hidden), "output_norm": (hidden,)}
     block = {"attn_norm": (hidden,), "ffn_norm": (hidden,), "ffn_down": (hidden, inner)}

@@ -84,6 +84,7 @@ def test_keys_may_be_missing_where_llama_cpp_has_a_default(tmp_path: Path, name:
         ),
         ({"adapter.type": "lora"}, r"holds adapter\.type: adapters and image encoders are not supported"),
         ({"clip.has_vision_encoder": True}, r"holds clip\.has_vision_encoder"),
+        ({"tokenizer.ggml.tokens": None}, r"tokenizer\.ggml\.tokens is missing"),
         ({"general.quantization_version": 1}, "general.quantization_version is 1; supported: 2"),
     ],
 )
@@ -96,7 +97,8 @@ def test_files_of_another_kind_are_refused(tmp_path: Path, keys: dict[str, Any],
 def test_notes_are_harmless(tmp_path: Path) -> None:
     notes = {"general.file_type": 7, "general.license.name": "mine", "general.sampling.temp": 0.5}
     notes |= {"quantize.imatrix.file": "x", "someone.says": "hello", "qwen2.block_count": 9}
-    notes |= {"general.quantization_version": 2, "general.type": "model"}
+    notes |= {"general.quantization_version": 2, "general.type": "model", "llama.vocab_size": 9}
+    notes |= {"tokenizer.ggml.padding_token_id": 4_000_000_000}
     write_random(tmp_path / "model.gguf", byte_level(), others=notes)
     write_random(tmp_path / "usual.gguf", byte_level())
     own, usual = (locate(str(tmp_path / f"{name}.gguf")).read_config() for name in ("model", "usual"))

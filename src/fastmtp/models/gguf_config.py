@@ -13,7 +13,6 @@ from fastmtp.models.gguf_rope import ROPE_KEYS, rope_scaling
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
 _KEYS = {
-    "vocab_size": "vocab_size",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
@@ -31,8 +30,8 @@ _GEMMA_KEYS = {
 }
 # Read by the functions below.
 _READ = ("attention.value_length", "attention.scale", "rope.dimension_count", *ROPE_KEYS)
-# Without influence on the arithmetic of a text model.
-_HARMLESS = ("rope.scaling.finetuned", "tensor_data_layout", "mm.tokens_per_image")
+# Without influence on the arithmetic of a text model; the size of the vocabulary is that of the tokenizer.
+_HARMLESS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "mm.tokens_per_image")
 # Harmless with these values, which converters write for models without the feature.
 _NEUTRAL: dict[str, Any] = {
     "attention.causal": True,
@@ -54,7 +53,7 @@ _REQUIRED = (
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )
-_BIASES = {"attention_bias": "attn_", "mlp_bias": "ffn_"}
+_BIASES = {"attention_bias": ".attn_", "mlp_bias": ".ffn_"}
 _GEMMA_27B_LAYERS = 62
 _IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
@@ -72,34 +71,23 @@ def gguf_config(file: GgufFile, source: str) -> ModelConfig:
     prefix = f"{architecture}."
     where = f"{source}: {prefix}"
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    own = {key: _value(key, value, where) for key, value in own.items()}
     keys = _KEYS | (_GEMMA_KEYS if architecture == "gemma3" else {})
-    for key in own:
-        own[key] = _value(own, key, where)
-        known = key in keys or key in _READ or key in _HARMLESS or (key in _NEUTRAL and own[key] == _NEUTRAL[key])
-        # It would switch yarn's ramp on for other types.
-        known |= key == "rope.scaling.yarn_ext_factor" and own[key] == float(own.get("rope.scaling.type") == "yarn")
-        if not known:
-            raise ValueError(f"{where}{key} is {own[key]!r}, which is not supported")
-    for key in _REQUIRED:
-        if key not in own:
-            raise ValueError(f"{where}{key} is missing")
-    values = {name: own[key] for key, name in keys.items() if key in own}
-    values |= {
-        f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()
-    }
-    values |= {
-        name: any(tensor.startswith("blk.") and f".{module}" in tensor for tensor in biases)
-        for biases in [[tensor for tensor in file.tensors if tensor.endswith(".bias")]]
-        for name, module in _BIASES.items()
-    }
-    values |= {"model_type": MODEL_TYPES[architecture], "tie_word_embeddings": "output.weight" not in file.tensors}
-    for name, default in {
-        "vocab_size": len(file.metadata["tokenizer.ggml.tokens"]),
-        "num_key_value_heads": values["num_attention_heads"],
-        "head_dim": _head_size(values),
+    _check_keys(own, keys, where)
+    size = len(file.metadata["tokenizer.ggml.tokens"])
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
+    biases = [name for name in file.tensors if name.startswith("blk.") and name.endswith(".bias")]
+    values = {
+        "model_type": MODEL_TYPES[architecture],
+        "vocab_size": size,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_theta": 10000.0,
-    }.items():
-        values.setdefault(name, default)
+        **{f"{name}_token_id": None if token is None or token >= size else token for name, token in ids.items()},
+        **{name: any(module in bias for bias in biases) for name, module in _BIASES.items()},
+        **{name: own[key] for key, name in keys.items() if key in own},
+    }
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    values.setdefault("head_dim", _head_size(values))
     values["rope_scaling"] = rope_scaling(file, own, values["head_dim"], where)
     if architecture == "gemma3":
         _gemma(values, where)
@@ -124,13 +112,13 @@ def _check_general(file: GgufFile, source: str) -> None:
     version = file.metadata.get("general.quantization_version", 2)
     if version != 2:
         raise ValueError(f"{source}: general.quantization_version is {version}; supported: 2")
-    if "general.architecture" not in file.metadata:
-        raise ValueError(f"{source}: general.architecture is missing")
+    for key in ("general.architecture", "tokenizer.ggml.tokens"):
+        if key not in file.metadata:
+            raise ValueError(f"{source}: {key} is missing")
 
 
-def _value(own: Mapping[str, Any], key: str, where: str) -> Any:
+def _value(key: str, value: Any, where: str) -> Any:
     """A key's value; lists of layers' values are supported where all are the same."""
-    value = own[key]
     if isinstance(value, list) and key != "attention.sliding_window_pattern":
         if len(set(value)) != 1:
             raise ValueError(f"{where}{key} is {value!r:.60}; it must be the same in all layers")
@@ -138,6 +126,18 @@ def _value(own: Mapping[str, Any], key: str, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}{key} is {value}")
     return value
+
+
+def _check_keys(own: Mapping[str, Any], keys: Mapping[str, str], where: str) -> None:
+    """Raises ValueError unless each key is applied or harmless, and none is missing."""
+    # Of yarn; another type with it would scale as yarn does.
+    neutral = _NEUTRAL | {"rope.scaling.yarn_ext_factor": float(own.get("rope.scaling.type") == "yarn")}
+    for key, value in own.items():
+        if key not in (*keys, *_READ, *_HARMLESS) and not (key in neutral and value == neutral[key]):
+            raise ValueError(f"{where}{key} is {value!r}, which is not supported")
+    for key in _REQUIRED:
+        if key not in own:
+            raise ValueError(f"{where}{key} is missing")
 
 
 def _head_size(values: Mapping[str, Any]) -> int:

@@ -57,8 +57,6 @@ def gguf_tokenizer(file: GgufFile, source: str) -> Tokenizer:
         ValueError: the kind of tokenizer, its pre-tokenizer, or a key of it, is not supported.
     """
     keys = _keys(file)
-    if "tokens" not in keys:
-        raise ValueError(f"{source}: has no tokenizer ({PREFIX}tokens)")
     kind = keys.get("model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{source}: {PREFIX}model is {kind!r}; supported: gpt2, llama")
