@@ -237,29 +237,6 @@ def test_every_key_of_a_gguf_file_is_applied(
     assert config.rope_parameters == {"rope_theta": 50000.0, **expected}
 
 
-@pytest.mark.parametrize(
-    ("architecture", "keys"),
-    [
-        ("llama", {"expert_count": 8}),
-        ("llama", {"rope__scaling__type": "longrope", "rope__scaling__factor": 2.0}),
-        ("llama", {"attention__sliding_window": 128}),
-        ("llama", {"attention__scale": 0.5}),
-        ("llama", {"rope__dimension_count": 4, "attention__key_length": 8}),
-        ("llama", {"attention__value_length": 16}),
-        ("llama", {"something_new": 1}),
-        ("gemma3", {"final_logit_softcapping": 30.0}),
-        ("qwen2moe", {}),
-    ],
-)
-def test_other_keys_of_a_gguf_file_are_refused_by_name(
-    tmp_path: Path, architecture: str, keys: dict[str, Any]
-) -> None:
-    write_random(tmp_path / "model.gguf", TOKENS, architecture, **keys)
-    named = next(iter(keys), architecture).rpartition("__")[2]
-    with pytest.raises(ValueError, match=rf"model\.gguf: .*{named}"):
-        locate(str(tmp_path / "model.gguf")).read_config()
-
-
 def test_gemma_from_a_gguf_file(tmp_path: Path) -> None:
     """Scaling is of the layers that see everything; which they are no key says."""
     keys = {"attention__key_length": 8, "attention__value_length": 8, "attention__sliding_window": 64}

@@ -20,7 +20,7 @@ from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.source import locate
 from fastmtp.models.weights import SafetensorsWeights, weight_paths, whole
 from tests.conftest import random_ids, tiny_target
-from tests.models.gguf_files import write_random
+from tests.models.gguf_files import byte_level, write_model, write_random
 from tests.models.test_target import write_gguf
 from tests.native.test_target import states
 
@@ -222,8 +222,7 @@ def test_a_changed_part_of_a_split_gguf_file_is_read_again(tmp_path: Path) -> No
 def test_biases_of_a_gguf_file(tmp_path: Path) -> None:
     """Those of q, k and v, in both engines; an output projection without one has zeros."""
     path = tmp_path / "model.gguf"
-    tokens = [f"t{index}" for index in range(300)]
-    keys = {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.tokens": tokens, "ggml.merges": []}
+    keys = byte_level(300)
     biases = {f"blk.0.attn_{name}.bias": np.full(32, 0.5, np.float32) for name in "qkv"}
     write_random(path, keys, tensors=biases)
     weights = locate(str(path)).open_weights()
@@ -243,46 +242,11 @@ def test_biases_of_a_gguf_file(tmp_path: Path) -> None:
 def test_gguf_files_of_other_families_give_the_model(tmp_path: Path, name: str) -> None:
     """Under the names that llama.cpp's converter uses, with Gemma's gains as it stores them."""
     path, target = tmp_path / "model.gguf", tiny_target(name)
-    config, values = target.config, dict(target.model.state_dict())
-    keys = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": target.model.model.layers[0].self_attn.head_dim,
-    }
-    writer = gguf.GGUFWriter(str(path), name)
-    for key, value in keys.items():
-        writer.add_uint32(f"{name}.{key}", value)
-    writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    if name == "gemma3":
-        writer.add_uint32("gemma3.attention.sliding_window", config.sliding_window)
-        pattern = [kind == "sliding_attention" for kind in config.layer_types]
-        writer.add_array("gemma3.attention.sliding_window_pattern", pattern)
-        # The tiny model keeps the class's scale, which is that of heads of 256.
-        for layer in range(config.num_hidden_layers):
-            key = f"model.layers.{layer}.self_attn.q_norm.weight"
-            values[key] = (1 + values[key]) * (8 / 256) ** 0.5 - 1
-    for key, value in (("model", "gpt2"), ("pre", "gpt-2")):
-        writer.add_string(f"tokenizer.ggml.{key}", value)
-    writer.add_array("tokenizer.ggml.tokens", [f"t{index}" for index in range(config.vocab_size)])
-    architecture = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[name]
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for own, value in values.items():
-        if own != "lm_head.weight" or not config.tie_word_embeddings:
-            gain = 1 if name == "gemma3" and own.endswith("norm.weight") else 0
-            writer.add_tensor(names.get_name(own, (".weight", ".bias")), (value + gain).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_model(path, target)
     expected = target.model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
     error = states(load_native_target(str(path), weight_type="bfloat16")) - expected
     if name == "qwen2":  # whose windows no key of a GGUF file names
-        error = error[: config.sliding_window]
+        error = error[: target.config.sliding_window]
     assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
     loaded = load_target(str(path), device="cpu").model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
     torch.testing.assert_close(loaded[:24], expected[:24], atol=1e-4, rtol=1e-3)

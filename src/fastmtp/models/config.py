@@ -169,4 +169,5 @@ def _rope_by_kind(given: Mapping[str, Any]) -> dict[str, Any]:
 def _complete(parameters: dict[str, Any], given: Mapping[str, Any]) -> None:
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     if parameters["rope_type"] in _LONG_CONTEXT:
-        parameters.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+        key = "original_max_position_embeddings"
+        parameters[key] = given.get(key) or parameters.get(key) or given["max_position_embeddings"]

@@ -12,9 +12,9 @@ from typing import Any
 from fastmtp.files import read_json
 from fastmtp.models.config import ModelConfig, check_supported
 from fastmtp.models.families import ALIASES, ONLY_TORCH
-from fastmtp.models.gguf_config import end_ids as gguf_end_ids
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import gguf_parts, read_gguf
+from fastmtp.models.gguf_tokenizer import end_ids as gguf_end_ids
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
 from fastmtp.models.info import TargetInfo, ids_of
 from fastmtp.models.packaged import file_of

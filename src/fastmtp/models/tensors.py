@@ -119,12 +119,12 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], source: str)
     expected = tensor_shapes(config)
     if config.tie_word_embeddings and "lm_head.weight" not in shapes:
         del expected["lm_head.weight"]
-    wrong = [
+    wrong = [f"{name}: has no place in a {config.model_type}" for name in _strange(shapes, expected)]
+    wrong += [
         f"{name}: {list(shapes[name]) if name in shapes else 'missing'}, must be {list(shape)}"
         for name, shape in expected.items()
         if shapes.get(name) != shape
     ]
-    wrong += [f"{name}: has no place in a {config.model_type}" for name in _strange(shapes, expected)]
     raise_problems(f"{source}: tensors do not fit the configuration:", wrong)
     return expected
 

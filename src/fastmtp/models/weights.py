@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastmtp.models.config import ModelConfig
 from fastmtp.models.gguf_file import GgufFile
+from fastmtp.models.gguf_rope import FACTORS, FACTORS_ARCHITECTURE, LONG_FACTORS
 from fastmtp.models.grids import GRIDDED, Grid, grid
 from fastmtp.models.safetensors_file import SINGLE, StoredTensor, read_header, read_index
 from fastmtp.models.tensors import family, tensor_shapes
@@ -41,7 +42,6 @@ _GGUF_OUTER_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _GGUF_AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class Weights(Protocol):
@@ -110,17 +110,24 @@ class GgufWeights:
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         stored = dict(file.tensors)
-        factors = stored.pop(_ROPE_FACTORS, None)
-        self.rope_factors = None if factors is None else factors.rows(slice(None))
+        architecture = file.metadata["general.architecture"]
+        self.rope_factors: Floats | None = None
+        if config.rope_parameters.get("rope_type") == "longrope":
+            # They are the configuration's.
+            stored = {name: tensor for name, tensor in stored.items() if name not in LONG_FACTORS}
+        elif architecture == FACTORS_ARCHITECTURE and FACTORS in stored:
+            self.rope_factors = stored.pop(FACTORS).rows(slice(None))
         self._config = config
         # The converter reorders the rows of q and k for a rope that rotates neighbouring elements.
-        self._reordered = file.metadata["general.architecture"] == "llama"
+        self._reordered = architecture == "llama"
         self._offset = np.float32(family(config).norm_offset)
         names = _gguf_names(config)
         self._tensors = {name: stored.pop(own) for name, own in names.items() if own in stored}
-        # If only q, k and v have biases, those of o are zeros.
-        outputs = [name for name in names if name.endswith("o_proj.bias") and name not in self._tensors]
-        self._zeros = {name: (config.hidden_size,) for name in outputs if config.attention_bias}
+        # Where only some modules, or some layers, have biases, those of the others are zeros.
+        expected = tensor_shapes(config)
+        self._zeros = {
+            name: shape for name, shape in expected.items() if name.endswith(".bias") and name not in self._tensors
+        }
         # Tensors that the model does not have keep the file's names, for the error message.
         self._tensors |= stored
 

@@ -21,7 +21,7 @@ from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import GATHERED, TargetInfo, ids_of, raise_problems
-from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, skeleton
+from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, set_ropes, skeleton
 from fastmtp.models.source import Source, locate, reading
 from fastmtp.models.tensors import check_tensors, layer_types, windows
 from fastmtp.models.weights import whole
@@ -145,8 +145,8 @@ def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
         model, info = type(skeleton(settings["config"])).from_pretrained(None, state_dict=tensors, **settings)
     # transformers fills missing tensors with random numbers.
     raise_problems(f"{source.name}: tensors are missing:", sorted(info["missing_keys"]))
-    if weights is not None and weights.rope_factors is not None:
-        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(weights.rope_factors))
+    if weights is not None:
+        set_ropes(model.model.rotary_emb, config, weights.rope_factors, source.name)
     return model
 
 
