@@ -50,7 +50,7 @@ LLAMA3 = {
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 GIVEN: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "sizes": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12},
+    "sizes": {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 12},
     "head": {"head_dim": 64, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "old rope": {"rope_theta": 500000.0},
     "old llama3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},

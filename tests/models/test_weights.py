@@ -17,6 +17,7 @@ from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.models.checkpoint import Checkpoint
 from fastmtp.models.gguf_file import read_gguf
+from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.source import locate
 from fastmtp.models.weights import SafetensorsWeights, weight_paths, whole
 from tests.conftest import random_ids, tiny_target
@@ -38,7 +39,7 @@ def test_every_float_type_is_read(tmp_path: Path) -> None:
     values = torch.randn(5, 3)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         save_file({"x": values.to(dtype), "y": torch.zeros(2)}, tmp_path / "model.safetensors")
-        weights = SafetensorsWeights([tmp_path / "model.safetensors"])
+        weights = SafetensorsWeights(read_header(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
         assert weights.shapes() == {"x": (5, 3), "y": (2,)}
         assert np.array_equal(weights.rows("x", 1, 4), values.to(dtype).float().numpy()[1:4])
 
@@ -55,7 +56,7 @@ def test_every_float_type_is_read(tmp_path: Path) -> None:
 def test_other_types_are_refused_by_name(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
     save_file({"x": tensor}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"model\.safetensors: x is stored as {kind}; supported: F32, F16, BF16"):
-        SafetensorsWeights([tmp_path / "model.safetensors"])
+        SafetensorsWeights(read_header(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("load", [load_native_target, load_target])
@@ -131,7 +132,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path, header: bytes) -> None:
     for data in (struct.pack("<Q", len(header)) + header + bytes(8), struct.pack("<Q", 1 << 40), b"", bytes(7)):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"model\.safetensors: damaged or incomplete"):
-            SafetensorsWeights([path])
+            SafetensorsWeights(read_header(path), path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
