@@ -11,7 +11,7 @@ from typing import Any
 
 from fastmtp.files import read_json
 from fastmtp.models.config import FULL, ModelConfig, check_supported
-from fastmtp.models.families import ALIASES, ONLY_TORCH
+from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH
 from fastmtp.models.gguf_config import end_ids as gguf_end_ids
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import gguf_parts, read_gguf
@@ -68,14 +68,10 @@ class Source:
         """transformers' configuration of a model of any kind; for an alias, of the model that it runs as."""
         from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-        if self.gguf is not None:
-            return transformers_config(gguf_config(read_gguf(self.gguf), self.name))
-        values = self._config_json()
+        values = {} if self.gguf is not None else self._config_json()
         kind = values.get("model_type")
-        if kind in ALIASES:
-            named = {"model_type", "architectures", "auto_map"}
-            own = {key: value for key, value in values.items() if key not in named}
-            return CONFIG_MAPPING[ALIASES[kind]].from_dict(own)
+        if self.gguf is not None or kind in (*FAMILIES, *ALIASES):
+            return transformers_config(self.read_config())
         if kind not in CONFIG_MAPPING:
             return PreTrainedConfig.from_dict(values)
         return AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
