@@ -29,8 +29,8 @@ def check(job: Job) -> None:
             raise ValueError(f"--type is for a target in a GGUF file; {job.target.source} is served as it is")
         if job.config.tie_word_embeddings and not has_tied_head(job.weights):
             raise ValueError(
-                f"{job.target.source}: config.json ties the LM head to the embedding, so this engine would ignore the "
-                "stored one, which differs; set tie_word_embeddings to false there"
+                f"{job.target.source}: config.json ties the LM head to the embedding, so the engine would ignore "
+                "the stored one, which differs; set tie_word_embeddings to false there"
             )
         return
     if job.weights.rope_factors is not None:

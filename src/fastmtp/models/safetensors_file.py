@@ -67,7 +67,9 @@ class StoredTensor:
         if self.kind in _VALUES:
             return np.take(_VALUES[self.kind], rows.astype(np.intp))
         if self.kind == "BF16":
-            return (rows.astype(np.uint32) << 16).view(np.float32)
+            wide = rows.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
         return rows.astype(np.float32)
 
 
