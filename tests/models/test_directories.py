@@ -315,3 +315,21 @@ def test_models_that_only_transformers_reads_are_checked_too(tmp_path: Path, nam
     )
     with pytest.raises(ValueError, match=rf"model: a quantised {name} is not supported"):
         open_torch(str(made.directory), device="cpu")
+
+
+@pytest.mark.parametrize(("engine", "dtype"), ENGINES)
+def test_end_ids_of_every_file(tmp_path: Path, engine: Any, dtype: str) -> None:
+    """Of the configuration, of generation, of the tokenizer, and of the template's turn; ids that the model lacks
+    are left out, and what is no id is named."""
+    directory = write(tmp_path / "model", own_tensors(), eos_token_id=[2, 3])
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4, -1, 300]}))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|user|>"}))
+    options = EngineOptions(engine, dtype, "cpu")
+    assert open_engine(str(directory), options).target.end_ids == {2, 3, 4, 257, 258}
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id: '</s>' must be a token id"):
+        open_engine(str(directory), options)
+    write(directory, own_tensors(), eos_token_id=["</s>"])
+    with pytest.raises(ValueError, match=r"model: eos_token_id: \['</s>'\] must be a token id"):
+        open_engine(str(directory), options)

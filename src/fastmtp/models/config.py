@@ -19,8 +19,9 @@ SLIDING = "sliding_attention"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 _LONG_CONTEXT = ("llama3", "yarn", "longrope")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # For these keys null is a value of its own, not the default.
-_NULLABLE = ("num_key_value_heads", "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
+_NULLABLE = ("num_key_value_heads", "sliding_window", *_IDS)
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class ModelConfig:
         if given.get(activation, ACTIVATIONS[0]) not in ACTIVATIONS:
             supported = ", ".join(ACTIVATIONS)
             raise ValueError(f"{source}: activation {given[activation]!r} is not supported; supported: {supported}")
+        for name in _IDS:
+            ids_of(given.get(name), f"{source}: {name}")
         has_scalar = "query_pre_attn_scalar" in family.defaults
         rope = _rope_by_kind(given, source) if family.rope_by_kind else _rope(family, given, types, source)
         return cls(
@@ -129,6 +132,18 @@ def check_supported(values: Mapping[str, Any], source: str) -> None:
     quantization(settings, source)
     if kind not in ONLY_TORCH:
         check_keys(values, source)
+
+
+def ids_of(value: Any, where: str) -> list[int]:
+    """The token ids of a setting that holds one, several, or none.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"{where}: {value!r} must be a token id or a list of them")
+    return ids
 
 
 def _count(given: Mapping[str, Any], name: str, source: str) -> int:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.files import read_json
-from fastmtp.models.config import FULL, ModelConfig, check_supported
+from fastmtp.models.config import FULL, ModelConfig, check_supported, ids_of
 from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH
 from fastmtp.models.gguf_config import end_ids as gguf_end_ids
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import gguf_parts, read_gguf
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
-from fastmtp.models.info import TargetInfo, ids_of
+from fastmtp.models.info import TargetInfo
 from fastmtp.models.packaged import file_of
 from fastmtp.models.packaged_models import MODELS
 from fastmtp.models.quantization import Quantization, quantization
@@ -92,7 +92,7 @@ class Source:
         if self.gguf is not None:
             return gguf_end_ids(read_gguf(self.gguf))
         path = self.directory / "generation_config.json"
-        return ids_of(read_json(path).get("eos_token_id")) if path.is_file() else []
+        return ids_of(read_json(path).get("eos_token_id"), f"{path}: eos_token_id") if path.is_file() else []
 
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""

@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
-from fastmtp.models.config import FULL, ModelConfig
-from fastmtp.models.info import GATHERED, TargetInfo, ids_of, raise_problems
+from fastmtp.models.config import FULL, ModelConfig, ids_of
+from fastmtp.models.info import GATHERED, TargetInfo, raise_problems
 from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, skeleton
 from fastmtp.models.source import Source, locate, open_model, reading, transformers_config
 from fastmtp.models.tensors import layer_types, tensor_shapes, windows
@@ -41,7 +41,7 @@ class Target(TargetInfo):
         Raises:
             ValueError: the tokenizer does not fit.
         """
-        ends = [*end_ids, *ids_of(model.generation_config.eos_token_id)]
+        ends = [*end_ids, *ids_of(model.generation_config.eos_token_id, source)]
         super().__init__(model.config, ends, tokenizer, type(model).__name__, source)
         self._gathered = lru_cache(GATHERED)(self._gather)
         self.model = model.eval().requires_grad_(False)
