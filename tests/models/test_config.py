@@ -50,7 +50,7 @@ LLAMA3 = {
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 GIVEN: dict[str, dict[str, Any]] = {
     "nothing": {},
-    "sizes": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 12},
+    "sizes": {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 12},
     "head": {"head_dim": 64, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "old rope": {"rope_theta": 500000.0},
     "old llama3": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
@@ -97,10 +97,10 @@ def test_sizes_that_cannot_be_right_are_named(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("quantization_config", {"quant_method": "fp8"}), ("final_logit_softcapping", 30.0)],
+    [("quantization_config", {"quant_method": "gptq"}), ("final_logit_softcapping", 30.0)],
 )
 def test_what_would_be_misread_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=r"here: .*(fp8|softcapping)"):
+    with pytest.raises(ValueError, match=r"here: .*(gptq|softcapping)"):
         ModelConfig.from_json({"model_type": "llama", key: value}, "here")
 
 

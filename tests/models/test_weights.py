@@ -17,6 +17,7 @@ from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.models.checkpoint import Checkpoint
 from fastmtp.models.gguf_file import read_gguf
+from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.source import locate
 from fastmtp.models.weights import SafetensorsWeights, weight_paths, whole
 from tests.conftest import random_ids, tiny_target
@@ -38,7 +39,7 @@ def test_every_float_type_is_read(tmp_path: Path) -> None:
     values = torch.randn(5, 3)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         save_file({"x": values.to(dtype), "y": torch.zeros(2)}, tmp_path / "model.safetensors")
-        weights = SafetensorsWeights([tmp_path / "model.safetensors"])
+        weights = SafetensorsWeights(read_header(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
         assert weights.shapes() == {"x": (5, 3), "y": (2,)}
         assert np.array_equal(weights.rows("x", 1, 4), values.to(dtype).float().numpy()[1:4])
 
@@ -55,25 +56,22 @@ def test_every_float_type_is_read(tmp_path: Path) -> None:
 def test_other_types_are_refused_by_name(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
     save_file({"x": tensor}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"model\.safetensors: x is stored as {kind}; supported: F32, F16, BF16"):
-        SafetensorsWeights([tmp_path / "model.safetensors"])
+        SafetensorsWeights(read_header(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("load", [load_native_target, load_target])
-def test_quantised_checkpoints_are_refused_by_both_engines(directory: Path, load: Any) -> None:
-    """By the configuration, by the type of a tensor, and by its scales."""
-    path, config = directory / "config.json", json.loads((directory / "config.json").read_text())
-    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match=r"its weights are quantised \(fp8\), which is not supported"):
-        load(str(directory))
-    path.write_text(json.dumps(config))
+def test_quantised_tensors_of_an_unquantised_model_are_refused(directory: Path, load: Any) -> None:
+    """By their type, and by their scales."""
     tensors = dict(tiny_target("llama").model.state_dict())
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, directory / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is stored as F8_E4M3"):
         load(str(directory))
-    save_file({**tensors, f"{name}_scale_inv": torch.ones(1, 1)}, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{name}_scale_inv: has no place in a llama"):
-        load(str(directory))
+    for scale in ("weight_scale_inv", "weight_scale", "input_scale"):
+        own = name.replace("weight", scale)
+        save_file({**tensors, own: torch.ones(1, 1)}, directory / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{own}: has no place in a llama"):
+            load(str(directory))
 
 
 @pytest.mark.parametrize("load", [load_native_target, load_target])
@@ -131,7 +129,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path, header: bytes) -> None:
     for data in (struct.pack("<Q", len(header)) + header + bytes(8), struct.pack("<Q", 1 << 40), b"", bytes(7)):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"model\.safetensors: damaged or incomplete"):
-            SafetensorsWeights([path])
+            SafetensorsWeights(read_header(path), path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])

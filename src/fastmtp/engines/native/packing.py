@@ -87,15 +87,6 @@ def gains(weights: Weights, name: str, offset: float) -> list[float]:
     return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(offset)).tolist())
 
 
-def equal(weights: Weights, first: str, second: str) -> bool:
-    """Whether two matrices are the same."""
-    shape = weights.shapes()[first]
-    return weights.shapes()[second] == shape and all(
-        np.array_equal(weights.rows(first, start, stop), weights.rows(second, start, stop))
-        for start, stop in _chunks(*shape)
-    )
-
-
 def _chunks(rows: int, inputs: int) -> Iterator[tuple[int, int]]:
     step = max(1, _CHUNK_BYTES // (4 * inputs))
     return ((start, min(rows, start + step)) for start in range(0, rows, step))
