@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmtp.engines.native.target import load_native_target
+from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import load_target
 from fastmtp.models.gguf_file import read_gguf
 from tests.conftest import tiny_target

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastmtp.engines.native.target import load_native_target
+from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import load_target
 from fastmtp.models.source import locate
 from tests.conftest import tiny_target

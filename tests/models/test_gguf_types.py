@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
-from fastmtp.engines.native.target import load_native_target
+from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import load_target
 from fastmtp.models.gguf_file import read_gguf
 from tests.models import llama_cpp
