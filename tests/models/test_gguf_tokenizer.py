@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastmtp.models.embedded import embedded_gguf
 
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.gguf_tokenizer import end_ids
@@ -133,8 +132,8 @@ def test_tokens_of_other_prompts_end_no_answer(tmp_path: Path, name: str) -> Non
 
 
 def test_ends_of_the_embedded_model_are_llama_cpps() -> None:
-    ends = llama_cpp.read(embedded_gguf(), all_ends=True)["ends"]
-    tokens = read_gguf(embedded_gguf()).metadata["tokenizer.ggml.tokens"]
+    ends = llama_cpp.read(locate("smollm2").gguf, all_ends=True)["ends"]
+    tokens = read_gguf(locate("smollm2").gguf).metadata["tokenizer.ggml.tokens"]
     assert [token for token in ends if tokens[token] not in ("<repo_name>", "<reponame>", "<file_sep>")] == sorted(
         describe("smollm2").end_ids
     )
