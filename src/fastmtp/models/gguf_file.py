@@ -18,6 +18,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.files import mapped
+
 _PART = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _NUMBERS = ["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]
 _STRING, _ARRAY = 8, 9
@@ -139,8 +141,7 @@ def _readable(kind: gguf.GGMLQuantizationType) -> bool:
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Slices of a plain array are made faster than those of a memmap.
-        self._file = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._file = mapped(path)
         self._bytes = self._file.data
         self._at = 4
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmtp.files import read_json
+from fastmtp.files import mapped, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F32", "F16", "BF16")
@@ -150,7 +150,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     data = np.empty(0, np.uint8)
     if size > 8 + length:
-        data = np.asarray(np.memmap(path, np.uint8, "r", 8 + length))
+        data = mapped(path)[8 + length :]
     for name, kind, shape, start, stop in facts:
         if kind not in _TYPES:
             raise ValueError(f"{path}: {name} is stored as {kind}; supported: {', '.join(FLOATS)}")
