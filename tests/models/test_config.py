@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
+from fastmtp.models.config_keys import _NEUTRAL
 from fastmtp.models.families import SUPPORTED
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import read_gguf
@@ -102,6 +104,16 @@ def test_sizes_that_cannot_be_right_are_named(name: str, value: Any) -> None:
 def test_what_would_be_misread_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=r"here: .*(gptq|softcapping)"):
         ModelConfig.from_json({"model_type": "llama", key: value}, "here")
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_every_key_of_transformers_class_is_applied_refused_or_harmless(kind: str) -> None:
+    harmless = {"initializer_range", "use_cache", "attention_dropout", "pretraining_tp"}
+    switches = {"hidden_activation", "use_sliding_window", "max_window_layers"}
+    own = {field.name for field in fields(CONFIG_MAPPING[kind])} - {
+        field.name for field in fields(PreTrainedConfig)
+    }
+    assert own <= {field.name for field in fields(ModelConfig)} | switches | _NEUTRAL.keys() | harmless
 
 
 @pytest.mark.parametrize("name", FAMILIES)

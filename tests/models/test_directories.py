@@ -247,6 +247,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"hidden_act": "gelu"}),
     ("gemma3", {"hidden_activation": "silu_and_mul"}),
     ("gemma3", {"query_pre_attn_scalar": 100.5}),
+    ("llama", {"rms_norm_eps": float("nan")}),
+    ("llama", {"rms_norm_eps": 0}),
     ("llama", {"head_dim": 7}),
     ("llama", {"num_key_value_heads": 3}),
     ("llama", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
@@ -259,6 +261,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ROPES: list[tuple[str, dict[str, Any]]] = [
     ("rope_type 'spiral'", {"rope_type": "spiral", "factor": 2.0}),
     ("partial_rotary_factor", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("rope_theta", {"rope_type": "default", "rope_theta": float("inf")}),
+    ("factor", {"rope_type": "linear", "factor": 0.0}),
     ("mrope_section", {"rope_type": "default", "mrope_section": [1, 1, 2]}),
 ]
 

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.models.checkpoint import Checkpoint
+from fastmtp.models.config import ModelConfig
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.source import locate
-from fastmtp.models.weights import SafetensorsWeights, weight_paths, whole
+from fastmtp.models.weights import GgufWeights, SafetensorsWeights, weight_paths, whole
 from tests.conftest import random_ids, tiny_target
 from tests.models.gguf_files import byte_level, write_model, write_random
 from tests.models.test_target import write_gguf
@@ -248,3 +249,23 @@ def test_gguf_files_of_other_families_give_the_model(tmp_path: Path, name: str) 
     assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
     loaded = load_target(str(path), device="cpu").model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
     torch.testing.assert_close(loaded[:24], expected[:24], atol=1e-4, rtol=1e-3)
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """Of GGUF's blocks, also where their four-bit numbers are taken as they are."""
+    path, own = tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q4_0
+    blocks = gguf.quants.quantize(np.ones((6, 32), np.float32), own)
+    blocks[4, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tensor("blk.0.attn_v.weight", blocks, raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    config = ModelConfig.from_json({"model_type": "llama"}, "here")
+    weights = GgufWeights(read_gguf(path), config)
+    assert (weights.rows(name, 0, 4) == 1).all()
+    for read in (weights.rows, weights.grid):
+        with pytest.raises(ValueError, match=rf"model\.gguf: {name}: holds values that are infinite"):
+            read(name, 0, 6)

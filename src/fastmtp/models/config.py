@@ -5,6 +5,7 @@ Attributes have transformers' names. `rope_parameters` has the form of transform
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ class ModelConfig:
         if given.get(activation, ACTIVATIONS[0]) not in ACTIVATIONS:
             supported = ", ".join(ACTIVATIONS)
             raise ValueError(f"{source}: activation {given[activation]!r} is not supported; supported: {supported}")
+        epsilon = float(given.get("rms_norm_eps", 1e-6))
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"{source}: rms_norm_eps is {epsilon}; it must be above 0")
         for name in _IDS:
             ids_of(given.get(name), f"{source}: {name}")
         has_scalar = "query_pre_attn_scalar" in family.defaults
@@ -105,7 +109,7 @@ class ModelConfig:
             num_key_value_heads=key_heads,
             head_dim=size,
             max_position_embeddings=_count(given, "max_position_embeddings", source),
-            rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=epsilon,
             hidden_act=str(given.get(activation, ACTIVATIONS[0])),
             tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
             rope_parameters=rope,

@@ -6,6 +6,7 @@ architectures do not read it, or it concerns training, generation or files only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,6 +74,10 @@ def check_keys(values: Mapping[str, Any], source: str) -> None:
 
 
 def check_rope_keys(settings: Mapping[str, Any], source: str, known: Iterable[str] = _ROPE_KEYS) -> None:
-    """Raises ValueError if a setting of the rotary embeddings is unknown."""
-    for name in settings.keys() - set(known):
-        raise ValueError(f"{source}: the rotary embeddings' {name} is {settings[name]!r}, which is not supported")
+    """Raises ValueError if a setting of the rotary embeddings is unknown, or a number that cannot be right."""
+    for name, value in settings.items():
+        # 0 switches these off.
+        least = 0 if name.startswith("mscale") else math.ulp(0)
+        wrong = type(value) in (int, float) and not least <= value < math.inf
+        if wrong or name not in known:
+            raise ValueError(f"{source}: the rotary embeddings' {name} is {value!r}, which is not supported")

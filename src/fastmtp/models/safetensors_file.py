@@ -65,7 +65,7 @@ class StoredTensor:
         """Rows start..stop - 1 of a matrix, or elements of a vector."""
         rows = self.values[start:stop]
         if self.kind in _VALUES:
-            return np.take(_VALUES[self.kind], rows.astype(np.intp))
+            return _VALUES[self.kind].take(rows.view(np.uint8))
         if self.kind == "BF16":
             wide = rows.astype(np.uint32)
             wide <<= 16
