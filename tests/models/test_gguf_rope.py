@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_the_original_context_may_stand_beside_the_settings(kind: str) -> None:
     settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     settings |= {"long_factor": [1.0] * 64, "short_factor": [1.0] * 64} if kind == "longrope" else {}
     values = {"model_type": "llama", "rope_scaling": settings, "original_max_position_embeddings": 64}
-    theirs = LlamaConfig.from_dict(values)
+    theirs = LlamaConfig.from_dict(deepcopy(values))
     theirs.standardize_rope_params()
     assert theirs.rope_parameters["original_max_position_embeddings"] == 64
     assert ModelConfig.from_json(values, "here").rope_parameters == theirs.rope_parameters

@@ -39,10 +39,6 @@ def _by_case(ending: str, numbers: str) -> str:
 
 
 _GPT4O = _by_case(f"{_SHORT_FORMS}?", r"\p{N}{1,3}")
-_BAILING = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-    r"|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 _EXAONE_MOE = (
     rf"{_SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -91,6 +87,8 @@ SPLITTINGS = {
     **dict.fromkeys(("lfm2", "falcon-h1"), _LLAMA3_SPLITTING),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), Splitting((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan"), _QWEN2),
+    # Its own expression differs in form only.
+    "bailingmoe": _QWEN2,
     "qwen35": Splitting((_QWEN35,)),
     "tekken": Splitting((_by_case("", r"\p{N}"),), whole_words=True, begins=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), Splitting((_GPT4O,))),
@@ -98,7 +96,6 @@ SPLITTINGS = {
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), Splitting(_DEEPSEEK_V3)),
     "falcon": Splitting((_PUNCTUATION.replace("|]", "|`]"), _GPT2, "[0-9][0-9][0-9]")),
     "seed-coder": Splitting((_SEED_CODER,)),
-    "bailingmoe": Splitting((_BAILING,)),
     "exaone-moe": Splitting((_EXAONE_MOE,)),
     "minicpm5": Splitting((r"\p{N}{1,3}", rf"{_SHORT_FORMS}|{_WORDS}" % r"\p{N}+"), whole_words=True),
     "poro-chat": Splitting((_VIKING,)),
