@@ -26,6 +26,7 @@ from fastmtp.progress import QUIET, Progress
 
 WeightType = Literal["int8", "int4", "bfloat16"]
 _TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
+_SHOWN_MILLIONS = 20
 _BYTES_PER_WEIGHT = {"int8": 1.04, "int4": 0.625, "bfloat16": 2.0}
 
 # A layer's norms and their names in a checkpoint.
@@ -115,7 +116,9 @@ class NativeTarget(TargetInfo):
     def _convert(self, weights: Weights, progress: Progress) -> None:
         shapes = weights.shapes()
         millions = sum(math.prod(shapes[f"{module.name}.weight"]) for module in self._modules) // 10**6
-        with progress.bar(f"converting to {self.weight_type}, million weights", millions) as bar:
+        # A small model is done before a bar could be read.
+        shown = progress if millions > _SHOWN_MILLIONS else QUIET
+        with shown.bar(f"converting to {self.weight_type}, million weights", millions) as bar:
             pack(self._modules, weights, self.runtime.threads, bar)
 
     def _matrices(self) -> dict[str, _native.Matrix]:
