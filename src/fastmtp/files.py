@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
-
-import numpy as np
-from numpy.typing import NDArray
 
 _BEGINNING, _SAMPLES = 1 << 23, 500
-_MAPS: WeakSet[mmap.mmap] = WeakSet()
 
 
 def cache_directory() -> Path:
@@ -89,25 +83,6 @@ def file_identity(path: Path) -> str:
             stream.seek(place)
             digest.update(stream.read(64))
     return digest.hexdigest()
-
-
-def mapped(path: Path) -> NDArray[np.uint8]:
-    """A file's bytes through a memory map, read-only.
-
-    Raises:
-        ValueError: the file is empty.
-    """
-    with path.open("rb") as stream:
-        view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    _MAPS.add(view)
-    return np.frombuffer(view, np.uint8)
-
-
-def release_mapped() -> None:
-    """Give back the memory of what was read through maps; it is read again where it is needed."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        for view in list(_MAPS):
-            view.madvise(mmap.MADV_DONTNEED)
 
 
 def remove(path: Path) -> None:

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmtp.files import mapped
+from fastmtp.models.mapping import mapped
 
 _PART = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _NUMBERS = ["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from fastmtp import _native
-from fastmtp.files import release_mapped
+from fastmtp.models.mapping import release_mapped
 from fastmtp.models.weights import Floats, Weights, whole
 from fastmtp.progress import Bar
 
