@@ -14,18 +14,15 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
 from fastmtp.models.info import tokenizer_sha256
 from fastmtp.models.packaged import file_of
-from fastmtp.models.pre_tokenizers import SPLITTINGS
-from fastmtp.models.source import describe, locate
+from fastmtp.models.source import describe
 from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
 from tests.conftest import byte_tokenizer, tiny_target
-from tests.models.gguf_files import write_random
 from tests.models.test_target import write_gguf
 
 TEXTS = [
@@ -51,28 +48,6 @@ TEXTS = [
     topics["operator-summary"][:3000],
 ]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Was heißt „Baum“?"}]
-
-# Ids of texts by llama.cpp's own server.
-_LLAMA_CPP = """
-import json, sys, urllib.request
-import xllamacpp
-parameters = xllamacpp.CommonParams()
-parameters.model.path, parameters.n_ctx, parameters.n_gpu_layers = sys.argv[1], 64, 0
-parameters.verbosity, parameters.n_parallel, parameters.warmup = -1, 1, False
-server = xllamacpp.Server(parameters)
-for text in json.load(sys.stdin):
-    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-    request = urllib.request.Request(server.listening_address + "/tokenize", body)
-    print(json.load(urllib.request.urlopen(request))["tokens"])
-"""
-
-
-def llama_cpp_ids(path: Path) -> list[list[int]]:
-    pytest.importorskip("xllamacpp")
-    command = [sys.executable, "-c", _LLAMA_CPP, str(path)]
-    done = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
 @cache
@@ -113,58 +88,6 @@ def test_the_embedded_tokenizer_is_transformers_own(theirs: Any) -> None:
         assert ours.apply_chat_template(CHAT, add_generation_prompt=reply) == theirs.apply_chat_template(
             CHAT, tokenize=False, add_generation_prompt=reply
         )
-
-
-@pytest.mark.parametrize("pre", SPLITTINGS)
-def test_byte_level_ids_are_llama_cpps(tmp_path: Path, pre: str) -> None:
-    write_random(tmp_path / "model.gguf", {**embedded_keys(), "ggml.pre": pre})
-    ours = locate(str(tmp_path / "model.gguf")).read_tokenizer()
-    for text, expected in zip(TEXTS, llama_cpp_ids(tmp_path / "model.gguf"), strict=True):
-        assert ours.encode(text) == expected, text
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentence_piece_ids_are_llama_cpps(tmp_path: Path, prefix: bool) -> None:
-    """Byte fallback, merges by score, and the space before a text; the second reading is from the cache."""
-    path = tmp_path / "model.gguf"
-    write_random(path, {**sentence_piece_keys(), "ggml.add_space_prefix": prefix})
-    expected = llama_cpp_ids(path)
-    for _ in range(2):
-        ours = locate(str(path)).read_tokenizer()
-        assert [ours.encode(text) for text in TEXTS] == expected
-    for text in ("Hello world", "日本語 and  spaces\n", "😀"):
-        assert ours.decode(ours.encode(text), skip_special_tokens=True) == text
-
-
-def sentence_piece_keys() -> dict[str, Any]:
-    """The embedded model's words as a SentencePiece vocabulary."""
-    texts = (embedded().decode([token]).replace(" ", "▁") for token in range(17, 20000))
-    words = dict.fromkeys(word for text in texts if "\ufffd" not in text for word in (*text, text))
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens = [*special, *words, "<|end|>"]
-    return {
-        "ggml.model": "llama",
-        "ggml.tokens": tokens,
-        "ggml.scores": [0.0] * len(special) + [-float(index) for index in range(len(words) + 1)],
-        "ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(words) + [4],
-        "ggml.bos_token_id": 1,
-        "ggml.eos_token_id": 2,
-        "ggml.unknown_token_id": 0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"ggml.pre": "new-thing"}, r"tokenizer\.ggml\.pre is 'new-thing'; supported: default"),
-        ({"ggml.model": "t5"}, r"tokenizer\.ggml\.model is 't5'; supported: gpt2, llama"),
-    ],
-)
-def test_unknown_tokenizers_are_refused_by_name(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
-    tokens = {"ggml.model": "gpt2", "ggml.tokens": ["a", "b", "ab"], "ggml.merges": ["a b"]}
-    write_random(tmp_path / "model.gguf", tokens | keys)
-    with pytest.raises(ValueError, match=message):
-        locate(str(tmp_path / "model.gguf")).read_tokenizer()
 
 
 def test_a_directory_gives_transformers_tokenizer(tmp_path: Path) -> None:
@@ -232,27 +155,6 @@ def test_templates_are_rendered_as_transformers_does() -> None:
     for one in (ours, theirs):
         with pytest.raises(TemplateError, match="no tools"):
             one.apply_chat_template([{"role": "tool", "content": ""}], tokenize=False)
-
-
-def test_ends_of_an_answer(tmp_path: Path) -> None:
-    """All that the file names, and what the template puts after the assistant's words."""
-    path = tmp_path / "model.gguf"
-    tokens = [*ByteLevel.alphabet(), "<eos>", "<end_of_turn>", "<eom>", "<eot>"]
-    template = "{% for m in messages %}{{ m.role }}{{ m.content }}<end_of_turn>\n{% endfor %}"
-    keys = {
-        "ggml.model": "gpt2",
-        "ggml.pre": "gpt-2",
-        "ggml.tokens": tokens,
-        "ggml.token_type": [1] * 256 + [3] * 4,
-        "ggml.eos_token_id": 256,
-        "ggml.eom_token_id": 258,
-        "ggml.eot_token_id": 259,
-        "chat_template": template,
-    }
-    write_random(path, keys)
-    assert describe(str(path)).end_ids == {256, 257, 258, 259}
-    write_random(path, {**keys, "chat_template": "{{ raise_exception('never') }}"})
-    assert describe(str(path)).end_ids == {256, 258, 259}
 
 
 def test_special_tokens_without_an_embedding_are_harmless_until_used(tmp_path: Path) -> None:

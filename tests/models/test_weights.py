@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.models.checkpoint import Checkpoint
+from fastmtp.models.config import ModelConfig
 from fastmtp.models.gguf_file import read_gguf
+from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.source import locate
-from fastmtp.models.weights import SafetensorsWeights, weight_paths, whole
+from fastmtp.models.weights import GgufWeights, SafetensorsWeights, weight_paths, whole
 from tests.conftest import random_ids, tiny_target
-from tests.models.gguf_files import write_random
+from tests.models.gguf_files import byte_level, write_model, write_random
 from tests.models.test_target import write_gguf
 from tests.native.test_target import states
 
@@ -38,7 +40,7 @@ def test_every_float_type_is_read(tmp_path: Path) -> None:
     values = torch.randn(5, 3)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         save_file({"x": values.to(dtype), "y": torch.zeros(2)}, tmp_path / "model.safetensors")
-        weights = SafetensorsWeights([tmp_path / "model.safetensors"])
+        weights = SafetensorsWeights(read_header(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
         assert weights.shapes() == {"x": (5, 3), "y": (2,)}
         assert np.array_equal(weights.rows("x", 1, 4), values.to(dtype).float().numpy()[1:4])
 
@@ -55,25 +57,22 @@ def test_every_float_type_is_read(tmp_path: Path) -> None:
 def test_other_types_are_refused_by_name(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
     save_file({"x": tensor}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"model\.safetensors: x is stored as {kind}; supported: F32, F16, BF16"):
-        SafetensorsWeights([tmp_path / "model.safetensors"])
+        SafetensorsWeights(read_header(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("load", [load_native_target, load_target])
-def test_quantised_checkpoints_are_refused_by_both_engines(directory: Path, load: Any) -> None:
-    """By the configuration, by the type of a tensor, and by its scales."""
-    path, config = directory / "config.json", json.loads((directory / "config.json").read_text())
-    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match=r"its weights are quantised \(fp8\), which is not supported"):
-        load(str(directory))
-    path.write_text(json.dumps(config))
+def test_quantised_tensors_of_an_unquantised_model_are_refused(directory: Path, load: Any) -> None:
+    """By their type, and by their scales."""
     tensors = dict(tiny_target("llama").model.state_dict())
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, directory / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name} is stored as F8_E4M3"):
         load(str(directory))
-    save_file({**tensors, f"{name}_scale_inv": torch.ones(1, 1)}, directory / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{name}_scale_inv: has no place in a llama"):
-        load(str(directory))
+    for scale in ("weight_scale_inv", "weight_scale", "input_scale"):
+        own = name.replace("weight", scale)
+        save_file({**tensors, own: torch.ones(1, 1)}, directory / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{own}: has no place in a llama"):
+            load(str(directory))
 
 
 @pytest.mark.parametrize("load", [load_native_target, load_target])
@@ -131,7 +130,7 @@ def test_damaged_safetensors_are_named(tmp_path: Path, header: bytes) -> None:
     for data in (struct.pack("<Q", len(header)) + header + bytes(8), struct.pack("<Q", 1 << 40), b"", bytes(7)):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"model\.safetensors: damaged or incomplete"):
-            SafetensorsWeights([path])
+            SafetensorsWeights(read_header(path), path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
@@ -222,8 +221,7 @@ def test_a_changed_part_of_a_split_gguf_file_is_read_again(tmp_path: Path) -> No
 def test_biases_of_a_gguf_file(tmp_path: Path) -> None:
     """Those of q, k and v, in both engines; an output projection without one has zeros."""
     path = tmp_path / "model.gguf"
-    tokens = [f"t{index}" for index in range(300)]
-    keys = {"ggml.model": "gpt2", "ggml.pre": "gpt-2", "ggml.tokens": tokens, "ggml.merges": []}
+    keys = byte_level(300)
     biases = {f"blk.0.attn_{name}.bias": np.full(32, 0.5, np.float32) for name in "qkv"}
     write_random(path, keys, tensors=biases)
     weights = locate(str(path)).open_weights()
@@ -243,46 +241,31 @@ def test_biases_of_a_gguf_file(tmp_path: Path) -> None:
 def test_gguf_files_of_other_families_give_the_model(tmp_path: Path, name: str) -> None:
     """Under the names that llama.cpp's converter uses, with Gemma's gains as it stores them."""
     path, target = tmp_path / "model.gguf", tiny_target(name)
-    config, values = target.config, dict(target.model.state_dict())
-    keys = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": target.model.model.layers[0].self_attn.head_dim,
-    }
-    writer = gguf.GGUFWriter(str(path), name)
-    for key, value in keys.items():
-        writer.add_uint32(f"{name}.{key}", value)
-    writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
-    if name == "gemma3":
-        writer.add_uint32("gemma3.attention.sliding_window", config.sliding_window)
-        pattern = [kind == "sliding_attention" for kind in config.layer_types]
-        writer.add_array("gemma3.attention.sliding_window_pattern", pattern)
-        # The tiny model keeps the class's scale, which is that of heads of 256.
-        for layer in range(config.num_hidden_layers):
-            key = f"model.layers.{layer}.self_attn.q_norm.weight"
-            values[key] = (1 + values[key]) * (8 / 256) ** 0.5 - 1
-    for key, value in (("model", "gpt2"), ("pre", "gpt-2")):
-        writer.add_string(f"tokenizer.ggml.{key}", value)
-    writer.add_array("tokenizer.ggml.tokens", [f"t{index}" for index in range(config.vocab_size)])
-    architecture = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[name]
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for own, value in values.items():
-        if own != "lm_head.weight" or not config.tie_word_embeddings:
-            gain = 1 if name == "gemma3" and own.endswith("norm.weight") else 0
-            writer.add_tensor(names.get_name(own, (".weight", ".bias")), (value + gain).numpy())
+    write_model(path, target)
+    expected = target.model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
+    error = states(load_native_target(str(path), weight_type="bfloat16")) - expected
+    if name == "qwen2":  # whose windows no key of a GGUF file names
+        error = error[: target.config.sliding_window]
+    assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
+    loaded = load_target(str(path), device="cpu").model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
+    torch.testing.assert_close(loaded[:24], expected[:24], atol=1e-4, rtol=1e-3)
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    """Of GGUF's blocks, also where their four-bit numbers are taken as they are."""
+    path, own = tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q4_0
+    blocks = gguf.quants.quantize(np.ones((6, 32), np.float32), own)
+    blocks[4, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tensor("blk.0.attn_v.weight", blocks, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    expected = target.model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
-    error = states(load_native_target(str(path), weight_type="bfloat16")) - expected
-    if name == "qwen2":  # whose windows no key of a GGUF file names
-        error = error[: config.sliding_window]
-    assert error.square().mean().sqrt() < 0.02 * expected.abs().max()
-    loaded = load_target(str(path), device="cpu").model.model(torch.tensor([random_ids(40)])).last_hidden_state[0]
-    torch.testing.assert_close(loaded[:24], expected[:24], atol=1e-4, rtol=1e-3)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    config = ModelConfig.from_json({"model_type": "llama"}, "here")
+    weights = GgufWeights(read_gguf(path), config)
+    assert (weights.rows(name, 0, 4) == 1).all()
+    for read in (weights.rows, weights.grid):
+        with pytest.raises(ValueError, match=rf"model\.gguf: {name}: holds values that are infinite"):
+            read(name, 0, 6)

@@ -113,11 +113,10 @@ def test_rope_scaling(rope: dict[str, object]) -> None:
 
 def test_unsupported_rope_is_named() -> None:
     source = tiny_target("llama")
-    parameters = {"rope_theta": 1e4, "rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}
-    parameters["original_max_position_embeddings"] = 64
+    parameters = {"rope_theta": 1e4, "rope_type": "proportional", "partial_rotary_factor": 1.0}
     config = type(source.config)(**{**source.config.to_dict(), "rope_parameters": parameters})
     model = type(source.model)(config)
-    with pytest.raises(ValueError, match="odd: rope_type 'longrope' is not supported"):
+    with pytest.raises(ValueError, match="odd: rope_type 'proportional' is not supported"):
         convert(Target(model, source.tokenizer, "odd"), "int8")
 
 

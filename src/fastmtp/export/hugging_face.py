@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from fastmtp.export.job import Job
 from fastmtp.files import write_json
 from fastmtp.models.safetensors_file import INDEX
-from fastmtp.models.weights import whole
+from fastmtp.models.torch_tensors import as_tensor
+from fastmtp.models.weights import has_tied_head
 
 TARGET = "target"
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -26,6 +27,11 @@ def check(job: Job) -> None:
     if job.source.gguf is None:
         if kind is not None:
             raise ValueError(f"--type is for a target in a GGUF file; {job.target.source} is served as it is")
+        if job.config.tie_word_embeddings and not has_tied_head(job.weights):
+            raise ValueError(
+                f"{job.target.source}: config.json ties the LM head to the embedding, so the engine would ignore "
+                "the stored one, which differs; set tie_word_embeddings to false there"
+            )
         return
     if job.weights.rope_factors is not None:
         raise ValueError(
@@ -43,7 +49,7 @@ def write_target(job: Job, export: Path) -> None:
     """Write a GGUF target's configuration, tokenizer and weights into an export, one shard at a time.
 
     Raises:
-        ValueError: the disk has too little room.
+        ValueError: the disk has too little room, or a value is beyond the type's range.
     """
     if job.source.gguf is None:
         return
@@ -60,7 +66,7 @@ def write_target(job: Job, export: Path) -> None:
     files: dict[str, str] = {}
     for number, names in enumerate(_shards(job, dtype.itemsize), 1):
         file = f"model-{number:05}.safetensors"
-        tensors = {name: torch.from_numpy(whole(job.weights, name)).to(dtype) for name in names}
+        tensors = {name: as_tensor(job.weights, name, dtype, job.target.source) for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)
     write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": files})

@@ -15,7 +15,7 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.heads.format import read_head
 from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
-from fastmtp.models.source import Source, locate, reading
+from fastmtp.models.source import Source, locate, open_model, reading
 from fastmtp.models.weights import Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -53,9 +53,13 @@ class Job:
 
     @cached_property
     def weights(self) -> Weights:
-        """The target's tensors, which are read on demand."""
+        """The target's tensors, which are read on demand.
+
+        Raises:
+            ValueError: as `open_model`.
+        """
         with reading(self.source):
-            return self.source.open_weights()
+            return open_model(self.source)[1]
 
 
 def open_job(name: str, head: Path, out: Path, options: Mapping[str, str | bool]) -> Job:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmtp.files import read_json, replacing, write_json
 from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
+from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.weights import SafetensorsWeights, Weights
 from fastmtp.vocabulary.lists import VocabularyLists
 
@@ -94,7 +95,7 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
     """
     lists, steps = read_description(directory, target)
     path = directory / "model.safetensors"
-    weights = SafetensorsWeights([path])
+    weights = SafetensorsWeights(read_header(path), path)
     found = weights.shapes()
     problems = [f"missing tensor {name}" for name in shapes if name not in found]
     problems += [f"unknown tensor {name}" for name in found if name not in shapes]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.files import replacing, write_json
-from fastmtp.models.safetensors_file import INDEX, SINGLE, read_index
+from fastmtp.models.safetensors_file import INDEX, SINGLE, no_weights, read_index
 
 
 class Checkpoint:
@@ -32,7 +32,7 @@ class Checkpoint:
             self.files = index
             return
         if not (directory / SINGLE).is_file():
-            raise FileNotFoundError(f"{directory}: has neither {INDEX} nor {SINGLE}")
+            raise FileNotFoundError(no_weights(directory))
         with _opened(directory / SINGLE) as file:
             self.files = dict.fromkeys(file.keys(), SINGLE)
 

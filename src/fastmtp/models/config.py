@@ -5,20 +5,24 @@ Attributes have transformers' names. `rope_parameters` has the form of transform
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from fastmtp.models.config_keys import check_keys, check_rope_keys
 from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH, Family
+from fastmtp.models.quantization import quantization
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 _LONG_CONTEXT = ("llama3", "yarn", "longrope")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # For these keys null is a value of its own, not the default.
-_NULLABLE = ("num_key_value_heads", "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
-_REFUSED = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
+_NULLABLE = ("num_key_value_heads", "sliding_window", *_IDS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class ModelConfig:
     sliding_window: int | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -70,15 +74,31 @@ class ModelConfig:
         layers, heads = (_count(given, name, source) for name in ("num_hidden_layers", "num_attention_heads"))
         hidden = _count(given, "hidden_size", source)
         # transformers has no default of head_dim for most models.
+        if "head_dim" not in given and hidden % heads:
+            raise ValueError(f"{source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
         given.setdefault("head_dim", hidden // heads)
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = heads
-        window = _window(family, given)
-        types = _layer_types(family, given, window, layers)
-        if len(types) != layers or not set(types) <= {FULL, SLIDING}:
-            raise ValueError(f"{source}: layer_types must hold {FULL} or {SLIDING} for each of {layers} layers")
+        size, key_heads = (_count(given, name, source) for name in ("head_dim", "num_key_value_heads"))
+        if size % 2:
+            raise ValueError(f"{source}: head_dim is {size}; rotary embeddings need an even one")
+        if heads % key_heads:
+            raise ValueError(
+                f"{source}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_heads}"
+            )
+        window = _window(family, given, source)
+        types = _layer_types(family, given, window, layers, source)
         activation = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
-        scalar = given["query_pre_attn_scalar"] if "query_pre_attn_scalar" in family.defaults else None
+        if given.get(activation, ACTIVATIONS[0]) not in ACTIVATIONS:
+            supported = ", ".join(ACTIVATIONS)
+            raise ValueError(f"{source}: activation {given[activation]!r} is not supported; supported: {supported}")
+        epsilon = float(given.get("rms_norm_eps", 1e-6))
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"{source}: rms_norm_eps is {epsilon}; it must be above 0")
+        for name in _IDS:
+            ids_of(given.get(name), f"{source}: {name}")
+        has_scalar = "query_pre_attn_scalar" in family.defaults
+        rope = _rope_by_kind(given, source) if family.rope_by_kind else _rope(family, given, types, source)
         return cls(
             model_type=kind,
             vocab_size=_count(given, "vocab_size", source),
@@ -86,18 +106,18 @@ class ModelConfig:
             intermediate_size=_count(given, "intermediate_size", source),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_count(given, "num_key_value_heads", source),
-            head_dim=_count(given, "head_dim", source),
+            num_key_value_heads=key_heads,
+            head_dim=size,
             max_position_embeddings=_count(given, "max_position_embeddings", source),
-            rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
-            hidden_act=str(given.get(activation, "silu")),
+            rms_norm_eps=epsilon,
+            hidden_act=str(given.get(activation, ACTIVATIONS[0])),
             tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
-            rope_parameters=_rope_by_kind(given) if family.rope_by_kind else _rope(family, given, types),
+            rope_parameters=rope,
             layer_types=types,
             sliding_window=window,
             attention_bias="attention_bias" in family.biases and bool(given.get("attention_bias", False)),
             mlp_bias="mlp_bias" in family.biases and bool(given.get("mlp_bias", False)),
-            query_pre_attn_scalar=None if scalar is None else float(scalar),
+            query_pre_attn_scalar=_count(given, "query_pre_attn_scalar", source) if has_scalar else None,
             bos_token_id=given.get("bos_token_id"),
             eos_token_id=given.get("eos_token_id"),
             pad_token_id=given.get("pad_token_id"),
@@ -110,15 +130,24 @@ def check_supported(values: Mapping[str, Any], source: str) -> None:
     if kind not in (*FAMILIES, *ALIASES, *ONLY_TORCH):
         supported = ", ".join((*FAMILIES, *ALIASES, *ONLY_TORCH))
         raise ValueError(f"{source}: architecture {kind!r} is not supported; supported: {supported}")
-    for name in _REFUSED:
-        if values.get(name):
-            raise ValueError(f"{source}: a model with {name} is not supported")
-    if quantized := values.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(
-            f"{source}: its weights are quantised ({method}), which is not supported; give the model in bfloat16, "
-            "float16 or float32, or as a .gguf file"
-        )
+    settings = values.get("quantization_config")
+    if kind in ONLY_TORCH and settings:
+        raise ValueError(f"{source}: a quantised {kind} is not supported; give the model in bfloat16 or float32")
+    quantization(settings, source)
+    if kind not in ONLY_TORCH:
+        check_keys(values, source)
+
+
+def ids_of(value: Any, where: str) -> list[int]:
+    """The token ids of a setting that holds one, several, or none.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"{where}: {value!r} must be a token id or a list of them")
+    return ids
 
 
 def _count(given: Mapping[str, Any], name: str, source: str) -> int:
@@ -128,14 +157,32 @@ def _count(given: Mapping[str, Any], name: str, source: str) -> int:
     return value
 
 
-def _window(family: Family, given: Mapping[str, Any]) -> int | None:
+def _window(family: Family, given: Mapping[str, Any], source: str) -> int | None:
     switched_off = family.window_switch and not given.get("use_sliding_window", False)
-    return given["sliding_window"] if family.windows and not switched_off else None
+    if not family.windows or switched_off or given["sliding_window"] is None:
+        return None
+    return _count(given, "sliding_window", source)
 
 
-def _layer_types(family: Family, given: Mapping[str, Any], window: int | None, layers: int) -> tuple[str, ...]:
-    if family.windows and given.get("layer_types") is not None:
-        return tuple(given["layer_types"])
+def _layer_types(
+    family: Family, given: Mapping[str, Any], window: int | None, layers: int, source: str
+) -> tuple[str, ...]:
+    types = None if given.get("layer_types") is None else tuple(given["layer_types"])
+    # Other families' layers are all of one kind, whatever the list says.
+    free = family.window_switch or "sliding_window_pattern" in family.defaults
+    if types is None or not free:
+        usual = _usual_types(family, given, window, layers)
+        if types not in (None, usual):
+            raise ValueError(f"{source}: layer_types must be {usual[0]} for all {layers} layers here, or missing")
+        types = usual
+    if len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        raise ValueError(f"{source}: layer_types must hold {FULL} or {SLIDING} for each of {layers} layers")
+    if SLIDING in types and window is None:
+        raise ValueError(f"{source}: layer_types has {SLIDING}, but sliding_window is missing or switched off")
+    return types
+
+
+def _usual_types(family: Family, given: Mapping[str, Any], window: int | None, layers: int) -> tuple[str, ...]:
     if "sliding_window_pattern" in family.defaults:
         pattern = int(given["sliding_window_pattern"])
         return tuple(SLIDING if (layer + 1) % pattern else FULL for layer in range(layers))
@@ -143,7 +190,7 @@ def _layer_types(family: Family, given: Mapping[str, Any], window: int | None, l
     return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
 
 
-def _rope(family: Family, given: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
+def _rope(family: Family, given: Mapping[str, Any], types: tuple[str, ...], source: str) -> dict[str, Any]:
     """The settings in the form of transformers 5, from that form or the older one."""
     parameters: dict[str, Any] = deepcopy(given.get("rope_scaling") or given.get("rope_parameters") or {})
     nested = [parameters[key] for key in parameters if key in types and family.window_switch]
@@ -151,22 +198,25 @@ def _rope(family: Family, given: Mapping[str, Any], types: tuple[str, ...]) -> d
         own.setdefault("rope_theta", given.get("rope_theta", 10000.0))
         if "partial_rotary_factor" in given:
             own.setdefault("partial_rotary_factor", given["partial_rotary_factor"])
-        _complete(own, given)
+        _complete(own, given, source)
     return parameters
 
 
-def _rope_by_kind(given: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_by_kind(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     parameters: dict[str, Any] = deepcopy(given.get("rope_parameters") or {})
+    check_rope_keys(parameters, source, (FULL, SLIDING))
     for kind, theta, default in ((SLIDING, "rope_local_base_freq", 1e4), (FULL, "rope_theta", 1e6)):
         own = parameters[kind] = parameters.get(kind) or {"rope_type": "default"}
         if kind == FULL:
             own.update(given.get("rope_scaling") or {})
         own.setdefault("rope_theta", given.get(theta, default))
-        _complete(own, given)
+        _complete(own, given, source)
     return parameters
 
 
-def _complete(parameters: dict[str, Any], given: Mapping[str, Any]) -> None:
+def _complete(parameters: dict[str, Any], given: Mapping[str, Any], source: str) -> None:
+    check_rope_keys(parameters, source)
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     if parameters["rope_type"] in _LONG_CONTEXT:
-        parameters.setdefault("original_max_position_embeddings", given["max_position_embeddings"])
+        key = "original_max_position_embeddings"
+        parameters[key] = given.get(key) or parameters.get(key) or given["max_position_embeddings"]

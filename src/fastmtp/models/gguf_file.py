@@ -5,9 +5,10 @@ gguf's own reader takes seconds, this one milliseconds.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,16 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.models.mapping import mapped
+
 _PART = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _NUMBERS = ["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]
 _STRING, _ARRAY = 8, 9
+_MOST_DIMENSIONS = 4
+_TYPES = {int(kind): kind for kind in gguf.GGMLQuantizationType}
+# Types of older files, which llama.cpp does not read any more.
+_REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
+_REMOVED |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 
 
 @dataclass(frozen=True)
@@ -78,31 +86,62 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 @cache
 def _read(path: Path, versions: tuple[tuple[int, int] | None, ...]) -> GgufFile:
-    metadata, tensors = _read_part(path)
-    count, parts = int(metadata.get("split.count", 1)), _parts(path)
-    if count > 1:
-        if len(parts) != count:
-            raise ValueError(f"{path}: is one of {count} parts, which must be named NAME-00001-of-{count:05}.gguf")
-        for part in parts:
-            if not part.is_file():
-                raise FileNotFoundError(f"{path}: {part.name}, another part of the model, is missing")
-        read = [_read_part(part) for part in parts]
-        metadata, tensors = read[0][0], {name: tensor for _, own in read for name, tensor in own.items()}
-    return GgufFile(path, metadata, tensors)
+    given = _read_part(path)
+    count, parts = given.metadata.get("split.count", 1), _parts(path)
+    if count <= 1:
+        return given
+    if len(parts) != count:
+        raise ValueError(f"{path}: is one of {count} parts, which must be named NAME-00001-of-{count:05}.gguf")
+    for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{path}: {part.name}, another part of the model, is missing")
+    return _joined(path, [given if part == path else _read_part(part) for part in parts])
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def _joined(path: Path, parts: list[GgufFile]) -> GgufFile:
+    """The parts of a model as one file, with the first one's metadata.
+
+    Raises:
+        ValueError: they are not the parts of one model.
+    """
+    tensors: dict[str, GgufTensor] = {}
+    expected = parts[0].metadata.get("split.tensors.count")
+    for number, part in enumerate(parts):
+        said = tuple(part.metadata.get(f"split.{name}") for name in ("no", "count", "tensors.count"))
+        if said != (number, len(parts), expected):
+            raise ValueError(
+                f"{part.path}: is not part {number + 1} of {len(parts)} of this model: split.no, split.count and "
+                f"split.tensors.count are {said}, must be {(number, len(parts), expected)}"
+            )
+        if twice := sorted(tensors.keys() & part.tensors.keys()):
+            raise ValueError(f"{part.path}: holds {twice[0]}, which another part of the model holds too")
+        tensors |= part.tensors
+    if expected not in (None, len(tensors)):
+        raise ValueError(f"{path}: its parts hold {len(tensors)} tensors, split.tensors.count is {expected}")
+    return GgufFile(path, parts[0].metadata, tensors)
+
+
+def _read_part(path: Path) -> GgufFile:
     try:
-        return _Reader(path).read()
-    except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+        return GgufFile(path, *_Reader(path).read())
+    except (struct.error, IndexError, UnicodeDecodeError, OverflowError, TypeError) as error:
         raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+
+
+@cache
+def _readable(kind: gguf.GGMLQuantizationType) -> bool:
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Slices of a plain array are made faster than those of a memmap.
-        self._file = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._file = mapped(path)
         self._bytes = self._file.data
         self._at = 4
 
@@ -111,11 +150,21 @@ class _Reader:
         if version not in (2, 3):
             raise ValueError(f"{self._path}: GGUF version {version} is not supported; supported: 2, 3")
         tensor_count, key_count = self._number("Q"), self._number("Q")
-        metadata = {self._string(): self._value(self._number("I")) for _ in range(key_count)}
-        found = [self._tensor_info() for _ in range(tensor_count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        metadata = dict(self._once((self._string(), self._value(self._number("I"))) for _ in range(key_count)))
+        infos = dict(self._once(self._tensor_info() for _ in range(tensor_count)))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"{self._path}: general.alignment is {alignment!r}, must be a power of 2")
         start = -(-self._at // alignment) * alignment
-        return metadata, {name: self._tensor(name, shape, kind, start + at) for name, shape, kind, at in found}
+        return metadata, self._tensors(infos, start, alignment)
+
+    def _once(self, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        names = set()
+        for name, value in found:
+            if name in names:
+                raise ValueError(f"{self._path}: damaged: it holds {name} twice")
+            names.add(name)
+            yield name, value
 
     def _number(self, kind: str) -> Any:
         (value,) = struct.unpack_from(f"<{kind}", self._bytes, self._at)
@@ -137,24 +186,56 @@ class _Reader:
         if kind == _ARRAY:
             items, count = self._number("I"), self._number("Q")
             if items == _STRING:
-                return [self._string() for _ in range(count)]
+                return self._strings(count)
             dtype = np.dtype(f"<{_NUMBERS[items]}")
             return np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist()
         return self._number(str(_NUMBERS[kind]))
 
-    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
-        sizes = [self._number("Q") for _ in range(self._number("I"))]
-        return name, tuple(reversed(sizes)), self._number("I"), self._number("Q")
+    def _strings(self, count: int) -> list[str]:
+        """As `_string`, `count` times, but without calls: a tokenizer has hundreds of thousands."""
+        data, at, length_at, found = self._bytes, self._at, struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            (length,) = length_at(data, at)
+            at += 8 + length
+            found.append(str(data[at - length : at], "utf-8"))
+        if at > len(data):
+            raise IndexError("it ends too early")
+        self._at = at
+        return found
+
+    def _tensor_info(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+        name, dimensions = self._string(), self._number("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise IndexError(f"{name} has {dimensions} dimensions")
+        sizes = [self._number("Q") for _ in range(dimensions)]
+        return name, (tuple(reversed(sizes)), self._number("I"), self._number("Q"))
+
+    def _tensors(
+        self, infos: Mapping[str, tuple[tuple[int, ...], int, int]], start: int, alignment: int
+    ) -> dict[str, GgufTensor]:
+        found, end, before = {}, 0, ""
+        for name, (shape, kind, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+            if offset % alignment or offset < end:
+                why = f"in {before}" if offset < end else f"at no multiple of {alignment}"
+                raise ValueError(f"{self._path}: damaged: {name} begins {why}")
+            found[name] = tensor = self._tensor(name, shape, kind, start + offset)
+            end, before = offset + tensor.data.nbytes, name
+        return {name: found[name] for name in infos}
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
-        own = gguf.GGMLQuantizationType(kind)
+        own = _TYPES.get(kind)
+        if own is None or not _readable(own):
+            label = _REMOVED.get(kind, f"type {kind}") if own is None else own.name
+            raise ValueError(
+                f"{self._path}: {name} is stored as {label}, which is not supported; "
+                "convert the model again, to Q8_0 or Q4_K_M for example"
+            )
         block, block_bytes = gguf.GGML_QUANT_SIZES[own]
         row = shape[-1] if len(shape) > 1 else 1
         if row % block:
             raise ValueError(f"{self._path}: {name}: rows of {row} are not whole blocks of {own.name}")
         bytes_per_row = row // block * block_bytes
-        rows = int(np.prod(shape[:-1] if len(shape) > 1 else shape))
+        rows = math.prod(shape[:-1] if len(shape) > 1 else shape)
         stop = start + rows * bytes_per_row
         if stop > len(self._file):
             raise IndexError(f"it ends before the end of {name}")

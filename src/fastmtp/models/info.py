@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 
+from fastmtp.models.config import ids_of
 from fastmtp.models.tokenizer import Tokenizer
 
 # How many sets of gathered LM head rows a target caches; a head's lists give a few unions.
@@ -86,9 +87,13 @@ class TargetInfo:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those named in the model's files, and the chat template's end of a turn."""
-        ids = self._more_end_ids | self._turn_end()
-        return ids.union(*(ids_of(source.eos_token_id) for source in (self.tokenizer, self.config)))
+        """Tokens that end an answer: those named in the model's files, and the chat template's end of a turn.
+
+        The model never writes one without an embedding.
+        """
+        named = (ids_of(source.eos_token_id, self.source) for source in (self.tokenizer, self.config))
+        ids = (self._more_end_ids | self._turn_end()).union(*named)
+        return frozenset(token for token in ids if 0 <= token < self.vocabulary_size)
 
     def _turn_end(self) -> set[int]:
         """The special token that the chat template puts after an assistant's message."""
@@ -136,11 +141,6 @@ class TargetInfo:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def ids_of(value: int | Sequence[int] | None) -> list[int]:
-    """The token ids of a setting that holds one, several, or none."""
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:

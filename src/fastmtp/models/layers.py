@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from fastmtp.models.config import ModelConfig
+from fastmtp.models.rope import Floats, ropes
 from fastmtp.models.tensors import windows
 
 # transformers 5.24 gave the argument another name.
@@ -61,6 +63,24 @@ def causal_mask(start: int, tokens: int, window: int | None, device: torch.devic
 def causal_masks(config: Any, start: int, tokens: int, device: torch.device) -> Masks:
     """`causal_mask` for each kind of attention in the model."""
     return {kind: causal_mask(start, tokens, size, device) for kind, size in windows(config).items()}
+
+
+def set_ropes(rotary: Any, config: ModelConfig, factors: Floats | None, source: str) -> None:
+    """Give transformers' rotary module the native engine's frequencies, whatever the length of a text.
+
+    Raises:
+        ValueError: the settings are not supported.
+    """
+    kinds = sorted(set(config.layer_types))
+    for kind, (frequencies, scale) in zip(kinds, ropes(config, kinds, factors, source), strict=True):
+        prefix = ""
+        # With a type of its own the module would compute the frequencies again from each text's length.
+        if hasattr(rotary, "layer_types"):
+            prefix, rotary.rope_type[kind] = f"{kind}_", "default"
+        else:
+            rotary.rope_type = "default"
+        getattr(rotary, f"{prefix}inv_freq").copy_(torch.from_numpy(frequencies))
+        setattr(rotary, f"{prefix}attention_scaling", scale)
 
 
 def rotations(rotary: nn.Module, like: Tensor, positions_BT: Tensor, kinds: set[str]) -> Rotations:

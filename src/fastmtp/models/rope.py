@@ -50,9 +50,11 @@ def _frequencies(config: ModelConfig, parameters: Mapping[str, Any], source: str
             return frequencies / np.float32(parameters["factor"]), 1.0
         case "llama3":
             return _llama3(frequencies, parameters), 1.0
+        case "longrope":
+            return _longrope(config, frequencies, parameters, source)
     raise ValueError(
-        f"{source}: rope_type {kind!r} is not supported by the native engine; "
-        "supported: default, dynamic, linear, llama3, yarn"
+        f"{source}: rope_type {kind!r} is not supported; "
+        "supported: default, dynamic, linear, llama3, longrope, yarn"
     )
 
 
@@ -73,6 +75,24 @@ def _llama3(frequencies: Floats, parameters: Mapping[str, Any]) -> Floats:
     smooth = (length / waves - low) / (high - low)
     between = (1 - smooth) * stretched / factor + smooth * stretched
     return np.where((waves >= length / high) & (waves <= length / low), between, stretched)
+
+
+def _longrope(config: ModelConfig, frequencies: Floats, parameters: Mapping[str, Any], source: str) -> Rope:
+    """A divisor for each frequency; there are two sets of them, for short and long contexts.
+
+    The model's context decides, as in llama.cpp, because keys in a cache cannot change their rotation. transformers
+    changes the set within a text, where it grows beyond the original context.
+    """
+    length = float(parameters["original_max_position_embeddings"])
+    name = "long_factor" if config.max_position_embeddings > length else "short_factor"
+    factors = np.array(parameters[name], np.float32)
+    if factors.shape != frequencies.shape:
+        raise ValueError(f"{source}: {name} has {factors.size} numbers, must have {frequencies.size}")
+    given, factor = parameters.get("attention_factor"), parameters.get("factor")
+    if given is None:
+        ratio = config.max_position_embeddings / length if factor is None else float(factor)
+        given = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(length))
+    return frequencies / factors, float(given)
 
 
 def _yarn(config: ModelConfig, parameters: Mapping[str, Any]) -> Rope:

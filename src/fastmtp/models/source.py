@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastmtp.files import read_json
-from fastmtp.models.config import ModelConfig, check_supported
-from fastmtp.models.families import ALIASES, ONLY_TORCH
-from fastmtp.models.gguf_config import end_ids as gguf_end_ids
+from fastmtp.models.config import FULL, ModelConfig, check_supported, ids_of
+from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH
 from fastmtp.models.gguf_config import gguf_config
 from fastmtp.models.gguf_file import gguf_parts, read_gguf
+from fastmtp.models.gguf_tokenizer import end_ids as gguf_end_ids
 from fastmtp.models.gguf_tokenizer import gguf_tokenizer
-from fastmtp.models.info import TargetInfo, ids_of
+from fastmtp.models.info import TargetInfo
 from fastmtp.models.packaged import file_of
 from fastmtp.models.packaged_models import MODELS
-from fastmtp.models.tensors import family
+from fastmtp.models.quantization import Quantization, quantization
+from fastmtp.models.rope import ropes
+from fastmtp.models.tensors import check_tensors, family
 from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
-from fastmtp.models.weights import GgufWeights, SafetensorsWeights, weight_paths
+from fastmtp.models.weights import (
+    GgufWeights,
+    SafetensorsWeights,
+    Weights,
+    directory_weights,
+    has_tied_head,
+    weight_paths,
+)
 
 _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -59,14 +68,10 @@ class Source:
         """transformers' configuration of a model of any kind; for an alias, of the model that it runs as."""
         from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-        if self.gguf is not None:
-            return transformers_config(gguf_config(read_gguf(self.gguf), self.name))
-        values = self._config_json()
+        values = {} if self.gguf is not None else self._config_json()
         kind = values.get("model_type")
-        if kind in ALIASES:
-            named = {"model_type", "architectures", "auto_map"}
-            own = {key: value for key, value in values.items() if key not in named}
-            return CONFIG_MAPPING[ALIASES[kind]].from_dict(own)
+        if self.gguf is not None or kind in (*FAMILIES, *ALIASES):
+            return transformers_config(self.read_config())
         if kind not in CONFIG_MAPPING:
             return PreTrainedConfig.from_dict(values)
         return AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
@@ -87,7 +92,7 @@ class Source:
         if self.gguf is not None:
             return gguf_end_ids(read_gguf(self.gguf))
         path = self.directory / "generation_config.json"
-        return ids_of(read_json(path).get("eos_token_id")) if path.is_file() else []
+        return ids_of(read_json(path).get("eos_token_id"), f"{path}: eos_token_id") if path.is_file() else []
 
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""
@@ -100,7 +105,17 @@ class Source:
         if self.gguf is not None:
             file = read_gguf(self.gguf)
             return GgufWeights(file, gguf_config(file, self.name))
-        return SafetensorsWeights(weight_paths(self._with_weights()))
+        return directory_weights(self._with_weights(), self.quantization())
+
+    def quantization(self) -> Quantization | None:
+        """How the tensors of a Hugging Face directory are quantised; None if they are not.
+
+        Raises:
+            ValueError: the method is not supported.
+        """
+        if self.gguf is not None:
+            return None
+        return quantization(self._config_json().get("quantization_config"), self.name)
 
     def _with_weights(self) -> Path:
         if Path(self.location).is_dir():
@@ -114,24 +129,39 @@ def _fetched(hub_id: str, patterns: list[str]) -> Path:
     return Path(snapshot_download(hub_id, allow_patterns=patterns))
 
 
+def open_model(source: Source) -> tuple[ModelConfig, Weights]:
+    """A model's configuration and tensors, which fit each other and which every engine runs.
+
+    The tensors decide whether the LM head is tied.
+
+    Raises:
+        ValueError: the model runs in transformers only, a setting is not supported, or a tensor is missing, has
+            another shape or type, or has no place in the model.
+    """
+    config = source.read_config()
+    if not isinstance(config, ModelConfig):
+        raise ValueError(
+            f"{source.name}: architecture {config.model_type!r} runs in PyTorch only; give --engine torch"
+        )
+    weights = source.open_weights()
+    check_tensors(config, weights.shapes(), source.name)
+    ropes(config, sorted({*config.layer_types, FULL}), weights.rope_factors, source.name)
+    return replace(config, tie_word_embeddings=has_tied_head(weights)), weights
+
+
 def transformers_config(config: ModelConfig) -> Any:
     """A configuration as transformers' own class."""
     from transformers import CONFIG_MAPPING
 
-    values = {**asdict(config), "layer_types": list(config.layer_types)}
-    kind = values.pop("model_type")
-    if kind == "gemma3_text":
-        values["hidden_activation"] = values.pop("hidden_act")
-        values["query_pre_attn_scalar"] = round(values["query_pre_attn_scalar"])
-    else:
-        del values["query_pre_attn_scalar"]
-    if kind == "llama":
-        del values["layer_types"], values["sliding_window"]
-    else:
-        del values["mlp_bias"]
-    if kind == "qwen2":
-        del values["attention_bias"]
-    return CONFIG_MAPPING[kind](**values)
+    own = CONFIG_MAPPING[config.model_type]
+    values = asdict(config) | {
+        "hidden_activation": config.hidden_act,
+        "layer_types": list(config.layer_types),
+        "use_sliding_window": config.sliding_window is not None,
+    }
+    # Every class takes `head_dim`, though not all declare it.
+    known = {"head_dim", *(field.name for field in fields(own))}
+    return own(**{name: value for name, value in values.items() if name in known})
 
 
 def locate(name: str) -> Source:

@@ -12,7 +12,6 @@ from fastmtp.models.info import raise_problems
 
 Shape = tuple[int, ...]
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 # Tensors of Hugging Face checkpoints that a model does not need: leftovers, and MTP layers, which are heads.
 _LEFT_OVER = ("rotary_emb.inv_freq", ".rotary_emb.inv_freq")
 _MTP_LAYERS = ("model.mtp_layers.", "mtp.")
@@ -110,23 +109,21 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     }
 
 
-def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], source: str) -> dict[str, Shape]:
-    """The tensors that a model needs; a tied LM head is among them only if it is stored.
+def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], source: str) -> None:
+    """Raises ValueError if a tensor is missing, has another shape, or is not one of the model's.
 
-    Raises:
-        ValueError: a tensor is missing, has another shape, or is not one of the model's.
+    A tied LM head may be stored.
     """
     expected = tensor_shapes(config)
     if config.tie_word_embeddings and "lm_head.weight" not in shapes:
         del expected["lm_head.weight"]
-    wrong = [
+    wrong = [f"{name}: has no place in a {config.model_type}" for name in _strange(shapes, expected)]
+    wrong += [
         f"{name}: {list(shapes[name]) if name in shapes else 'missing'}, must be {list(shape)}"
         for name, shape in expected.items()
         if shapes.get(name) != shape
     ]
-    wrong += [f"{name}: has no place in a {config.model_type}" for name in _strange(shapes, expected)]
     raise_problems(f"{source}: tensors do not fit the configuration:", wrong)
-    return expected
 
 
 def _strange(stored: Iterable[str], expected: Mapping[str, Shape]) -> list[str]:

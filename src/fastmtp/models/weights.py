@@ -5,7 +5,8 @@ Only the requested rows are in memory, so an engine can convert a model as large
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,11 +15,15 @@ from numpy.typing import NDArray
 
 from fastmtp.models.config import ModelConfig
 from fastmtp.models.gguf_file import GgufFile
+from fastmtp.models.gguf_rope import FACTORS, FACTORS_ARCHITECTURE, LONG_FACTORS
 from fastmtp.models.grids import GRIDDED, Grid, grid
-from fastmtp.models.safetensors_file import SINGLE, StoredTensor, read_header, read_index
+from fastmtp.models.quantization import Quantization
+from fastmtp.models.quantized import dequantized
+from fastmtp.models.safetensors_file import FLOATS, SINGLE, StoredTensor, read_directory, read_index
 from fastmtp.models.tensors import family, tensor_shapes
 
 Floats = NDArray[np.float32]
+_CHUNK_BYTES = 1 << 25
 
 # llama.cpp's names for the modules of a layer.
 GGUF_NAMES = {
@@ -41,7 +46,6 @@ _GGUF_OUTER_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _GGUF_AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class Weights(Protocol):
@@ -69,26 +73,59 @@ def whole(weights: Weights, name: str) -> Floats:
     return weights.rows(name, 0, weights.shapes()[name][0])
 
 
+def chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are worth reading at once."""
+    step = max(1, _CHUNK_BYTES // (4 * math.prod(shape[1:])))
+    return ((start, min(shape[0], start + step)) for start in range(0, shape[0], step))
+
+
+def has_tied_head(weights: Weights) -> bool:
+    """Whether the LM head is the embedding: none is stored, or an equal one."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    shapes = weights.shapes()
+    return head not in shapes or all(
+        np.array_equal(weights.rows(head, start, stop), weights.rows(embedding, start, stop))
+        for start, stop in chunks(shapes[head])
+    )
+
+
+def finite(values: Floats, name: str) -> Floats:
+    """The values as they are; raises ValueError if one is infinite or not a number."""
+    # The sum of squares takes less time than a look at each value.
+    if not np.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
+        raise ValueError(f"{name}: holds values that are infinite or not a number")
+    return values
+
+
 class SafetensorsWeights:
     """The tensors of safetensors files, read through memory maps."""
 
     rope_factors: Floats | None = None
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], where: Path, quantization: Quantization | None = None
+    ) -> None:
         """
+        Args:
+            where: the file or directory, for error messages.
+            quantization: how matrices are quantised, which are dequantised here.
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or a tensor has a type that is not supported.
+            ValueError: a tensor has a type that is not supported.
         """
-        self._tensors: dict[str, StoredTensor] = {}
-        for path in paths:
-            self._tensors |= read_header(path)
+        self._where = where
+        self._tensors = dequantized(tensors, quantization, where)
+        for name, tensor in self._tensors.items():
+            if isinstance(tensor, StoredTensor) and tensor.kind not in FLOATS:
+                scales = "" if quantization is None else ", or quantised with scales"
+                supported = ", ".join(FLOATS)
+                raise ValueError(f"{where}: {name} is stored as {tensor.kind}; supported: {supported}{scales}")
+        self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        return self._shapes
 
     def rows(self, name: str, start: int, stop: int) -> Floats:
-        return self._tensors[name].rows(start, stop)
+        return finite(self._tensors[name].rows(start, stop), f"{self._where}: {name}")
 
     def grid(self, name: str, start: int, stop: int) -> Grid | None:
         return None
@@ -105,22 +142,39 @@ def weight_paths(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def directory_weights(directory: Path, quantization: Quantization | None = None) -> SafetensorsWeights:
+    """The tensors of a Hugging Face directory.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, the index contradicts the files, or a tensor's type is not supported.
+    """
+    return SafetensorsWeights(read_directory(directory), directory, quantization)
+
+
 class GgufWeights:
     """The tensors of a GGUF file, dequantised; the changes that llama.cpp's converter made are undone."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         stored = dict(file.tensors)
-        factors = stored.pop(_ROPE_FACTORS, None)
-        self.rope_factors = None if factors is None else factors.rows(slice(None))
-        self._config = config
+        architecture = file.metadata["general.architecture"]
+        self.rope_factors: Floats | None = None
+        if config.rope_parameters.get("rope_type") == "longrope":
+            # They are the configuration's.
+            stored = {name: tensor for name, tensor in stored.items() if name not in LONG_FACTORS}
+        elif architecture == FACTORS_ARCHITECTURE and FACTORS in stored:
+            self.rope_factors = stored.pop(FACTORS).rows(slice(None))
+        self._path, self._config = file.path, config
         # The converter reorders the rows of q and k for a rope that rotates neighbouring elements.
-        self._reordered = file.metadata["general.architecture"] == "llama"
+        self._reordered = architecture == "llama"
         self._offset = np.float32(family(config).norm_offset)
         names = _gguf_names(config)
         self._tensors = {name: stored.pop(own) for name, own in names.items() if own in stored}
-        # If only q, k and v have biases, those of o are zeros.
-        outputs = [name for name in names if name.endswith("o_proj.bias") and name not in self._tensors]
-        self._zeros = {name: (config.hidden_size,) for name in outputs if config.attention_bias}
+        # Where only some modules, or some layers, have biases, those of the others are zeros.
+        expected = tensor_shapes(config)
+        self._zeros = {
+            name: shape for name, shape in expected.items() if name.endswith(".bias") and name not in self._tensors
+        }
         # Tensors that the model does not have keep the file's names, for the error message.
         self._tensors |= stored
 
@@ -131,13 +185,18 @@ class GgufWeights:
         if name in self._zeros:
             return np.zeros(stop - start, np.float32)
         values = self._tensors[name].rows(self._stored_rows(name, start, stop))
-        return values - self._offset if self._offset and name.endswith("norm.weight") else values
+        if self._offset and name.endswith("norm.weight"):
+            values = values - self._offset
+        return finite(values, f"{self._path}: {name}")
 
     def grid(self, name: str, start: int, stop: int) -> Grid | None:
         tensor = self._tensors[name]
         if tensor.kind not in GRIDDED:
             return None
-        return grid(tensor.kind, tensor.data[self._stored_rows(name, start, stop)])
+        found = grid(tensor.kind, tensor.data[self._stored_rows(name, start, stop)])
+        for part in (found.steps, found.least):
+            finite(part, f"{self._path}: {name}")
+        return found
 
     def _stored_rows(self, name: str, start: int, stop: int) -> slice | NDArray[np.int64]:
         if self._reordered and (".q_proj." in name or ".k_proj." in name):

@@ -10,8 +10,7 @@ import psutil
 from fastmtp import _native
 from fastmtp.engines.native import packed
 from fastmtp.engines.native.target import NativeTarget, WeightType
-from fastmtp.models.config import ModelConfig
-from fastmtp.models.source import locate, reading
+from fastmtp.models.source import locate, open_model, reading
 from fastmtp.progress import QUIET, Progress
 
 
@@ -32,13 +31,10 @@ def load_native_target(
     source = locate(name)
     with reading(source):
         with progress.status(f"loading {name}"):
-            config = source.read_config()
-            if not isinstance(config, ModelConfig):
-                raise ValueError(
-                    f"{name}: architecture {config.model_type!r} runs in PyTorch only; give --engine torch"
-                )
-            end_ids, tokenizer, weights = source.end_ids(), source.read_tokenizer(), source.open_weights()
-        kept = packed.path_of(Path(name).stem, source.weight_files(), [weight_type, config])
+            config, weights = open_model(source)
+            end_ids, tokenizer = source.end_ids(), source.read_tokenizer()
+        facts = [weight_type, config, source.quantization()]
+        kept = packed.path_of(Path(name).stem, source.weight_files(), facts)
         return NativeTarget(
             config,
             end_ids,

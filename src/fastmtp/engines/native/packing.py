@@ -10,12 +10,15 @@ from typing import Any, cast
 import numpy as np
 
 from fastmtp import _native
+from fastmtp.models.mapping import release_mapped
 from fastmtp.models.weights import Floats, Weights, whole
 from fastmtp.progress import Bar
 
 # What a thread converts at a time fits a processor's caches.
 _CHUNK_BYTES = 1 << 21
 _LANES = 16
+# Weights after which the file's pages that were read are given back.
+_RELEASED = 1 << 25
 
 # From the rows of a checkpoint's matrix to the outputs of the packed one.
 Outputs = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
@@ -61,10 +64,13 @@ def pack(modules: Sequence[Module], weights: Weights, threads: int, bar: Bar | N
         try:
             for packed in pool.map(lambda chunk: _pack_rows(weights, *chunk), chunks):
                 millions, counted = (counted + packed) // 10**6 - counted // 10**6, counted + packed
+                if counted // _RELEASED > (counted - packed) // _RELEASED:
+                    release_mapped()
                 if bar is not None and millions:
                     bar.advance(millions, 0)
         finally:
             pool.shutdown(cancel_futures=True)
+            release_mapped()
 
 
 def _pack_rows(weights: Weights, module: Module, start: int, stop: int) -> int:
@@ -85,15 +91,6 @@ def _pack_rows(weights: Weights, module: Module, start: int, stop: int) -> int:
 def gains(weights: Weights, name: str, offset: float) -> list[float]:
     """The factors of a norm: its stored weights plus the family's offset."""
     return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(offset)).tolist())
-
-
-def equal(weights: Weights, first: str, second: str) -> bool:
-    """Whether two matrices are the same."""
-    shape = weights.shapes()[first]
-    return weights.shapes()[second] == shape and all(
-        np.array_equal(weights.rows(first, start, stop), weights.rows(second, start, stop))
-        for start, stop in _chunks(*shape)
-    )
 
 
 def _chunks(rows: int, inputs: int) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastmtp import _native
 from fastmtp.engines.native import packed
-from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, equal, gains, interleaved, pack, rows_from
+from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, gains, interleaved, pack, rows_from
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import GATHERED, TargetInfo
@@ -26,6 +26,7 @@ from fastmtp.progress import QUIET, Progress
 
 WeightType = Literal["int8", "int4", "bfloat16"]
 _TYPES = {"int8": _native.Type.int8, "int4": _native.Type.int4, "bfloat16": _native.Type.bf16}
+_SHOWN_MILLIONS = 20
 _BYTES_PER_WEIGHT = {"int8": 1.04, "int4": 0.625, "bfloat16": 2.0}
 
 # A layer's norms and their names in a checkpoint.
@@ -66,9 +67,10 @@ class NativeTarget(TargetInfo):
             end_ids: as for `TargetInfo`.
             weight_type: `bfloat16`, `int8` (in groups of 64 that share a scale, activations too), or `int4`: the
                 layers' weights in four bits (groups of 32); embedding, LM head and MTP head stay `int8`.
+            weights: those that the configuration asks for, as `open_model` checks.
             kept: the file of the packed weights, which is made if it is not there; None keeps nothing.
         Raises:
-            ValueError: tensors are missing, of another shape, or not of this model.
+            ValueError: the rotary embeddings are not supported.
             MemoryError: the converted weights would not fit; nothing was converted.
         """
         self.family = tensors.family(config)
@@ -77,14 +79,13 @@ class NativeTarget(TargetInfo):
         self.runtime = runtime
         self.weight_type = weight_type
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
-        expected = tensors.check_tensors(config, weights.shapes(), source)
         self._rope_factors = weights.rope_factors
         self.embedding_scale = tensors.embedding_scale(config)
         with packed.locked(kept, progress) if kept else nullcontext():
             found = packed.read(kept, runtime.threads) if kept else {}
             if not found:
-                self._check_memory(expected)
-            self._build(weights, "lm_head" in found if found else _has_own_lm_head(weights))
+                self._check_memory()
+            self._build(weights)
             if found:
                 for name, matrix in self._matrices().items():
                     matrix.use(found[name])
@@ -95,15 +96,17 @@ class NativeTarget(TargetInfo):
                     packed.write(kept, memories, runtime.threads)
         self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
 
-    def _build(self, weights: Weights, own_lm_head: bool) -> None:
+    def _build(self, weights: Weights) -> None:
         """The model with all its norms, and matrices of zeros."""
         config = self.config
         self.embedding = self.matrix(self.vocabulary_size, config.hidden_size)
-        self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size) if own_lm_head else self.embedding
+        self.lm_head = self.embedding
+        if not config.tie_word_embeddings:
+            self.lm_head = self.matrix(self.vocabulary_size, config.hidden_size)
         windows = tensors.windows(config)
         self.stack = self.new_stack()
         self._modules = [Module("model.embed_tokens", self.embedding)]
-        if own_lm_head:
+        if not config.tie_word_embeddings:
             self._modules.append(Module("lm_head", self.lm_head))
         for index, kind in enumerate(config.layer_types):
             prefix = f"model.layers.{index}."
@@ -113,7 +116,9 @@ class NativeTarget(TargetInfo):
     def _convert(self, weights: Weights, progress: Progress) -> None:
         shapes = weights.shapes()
         millions = sum(math.prod(shapes[f"{module.name}.weight"]) for module in self._modules) // 10**6
-        with progress.bar(f"converting to {self.weight_type}, million weights", millions) as bar:
+        # A small model is done before a bar could be read.
+        shown = progress if millions > _SHOWN_MILLIONS else QUIET
+        with shown.bar(f"converting to {self.weight_type}, million weights", millions) as bar:
             pack(self._modules, weights, self.runtime.threads, bar)
 
     def _matrices(self) -> dict[str, _native.Matrix]:
@@ -151,7 +156,7 @@ class NativeTarget(TargetInfo):
             feed_forward=config.intermediate_size,
             epsilon=config.rms_norm_eps,
             attention_scale=tensors.attention_scale(config),
-            gelu=self._activation() == "gelu_pytorch_tanh",
+            gelu=config.hidden_act == "gelu_pytorch_tanh",
             ropes=[(frequencies.tolist(), scale) for frequencies, scale in found],
         )
 
@@ -202,19 +207,13 @@ class NativeTarget(TargetInfo):
         layers = [matrix for layer in self.stack.layers for matrix in _layer_matrices(layer).values()]
         return sum(matrix.bytes for matrix in [*layers, self.lm_head])
 
-    def _check_memory(self, expected: Mapping[str, tensors.Shape]) -> None:
+    def _check_memory(self) -> None:
         needed = sum(
             math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
-            for name, shape in expected.items()
+            for name, shape in tensors.tensor_shapes(self.config).items()
+            if name != "lm_head.weight" or not self.config.tie_word_embeddings
         )
         check_memory(int(needed), f"{self.source} in {self.weight_type}", "a smaller model")
-
-    def _activation(self) -> str:
-        name = self.config.hidden_act
-        if name not in tensors.ACTIVATIONS:
-            supported = ", ".join(tensors.ACTIVATIONS)
-            raise ValueError(f"{self.source}: activation {name!r} is not supported; supported: {supported}")
-        return name
 
     def _rope_kinds(self) -> list[str]:
         return sorted({*self.config.layer_types, FULL})
@@ -240,12 +239,6 @@ class NativeHead:
 
 def _layer_matrices(layer: _native.Layer) -> dict[str, _native.Matrix]:
     return {name: getattr(layer, name) for name in ("query_key_value", "out", "gate_up", "down")}
-
-
-def _has_own_lm_head(weights: Weights) -> bool:
-    """Whether one is stored that is not the embedding, whatever the configuration says."""
-    stored = "lm_head.weight" in weights.shapes()
-    return stored and not equal(weights, "lm_head.weight", "model.embed_tokens.weight")
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:

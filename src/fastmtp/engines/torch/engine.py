@@ -25,7 +25,7 @@ from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.method.head import MTPHead, shapes_of
 from fastmtp.models.layers import causal_masks
-from fastmtp.models.weights import whole
+from fastmtp.models.torch_tensors import as_tensor
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
 
@@ -56,9 +56,10 @@ class TorchEngine:
 
     def load_head(self, directory: Path) -> Head:
         head = MTPHead(self.target.model)
-        stored = read_head(directory, self.target, shapes_of(head.state_dict()))
-        weights = stored.tensors
-        head.load_state_dict({name: torch.from_numpy(whole(weights, name)) for name in weights.shapes()})
+        own = head.state_dict()
+        stored = read_head(directory, self.target, shapes_of(own))
+        tensors = {name: as_tensor(stored.tensors, name, own[name].dtype, directory) for name in own}
+        head.load_state_dict(tensors)
         return Head(head.eval().requires_grad_(False), stored.lists, stored.draft_steps, directory)
 
     def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
@@ -84,6 +85,7 @@ class TorchEngine:
         positions = torch.arange(ids_BT.shape[1], device=target.device)[None]
         masks = causal_masks(target.config, 0, ids_BT.shape[1], target.device)
         states_BTH = target.states(ids_BT, positions, masks, None)
+        target.check_states(states_BTH)
         return [states_TH[: len(text)] for states_TH, text in zip(states_BTH, texts, strict=True)]
 
     def forward_with_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:

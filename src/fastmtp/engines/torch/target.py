@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,17 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
-from fastmtp.models.config import FULL, ModelConfig
-from fastmtp.models.info import GATHERED, TargetInfo, ids_of, raise_problems
-from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, skeleton
-from fastmtp.models.source import Source, locate, reading
-from fastmtp.models.tensors import check_tensors, layer_types, windows
-from fastmtp.models.weights import whole
+from fastmtp.models.config import FULL, ModelConfig, ids_of
+from fastmtp.models.info import GATHERED, TargetInfo, raise_problems
+from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, set_ropes, skeleton
+from fastmtp.models.source import Source, locate, open_model, reading, transformers_config
+from fastmtp.models.tensors import layer_types, tensor_shapes, windows
+from fastmtp.models.torch_tensors import as_tensor, check_finite
+
+_SETTINGS: dict[str, Any] = {"attn_implementation": "sdpa", "output_loading_info": True}
 
 
 class Target(TargetInfo):
@@ -38,7 +41,7 @@ class Target(TargetInfo):
         Raises:
             ValueError: the tokenizer does not fit.
         """
-        ends = [*end_ids, *ids_of(model.generation_config.eos_token_id)]
+        ends = [*end_ids, *ids_of(model.generation_config.eos_token_id, source)]
         super().__init__(model.config, ends, tokenizer, type(model).__name__, source)
         self._gathered = lru_cache(GATHERED)(self._gather)
         self.model = model.eval().requires_grad_(False)
@@ -68,6 +71,8 @@ class Target(TargetInfo):
             masks = {kind: tree_mask(start, parents, tokens, size, self.device) for kind, size in sizes}
         states_BTH = self.states(ids_BT, positions, masks, cache)
         cache.advance(tokens)
+        if start == 0:
+            self.check_states(states_BTH)
         return states_BTH
 
     def states(self, ids_BT: Tensor, positions_BT: Tensor, masks: Masks, cache: Cache | None) -> Tensor:
@@ -75,6 +80,11 @@ class Target(TargetInfo):
         rotation = self.rotations(positions_BT, self.kinds)
         hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
         return cast(Tensor, self.model.model.norm(hidden_BTH))
+
+    def check_states(self, states: Tensor) -> None:
+        """Raises ValueError if they are beyond float16's range, as those of a model made for bfloat16 may be."""
+        if self.dtype == torch.float16:
+            check_finite(states, f"{self.source}: the states of a text")
 
     def lm_head_rows(self, ids_D: NDArray[np.int32]) -> Tensor:
         """The LM head's rows of some tokens, [D, H]; equal ids share one tensor."""
@@ -107,7 +117,8 @@ def load_target(name: str, *, dtype: torch.dtype | None = None, device: str | to
     source = locate(name)
     with reading(source), _quiet():
         config, tokenizer = source.read_config(), source.read_tokenizer()
-        model = _read_model(source, config, dtype)
+        is_native = isinstance(config, ModelConfig)
+        model = _build(source, dtype) if is_native else _from_transformers(source, config, dtype)
         return Target(model.to(device), tokenizer, name, source.end_ids())
 
 
@@ -125,28 +136,30 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_model(source: Source, config: Any, dtype: torch.dtype) -> Any:
-    settings: dict[str, Any] = {
-        "config": config if isinstance(config, PreTrainedConfig) else source.read_any_config(),
-        "dtype": dtype,
-        "attn_implementation": "sdpa",
-        "output_loading_info": True,
-    }
-    weights = None
-    if isinstance(config, ModelConfig):
-        weights = source.open_weights()
-        check_tensors(config, weights.shapes(), source.name)
-    if weights is None or source.gguf is None:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.location, use_safetensors=True, trust_remote_code=False, **settings
-        )
-    else:
-        tensors = {name: torch.from_numpy(whole(weights, name)).to(dtype) for name in weights.shapes()}
-        model, info = type(skeleton(settings["config"])).from_pretrained(None, state_dict=tensors, **settings)
+def _build(source: Source, dtype: torch.dtype) -> Any:
+    """transformers' model with the tensors that every engine reads."""
+    config, weights = open_model(source)
+    names = [name for name in tensor_shapes(config) if name in weights.shapes()]
+    tensors = {name: as_tensor(weights, name, dtype, source.name) for name in names}
+    settings = {**_SETTINGS, "config": transformers_config(config), "dtype": dtype}
+    model, _ = type(skeleton(settings["config"])).from_pretrained(None, state_dict=tensors, **settings)
+    set_ropes(model.model.rotary_emb, config, weights.rope_factors, source.name)
+    return model
+
+
+def _from_transformers(source: Source, config: Any, dtype: torch.dtype) -> Any:
+    """A model that only transformers reads."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.location, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **_SETTINGS
+    )
     # transformers fills missing tensors with random numbers.
     raise_problems(f"{source.name}: tensors are missing:", sorted(info["missing_keys"]))
-    if weights is not None and weights.rope_factors is not None:
-        model.model.rotary_emb.inv_freq.div_(torch.from_numpy(weights.rope_factors))
+    # Layers after the last are MTP layers.
+    layer, last = re.compile(r"model\.layers\.(\d+)\."), int(config.num_hidden_layers)
+    strange = [name for name in info["unexpected_keys"] if not (at := layer.match(name)) or int(at[1]) < last]
+    raise_problems(f"{source.name}: tensors have no place in a {config.model_type}:", sorted(strange))
+    for name, tensor in model.named_parameters():
+        check_finite(tensor, f"{source.name}: {name}")
     return model
 
 

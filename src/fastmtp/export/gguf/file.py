@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -23,7 +24,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Iterable[Stor
         kind: type of the matrices, one of registry.GGUF_TYPES. Vectors, and matrices whose rows its blocks do not
             divide, are F32.
     Raises:
-        ValueError: the disk has too little room.
+        ValueError: the disk has too little room, or a value is beyond the type's range.
     """
     listed = [(tensor, _type(tensor, kind)) for tensor in tensors]
     sizes = [_bytes(tensor.shape, wanted) for tensor, wanted in listed]
@@ -37,14 +38,16 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Iterable[Stor
         writer.add_key_value(name, entry.value, entry.kind, sub_type=entry.items)
     for (tensor, wanted), size in zip(listed, sizes, strict=True):
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor, wanted in listed:
-        values = tensor.values()
-        assert values.shape == tensor.shape, tensor.name
-        writer.write_tensor_data(gguf.quants.quantize(values, wanted))
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, wanted in listed:
+            values = tensor.values()
+            assert values.shape == tensor.shape, tensor.name
+            if wanted == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+                raise ValueError(f"{tensor.name}: holds values beyond the range of F16; give another --type")
+            writer.write_tensor_data(gguf.quants.quantize(values, wanted))
 
 
 def _type(tensor: Stored, kind: str) -> gguf.GGMLQuantizationType:

@@ -24,7 +24,7 @@ from fastmtp.export.job import Job
 from fastmtp.heads.layouts import swapped
 from fastmtp.models.config import SLIDING
 from fastmtp.models.info import head_size, raise_problems
-from fastmtp.models.weights import GGUF_NAMES, Floats, whole
+from fastmtp.models.weights import GGUF_NAMES, Floats, has_tied_head, whole
 
 ARCHITECTURE = "glm4moe"
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
@@ -150,7 +150,7 @@ def target_names(job: Job) -> dict[str, str | None]:
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
     }
-    if "lm_head.weight" in job.weights.shapes() and not job.config.tie_word_embeddings:
+    if not has_tied_head(job.weights):
         names["lm_head.weight"] = "output.weight"
     for name in job.target.model.state_dict():
         if name.startswith("model.layers."):
