@@ -128,12 +128,15 @@ class TargetInfo:
         if not self.tokenizer.chat_template:
             return self.encode("\n\n".join(message["content"] for message in messages))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        return self._known(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.encode(text, special=False)
 
-    def encode(self, text: str) -> list[int]:
-        return self._known(self.tokenizer.encode(text))
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text; `special` adds what the tokenizer puts around every text, as a first token.
 
-    def _known(self, ids: list[int]) -> list[int]:
+        Raises:
+            ValueError: the text holds a token for which the model has no embedding.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=special)
         if ids and max(ids) >= self.vocabulary_size:
             word = self.tokenizer.decode([max(ids)])
             raise ValueError(f"{self.source}: the text holds {word!r}, for which the model has no embedding")

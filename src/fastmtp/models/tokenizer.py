@@ -82,20 +82,22 @@ class Tokenizer:
         """
         if tokenize or not self.chat_template:
             raise ValueError("a chat template gives text, and only where there is one")
-        return render(self.chat_template, messages, reply=add_generation_prompt, **self._named())
+        return render(self.chat_template, messages, reply=add_generation_prompt, **self.named_tokens)
 
     def save_pretrained(self, directory: Path) -> None:
         """Write the files from which Hugging Face libraries read a tokenizer."""
         self.backend_tokenizer.save(str(directory / "tokenizer.json"))
         listed = [text for role, text in self._special.items() if role not in _NAMED]
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._named()}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.named_tokens}
         if listed:
             settings["additional_special_tokens"] = listed
         if self.chat_template:
             settings["chat_template"] = self.chat_template
         write_json(directory / "tokenizer_config.json", settings)
 
-    def _named(self) -> dict[str, str]:
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens that have a role, by the names that chat templates know: bos_token, ..."""
         return {f"{role}_token": self._special[role] for role in _NAMED if role in self._special}
 
     def _id(self, role: str) -> int | None:

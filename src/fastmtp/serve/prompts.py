@@ -1,0 +1,156 @@
+"""From what a client sent to requests for the scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.sampling import derived_seed
+from fastmtp.serve.errors import ApiError
+from fastmtp.serve.requests import Request
+from fastmtp.serve.schema import ChatBody, CompletionBody, Message
+from fastmtp.serve.service import Service
+from fastmtp.serve.templates import TemplateError
+
+# What OpenAI's text completions give where a request names no length.
+COMPLETION_TOKENS = 16
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
+
+
+async def chat_requests(service: Service, body: ChatBody) -> list[Request]:
+    """One for each choice.
+
+    Raises:
+        ApiError: a field does not fit the model or another field.
+    """
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    if None not in (body.max_tokens, body.max_completion_tokens):
+        raise ApiError(
+            400, "give max_completion_tokens or max_tokens, not both", param="max_tokens", code="invalid_value"
+        )
+    prompt = await chat_tokens(service, body.messages)
+    longest = body.max_completion_tokens or body.max_tokens or service.context
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return _requests(service, body, [prompt], longest, logprobs, "messages")
+
+
+async def completion_requests(service: Service, body: CompletionBody) -> list[Request]:
+    """As `chat_requests`; the choices of the first prompt come first."""
+    prompts = [
+        await text_tokens(service, prompt) if isinstance(prompt, str) else known(service, prompt, "prompt")
+        for prompt in body.prompt
+    ]
+    return _requests(service, body, prompts, body.max_tokens or COMPLETION_TOKENS, body.logprobs, "prompt")
+
+
+async def chat_tokens(service: Service, messages: Sequence[Message]) -> list[int]:
+    """A conversation in the chat template, with the start of a reply."""
+    plain = [message.plain() for message in messages]
+    if not service.target.tokenizer.chat_template:
+        return await _encoded("messages", service.target.encode_chat, plain)
+    try:
+        text = await service.templates.render(plain)
+    except TemplateError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+    return await text_tokens(service, text, special=False, param="messages")
+
+
+async def text_tokens(service: Service, text: str, *, special: bool = True, param: str = "prompt") -> list[int]:
+    return await _encoded(param, lambda: service.target.encode(text, special=special))
+
+
+def known(service: Service, tokens: list[int], param: str) -> list[int]:
+    """Token ids as they came.
+
+    Raises:
+        ApiError: the model has no such token.
+    """
+    size = service.target.vocabulary_size
+    for token in tokens:
+        if not 0 <= token < size:
+            message = f"{param}: {token} is no token id; they go from 0 to {size - 1}"
+            raise ApiError(400, message, param=param, code="invalid_value")
+    return tokens
+
+
+async def _encoded(param: str, encode: Any, *arguments: Any) -> list[int]:
+    try:
+        # A long text takes long; the event loop goes on meanwhile.
+        tokens: list[int] = await asyncio.to_thread(encode, *arguments)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=param, code="invalid_value") from None
+    return tokens
+
+
+def _requests(
+    service: Service,
+    body: ChatBody | CompletionBody,
+    prompts: Sequence[Sequence[int]],
+    longest: int,
+    logprobs: int | None,
+    param: str,
+) -> list[Request]:
+    if (count := len(prompts) * body.n) > service.most:
+        most = f"{count} answers at once are more than this server takes, {service.most}"
+        wrong = "n" if body.n > 1 else param
+        raise ApiError(400, f"{wrong}: {most}", param=wrong, code="invalid_value")
+    for prompt in prompts:
+        _check_length(service, len(prompt), param)
+    sampling = _sampling(service, body)
+    return [
+        Request(
+            prompt=tuple(prompt),
+            sampling=sampling[choice],
+            max_new_tokens=min(longest, service.context - len(prompt)),
+            stop=tuple(body.stop),
+            top_logprobs=logprobs,
+            draft=body.draft,
+            ignore_end=body.ignore_eos,
+        )
+        for prompt in prompts
+        for choice in range(body.n)
+    ]
+
+
+def _check_length(service: Service, length: int, param: str) -> None:
+    if length == 0:
+        raise ApiError(400, f"{param}: is empty; give at least one token", param=param, code="invalid_value")
+    if length >= service.context:
+        message = f"{param}: has {length} tokens, and the context ends at {service.context}; shorten it"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def _sampling(service: Service, body: ChatBody | CompletionBody) -> list[SamplingConfig]:
+    """For each choice: the same with seeds of their own. Without a seed each request has another."""
+    asked = {name: getattr(body, name) for name in _SAMPLING if getattr(body, name) is not None}
+    settings = {"seed": secrets.randbits(63)} | service.sampling | asked
+    try:
+        first = SamplingConfig(**settings, logit_bias=_bias(service, body.logit_bias))
+    except ValueError as error:
+        # Settings' errors begin with the name.
+        raise ApiError(400, str(error), param=str(error).partition(" ")[0], code="invalid_value") from None
+    seeds = [first.seed, *(derived_seed(first.seed, choice) for choice in range(1, body.n))]
+    return [SamplingConfig(**{**vars(first), "seed": seed}) for seed in seeds]
+
+
+def _bias(service: Service, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and int(key) < service.target.vocabulary_size):
+            message = (
+                f"logit_bias: {key!r} is no token id; give ids as text, below {service.target.vocabulary_size}"
+            )
+            raise ApiError(400, message, param="logit_bias", code="invalid_value")
+    return tuple((int(key), bias) for key, bias in biases.items())

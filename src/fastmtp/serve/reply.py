@@ -1,0 +1,134 @@
+"""Answers sent to a client: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from fastmtp.serve.answers import Answers
+from fastmtp.serve.errors import ApiError
+from fastmtp.serve.formats import Choice, Envelope, Format, timings, token_counts
+from fastmtp.serve.requests import Finish
+
+# What nginx logs where a client left before it was answered; nobody gets to see it.
+_GONE = 499
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answers to one HTTP request, and how they are wanted.
+
+    Attributes:
+        count: of answers; those to each of the `prompts` stand together.
+        timings: tell how long it took, and what was drafted.
+    """
+
+    answers: Answers
+    envelope: Envelope
+    format: Format
+    count: int
+    prompts: int
+    timings: bool
+
+    async def whole(self, request: Request) -> Response:
+        """All answers in one object; they are cancelled as soon as the client is gone.
+
+        Raises:
+            ApiError: an answer failed, or the server stops.
+        """
+        try:
+            return await _unless_gone(request, self._whole())
+        finally:
+            self.answers.cancel()
+
+    def stream(self, *, usage: bool) -> Response:
+        """The answers as they come; they are cancelled as soon as the client is gone.
+
+        Args:
+            usage: end with a count of the tokens.
+        """
+        return _Stream(self._events(usage), self.answers)
+
+    async def _whole(self) -> Response:
+        choices = [Choice() for _ in range(self.count)]
+        async for index, event in self.answers.events():
+            choices[index].take(event)
+        listed = [
+            {"index": index, **self.format.message(choice), "finish_reason": choice.finished.reason}
+            for index, choice in enumerate(choices)
+        ]
+        figures = self._figures(choices, usage=True)
+        return JSONResponse(self.envelope.around(self.format.whole, listed, **figures))
+
+    async def _events(self, usage: bool) -> AsyncIterator[str]:
+        choices = [Choice() for _ in range(self.count)]
+        for index in range(self.count):
+            if (opening := self.format.opening()) is not None:
+                yield self._chunk(index, opening)
+        try:
+            async for index, event in self.answers.events():
+                before = len(choices[index].text)
+                choices[index].take(event)
+                if isinstance(event, Finish):
+                    yield self._chunk(index, self.format.closing(), event.reason)
+                    continue
+                delta = self.format.delta(before, event)
+                if any(token.text for token in event) or delta["logprobs"] is not None:
+                    yield self._chunk(index, delta)
+        except ApiError as error:
+            yield _event(error.body())
+            return
+        if figures := self._figures(choices, usage=usage):
+            yield _event(self.envelope.around(self.format.chunk, [], **figures))
+        yield "data: [DONE]\n\n"
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = {"index": index, **delta, "finish_reason": reason}
+        return _event(self.envelope.around(self.format.chunk, [choice]))
+
+    def _figures(self, choices: Sequence[Choice], *, usage: bool) -> dict[str, Any]:
+        finished = [choice.finished.usage for choice in choices]
+        counts = {"usage": token_counts(finished, self.prompts)} if usage else {}
+        return counts | ({"timings": timings(finished)} if self.timings else {})
+
+
+class _Stream(StreamingResponse):
+    def __init__(self, events: AsyncIterator[str], answers: Answers) -> None:
+        # Proxies that collect what passes would hold tokens back.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not in the generator: a client may be gone before that begins.
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    tasks = [asyncio.create_task(work), asyncio.create_task(_gone(request))]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task in done).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _gone(request: Request) -> Response:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    return Response(status_code=_GONE)
+
+
+def _event(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,38 @@
+"""A loaded model as the endpoints see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fastmtp.models.info import TargetInfo
+from fastmtp.serve.pieces import Pieces
+from fastmtp.serve.requests import Scheduler
+from fastmtp.serve.templates import Templates
+
+
+@dataclass
+class Service:
+    """
+    Attributes:
+        name: the model's name for clients.
+        context: tokens of a prompt and its answer together.
+        most: requests that run or wait at once.
+        sampling: settings of `SamplingConfig` that a request inherits where it says nothing.
+    """
+
+    name: str
+    target: TargetInfo
+    scheduler: Scheduler
+    context: int
+    most: int
+    sampling: dict[str, Any]
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces(self.target.tokenizer)
+
+    @cached_property
+    def templates(self) -> Templates:
+        return Templates(self.target.tokenizer)

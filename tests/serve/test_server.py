@@ -1,0 +1,234 @@
+"""The server's life, and who may ask: loading, keys, clients that leave, stopping."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from threading import Event, Thread
+from typing import Any
+
+import httpx2
+import pytest
+
+from fastmtp.serve.security import is_loopback
+from fastmtp.serve.server import Server, listen
+from tests.serve.serving import REPLY, FakeScheduler, eventually, service, serving
+
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "hi"}]}
+SLOW = 0.05
+
+
+def lines(reply: httpx2.Response) -> list[Any]:
+    return [json.loads(line.removeprefix("data: ")) for line in reply.iter_lines() if line.startswith("data: {")]
+
+
+def test_loading_is_said() -> None:
+    """Before the model is there the server listens already, and says that it is not ready."""
+    go, ready, listener, scheduler = Event(), Event(), listen("127.0.0.1", 0), FakeScheduler()
+
+    def load() -> Any:
+        go.wait()
+        return service(scheduler)
+
+    server = Server(load, on_ready=lambda _: ready.set())
+    thread = Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    with httpx2.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading"})
+        for reply in (client.post(CHAT, json=BODY), client.get("/v1/models"), client.get("/metrics")):
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "loading")
+        go.set()
+        assert ready.wait(20)
+        assert client.get("/health").status_code == 200
+        assert client.post(CHAT, json=BODY).status_code == 200
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+    def load() -> Any:
+        raise ValueError("x.gguf: damaged")
+
+    server = Server(load)
+    server.run(sockets=[listen("127.0.0.1", 0)])
+    assert str(server.error) == "x.gguf: damaged"
+
+
+def test_a_port_that_is_taken() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"--host 127.0.0.1 --port {port}: .* in use"):
+            listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (None, 401),
+        ("Bearer", 401),
+        ("Bearer wrong", 401),
+        ("Bearer secret-keyx", 401),
+        ("Basic secret-key", 401),
+        ("secret-key", 401),
+        ("Bearer sécret", 401),
+        ("Bearer secret-key", 200),
+        ("bearer secret-key", 200),
+    ],
+)
+def test_keys(keyed: httpx2.Client, authorization: str | None, status: int) -> None:
+    """Everything but /health is the key's, unknown paths too."""
+    headers = {} if authorization is None else {"Authorization": authorization.encode()}
+    replies = [
+        keyed.post(CHAT, json=BODY, headers=headers),
+        keyed.post("/tokenize", json={"prompt": "a"}, headers=headers),
+        keyed.get("/v1/models", headers=headers),
+        keyed.get("/metrics", headers=headers),
+    ]
+    assert {reply.status_code for reply in replies} == {status}
+    if status == 401:
+        assert replies[0].json()["error"]["code"] == "invalid_api_key"
+        assert keyed.get("/nowhere", headers=headers).status_code == 401
+    assert keyed.get("/health", headers=headers).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Any:
+    loaded = service(FakeScheduler())
+    with serving(lambda: loaded, key="secret-key") as url, httpx2.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("localhost:1234", 200), ("[::1]:80", 200), ("evil.example", 400), ("", 400)],
+)
+def test_other_names_are_refused(host: str, status: int) -> None:
+    """A page of evil.example, whose name resolves to 127.0.0.1, reaches nothing."""
+    loaded = service(FakeScheduler())
+    with serving(lambda: loaded) as url:
+        assert httpx2.get(url + "/health", headers={"Host": host}).status_code == status
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.org", "")))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
+    scheduler = FakeScheduler(pace=SLOW)
+    loaded = service(scheduler)
+    with serving(lambda: loaded) as url:
+        with httpx2.Client(base_url=url, timeout=0.3) as client:
+            if stream:
+                with client.stream("POST", CHAT, json=BODY | {"n": 2, "stream": True}) as reply:
+                    next(reply.iter_lines())
+            else:
+                with pytest.raises(httpx2.ReadTimeout):
+                    client.post(CHAT, json=BODY | {"n": 2})
+        eventually(lambda: scheduler.running == 0, 0.5)
+        assert all(answer.cancelled.is_set() for answer in scheduler.answers)
+
+
+def test_a_client_that_never_reads_stops_nobody() -> None:
+    """Its answers wait in the server; others go on."""
+    scheduler = FakeScheduler(reply="x" * 400)
+    loaded = service(scheduler)
+    with serving(lambda: loaded, grace=0.5) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(BODY | {"stream": True, "n": 16, "logprobs": True, "top_logprobs": 20}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            deaf.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            eventually(lambda: len(scheduler.requests) == 16)
+            assert httpx2.post(url + CHAT, json=BODY, timeout=20).status_code == 200
+            eventually(lambda: scheduler.running == 0, 20)
+
+
+def test_a_full_queue() -> None:
+    """429 with the time to wait; what was taken of the request is given back."""
+    scheduler = FakeScheduler(pace=SLOW, room=2)
+    loaded = service(scheduler)
+    with serving(lambda: loaded) as url:
+        reply = httpx2.post(url + CHAT, json=BODY | {"n": 3})
+        assert reply.status_code == 429
+        assert reply.headers["Retry-After"] == "2"
+        assert reply.json()["error"] == {
+            "message": "too many requests wait already; try again in 2 s",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "queue_full",
+        }
+        eventually(lambda: scheduler.running == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_decoding_that_fails(stream: bool) -> None:
+    """A status where there is time for one, else an event in place of [DONE]."""
+    loaded = service(FakeScheduler(fails=3))
+    with serving(lambda: loaded) as url:
+        reply = httpx2.post(url + CHAT, json=BODY | {"stream": stream})
+        error = lines(reply)[-1]["error"] if stream else reply.json()["error"]
+        assert reply.status_code == (200 if stream else 500)
+        assert "[DONE]" not in reply.text
+        assert (error["type"], error["message"]) == ("server_error", "decoding failed; the server's log says why")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("grace", [5.0, 0.2])
+def test_stopping(stream: bool, grace: float) -> None:
+    """Answers under way finish within the grace, or end with an error then; there are no new ones."""
+    scheduler = FakeScheduler(pace=SLOW)
+    loaded, replies = service(scheduler), []
+
+    def ask(url: str) -> None:
+        replies.append(httpx2.post(url + CHAT, json=BODY | {"stream": stream}, timeout=20))
+
+    with serving(lambda: loaded, grace=grace) as url:
+        client = Thread(target=ask, args=(url,))
+        client.start()
+        eventually(lambda: scheduler.running)
+        started = time.monotonic()
+    assert time.monotonic() - started < (4 if grace > 1 else 1)
+    client.join(5)
+    (reply,) = replies
+    if grace > 1:
+        assert REPLY in reply.text if not stream else "[DONE]" in reply.text
+    else:
+        error = lines(reply)[-1]["error"] if stream else reply.json()["error"]
+        assert error["code"] == "stopping"
+        assert stream or reply.status_code == 503
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(url + "/health")
+
+
+def test_prompts_stay_out_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """At info and above, also of requests that are refused."""
+    caplog.set_level(logging.INFO)
+    loaded = service(FakeScheduler(fails=1))
+    with serving(lambda: loaded) as url:
+        for body in (
+            {"messages": [{"role": "user", "content": "hush hush"}]},
+            {"messages": [{"role": "hush hush", "content": "x"}]},
+            {"messages": [{"role": "user", "content": "hush hush" * 100}]},
+        ):
+            httpx2.post(url + CHAT, json=body)
+    assert "hush" not in caplog.text
+
+
+def test_nothing_is_left() -> None:
+    """No threads after hundreds of requests and the server's end."""
+    before = set(threading.enumerate())
+    scheduler = FakeScheduler(reply="ok")
+    loaded = service(scheduler)
+    with serving(lambda: loaded) as url, httpx2.Client(base_url=url) as client:
+        for _ in range(200):
+            client.post(CHAT, json=BODY)
+    assert not [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
