@@ -50,6 +50,17 @@ MISTAKES = {
     ],
     "generate '' --raw": [("", "PROMPT is empty")],
     "chat": [*SAMPLING, *DRAFTING, *ENGINE],
+    "serve": [
+        *SAMPLING[:5],
+        *DRAFTING,
+        *ENGINE,
+        ("--port 70000", "'--port': 70000 is not in the range"),
+        ("--slots 0", "'--slots': 0 is not in the range"),
+        ("--host 0.0.0.0", "--host 0.0.0.0 lets others in: give --api-key KEY, or --no-api-key"),
+        ("--api-key ''", "--api-key is empty"),
+        ("--api-key k --no-api-key", "give --api-key or --no-api-key, not both"),
+        ("--host nowhere.invalid --api-key k", "--host nowhere.invalid --port 8137: "),
+    ],
     "demo": [SAMPLING[-1]],
     "bench": [
         *SAMPLING,

@@ -59,6 +59,7 @@ def test_a_command_that_lacks_a_library_says_so(
         ("accelerate smollm2 --out o --yes", "torch,data"),
         ("distill --out o", "data"),
         ("export --to checkpoint --target smollm2 --out o", "torch"),
+        ("serve", "serve"),
     ],
 )
 def test_a_command_names_all_its_extras_at_once(tmp_path: Path, command: str, extras: str) -> None:
@@ -66,7 +67,7 @@ def test_a_command_names_all_its_extras_at_once(tmp_path: Path, command: str, ex
     script = (
         "import importlib.util, sys\n"
         "found = importlib.util.find_spec\n"
-        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'py3langid')\n"
+        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'py3langid', 'uvicorn')\n"
         "importlib.util.find_spec = lambda name, *rest: None if name in missing else found(name, *rest)\n"
         "from fastmtp.cli.main import main\n"
         "main()\n"

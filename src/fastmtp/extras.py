@@ -7,6 +7,7 @@ import importlib.util
 _MODULES = {
     "torch": ("torch", "transformers"),
     "data": ("pyarrow", "py3langid", "rensa"),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic"),
 }
 
 

@@ -23,6 +23,7 @@ from fastmtp.cli.head import head
 from fastmtp.cli.import_ import import_
 from fastmtp.cli.replay import replay
 from fastmtp.cli.report import report
+from fastmtp.cli.serve import serve
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
@@ -73,6 +74,6 @@ def commands() -> None:
 
 for command in (
     accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, export, import_,
-    verify_export, generate, chat, cache,
+    verify_export, generate, chat, serve, cache,
 ):  # fmt: skip
     commands.add_command(command)

@@ -134,12 +134,13 @@ class _OrWord(click.ParamType[Any]):
         return value if value in self._words else self._kind.convert(value, param, ctx)
 
 
-def settings_options(kind: type[Any]) -> Callable[[Command], Command]:
+def settings_options(kind: type[Any], without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
     """An option for each setting of a dataclass in config.py, which has the defaults; None if it is not given."""
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(kind)
-        for item in reversed([item for item in dataclasses.fields(kind) if item.metadata["flag"]]):
+        flags = [item for item in dataclasses.fields(kind) if item.metadata["flag"] and item.name not in without]
+        for item in reversed(flags):
             choices = item.metadata["choices"]
             kind_of_value, words = kind_of(hints[item.name])
             is_flag = kind_of_value is bool

@@ -9,13 +9,13 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastmtp.serve import requests
 from fastmtp.serve.answers import Answers
-from fastmtp.serve.errors import ApiError, api_error, fault, http_error
+from fastmtp.serve.errors import ApiError, api_error, fault, gone, http_error
 from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, TextLogprobs
 from fastmtp.serve.metrics import Metrics
 from fastmtp.serve.prompts import chat_requests, chat_tokens, completion_requests, known, text_tokens
@@ -63,7 +63,12 @@ class Endpoints:
                 Route("/detokenize", self.detokenize, methods=["POST"]),
             ],
             middleware=list(guards),
-            exception_handlers={ApiError: api_error, HTTPException: http_error, Exception: fault},
+            exception_handlers={
+                ApiError: api_error,
+                HTTPException: http_error,
+                ClientDisconnect: gone,
+                Exception: fault,
+            },
             lifespan=lifespan,
         )
 

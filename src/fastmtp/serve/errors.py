@@ -7,8 +7,10 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
+# What nginx logs where a client left first.
+GONE = 499
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -58,6 +60,11 @@ async def http_error(request: Request, error: Exception) -> JSONResponse:
     }.get(error.status_code, error.detail)
     code = _CODES.get(error.status_code)
     return ApiError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+async def gone(_: Request, __: Exception) -> Response:
+    """A client that left before it was answered, so that nobody reads this."""
+    return Response(status_code=GONE)
 
 
 async def fault(_: Request, __: Exception) -> JSONResponse:

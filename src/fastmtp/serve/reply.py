@@ -13,12 +13,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fastmtp.serve.answers import Answers
-from fastmtp.serve.errors import ApiError
+from fastmtp.serve.errors import GONE, ApiError
 from fastmtp.serve.formats import Choice, Envelope, Format, timings, token_counts
 from fastmtp.serve.requests import Finish
-
-# What nginx logs where a client left before it was answered; nobody gets to see it.
-_GONE = 499
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) ->
 async def _gone(request: Request) -> Response:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    return Response(status_code=_GONE)
+    return Response(status_code=GONE)
 
 
 def _event(document: dict[str, Any]) -> str:

@@ -1,0 +1,118 @@
+"""`fastmtp serve` as a process: it says where it listens, answers, and stops when it is told to."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+
+from tests.conftest import tiny_target
+from tests.serve.serving import eventually
+
+HI = [{"role": "user", "content": "hi"}]
+LONG = {"messages": HI, "ignore_eos": True, "stream": True, "temperature": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    target = tiny_target("llama")
+    target.model.save_pretrained(directory)
+    target.tokenizer.save_pretrained(directory)
+    return directory
+
+
+@contextmanager
+def process(model: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server that is ready, its address, and the curl line."""
+    command = [
+        sys.executable,
+        "-m",
+        "fastmtp",
+        "serve",
+        "--target",
+        str(model),
+        "--port",
+        "0",
+        "--engine",
+        "native",
+    ]
+    started = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with started:
+        try:
+            assert started.stdout is not None
+            ready, curl = started.stdout.readline(), started.stdout.readline()
+            found = re.search(r"tiny is ready at (http://127.0.0.1:\d+)/v1", ready)
+            assert found, started.stderr and started.stderr.read()
+            yield started, found[1], curl
+        finally:
+            started.kill()
+
+
+def ended(started: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and standard error."""
+    _, errors = started.communicate(timeout=20)
+    return started.returncode, errors
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_answers_under_way_finish(model: Path, sent: signal.Signals) -> None:
+    """What the process says is right: the curl line works; a stream goes on to its end after the signal."""
+    with process(model) as (started, url, curl):
+        words = shlex.split(curl)
+        assert words[:2] == ["curl", url + "/v1/chat/completions"]
+        body = json.loads(words[words.index("-d") + 1]) | {"max_tokens": 4}
+        assert httpx2.post(words[1], json=body).json()["usage"]["completion_tokens"] <= 4
+        with httpx2.stream("POST", url + "/v1/chat/completions", json=LONG | {"max_tokens": 60}) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            started.send_signal(sent)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        code, errors = ended(started)
+        said = errors.splitlines()
+        assert (code, said[0], said[-1]) == (0, f"fastmtp: listening at {url}, loading {model}", "fastmtp: stopped")
+
+
+def test_answers_are_cut_off_at_the_end_of_the_grace(model: Path) -> None:
+    with process(model, "--grace", "0") as (started, url, _):
+        body = LONG | {"n": 20}
+        with httpx2.stream("POST", url + "/v1/chat/completions", json=body, timeout=20) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            started.send_signal(signal.SIGTERM)
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert ended(started)[0] == 0
+
+
+def test_a_key_from_the_environment_is_not_shown(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMTP_API_KEY", "hush-hush")
+    with process(model, "--host", "127.0.0.1") as (started, url, curl):
+        assert httpx2.get(url + "/v1/models").status_code == 401
+        known = httpx2.get(url + "/v1/models", headers={"Authorization": "Bearer hush-hush"})
+        assert [entry["id"] for entry in known.json()["data"]] == ["tiny"]
+        assert '"Authorization: Bearer $FASTMTP_API_KEY"' in curl
+        started.terminate()
+        assert "hush-hush" not in curl + ended(started)[1]
+
+
+def test_a_killed_server_leaves_nothing(model: Path) -> None:
+    """No child goes on, and the port is free."""
+    with process(model) as (started, url, _):
+        children = psutil.Process(started.pid).children(recursive=True)
+        assert children
+        started.kill()
+        started.wait(5)
+        eventually(lambda: not any(map(psutil.Process.is_running, children)))
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(url + "/health")
