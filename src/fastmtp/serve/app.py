@@ -17,7 +17,6 @@ from fastmtp.serve import requests
 from fastmtp.serve.answers import Answers
 from fastmtp.serve.errors import ApiError, api_error, fault, gone, http_error
 from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, TextLogprobs
-from fastmtp.serve.metrics import Metrics
 from fastmtp.serve.prompts import chat_requests, chat_tokens, completion_requests, known, text_tokens
 from fastmtp.serve.reply import Reply
 from fastmtp.serve.schema import (
@@ -37,13 +36,11 @@ class Endpoints:
 
     def __init__(self) -> None:
         self._service: Service | None = None
-        self._metrics: Metrics | None = None
         self._stopping = False
         self._created = int(time.time())
 
     def ready(self, service: Service) -> None:
         """Answer from now on."""
-        self._metrics = Metrics(service.name, lambda: service.scheduler.stats)
         self._service = service
 
     def stop(self) -> None:
@@ -77,9 +74,7 @@ class Endpoints:
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(self, _: Request) -> Response:
-        self._loaded()
-        assert self._metrics is not None
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._loaded().metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described(self._loaded())]})
@@ -136,8 +131,7 @@ class Endpoints:
             message = "stream_options needs stream: true"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         service = self._loaded()
-        assert self._metrics is not None
-        answers = Answers(service.scheduler, asked, self._metrics.finished)
+        answers = Answers(service.scheduler, asked, service.metrics.finished)
         reply = Reply(answers, envelope, form, len(asked), len(asked) // body.n, body.timings)
         if body.stream:
             return reply.stream(usage=body.stream_options is not None and body.stream_options.include_usage)

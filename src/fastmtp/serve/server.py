@@ -102,6 +102,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and let those under way finish within the grace."""
         self._endpoints.stop()
+        self._begun.cancel()
+        await asyncio.wait([self._begun])
         service = self._service
         stopped = asyncio.create_task(
             asyncio.sleep(0) if service is None else asyncio.to_thread(service.scheduler.stop, self._grace)
@@ -111,10 +113,8 @@ class Server(uvicorn.Server):
 
     @asynccontextmanager
     async def _life(self, _: Starlette) -> AsyncIterator[None]:
-        begun = asyncio.create_task(self._begin())
+        self._begun = asyncio.create_task(self._begin())
         yield
-        begun.cancel()
-        await asyncio.wait([begun])
         if self._service is not None:
             await self._service.templates.close()
 

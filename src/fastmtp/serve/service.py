@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from fastmtp.models.info import TargetInfo
+from fastmtp.serve.metrics import Metrics
 from fastmtp.serve.pieces import Pieces
 from fastmtp.serve.requests import Scheduler
 from fastmtp.serve.templates import Templates
@@ -28,6 +29,10 @@ class Service:
     context: int
     most: int
     sampling: dict[str, Any]
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.name, lambda: self.scheduler.stats)
 
     @cached_property
     def pieces(self) -> Pieces:
