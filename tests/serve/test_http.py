@@ -284,7 +284,7 @@ OF_CHAT = [
     ("messages[0].content", [{"role": "user"}], 400, "missing_required_parameter"),
     ("messages[0].content", [{"role": "user", "content": 1}], 400, "invalid_value"),
     ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "image_url"}]}], 400, "invalid_value"),
-    ("messages[1].name", [*HI, {"role": "user", "content": "x", "name": "n"}], 400, "unknown_parameter"),
+    ("messages[1].name", [*HI, {"role": "user", "content": "x", "name": "n"}], 400, "unsupported_parameter"),
     ("messages", [{"role": "user", "content": "x" * CONTEXT}], 400, "context_length_exceeded"),
     ("max_completion_tokens", -1, 400, "invalid_value"),
     ("top_logprobs", 1, 400, "invalid_value"),

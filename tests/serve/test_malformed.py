@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastmtp.serve.schema import NOTHING, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from fastmtp.serve.schema import LACKING, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tests.serve.serving import FakeScheduler, service, serving
 
 BODIES = {
@@ -22,7 +22,7 @@ BODIES = {
     "/tokenize": (TokenizeBody, {"prompt": "a"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
 }
-NAMES = sorted({*NOTHING, "role", "content", *(name for kind, _ in BODIES.values() for name in kind.model_fields)})
+NAMES = sorted({*LACKING, "role", "content", *(name for kind, _ in BODIES.values() for name in kind.model_fields)})
 VALUES = st.recursive(
     st.none()
     | st.booleans()

@@ -17,6 +17,7 @@ from fastmtp.serve import requests
 from fastmtp.serve.answers import Answers
 from fastmtp.serve.errors import ApiError, api_error, fault, gone, http_error
 from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, TextLogprobs
+from fastmtp.serve.openapi import document
 from fastmtp.serve.prompts import chat_requests, chat_tokens, completion_requests, known, text_tokens
 from fastmtp.serve.reply import Reply
 from fastmtp.serve.schema import (
@@ -52,6 +53,7 @@ class Endpoints:
             routes=[
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
+                Route("/openapi.json", self.openapi),
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -75,6 +77,9 @@ class Endpoints:
 
     async def metrics(self, _: Request) -> Response:
         return Response(self._loaded().metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, _: Request) -> Response:
+        return JSONResponse(document())
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described(self._loaded())]})

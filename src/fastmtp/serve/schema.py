@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from fastmtp.serve.errors import ApiError
 
@@ -26,8 +28,8 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 _PROMPTS = str | list[str] | list[int] | list[list[int]]
-# OpenAI's parameters that this server lacks, and the values of them that ask for nothing.
-NOTHING: dict[str, tuple[Any, ...]] = {
+# OpenAI's parameters that this server lacks, and the values of them, besides null, that ask for nothing.
+LACKING: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -51,6 +53,15 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
+}
+# And those of messages, which clients send back as they got them.
+LACKING_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
 }
 
 
@@ -82,18 +93,32 @@ class _Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
+    lacking: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
+    def _without_nothing(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        known = {name for name, field in cls.model_fields.items() if not field.is_required()} | cls._lacking()
-        return {key: entry for key, entry in value.items() if entry is not None or key not in known}
+        return {key: one for key, one in value.items() if cls._asks(key, one)}
 
     @classmethod
-    def _lacking(cls) -> set[str]:
-        """Fields that clients know and that only null is allowed for."""
-        return set()
+    def _asks(cls, key: str, value: Any) -> bool:
+        if (field := cls.model_fields.get(key)) is not None:
+            return value is not None or field.is_required()
+        nothing = (None, *cls.lacking[key]) if key in cls.lacking else ()
+        return not any(type(value) is type(one) and value == one for one in nothing)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema["properties"]
+        for name in properties.keys() - set(schema.get("required", ())):
+            properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+        properties |= {name: {"enum": [None, *values]} for name, values in cls.lacking.items()}
+        return schema
 
 
 class StreamOptions(_Strict):
@@ -102,6 +127,8 @@ class StreamOptions(_Strict):
 
 class _Generation(_Strict):
     """What chat and text completions share."""
+
+    lacking = LACKING
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -127,33 +154,17 @@ class _Generation(_Strict):
     draft: bool = True
     ignore_eos: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        kept = {}
-        for key, entry in value.items():
-            asks = key not in NOTHING or not any(
-                type(entry) is type(nothing) and entry == nothing for nothing in (None, *NOTHING[key])
-            )
-            if asks or key in cls.model_fields:
-                kept[key] = entry
-        return kept
 
-
-class _Text(_Strict):
+class TextPart(_Strict):
     type: Literal["text"]
     text: str
 
 
 class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[_Text], BeforeValidator(_parts, json_schema_input_type=str | list[_Text])]
+    lacking = LACKING_OF_MESSAGES
 
-    @classmethod
-    def _lacking(cls) -> set[str]:
-        return {"annotations", "audio", "function_call", "name", "refusal", "tool_calls"}
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
 
     def plain(self) -> dict[str, str]:
         """As chat templates know it: they have no developers, and most take one text a message."""
@@ -209,7 +220,7 @@ def _refusal(error: ValidationError) -> ApiError:
     if kind == "model_type" and not param:
         return ApiError(400, "the body must be a JSON object")
     if kind == "extra_forbidden":
-        if param in NOTHING:
+        if param in LACKING or first["loc"][-1] in LACKING_OF_MESSAGES:
             return ApiError(
                 400, f"{param} is not supported by this server", param=param, code="unsupported_parameter"
             )
