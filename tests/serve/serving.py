@@ -67,7 +67,7 @@ class FakeScheduler:
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> FakeAnswer:
         with self._lock:
             if self.running >= self.room:
-                raise QueueFull(2.4)
+                raise QueueFull(2)
             self.running += 1
             self.stats = replace(self.stats, running=self.running)
         answer = FakeAnswer()
@@ -97,7 +97,7 @@ class FakeScheduler:
             said += 1
             on_event([Token(END, "", "target", None if request.top_logprobs is None else -0.5)])
         seconds = time.monotonic() - started
-        usage = Usage(len(request.prompt), min(3, len(request.prompt)), said, 10, 7, seconds / 4, seconds)
+        usage = Usage(len(request.prompt), min(3, len(request.prompt)), said, 5, 10, 7, seconds / 4, seconds)
         with self._lock:
             self.running -= 1
             old = self.stats
@@ -106,13 +106,13 @@ class FakeScheduler:
                 running=self.running,
                 prompt_tokens=old.prompt_tokens + usage.prompt_tokens,
                 cached_tokens=old.cached_tokens + usage.cached_tokens,
-                generation_tokens=old.generation_tokens + said,
-                rounds=old.rounds + 5,
-                drafted=old.drafted + usage.drafted,
-                accepted=old.accepted + usage.accepted,
+                generated_tokens=old.generated_tokens + said,
+                drafts=old.drafts + 5,
+                drafted_tokens=old.drafted_tokens + usage.drafted,
+                accepted_tokens=old.accepted_tokens + usage.accepted,
                 accepted_by_position=(4, 2, 1),
             )
-        on_event(Finish(reason, usage))
+        on_event(Finish(reason, usage, "out of luck" if reason == "error" else None))
 
 
 def ids(text: str) -> list[int]:

@@ -161,7 +161,7 @@ def test_a_full_queue() -> None:
         assert reply.status_code == 429
         assert reply.headers["Retry-After"] == "2"
         assert reply.json()["error"] == {
-            "message": "too many requests wait already; try again in 2 s",
+            "message": "the queue is full; try again in 2 s",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
@@ -178,7 +178,7 @@ def test_decoding_that_fails(stream: bool) -> None:
         error = lines(reply)[-1]["error"] if stream else reply.json()["error"]
         assert reply.status_code == (200 if stream else 500)
         assert "[DONE]" not in reply.text
-        assert (error["type"], error["message"]) == ("server_error", "decoding failed; the server's log says why")
+        assert (error["type"], error["message"]) == ("server_error", "decoding failed: out of luck")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -6,9 +6,31 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Protocol
 
 from fastmtp.serve.errors import ApiError
-from fastmtp.serve.requests import Answer, Event, Finish, QueueFull, Request, Scheduler
+from fastmtp.serve.requests import Event, Finish, OnEvent, QueueFull, Request, Stats, Stopping
+
+
+class Answer(Protocol):
+    """One that was submitted."""
+
+    def cancel(self) -> None:
+        """Free its slot; nothing to do for one that has ended."""
+        ...
+
+
+class Scheduler(Protocol):
+    """What the server needs of `scheduler.Scheduler`."""
+
+    def start(self) -> None: ...
+
+    def submit(self, request: Request, on_event: OnEvent) -> Answer: ...
+
+    def stop(self, grace: float) -> None: ...
+
+    @property
+    def stats(self) -> Stats: ...
 
 
 class Answers:
@@ -35,13 +57,11 @@ class Answers:
                 self._answers.append(scheduler.submit(request, partial(self._tell, index)))
         except QueueFull as error:
             self.cancel()
-            seconds = max(1, round(error.retry_after))
-            raise ApiError(
-                429,
-                f"too many requests wait already; try again in {seconds} s",
-                code="queue_full",
-                headers={"Retry-After": str(seconds)},
-            ) from None
+            headers = {"Retry-After": str(error.retry_after)}
+            raise ApiError(429, str(error), code="queue_full", headers=headers) from None
+        except Stopping:
+            self.cancel()
+            raise stopping() from None
         except ValueError as error:
             self.cancel()
             raise ApiError(400, str(error), code="invalid_value") from None
@@ -63,9 +83,9 @@ class Answers:
             if isinstance(event, Finish):
                 left -= 1
                 if event.reason == "error":
-                    raise ApiError(500, "decoding failed; the server's log says why")
+                    raise ApiError(500, f"decoding failed: {event.error}")
                 if event.reason == "cancelled":
-                    raise ApiError(503, "the server is stopping", code="stopping")
+                    raise stopping()
             yield index, event
 
     def _tell(self, index: int, event: Event) -> None:
@@ -74,3 +94,7 @@ class Answers:
         # After the loop's end nobody listens.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="stopping")

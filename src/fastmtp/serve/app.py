@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastmtp.serve import requests
-from fastmtp.serve.answers import Answers
+from fastmtp.serve.answers import Answers, stopping
 from fastmtp.serve.errors import ApiError, api_error, fault, gone, http_error
 from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, TextLogprobs
 from fastmtp.serve.openapi import document
@@ -144,7 +144,7 @@ class Endpoints:
 
     def _loaded(self) -> Service:
         if self._stopping:
-            raise ApiError(503, "the server is stopping", code="stopping")
+            raise stopping()
         if self._service is None:
             raise ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "5"})
         return self._service

@@ -179,7 +179,7 @@ def token_counts(finished: Sequence[Usage], prompts: int) -> dict[str, Any]:
 
 def timings(finished: Sequence[Usage]) -> dict[str, Any]:
     """Under llama.cpp's names; of several answers the sums, and the time of the slowest."""
-    first = max(one.first_token_seconds for one in finished)
+    first = max(one.first_token_seconds or one.seconds for one in finished)
     seconds = max(one.seconds for one in finished)
     later = sum(one.completion_tokens - 1 for one in finished)
     decoding = seconds - first

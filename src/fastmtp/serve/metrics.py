@@ -42,7 +42,7 @@ class Metrics(Collector):
         """Take note of a request that ended, for whatever reason; from any thread."""
         usage = finish.usage
         self._finished.labels(self._model, finish.reason).inc()
-        if finish.reason not in ("stop", "length"):
+        if finish.reason not in ("stop", "length") or usage.first_token_seconds is None:
             return
         self._first.labels(self._model).observe(usage.first_token_seconds)
         self._whole.labels(self._model).observe(usage.seconds)
@@ -62,12 +62,12 @@ class Metrics(Collector):
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
-            "generation_tokens": ("Tokens of answers.", stats.generation_tokens),
+            "generation_tokens": ("Tokens of answers.", stats.generated_tokens),
             "prefix_cache_queries": ("Tokens looked for in the prefix cache.", stats.prompt_tokens),
             "prefix_cache_hits": ("Tokens of prompts that the prefix cache held.", stats.cached_tokens),
-            "spec_decode_num_drafts": ("Rounds in which tokens were drafted.", stats.rounds),
-            "spec_decode_num_draft_tokens": ("Drafted tokens.", stats.drafted),
-            "spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", stats.accepted),
+            "spec_decode_num_drafts": ("Rounds in which tokens were drafted.", stats.drafts),
+            "spec_decode_num_draft_tokens": ("Drafted tokens.", stats.drafted_tokens),
+            "spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", stats.accepted_tokens),
         }
         for name, (meaning, value) in gauges.items():
             gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=("model_name",))

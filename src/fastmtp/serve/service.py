@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from fastmtp.models.info import TargetInfo
+from fastmtp.serve.answers import Scheduler
 from fastmtp.serve.metrics import Metrics
 from fastmtp.serve.pieces import Pieces
-from fastmtp.serve.requests import Scheduler
 from fastmtp.serve.templates import Templates
 
 
