@@ -210,6 +210,16 @@ def test_timings(client: httpx2.Client) -> None:
     assert "usage" not in chunk
 
 
+def test_sources(client: httpx2.Client) -> None:
+    """On request: the text of each token and where it came from, whole and in a stream."""
+    told = post(client, CHAT, messages=HI, sources=True)["choices"][0]["sources"]
+    assert "".join(one["text"] for one in told) == REPLY
+    assert {one["source"] for one in told} == {"target"}
+    chunks = [chunk["choices"][0].get("sources", []) for chunk in events(client, CHAT, messages=HI, sources=True)]
+    assert [one for chunk in chunks for one in chunk] == told
+    assert len(told) == len(REPLY.encode()) + 1
+
+
 def test_models(client: httpx2.Client) -> None:
     (listed,) = client.get("/v1/models").json()["data"]
     assert listed == client.get("/v1/models/tiny").json()
@@ -272,6 +282,7 @@ COMMON = [
     ("logprobs", "yes", 400, "invalid_value"),
     ("timings", 1, 400, "invalid_value"),
     ("draft", "yes", 400, "invalid_value"),
+    ("sources", 1, 400, "invalid_value"),
     ("ignore_eos", "no", 400, "invalid_value"),
     ("user", 1, 400, "invalid_value"),
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from fastmtp.serve import requests
@@ -30,6 +31,12 @@ from fastmtp.serve.schema import (
 from fastmtp.serve.service import Service
 
 MAX_BODY = 8 << 20
+_PAGE = Path(__file__).with_name("page.html")
+# The page asks this server and nobody else, whatever a model writes.
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class Endpoints:
@@ -51,6 +58,7 @@ class Endpoints:
     def app(self, guards: Sequence[Middleware], lifespan: Any = None) -> Starlette:
         return Starlette(
             routes=[
+                Route("/", self.page),
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
                 Route("/openapi.json", self.openapi),
@@ -70,6 +78,9 @@ class Endpoints:
             },
             lifespan=lifespan,
         )
+
+    async def page(self, _: Request) -> Response:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _POLICY})
 
     async def health(self, _: Request) -> Response:
         status = "stopping" if self._stopping else "loading" if self._service is None else "ok"
@@ -137,7 +148,7 @@ class Endpoints:
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         service = self._loaded()
         answers = Answers(service.scheduler, asked, service.metrics.finished)
-        reply = Reply(answers, envelope, form, len(asked), len(asked) // body.n, body.timings)
+        reply = Reply(answers, envelope, form, len(asked), len(asked) // body.n, body.timings, body.sources)
         if body.stream:
             return reply.stream(usage=body.stream_options is not None and body.stream_options.include_usage)
         return await reply.whole(request)

@@ -178,7 +178,7 @@ def token_counts(finished: Sequence[Usage], prompts: int) -> dict[str, Any]:
 
 
 def timings(finished: Sequence[Usage]) -> dict[str, Any]:
-    """Under llama.cpp's names; of several answers the sums, and the time of the slowest."""
+    """Under llama.cpp's names, but for the rounds; of several answers the sums, and the time of the slowest."""
     first = max(one.first_token_seconds or one.seconds for one in finished)
     seconds = max(one.seconds for one in finished)
     later = sum(one.completion_tokens - 1 for one in finished)
@@ -190,6 +190,12 @@ def timings(finished: Sequence[Usage]) -> dict[str, Any]:
         "predicted_n": sum(one.completion_tokens for one in finished),
         "predicted_ms": 1e3 * decoding,
         "predicted_per_second": later / decoding if later > 0 and decoding > 0 else None,
+        "rounds_n": sum(one.rounds for one in finished),
         "draft_n": sum(one.drafted for one in finished),
         "draft_n_accepted": sum(one.accepted for one in finished),
     }
+
+
+def sources(tokens: Sequence[Token]) -> dict[str, Any]:
+    """The text of each token, and where it came from."""
+    return {"sources": [{"text": token.text, "source": token.source} for token in tokens]}

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from fastmtp.serve.answers import Answers
 from fastmtp.serve.errors import GONE, ApiError
-from fastmtp.serve.formats import Choice, Envelope, Format, timings, token_counts
-from fastmtp.serve.requests import Finish
+from fastmtp.serve.formats import Choice, Envelope, Format, sources, timings, token_counts
+from fastmtp.serve.requests import Finish, Token
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Reply:
     Attributes:
         count: of answers; those to each of the `prompts` stand together.
         timings: tell how long it took, and what was drafted.
+        sources: tell of each token where it came from.
     """
 
     answers: Answers
@@ -33,6 +34,7 @@ class Reply:
     count: int
     prompts: int
     timings: bool
+    sources: bool
 
     async def whole(self, request: Request) -> Response:
         """All answers in one object; they are cancelled as soon as the client is gone.
@@ -58,7 +60,11 @@ class Reply:
         async for index, event in self.answers.events():
             choices[index].take(event)
         listed = [
-            {"index": index, **self.format.message(choice), "finish_reason": choice.finished.reason}
+            {
+                "index": index,
+                **self._told(self.format.message(choice), choice.tokens),
+                "finish_reason": choice.finished.reason,
+            }
             for index, choice in enumerate(choices)
         ]
         figures = self._figures(choices, usage=True)
@@ -77,8 +83,8 @@ class Reply:
                     yield self._chunk(index, self.format.closing(), event.reason)
                     continue
                 delta = self.format.delta(before, event)
-                if any(token.text for token in event) or delta["logprobs"] is not None:
-                    yield self._chunk(index, delta)
+                if self.sources or delta["logprobs"] is not None or any(token.text for token in event):
+                    yield self._chunk(index, self._told(delta, event))
         except ApiError as error:
             yield _event(error.body())
             return
@@ -89,6 +95,9 @@ class Reply:
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": index, **delta, "finish_reason": reason}
         return _event(self.envelope.around(self.format.chunk, [choice]))
+
+    def _told(self, choice: dict[str, Any], tokens: Sequence[Token]) -> dict[str, Any]:
+        return choice | sources(tokens) if self.sources else choice
 
     def _figures(self, choices: Sequence[Choice], *, usage: bool) -> dict[str, Any]:
         finished = [choice.finished.usage for choice in choices]

@@ -151,6 +151,7 @@ class _Generation(_Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     user: str | None = None
     timings: bool = False
+    sources: bool = False
     draft: bool = True
     ignore_eos: bool = False
 

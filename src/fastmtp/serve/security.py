@@ -20,8 +20,8 @@ from starlette.responses import Response
 
 from fastmtp.serve.errors import ApiError
 
-# Says whether the server is ready, and nothing else: for those who supervise it.
-OPEN_PATHS = frozenset({"/health"})
+# Whether the server is ready, for those who supervise it, and the page, which asks for the key.
+OPEN_PATHS = frozenset({"/", "/health"})
 
 
 def is_loopback(host: str) -> bool:
