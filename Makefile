@@ -1,13 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs prove-vllm clean
+.PHONY: demo test test-web check docs prove-vllm clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
 
 test: check
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# The server's page in a browser: Debian's chromium, or the one that $$CHROMIUM names.
+test-web: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
+	$(BIN)/pytest -m web tests/serve
 
 check: .venv/installed
 	$(BIN)/ruff check src tests tools

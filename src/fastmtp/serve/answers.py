@@ -87,6 +87,8 @@ class Answers:
                 if event.reason == "cancelled":
                     raise stopping()
             yield index, event
+            # Where many wait already, nothing else would come to its turn: other answers, and that the client left.
+            await asyncio.sleep(0)
 
     def _tell(self, index: int, event: Event) -> None:
         if isinstance(event, Finish):

@@ -1,0 +1,182 @@
+"""The page in a browser: `make test-web`, with Playwright and a Chromium."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fastmtp.serve.requests import Event, OnEvent, Request
+from tests.serve.serving import REPLY, FakeAnswer, FakeScheduler, eventually, service, serving
+
+pytestmark = pytest.mark.web
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+SOURCES = ("target", "head", "text")
+
+
+class Coloured(FakeScheduler):
+    """Tokens come from everywhere in turn."""
+
+    def submit(self, request: Request, on_event: OnEvent) -> FakeAnswer:
+        count = 0
+
+        def coloured(event: Event) -> None:
+            nonlocal count
+            if isinstance(event, list):
+                event = [replace(token, source=SOURCES[(count := count + 1) % 3]) for token in event]
+            on_event(event)
+
+        return super().submit(request, coloured)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium; name one in $CHROMIUM")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def scheduler() -> FakeScheduler:
+    return Coloured()
+
+
+@pytest.fixture(params=["desktop", "phone in the dark"])
+def page(request: pytest.FixtureRequest, browser: Any, scheduler: FakeScheduler) -> Iterator[Any]:
+    """The page, which must neither fail nor ask anybody but the server."""
+    loaded, phone = service(scheduler), request.param != "desktop"
+    size = {"width": 360, "height": 640} if phone else {"width": 1200, "height": 800}
+    with serving(lambda: loaded) as url:
+        context = browser.new_context(viewport=size, color_scheme="dark" if phone else "light")
+        opened, wrong = context.new_page(), []
+        opened.on("pageerror", lambda error: wrong.append(str(error)))
+        opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        opened.on(
+            "request", lambda asked: None if asked.url.startswith((url, "data:")) else wrong.append(asked.url)
+        )
+        opened.set_default_timeout(5000)
+        opened.goto(url)
+        yield opened
+        assert wrong == []
+        assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        context.close()
+
+
+def ask(page: Any, question: str) -> None:
+    page.keyboard.type(question)
+    page.keyboard.press("Enter")
+
+
+def said(page: Any) -> list[str]:
+    return [one.text_content() for one in page.locator(".said").all()]
+
+
+def answered(page: Any, count: int) -> None:
+    """Wait for so many messages, and for the end of the last."""
+    playwright.expect(page.locator(".said")).to_have_count(count)
+    playwright.expect(page.locator("#send")).to_be_visible()
+
+
+def test_a_conversation_from_the_keyboard(page: Any, scheduler: FakeScheduler) -> None:
+    """The prompt has the focus; the second question goes with the first and its answer."""
+    playwright.expect(page.locator("h1")).to_have_text("tiny")
+    ask(page, "first")
+    answered(page, 2)
+    ask(page, "second")
+    answered(page, 4)
+    assert said(page) == ["first", REPLY, "second", REPLY]
+    figures = page.locator(".figures").last.text_content()
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ tokens/s, [\d.]+ tokens a round", figures), figures
+    prompts = [len(request.prompt) for request in scheduler.requests]
+    assert prompts[1] > prompts[0] + len(REPLY.encode())
+    page.get_by_role("button", name="New chat").click()
+    assert said(page) == []
+    ask(page, "third")
+    answered(page, 2)
+    assert len(scheduler.requests[-1].prompt) == prompts[0]
+
+
+def test_settings(page: Any, scheduler: FakeScheduler) -> None:
+    """They reach the request; plain decoding is compared with drafts on the same seed."""
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System message").fill("be brief")
+    page.get_by_label("Temperature").fill("0.7")
+    page.get_by_label("Most tokens").fill("9")
+    page.get_by_label("Answer plainly too").check()
+    page.locator("#prompt").focus()
+    ask(page, "hi")
+    answered(page, 3)
+    first, second = scheduler.requests
+    assert (first.draft, second.draft) == (True, False)
+    assert first.sampling == second.sampling
+    assert (first.sampling.temperature, first.max_new_tokens) == (0.7, 9)
+    assert "cut at the limit" in page.locator(".figures").nth(1).text_content()
+    assert "the same text" in page.locator(".figures").last.text_content()
+
+
+def test_colours(page: Any) -> None:
+    """By source, where the switch is on, with a legend; others' text has no colour."""
+    page.get_by_role("button", name="Settings").click()
+    page.locator("#prompt").focus()
+    ask(page, "hi")
+    answered(page, 2)
+
+    def shades() -> list[str]:
+        return [
+            page.locator(f".said .{source}").first.evaluate("one => getComputedStyle(one).backgroundColor")
+            for source in SOURCES
+        ]
+
+    assert len(set(shades())) == 1
+    page.get_by_label("Colour tokens").check()
+    assert len(set(shades())) == 3
+    assert page.locator("#legend").is_visible()
+
+
+@pytest.mark.parametrize("how", ["Escape", "button"])
+def test_stop(page: Any, scheduler: FakeScheduler, how: str) -> None:
+    """The answer ends at once, in the server too, and stays in the conversation."""
+    scheduler.pace = 0.1
+    ask(page, "hi")
+    page.locator(".said .head").first.wait_for()
+    if how == "Escape":
+        page.keyboard.press("Escape")
+    else:
+        page.get_by_role("button", name="Stop").click()
+    answered(page, 2)
+    assert "stopped" in page.locator(".figures").last.text_content()
+    eventually(lambda: scheduler.running == 0)
+    assert 0 < len(said(page)[1]) < len(REPLY)
+
+
+def test_errors_are_shown(page: Any, scheduler: FakeScheduler) -> None:
+    """With the server's words; the question comes back to be sent again."""
+    scheduler.fails = 3
+    ask(page, "hi")
+    answered(page, 2)
+    assert page.locator(".figures.bad").text_content() == "decoding failed: out of luck"
+    assert page.locator("#prompt").input_value() == "hi"
+
+
+def test_a_key_is_asked_for(browser: Any) -> None:
+    loaded = service(FakeScheduler())
+    with serving(lambda: loaded, key="secret-key") as url:
+        opened = browser.new_page()
+        opened.goto(url)
+        opened.get_by_label("API key").fill("secret-key")
+        opened.get_by_label("API key").press("Tab")
+        playwright.expect(opened.locator("h1")).to_have_text("tiny")
+        opened.locator("#prompt").focus()
+        ask(opened, "hi")
+        answered(opened, 2)
+        assert said(opened) == ["hi", REPLY]
+        opened.close()
