@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-api-key", is_flag=True, help="let everybody in who reaches --host, if it is not this machine")
 @click.option(
-    "--slots", type=click.IntRange(1), default=4, show_default=True, help="requests decoded at the same time"
+    "--slots", type=click.IntRange(1), default=8, show_default=True, help="requests decoded at the same time"
 )
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that may wait")
 @click.option("--context", type=click.IntRange(2), help="tokens of a prompt and its answer  [default: the model's]")

@@ -50,9 +50,8 @@ def load_service(
     if room.context is not None and room.context > limit:
         raise ValueError(f"--context {room.context}: {target} has a context of {limit}")
     context = room.context or limit
-    scheduler = Scheduler(
-        engine, open_drafting(engine, drafting, progress), slots=room.slots, context=context, queue=room.queue
-    )
+    drafted = open_drafting(engine, drafting, progress)
+    scheduler = Scheduler(drafted, slots=room.slots, context=context, queue=room.queue)
     return Service(model_name(target), engine.target, scheduler, context, room.slots + room.queue, sampling)
 
 

@@ -1,0 +1,214 @@
+"""The server over the real scheduler and a tiny model: every answer is that of plain decoding alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.options import DraftOptions
+from fastmtp.decode.generation import Generation, Result
+from fastmtp.engines.open import EngineOptions, open_engine
+from fastmtp.engines.protocol import Engine
+from fastmtp.serve.load import Room, load_service
+from fastmtp.serve.service import Service
+from tests.conftest import tiny_target
+from tests.engines import NATIVE
+from tests.serve.serving import eventually, serving
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+OPTIONS = EngineOptions("native" if NATIVE else "torch", threads=1 if NATIVE else None)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server and, beside it, an engine of its own for what the answers must be."""
+
+    url: str
+    service: Service
+    engine: Engine
+
+    def alone(self, prompt: list[int], limit: int, stop: tuple[str, ...] = (), **sampling: Any) -> Result:
+        """Plain decoding of one request."""
+        config = SamplingConfig(**sampling)
+        sequence = self.engine.new_sequence()
+        one = Generation(
+            *(sequence, self.engine.target, prompt),
+            new_drafter=None,
+            sampling=config,
+            max_new_tokens=limit,
+            stop=stop,
+        )
+        return one.run()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    target = tiny_target("llama")
+    target.model.save_pretrained(directory)
+    target.tokenizer.save_pretrained(directory)
+    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(slots=3, queue=40), {})
+    with serving(lambda: loaded, grace=0) as url:
+        yield Running(url, loaded, open_engine(str(directory), OPTIONS))
+
+
+def post(running: Running, path: str, **body: Any) -> Any:
+    reply = httpx2.post(running.url + path, json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def streamed(running: Running, path: str, **body: Any) -> str:
+    """The text of a stream's first choice."""
+    text = ""
+    with httpx2.stream("POST", running.url + path, json=body | {"stream": True}, timeout=60) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line.removeprefix("data: "))["choices"][0]
+                text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+    return text
+
+
+def ids(text: str, seed: int = 0) -> list[int]:
+    return [random.Random(f"{text}{seed}").randrange(256) for _ in range(len(text) * 3)]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "seed": 3},
+        {"temperature": 1.2, "min_p": 0.02, "seed": 4},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
+    ],
+)
+@pytest.mark.parametrize("draft", [True, False])
+def test_answers_are_those_of_plain_decoding(running: Running, sampling: dict[str, Any], draft: bool) -> None:
+    prompt = ids("a prompt")
+    expected = running.alone(prompt, 40, **sampling)
+    whole = post(running, TEXT, prompt=prompt, max_tokens=40, draft=draft, **sampling)
+    assert whole["choices"][0]["text"] == expected.text
+    assert whole["choices"][0]["finish_reason"] == ("length" if expected.stopped == "length" else "stop")
+    assert whole["usage"]["completion_tokens"] == len(expected.tokens)
+    assert streamed(running, TEXT, prompt=prompt, max_tokens=40, draft=draft, **sampling) == expected.text
+
+
+def test_chats_are_those_of_plain_decoding(running: Running) -> None:
+    """With the chat template; the second turn, which shares the first's caches, too."""
+    messages = [{"role": "user", "content": "hello"}]
+    for _ in range(2):
+        reply = post(running, CHAT, messages=messages, max_tokens=30)
+        expected = running.alone(running.engine.target.encode_chat(messages), 30)
+        content = reply["choices"][0]["message"]["content"]
+        assert content == expected.text
+        messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "go on"}]
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_stop_strings_across_tokens(running: Running) -> None:
+    """The answer ends before it, also where it spans tokens, which are bytes here."""
+    prompt = ids("stop")
+    text = running.alone(prompt, 60).text
+    stop = text[20:24]
+    expected = running.alone(prompt, 60, stop=("never", stop))
+    asked = {"prompt": prompt, "max_tokens": 60, "stop": ["never", stop]}
+    choice = post(running, TEXT, **asked)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (expected.text, "stop")
+    assert choice["text"] == text[: text.index(stop)]
+    assert streamed(running, TEXT, **asked) == expected.text
+
+
+def test_logprobs_are_the_targets(running: Running) -> None:
+    """Log-softmax of its logits over the text so far, whether drafted or not."""
+    prompt = ids("logprobs")
+    reply = post(running, TEXT, prompt=prompt, max_tokens=30, logprobs=3)["choices"][0]["logprobs"]
+    tokens = running.alone(prompt, 30).tokens
+    sequence = running.engine.new_sequence()
+    for index, token in enumerate(tokens):
+        if token in running.engine.target.end_ids:
+            break
+        logits = sequence.prefill([*prompt, *tokens[:index]]).astype(np.float64)
+        logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+        assert reply["token_logprobs"][index] == pytest.approx(logprobs[token], abs=1e-4)
+        top = sorted(reply["top_logprobs"][index].values(), reverse=True)
+        best = np.sort(logprobs)[::-1]
+        # Bytes that are no characters have one name, so that fewer may be told.
+        assert top[0] == pytest.approx(best[0], abs=1e-4)
+        assert len(top) <= 3
+
+
+def test_a_biased_token_is_never_or_always_drawn(running: Running) -> None:
+    prompt = ids("bias")
+    never = running.alone(prompt, 1).tokens[0]
+    reply = post(running, TEXT, prompt=prompt, max_tokens=20, logit_bias={str(never): -100})
+    expected = running.alone(prompt, 20, logit_bias=((never, -100.0),))
+    assert reply["choices"][0]["text"] == expected.text
+    assert never not in expected.tokens
+    always = post(running, TEXT, prompt=prompt, max_tokens=5, logit_bias={"65": 100})
+    word = running.engine.target.decode([65])
+    assert always["choices"][0]["text"] == word * 5
+
+
+def test_choices_have_seeds_of_their_own(running: Running) -> None:
+    asked = {"prompt": ids("choices"), "max_tokens": 20, "temperature": 1, "seed": 1, "n": 3}
+    first, second = (post(running, TEXT, **asked)["choices"] for _ in range(2))
+    texts = [choice["text"] for choice in first]
+    assert texts == [choice["text"] for choice in second]
+    assert len(set(texts)) == 3
+    assert texts[0] == running.alone(asked["prompt"], 20, temperature=1, seed=1).text
+
+
+def test_many_clients(running: Running) -> None:
+    """Prompts of all lengths with some that leave: the rest are right, and every slot is free in the end."""
+    prompts = [ids("x" * (1 + 7 * number % 60), number) for number in range(24)]
+
+    @cache
+    def expected(number: int) -> str:
+        return running.alone(prompts[number], 24).text
+
+    def ask(number: int) -> str | None:
+        asked = {"prompt": prompts[number], "max_tokens": 24}
+        if number % 6 == 5:
+            body = asked | {"stream": True, "ignore_eos": True, "max_tokens": 200}
+            with httpx2.stream("POST", running.url + TEXT, json=body, timeout=60) as reply:
+                next(reply.iter_lines())
+            return None
+        if number % 2:
+            return streamed(running, TEXT, **asked)
+        return str(post(running, TEXT, **asked)["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, range(24)))
+    wrong = [number for number, text in enumerate(texts) if text is not None and text != expected(number)]
+    assert wrong == []
+    eventually(lambda: running.service.scheduler.stats.running + running.service.scheduler.stats.waiting == 0)
+
+
+def test_a_prompt_that_fits_only_just(running: Running) -> None:
+    """The last token of the context is given; one more token of prompt is refused."""
+    limit = running.service.context
+    prompt = ids("y" * limit)[: limit - 1]
+    reply = post(running, TEXT, prompt=prompt, max_tokens=100)
+    assert reply["usage"]["completion_tokens"] == 1
+    assert reply["choices"][0]["finish_reason"] == "length"
+    refused = httpx2.post(running.url + TEXT, json={"prompt": [*prompt, 1]})
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_context_larger_than_the_models(tmp_path: Path) -> None:
+    target = tiny_target("llama")
+    target.model.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--context 513: .* has a context of 512"):
+        load_service(str(tmp_path), OPTIONS, DraftOptions(draft="plain"), Room(1, 1, 513), {})
