@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from fastmtp.models.info import TargetInfo
 from fastmtp.models.tokenizer import Tokenizer, directory_tokenizer
-from fastmtp.serve.requests import Event, Finish, QueueFull, Request, Stats, Token, Usage
+from fastmtp.serve.requests import STOPPED, Event, Finish, QueueFull, Request, Stats, Token, Usage
 from fastmtp.serve.server import Server, listen
 from fastmtp.serve.service import Service
 from tests.conftest import VOCABULARY, byte_tokenizer
@@ -79,13 +79,13 @@ class FakeScheduler:
     def _decode(self, request: Request, answer: FakeAnswer, on_event: Callable[[Event], None]) -> None:
         started = time.monotonic()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        said, reason = 0, "stop"
+        said, reason, error = 0, "stop", None
         for said, (token, byte) in enumerate(zip(ids(self.reply), self.reply.encode(), strict=True), 1):
-            if answer.cancelled.wait(self.pace) or self._stopping.is_set():
+            if answer.cancelled.wait(self.pace):
                 reason = "cancelled"
                 break
-            if self.fails == said:
-                reason = "error"
+            if self._stopping.is_set() or self.fails == said:
+                reason, error = "error", "out of luck" if self.fails == said else STOPPED
                 break
             top = tuple((token + rank, -0.5 - rank) for rank in range(request.top_logprobs or 0))
             logprob = None if request.top_logprobs is None else -0.5
@@ -112,7 +112,7 @@ class FakeScheduler:
                 accepted_tokens=old.accepted_tokens + usage.accepted,
                 accepted_by_position=(4, 2, 1),
             )
-        on_event(Finish(reason, usage, "out of luck" if reason == "error" else None))
+        on_event(Finish(reason, usage, error))
 
 
 def ids(text: str) -> list[int]:

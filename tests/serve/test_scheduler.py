@@ -288,7 +288,7 @@ def test_cancel_frees_the_slot_before_the_next_step(drafting: Drafting) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(drafting: Drafting) -> None:
-    scheduler = Scheduler(drafting, slots=1, queue=2)
+    scheduler = Scheduler(drafting, slots=1, queue=1)
     answers = [scheduler.submit(request([1], 3)) for _ in range(2)]
     with pytest.raises(QueueFull) as full:
         scheduler.submit(request([1], 3))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from fastmtp.serve.errors import ApiError
-from fastmtp.serve.requests import Event, Finish, OnEvent, QueueFull, Request, Stats, Stopping
+from fastmtp.serve.requests import STOPPED, Event, Finish, OnEvent, QueueFull, Request, Stats, Stopping
 
 
 class Answer(Protocol):
@@ -83,9 +83,7 @@ class Answers:
             if isinstance(event, Finish):
                 left -= 1
                 if event.reason == "error":
-                    raise ApiError(500, f"decoding failed: {event.error}")
-                if event.reason == "cancelled":
-                    raise stopping()
+                    raise stopping() if event.error == STOPPED else ApiError(500, f"decoding failed: {event.error}")
             yield index, event
             # Where many wait already, nothing else would come to its turn: other answers, and that the client left.
             await asyncio.sleep(0)

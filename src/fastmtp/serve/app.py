@@ -124,7 +124,7 @@ class Endpoints:
             tokens = await chat_tokens(service, body.messages)
         else:
             tokens = await text_tokens(service, body.prompt or "", special=body.add_special_tokens is not False)
-        words = [service.pieces.text_of(token) for token in tokens] if body.return_token_strs else None
+        words = [service.pieces.name_of(token) for token in tokens] if body.return_token_strs else None
         return JSONResponse(
             {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": words}
         )

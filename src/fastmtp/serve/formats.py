@@ -96,7 +96,7 @@ class ChatLogprobs:
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         return {
-            "token": self._pieces.text_of(token),
+            "token": self._pieces.name_of(token),
             "logprob": logprob,
             "bytes": list(self._pieces.bytes_of(token)),
         }
@@ -135,10 +135,10 @@ class TextLogprobs:
             offsets.append(before)
             before += len(token.text)
         return {
-            "tokens": [self._pieces.text_of(token.id) for token in tokens],
+            "tokens": [self._pieces.name_of(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._pieces.text_of(one): logprob for one, logprob in token.top} for token in tokens
+                {self._pieces.name_of(one): logprob for one, logprob in token.top} for token in tokens
             ],
             "text_offset": offsets,
         }

@@ -36,6 +36,12 @@ class Pieces:
             return bytes([int(found[1], 16)])
         return word.replace("▁", " ").encode()
 
-    def text_of(self, token: int) -> str:
-        """With a replacement character for what is no whole character."""
-        return self.bytes_of(token).decode(errors="replace")
+    def name_of(self, token: int) -> str:
+        r"""A token's text, or its bytes as in OpenAI's `bytes:\xe6\x9d`, or its id: no two have the same name."""
+        piece = self.bytes_of(token)
+        if not piece:
+            return f"token_id:{token}"
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)

@@ -12,6 +12,8 @@ from fastmtp.config import SamplingConfig
 Source = Literal["target", "head", "text"]
 # stop: an end token or a stop string; length: max_new_tokens or the context.
 Reason = Literal["stop", "length", "cancelled", "error"]
+# The error of answers that are cut off when the scheduler stops.
+STOPPED = "the server stopped"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,18 @@ from threading import Condition, Thread
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.serve.counts import Counts
 from fastmtp.serve.prefixes import Prefixes
-from fastmtp.serve.requests import Event, Finish, OnEvent, QueueFull, Reason, Request, Stats, Stopping, Usage
+from fastmtp.serve.requests import (
+    STOPPED,
+    Event,
+    Finish,
+    OnEvent,
+    QueueFull,
+    Reason,
+    Request,
+    Stats,
+    Stopping,
+    Usage,
+)
 from fastmtp.serve.running import Running
 from fastmtp.serve.step import step
 
@@ -115,7 +126,8 @@ class Scheduler:
         with self._changed:
             if self._deadline is not None:
                 raise Stopping
-            if sum(not one.cancelled for one in self._waiting) >= self._queue:
+            free = self._slots - len(self._running)
+            if sum(not one.cancelled for one in self._waiting) >= self._queue + free:
                 raise QueueFull(self._counts.retry_after(len(self._waiting) + len(self._running), self._slots))
             self._waiting.append(answer)
             self._changed.notify()
@@ -133,7 +145,7 @@ class Scheduler:
         if self._thread is not None:
             self._thread.join()
         else:
-            self._end_all("the server stopped")
+            self._end_all(STOPPED)
 
     def step(self) -> bool:
         """Admit what waits, and go on with all that runs by one forward; False if there was nothing to do."""
@@ -176,7 +188,7 @@ class Scheduler:
                 # A fault of ours: nobody knows what state the sequences are in.
                 log.exception("a step failed")
                 self._end_all(f"{type(error).__name__}: {error}")
-        self._end_all("the server stopped")
+        self._end_all(STOPPED)
 
     def _admit(self) -> None:
         """Fill the free slots, and begin in them, but for prompts whose beginning another slot is computing."""
