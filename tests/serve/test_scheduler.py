@@ -298,6 +298,16 @@ def test_a_full_queue_says_when_to_come_again(drafting: Drafting) -> None:
     assert [one.finish.reason for one in run(scheduler, answers)] == ["cancelled", "length", "length"]
 
 
+def test_free_slots_are_no_queue(drafting: Drafting) -> None:
+    """Where none may wait, as many as there are slots are accepted at once."""
+    scheduler = Scheduler(drafting, slots=2, queue=0)
+    answers = [scheduler.submit(request([1], 3)) for _ in range(2)]
+    with pytest.raises(QueueFull):
+        scheduler.submit(request([1], 3))
+    run(scheduler, answers)
+    run(scheduler, [scheduler.submit(request([1], 3))])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

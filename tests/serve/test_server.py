@@ -60,6 +60,12 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
     assert str(server.error) == "x.gguf: damaged"
 
 
+def test_pieces_are_sent_at_once() -> None:
+    """asyncio waits for no more to send (TCP_NODELAY) where it knows the protocol; else 40 ms pass now and then."""
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_a_port_that_is_taken() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
@@ -207,6 +213,25 @@ def test_stopping(stream: bool, grace: float) -> None:
         assert stream or reply.status_code == 503
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(url + "/health")
+
+
+def test_a_request_that_comes_in_at_the_end() -> None:
+    """One whose body was not here yet when the server was told to stop is refused, and not begun."""
+    scheduler = FakeScheduler()
+    loaded, body = service(scheduler), json.dumps(BODY).encode()
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with socket.socket() as late:
+        late.settimeout(10)
+        with serving(lambda: loaded) as url:
+            late.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            late.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:9])
+            Thread(target=lambda: (time.sleep(0.8), late.sendall(body[9:]))).start()
+            time.sleep(0.2)
+        answer = late.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503") and b"stopping" in answer
+    assert scheduler.requests == []
 
 
 def test_prompts_stay_out_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

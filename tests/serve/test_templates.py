@@ -71,7 +71,10 @@ def test_a_conversation_that_nobody_waits_for_is_not_taken_for_the_next() -> Non
     async def work(templates: Templates) -> str:
         first = asyncio.create_task(templates.render([{"role": "user", "content": "slow"}]))
         await asyncio.sleep(0.5)
+        (child,) = psutil.Process().children()
         first.cancel()
+        await asyncio.wait([first])
+        assert not child.is_running()
         return await templates.render([{"role": "user", "content": "quick"}])
 
     assert run(template, work, 20) == "quick"

@@ -7,7 +7,6 @@ they can be killed. A line of JSON on standard input is a conversation, a line o
 from __future__ import annotations
 
 import json
-import os
 import sys
 from threading import Thread
 from typing import Any
@@ -25,8 +24,8 @@ def main() -> None:
     _limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
+        # A thread that does not hold up the end.
         Thread(target=_answer, args=(json.loads(line),), daemon=True).start()
-    os._exit(0)
 
 
 def _answer(job: dict[str, Any]) -> None:
