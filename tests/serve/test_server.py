@@ -7,15 +7,18 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from threading import Event, Thread
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
+from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.serve.security import is_loopback
 from fastmtp.serve.server import Server, listen
-from tests.serve.serving import REPLY, FakeScheduler, eventually, service, serving
+from tests.serve.serving import REPLY, FakeScheduler, eventually, ids, service, serving, tokenizer
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hi"}]}
@@ -219,19 +222,39 @@ def test_a_request_that_comes_in_at_the_end() -> None:
     """One whose body was not here yet when the server was told to stop is refused, and not begun."""
     scheduler = FakeScheduler()
     loaded, body = service(scheduler), json.dumps(BODY).encode()
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+
+    def send(late: socket.socket, address: tuple[str, int]) -> None:
+        with suppress(OSError):
+            while True:
+                socket.create_connection(address).close()
+                time.sleep(0.05)
+        late.sendall(body[9:])
+
     with socket.socket() as late:
         late.settimeout(10)
         with serving(lambda: loaded) as url:
-            late.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-            late.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:9])
-            Thread(target=lambda: (time.sleep(0.8), late.sendall(body[9:]))).start()
-            time.sleep(0.2)
+            late.connect(address := ("127.0.0.1", int(url.rpartition(":")[2])))
+            late.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+            assert late.recv(65536).startswith(b"HTTP/1.1 100")
+            late.sendall(body[:9])
+            Thread(target=send, args=(late, address)).start()
         answer = late.recv(65536)
     assert answer.startswith(b"HTTP/1.1 503") and b"stopping" in answer
     assert scheduler.requests == []
+
+
+def test_a_model_without_a_chat_template() -> None:
+    """The texts of a conversation, and no process for a template."""
+    scheduler = FakeScheduler()
+    loaded = service(scheduler)
+    loaded.target.tokenizer = Tokenizer(tokenizer().backend_tokenizer, {"eos": "<|end|>"})
+    before = psutil.Process().children()
+    with serving(lambda: loaded) as url:
+        messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "you"}]
+        assert httpx2.post(url + CHAT, json={"messages": messages}).status_code == 200
+        assert psutil.Process().children() == before
+    assert scheduler.requests[0].prompt == tuple(ids("hi\n\nyou"))
 
 
 def test_prompts_stay_out_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

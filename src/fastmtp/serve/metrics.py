@@ -59,6 +59,7 @@ class Metrics(Collector):
         gauges = {
             "num_requests_running": ("Requests that are decoded.", stats.running),
             "num_requests_waiting": ("Requests that wait for a slot.", stats.waiting),
+            "prefix_cache_bytes": ("Memory of finished requests' caches that prompts may share.", stats.kept_bytes),
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),

@@ -124,7 +124,8 @@ class Server(uvicorn.Server):
         Thread(target=self._run_load, args=(loaded,), name="load", daemon=True).start()
         try:
             service = await asyncio.wrap_future(loaded)
-            await service.templates.start()
+            if service.target.tokenizer.chat_template:
+                await service.templates.start()
             service.scheduler.start()
         except Exception as error:
             self.error, self.should_exit = error, True
