@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.models.grids import grid
 from fastmtp.models.mapping import mapped
 
 _PART = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
@@ -43,8 +44,11 @@ class GgufTensor:
 
     def rows(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows, dequantised."""
-        values = np.array(gguf.dequantize(self.data[rows], self.kind), np.float32)
-        return values.reshape(-1, *self.shape[1:])
+        data = self.data[rows]
+        # Several times as fast as gguf's own way, with the same results.
+        if self.kind in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q4_K):
+            return grid(self.kind, data).values().reshape(-1, *self.shape[1:])
+        return np.array(gguf.dequantize(data, self.kind), np.float32).reshape(-1, *self.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ class Grid:
     steps: NDArray[np.float32]
     least: NDArray[np.float32]
 
+    def values(self) -> NDArray[np.float32]:
+        """The weights [rows, inputs]."""
+        found = self.numbers.reshape(*self.steps.shape, GROUP).astype(np.float32)
+        found *= self.steps[..., None]
+        found += self.least[..., None]
+        return found.reshape(self.numbers.shape)
+
 
 def grid(kind: Kind, data: NDArray[np.uint8]) -> Grid:
     """The grid of rows of blocks [rows, bytes], of a kind in GRIDDED, in ggml's layouts."""
