@@ -23,7 +23,8 @@ from fastmtp.models.safetensors_file import FLOATS, SINGLE, StoredTensor, read_d
 from fastmtp.models.tensors import family, tensor_shapes
 
 Floats = NDArray[np.float32]
-_CHUNK_BYTES = 1 << 25
+# What is converted at a time fits a processor's caches.
+_CHUNK_BYTES = 1 << 21
 
 # llama.cpp's names for the modules of a layer.
 GGUF_NAMES = {

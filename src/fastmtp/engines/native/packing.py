@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,11 +11,9 @@ import numpy as np
 
 from fastmtp import _native
 from fastmtp.models.mapping import release_mapped
-from fastmtp.models.weights import Floats, Weights, whole
+from fastmtp.models.weights import Floats, Weights, chunks, whole
 from fastmtp.progress import Bar
 
-# What a thread converts at a time fits a processor's caches.
-_CHUNK_BYTES = 1 << 21
 _LANES = 16
 # Weights after which the file's pages that were read are given back.
 _RELEASED = 1 << 25
@@ -56,13 +54,11 @@ def pack(modules: Sequence[Module], weights: Weights, threads: int, bar: Bar | N
         if f"{module.name}.bias" in shapes:
             bias: Floats = whole(weights, f"{module.name}.bias")
             module.matrix.set_bias(module.outputs(np.arange(len(bias))).astype(np.int32), bias)
-    chunks = [
-        (module, start, stop) for module in modules for start, stop in _chunks(*shapes[f"{module.name}.weight"])
-    ]
+    parts = [(module, start, stop) for module in modules for start, stop in chunks(shapes[f"{module.name}.weight"])]
     counted = 0
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for packed in pool.map(lambda chunk: _pack_rows(weights, *chunk), chunks):
+            for packed in pool.map(lambda part: _pack_rows(weights, shapes, *part), parts):
                 millions, counted = (counted + packed) // 10**6 - counted // 10**6, counted + packed
                 if counted // _RELEASED > (counted - packed) // _RELEASED:
                     release_mapped()
@@ -73,9 +69,11 @@ def pack(modules: Sequence[Module], weights: Weights, threads: int, bar: Bar | N
             release_mapped()
 
 
-def _pack_rows(weights: Weights, module: Module, start: int, stop: int) -> int:
+def _pack_rows(
+    weights: Weights, shapes: Mapping[str, tuple[int, ...]], module: Module, start: int, stop: int
+) -> int:
     name, matrix = f"{module.name}.weight", module.matrix
-    inputs = weights.shapes()[name][1]
+    inputs = shapes[name][1]
     outputs = module.outputs(np.arange(start, stop)).astype(np.int32)
     if matrix.type == _native.Type.int4 and inputs == matrix.inputs and (grid := weights.grid(name, start, stop)):
         matrix.pack_grid(outputs, grid.numbers, grid.steps, grid.least)
@@ -91,8 +89,3 @@ def _pack_rows(weights: Weights, module: Module, start: int, stop: int) -> int:
 def gains(weights: Weights, name: str, offset: float) -> list[float]:
     """The factors of a norm: its stored weights plus the family's offset."""
     return cast("list[float]", (whole(weights, f"{name}.weight") + np.float32(offset)).tolist())
-
-
-def _chunks(rows: int, inputs: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_BYTES // (4 * inputs))
-    return ((start, min(rows, start + step)) for start in range(0, rows, step))
