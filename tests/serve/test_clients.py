@@ -112,7 +112,7 @@ def test_errors(client: Any, url: str, scheduler: FakeScheduler) -> None:
     """The package's own classes, with the parameter's name."""
     with pytest.raises(openai.BadRequestError) as told:
         client.chat.completions.create(model="tiny", messages=HI, tools=[{"type": "function"}])
-    assert (told.value.param, told.value.code) == ("tools", "unsupported_parameter")
+    assert (told.value.param, told.value.code) == ("tools[0].function", "missing_required_parameter")
     with pytest.raises(openai.NotFoundError) as told:
         client.chat.completions.create(model="gpt-4", messages=HI)
     assert (told.value.param, told.value.code) == ("model", "model_not_found")

@@ -14,6 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.serving import CONTEXT, END, REPLY, FakeScheduler, eventually, ids, service, serving
 
 HI = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+FORM = {"name": "x", "schema": {}}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -43,6 +46,14 @@ def events(client: httpx2.Client, path: str, **body: Any) -> list[Any]:
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def tool(parameters: Any) -> Any:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+def schema(value: Any, name: str = "x") -> Any:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": value}}
 
 
 def test_chat(client: httpx2.Client, scheduler: FakeScheduler) -> None:
@@ -241,9 +252,6 @@ def test_tokenize_and_back(client: httpx2.Client) -> None:
 COMMON = [
     ("model", "gpt-4", 404, "model_not_found"),
     ("nonsense", 1, 400, "unknown_parameter"),
-    ("tools", [{"type": "function", "function": {"name": "f"}}], 400, "unsupported_parameter"),
-    ("response_format", {"type": "json_object"}, 400, "unsupported_parameter"),
-    ("tool_choice", "auto", 400, "unsupported_parameter"),
     ("store", True, 400, "unsupported_parameter"),
     ("store", 0, 400, "unsupported_parameter"),
     ("temperature", -0.1, 400, "invalid_value"),
@@ -291,7 +299,38 @@ OF_CHAT = [
     ("messages", [], 400, "invalid_value"),
     ("messages", "hi", 400, "invalid_value"),
     ("messages[0]", ["hi"], 400, "invalid_value"),
-    ("messages[0].role", [{"role": "tool", "content": "x"}], 400, "invalid_value"),
+    ("messages[0].role", [{"role": "function", "content": "x"}], 400, "invalid_value"),
+    ("messages[0].tool_call_id", [{"role": "tool", "content": "x"}], 400, "missing_required_parameter"),
+    ("messages[0].tool_call_id", [{"role": "tool", "content": "x", "tool_call_id": "y"}], 400, "invalid_value"),
+    ("messages[0].tool_call_id", [{"role": "user", "content": "x", "tool_call_id": "y"}], 400, "invalid_value"),
+    ("messages[0].tool_calls", [{"role": "user", "tool_calls": [CALL]}], 400, "invalid_value"),
+    ("messages[0].content", [{"role": "assistant", "tool_calls": []}], 400, "missing_required_parameter"),
+    (
+        "messages[0].tool_calls[0].function.arguments",
+        [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "{"}}]}],
+        400,
+        "invalid_value",
+    ),
+    ("tools[0].type", [{"function": {"name": "f"}}], 400, "missing_required_parameter"),
+    ("tools[0].custom", [{"type": "custom", "custom": {"name": "f"}}], 400, "unsupported_parameter"),
+    ("tools[0].nonsense", [TOOL | {"nonsense": 1}], 400, "unknown_parameter"),
+    ("tools[0].function.name", [{"type": "function", "function": {"name": "a b"}}], 400, "invalid_value"),
+    ("tools[1].function.name", [TOOL, TOOL], 400, "invalid_value"),
+    ("tools[0].function.parameters", [tool({"not": {}})], 400, "invalid_value"),
+    ("tools[0].function.parameters.type", [tool({"type": "string"})], 400, "invalid_value"),
+    ("tools", [TOOL] * 129, 400, "invalid_value"),
+    ("tool_choice", "auto", 400, "invalid_value"),
+    ("tool_choice", "some", 400, "invalid_value"),
+    ("tool_choice.function", {"type": "function"}, 400, "missing_required_parameter"),
+    ("tool_choice.allowed_tools", {"type": "allowed_tools", "allowed_tools": {}}, 400, "unsupported_parameter"),
+    ("response_format.type", {"type": "xml"}, 400, "invalid_value"),
+    ("response_format.json_schema", {"type": "json_schema"}, 400, "missing_required_parameter"),
+    ("response_format.json_schema", {"type": "text", "json_schema": FORM}, 400, "invalid_value"),
+    ("response_format.json_schema.name", schema({}, name="a b"), 400, "invalid_value"),
+    ("response_format.json_schema.schema", schema(None), 400, "missing_required_parameter"),
+    ("response_format.json_schema.schema", schema({"uniqueItems": True}), 400, "invalid_value"),
+    ("response_format.json_schema.schema", schema({"const": "x" * (1 << 17)}), 400, "invalid_value"),
+    ("response_format.json_schema.schema.x-guidance", schema({"x-guidance": {}}), 400, "invalid_value"),
     ("messages[0].content", [{"role": "user"}], 400, "missing_required_parameter"),
     ("messages[0].content", [{"role": "user", "content": 1}], 400, "invalid_value"),
     ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "image_url"}]}], 400, "invalid_value"),
@@ -319,6 +358,9 @@ OF_TEXT = [
     ("echo", True, 400, "unsupported_parameter"),
     ("best_of", 2, 400, "unsupported_parameter"),
     ("suffix", "x", 400, "unsupported_parameter"),
+    ("tools", [{"type": "function", "function": {"name": "f"}}], 400, "unsupported_parameter"),
+    ("response_format", {"type": "json_object"}, 400, "unsupported_parameter"),
+    ("tool_choice", "auto", 400, "unsupported_parameter"),
     ("messages", HI, 400, "unknown_parameter"),
 ]
 OF_TOKENIZE = [

@@ -15,18 +15,27 @@ StopReason = Literal["end", "stop_string", "length", "context"]
 class Transcript:
     """Tokens so far and their text; holds back what may turn out to belong to a stop string."""
 
-    def __init__(self, target: TargetInfo, limit: int, stop: tuple[str, ...], end_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        target: TargetInfo,
+        limit: int,
+        stop: tuple[str, ...],
+        end_ids: Collection[int],
+        *,
+        special: bool = False,
+    ) -> None:
         """
         Args:
             limit: the most tokens.
             stop: the answer ends before the first of these strings.
             end_ids: it ends with one of these tokens.
+            special: special tokens but for these are a part of the text.
         """
         self.tokens: list[int] = []
         self.text = ""
         self.stopped: StopReason | None = None
         self._target, self._limit, self._stop, self._end_ids = target, limit, stop, end_ids
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream, self._special = DecodeStream(skip_special_tokens=not special), special
         self._shown = 0
 
     def extend(self, tokens: Sequence[int]) -> int:
@@ -55,7 +64,8 @@ class Transcript:
     def finish(self) -> str:
         """What is left: text held back, and the bytes of a character that never became whole."""
         if self.stopped != "stop_string":
-            whole = self._target.decode(self.tokens[: -1 if self.stopped == "end" else None])
+            tokens = self.tokens[: -1 if self.stopped == "end" else None]
+            whole = self._target.tokenizer.decode(tokens, skip_special_tokens=not self._special)
             if whole.startswith(self.text):
                 self.text = whole
         return self._show(len(self.text))

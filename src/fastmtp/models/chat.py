@@ -8,8 +8,9 @@ from datetime import datetime
 from functools import cache, partial
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -24,30 +25,53 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], *, reply: bool, **variables: Any) -> str:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    reply: bool,
+    named: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The text of a conversation, with the start of a reply if `reply`.
 
+    Args:
+        named: special tokens that the template knows by name.
+        tools: functions that the model may call, as OpenAI describes them.
     Raises:
         jinja2.TemplateError: the template is invalid, or refuses the conversation.
     """
     return _compiled(template).render(
         messages=[dict(message) for message in messages],
-        tools=None,
+        tools=list(tools) or None,
         documents=None,
         add_generation_prompt=reply,
-        **variables,
+        **named,
     )
+
+
+def variables(template: str) -> set[str]:
+    """The names that a template takes from outside.
+
+    Raises:
+        jinja2.TemplateError: the template is invalid.
+    """
+    return find_undeclared_variables(_environment().parse(template))
 
 
 @cache
 def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
+
+
+def _environment() -> Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment
 
 
 def _raise(message: str) -> None:

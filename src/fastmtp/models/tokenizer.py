@@ -82,7 +82,7 @@ class Tokenizer:
         """
         if tokenize or not self.chat_template:
             raise ValueError("a chat template gives text, and only where there is one")
-        return render(self.chat_template, messages, reply=add_generation_prompt, **self.named_tokens)
+        return render(self.chat_template, messages, reply=add_generation_prompt, named=self.named_tokens)
 
     def save_pretrained(self, directory: Path) -> None:
         """Write the files from which Hugging Face libraries read a tokenizer."""

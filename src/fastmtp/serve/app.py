@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from fastmtp.serve import requests
 from fastmtp.serve.answers import Answers, stopping
+from fastmtp.serve.constraints import offered
 from fastmtp.serve.errors import ApiError, api_error, fault, gone, http_error
 from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, TextLogprobs
 from fastmtp.serve.openapi import document
@@ -103,7 +104,8 @@ class Endpoints:
         service = self._of_model(body.model)
         logprobs = ChatLogprobs(service.pieces, service.target.end_ids) if body.logprobs else None
         asked = await chat_requests(service, body)
-        return await self._reply(request, body, asked, Chat(logprobs), Envelope.new(service.name, "chatcmpl"))
+        form = Chat(logprobs, service.style if offered(body) else None)
+        return await self._reply(request, body, asked, form, Envelope.new(service.name, "chatcmpl"))
 
     async def completions(self, request: Request) -> Response:
         body = parsed(CompletionBody, await _json(request))

@@ -38,6 +38,15 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, dict(self.headers or {}))
 
 
+def invalid(param: str, why: str) -> ApiError:
+    """A field with a value that cannot be."""
+    return ApiError(400, f"{param}: {why}", param=param, code="invalid_value")
+
+
+def missing(param: str) -> ApiError:
+    return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
+
+
 def _kind(status: int) -> str:
     if status == 401:
         return "authentication_error"

@@ -5,20 +5,28 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fastmtp.serve.calls import Arguments, Call, Content, Parser, Part
 from fastmtp.serve.pieces import Pieces
 from fastmtp.serve.requests import Event, Finish, Token, Usage
+from fastmtp.serve.styles import Style
 
 
-@dataclass
 class Choice:
     """What has come of one answer."""
 
-    tokens: list[Token] = field(default_factory=list)
-    text: str = ""
-    _finish: Finish | None = None
+    def __init__(self, style: Style | None = None) -> None:
+        """
+        Args:
+            style: how the model writes calls of functions; None: it has none to call.
+        """
+        self.tokens: list[Token] = []
+        self.text = ""
+        self.parts: list[Part] = []
+        self._parser = Parser(style)
+        self._finish: Finish | None = None
 
     @property
     def finished(self) -> Finish:
@@ -26,12 +34,24 @@ class Choice:
         assert self._finish is not None
         return self._finish
 
-    def take(self, event: Event) -> None:
+    @property
+    def reason(self) -> str:
+        """Why it ended, as OpenAI has it."""
+        reason = self.finished.reason
+        return "tool_calls" if reason == "stop" and self._parser.has_calls else reason
+
+    def take(self, event: Event) -> list[Part]:
+        """What becomes certain with it."""
         if isinstance(event, Finish):
             self._finish = event
+            parts = self._parser.close()
         else:
+            text = "".join(token.text for token in event)
             self.tokens += event
-            self.text += "".join(token.text for token in event)
+            self.text += text
+            parts = self._parser.feed(text)
+        self.parts += parts
+        return parts
 
 
 class Format(Protocol):
@@ -39,6 +59,7 @@ class Format(Protocol):
 
     whole: str
     chunk: str
+    style: Style | None
 
     def message(self, choice: Choice) -> dict[str, Any]:
         """A whole choice but for its index."""
@@ -48,8 +69,12 @@ class Format(Protocol):
         """The first chunk of a choice; None if there is no need for one."""
         ...
 
-    def delta(self, before: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        """A chunk of a choice; `before` are the characters of the chunks before it."""
+    def chunks(self, before: int, tokens: Sequence[Token], parts: Sequence[Part]) -> list[dict[str, Any]]:
+        """Chunks of a choice for more tokens, and what became certain with them; at least one.
+
+        Args:
+            before: characters of the tokens before.
+        """
         ...
 
     def closing(self) -> dict[str, Any]:
@@ -60,24 +85,45 @@ class Format(Protocol):
 class Chat:
     whole, chunk = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, logprobs: ChatLogprobs | None) -> None:
-        self._logprobs = logprobs
+    def __init__(self, logprobs: ChatLogprobs | None, style: Style | None = None) -> None:
+        self._logprobs, self.style = logprobs, style
 
     def message(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        content = "".join(part.text for part in choice.parts if isinstance(part, Content))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls := [part for part in choice.parts if isinstance(part, Call)]:
+            given = [part for part in choice.parts if isinstance(part, Arguments)]
+            message["content"] = content or None
+            message["tool_calls"] = [
+                _called(call, "".join(part.text for part in given if part.index == call.index)) for call in calls
+            ]
         return {"message": message, "logprobs": self._of(choice.tokens)}
 
     def opening(self) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        # Null is no text: an answer may have none.
+        return {"delta": {"role": "assistant", "content": None if self.style else ""}, "logprobs": None}
 
-    def delta(self, before: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        return {"delta": {"content": "".join(token.text for token in tokens)}, "logprobs": self._of(tokens)}
+    def chunks(self, before: int, tokens: Sequence[Token], parts: Sequence[Part]) -> list[dict[str, Any]]:
+        deltas = [_delta(part) for part in parts] or [{} if self.style else {"content": ""}]
+        logprobs = [self._of(tokens), *(None for _ in deltas[1:])]
+        return [{"delta": delta, "logprobs": one} for delta, one in zip(deltas, logprobs, strict=True)]
 
     def closing(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
     def _of(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         return None if self._logprobs is None else self._logprobs.of(tokens)
+
+
+def _called(call: Call, arguments: str) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    if isinstance(part, Content):
+        return {"content": part.text}
+    more = _called(part, "") if isinstance(part, Call) else {"function": {"arguments": part.text}}
+    return {"tool_calls": [{"index": part.index, **more}]}
 
 
 class ChatLogprobs:
@@ -104,22 +150,26 @@ class ChatLogprobs:
 
 class Text:
     whole = chunk = "text_completion"
+    style: Style | None = None
 
     def __init__(self, logprobs: TextLogprobs | None) -> None:
         self._logprobs = logprobs
 
     def message(self, choice: Choice) -> dict[str, Any]:
-        return self.delta(0, choice.tokens)
+        return self._told(0, choice.tokens)
 
     def opening(self) -> dict[str, Any] | None:
         return None
 
-    def delta(self, before: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        logprobs = None if self._logprobs is None else self._logprobs.of(before, tokens)
-        return {"text": "".join(token.text for token in tokens), "logprobs": logprobs}
+    def chunks(self, before: int, tokens: Sequence[Token], parts: Sequence[Part]) -> list[dict[str, Any]]:
+        return [self._told(before, tokens)]
 
     def closing(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
+
+    def _told(self, before: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        logprobs = None if self._logprobs is None else self._logprobs.of(before, tokens)
+        return {"text": "".join(token.text for token in tokens), "logprobs": logprobs}
 
 
 class TextLogprobs:

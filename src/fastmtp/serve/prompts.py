@@ -9,10 +9,14 @@ from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.sampling import derived_seed
-from fastmtp.serve.errors import ApiError
+from fastmtp.serve.constraints import offered
+from fastmtp.serve.conversation import plain, taught
+from fastmtp.serve.errors import ApiError, invalid
+from fastmtp.serve.functions import Tool
 from fastmtp.serve.requests import Request
 from fastmtp.serve.schema import ChatBody, CompletionBody, Message
 from fastmtp.serve.service import Service
+from fastmtp.serve.styles import takes_tools
 from fastmtp.serve.templates import TemplateError
 
 # What OpenAI's text completions give where a request names no length.
@@ -36,15 +40,15 @@ async def chat_requests(service: Service, body: ChatBody) -> list[Request]:
         ApiError: a field does not fit the model or another field.
     """
     if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        raise invalid("top_logprobs", "needs logprobs: true")
     if None not in (body.max_tokens, body.max_completion_tokens):
-        raise ApiError(
-            400, "give max_completion_tokens or max_tokens, not both", param="max_tokens", code="invalid_value"
-        )
-    prompt = await chat_tokens(service, body.messages)
+        raise invalid("max_tokens", "give this or max_completion_tokens, not both")
+    # A large schema takes long; the event loop goes on meanwhile.
+    grammar = await asyncio.to_thread(service.constraints.grammar, body)
+    prompt = await chat_tokens(service, body.messages, offered(body))
     longest = body.max_completion_tokens or body.max_tokens or service.context
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _requests(service, body, [prompt], longest, logprobs, "messages")
+    return _requests(service, body, [prompt], longest, logprobs, "messages", grammar)
 
 
 async def completion_requests(service: Service, body: CompletionBody) -> list[Request]:
@@ -56,13 +60,16 @@ async def completion_requests(service: Service, body: CompletionBody) -> list[Re
     return _requests(service, body, prompts, body.max_tokens or COMPLETION_TOKENS, body.logprobs, "prompt")
 
 
-async def chat_tokens(service: Service, messages: Sequence[Message]) -> list[int]:
+async def chat_tokens(service: Service, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
     """A conversation in the chat template, with the start of a reply."""
-    plain = [message.plain() for message in messages]
-    if not service.target.tokenizer.chat_template:
-        return await _encoded("messages", service.target.encode_chat, plain)
+    told, shown = plain(messages), [tool.shown() for tool in tools]
+    template = service.target.tokenizer.chat_template
+    if not takes_tools(template):
+        told, shown = taught(told, shown), []
+    if not template:
+        return await _encoded("messages", service.target.encode_chat, told)
     try:
-        text = await service.templates.render(plain)
+        text = await service.templates.render(told, shown)
     except TemplateError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
     return await text_tokens(service, text, special=False, param="messages")
@@ -81,8 +88,7 @@ def known(service: Service, tokens: list[int], param: str) -> list[int]:
     size = service.target.vocabulary_size
     for token in tokens:
         if not 0 <= token < size:
-            message = f"{param}: {token} is no token id; they go from 0 to {size - 1}"
-            raise ApiError(400, message, param=param, code="invalid_value")
+            raise invalid(param, f"{token} is no token id; they go from 0 to {size - 1}")
     return tokens
 
 
@@ -102,11 +108,11 @@ def _requests(
     longest: int,
     logprobs: int | None,
     param: str,
+    grammar: str | None = None,
 ) -> list[Request]:
     if (count := len(prompts) * body.n) > service.most:
         most = f"{count} answers at once are more than this server takes, {service.most}"
-        wrong = "n" if body.n > 1 else param
-        raise ApiError(400, f"{wrong}: {most}", param=wrong, code="invalid_value")
+        raise invalid("n" if body.n > 1 else param, most)
     for prompt in prompts:
         _check_length(service, len(prompt), param)
     sampling = _sampling(service, body)
@@ -119,6 +125,7 @@ def _requests(
             top_logprobs=logprobs,
             draft=body.draft,
             ignore_end=body.ignore_eos,
+            grammar=grammar,
         )
         for prompt in prompts
         for choice in range(body.n)
@@ -127,7 +134,7 @@ def _requests(
 
 def _check_length(service: Service, length: int, param: str) -> None:
     if length == 0:
-        raise ApiError(400, f"{param}: is empty; give at least one token", param=param, code="invalid_value")
+        raise invalid(param, "is empty; give at least one token")
     if length >= service.context:
         message = f"{param}: has {length} tokens, and the context ends at {service.context}; shorten it"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
@@ -149,8 +156,6 @@ def _sampling(service: Service, body: ChatBody | CompletionBody) -> list[Samplin
 def _bias(service: Service, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     for key in biases:
         if not (key.isascii() and key.isdecimal() and int(key) < service.target.vocabulary_size):
-            message = (
-                f"logit_bias: {key!r} is no token id; give ids as text, below {service.target.vocabulary_size}"
-            )
-            raise ApiError(400, message, param="logit_bias", code="invalid_value")
+            size = service.target.vocabulary_size
+            raise invalid("logit_bias", f"{key!r} is no token id; give ids as text, below {size}")
     return tuple((int(key), bias) for key, bias in biases.items())

@@ -30,7 +30,7 @@ def main() -> None:
 
 def _answer(job: dict[str, Any]) -> None:
     try:
-        text = render(job["template"], job["messages"], reply=True, **job["named"])
+        text = render(job["template"], job["messages"], reply=True, named=job["named"], tools=job["tools"])
         reply = {"text": text} if len(text) <= MAX_CHARACTERS else {"error": "it makes too long a text"}
     except TemplateError as error:
         reply = {"error": str(error)}

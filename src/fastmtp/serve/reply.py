@@ -56,14 +56,14 @@ class Reply:
         return _Stream(self._events(usage), self.answers)
 
     async def _whole(self) -> Response:
-        choices = [Choice() for _ in range(self.count)]
+        choices = [Choice(self.format.style) for _ in range(self.count)]
         async for index, event in self.answers.events():
             choices[index].take(event)
         listed = [
             {
                 "index": index,
                 **self._told(self.format.message(choice), choice.tokens),
-                "finish_reason": choice.finished.reason,
+                "finish_reason": choice.reason,
             }
             for index, choice in enumerate(choices)
         ]
@@ -71,20 +71,22 @@ class Reply:
         return JSONResponse(self.envelope.around(self.format.whole, listed, **figures))
 
     async def _events(self, usage: bool) -> AsyncIterator[str]:
-        choices = [Choice() for _ in range(self.count)]
+        choices = [Choice(self.format.style) for _ in range(self.count)]
         for index in range(self.count):
             if (opening := self.format.opening()) is not None:
                 yield self._chunk(index, opening)
         try:
             async for index, event in self.answers.events():
-                before = len(choices[index].text)
-                choices[index].take(event)
+                choice, before = choices[index], len(choices[index].text)
+                parts = choice.take(event)
+                tokens = [] if isinstance(event, Finish) else event
+                first, *more = self.format.chunks(before, tokens, parts)
+                if parts or (tokens and (self.sources or first["logprobs"] is not None)):
+                    yield self._chunk(index, self._told(first, tokens))
+                for chunk in more:
+                    yield self._chunk(index, chunk)
                 if isinstance(event, Finish):
-                    yield self._chunk(index, self.format.closing(), event.reason)
-                    continue
-                delta = self.format.delta(before, event)
-                if self.sources or delta["logprobs"] is not None or any(token.text for token in event):
-                    yield self._chunk(index, self._told(delta, event))
+                    yield self._chunk(index, self.format.closing(), choice.reason)
         except ApiError as error:
             yield _event(error.body())
             return

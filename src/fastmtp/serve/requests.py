@@ -27,6 +27,7 @@ class Request:
             nothing.
         draft: whether to speculate; the answer is the same.
         ignore_end: go on after an end token.
+        grammar: the text of an llguidance grammar that the answer keeps to.
     """
 
     prompt: tuple[int, ...]
@@ -36,6 +37,7 @@ class Request:
     top_logprobs: int | None = None
     draft: bool = True
     ignore_end: bool = False
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)

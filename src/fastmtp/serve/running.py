@@ -42,7 +42,9 @@ class Running:
         self._drafter: Drafter | None = None
         self._sampler = Sampler(request.sampling, request.prompt)
         ends = frozenset[int]() if request.ignore_end else target.end_ids
-        self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends)
+        # A grammar allows special tokens only where they mean something, as before a call of a function.
+        special = request.grammar is not None
+        self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends, special=special)
         self._cached = sequence.begin(request.prompt)
         self._token: int | None = None  # the next one, which is not in the sequence yet
         self._rounds = self._drafted = 0

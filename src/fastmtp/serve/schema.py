@@ -6,29 +6,20 @@ Ranges of sampling settings are those of `SamplingConfig`, which checks them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import BeforeValidator, Field, Json, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
-from fastmtp.serve.errors import ApiError
+from fastmtp.serve.errors import ApiError, invalid, missing
+from fastmtp.serve.functions import LACKING_OF_TOOLS, MAX_TOOLS, ResponseFormat, Tool, ToolChoice
+from fastmtp.serve.strict import Strict
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 _PROMPTS = str | list[str] | list[int] | list[list[int]]
-# OpenAI's parameters that this server lacks, and the values of them, besides null, that ask for nothing.
+# OpenAI's parameters that this server lacks; chats have some of them.
 LACKING: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -54,14 +45,14 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-# And those of messages, which clients send back as they got them.
+_OF_CHAT = ("parallel_tool_calls", "response_format", "tool_choice", "tools")
+# What messages lack, which clients send back as they got them.
 LACKING_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
     "name": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 
 
@@ -88,44 +79,11 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class _Strict(BaseModel):
-    """Fields of exactly these types and no others; a null is as good as nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
-
-    lacking: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {key: one for key, one in value.items() if cls._asks(key, one)}
-
-    @classmethod
-    def _asks(cls, key: str, value: Any) -> bool:
-        if (field := cls.model_fields.get(key)) is not None:
-            return value is not None or field.is_required()
-        nothing = (None, *cls.lacking[key]) if key in cls.lacking else ()
-        return not any(type(value) is type(one) and value == one for one in nothing)
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        properties = schema["properties"]
-        for name in properties.keys() - set(schema.get("required", ())):
-            properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
-        properties |= {name: {"enum": [None, *values]} for name, values in cls.lacking.items()}
-        return schema
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class _Generation(_Strict):
+class _Generation(Strict):
     """What chat and text completions share."""
 
     lacking = LACKING
@@ -135,9 +93,8 @@ class _Generation(_Strict):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
-        Field(max_length=MAX_STOPS),
         BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-    ] = []
+    ] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -148,7 +105,7 @@ class _Generation(_Strict):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({})
     user: str | None = None
     timings: bool = False
     sources: bool = False
@@ -156,25 +113,47 @@ class _Generation(_Strict):
     ignore_eos: bool = False
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class _Called(Strict):
+    name: str
+    arguments: Json[dict[str, Any]]
+
+
+class Call(Strict):
+    """Of a function, by the model, in a message that comes back."""
+
+    id: str
+    type: Literal["function"]
+    function: _Called
+
+
+class Message(Strict):
     lacking = LACKING_OF_MESSAGES
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        list[TextPart] | None, BeforeValidator(_parts, json_schema_input_type=str | list[TextPart] | None)
+    ] = None
+    tool_calls: list[Call] = Field([])
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates know it: they have no developers, and most take one text a message."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in self.content)}
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or ())
 
 
 class ChatBody(_Generation):
+    lacking: ClassVar = {name: nothing for name, nothing in LACKING.items() if name not in _OF_CHAT}
+
     messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -185,7 +164,7 @@ class CompletionBody(_Generation):
     logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
@@ -193,7 +172,7 @@ class TokenizeBody(_Strict):
     return_token_strs: bool = False
 
 
-class DetokenizeBody(_Strict):
+class DetokenizeBody(Strict):
     model: str | None = None
     tokens: list[int]
 
@@ -214,22 +193,23 @@ def parsed(kind: type[Body], data: bytes) -> Body:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    # A wrong `type` says less than the name of what stands beside it.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     kind, param = first["type"], _path(first["loc"])
-    if kind == "json_invalid":
+    if kind == "json_invalid" and not param:
         return ApiError(400, f"the body is no JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if kind == "model_type" and not param:
         return ApiError(400, "the body must be a JSON object")
     if kind == "extra_forbidden":
-        if param in LACKING or first["loc"][-1] in LACKING_OF_MESSAGES:
+        if param in LACKING or first["loc"][-1] in {*LACKING_OF_MESSAGES, *LACKING_OF_TOOLS}:
             return ApiError(
                 400, f"{param} is not supported by this server", param=param, code="unsupported_parameter"
             )
         return ApiError(400, f"{param} is not a known parameter", param=param, code="unknown_parameter")
     if kind == "missing":
-        return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{param}: {message}", param=param, code="invalid_value")
+        return missing(param)
+    return invalid(param, first["msg"][:1].lower() + first["msg"][1:])
 
 
 def _path(location: tuple[int | str, ...]) -> str:

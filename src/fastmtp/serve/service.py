@@ -8,8 +8,10 @@ from typing import Any
 
 from fastmtp.models.info import TargetInfo
 from fastmtp.serve.answers import Scheduler
+from fastmtp.serve.constraints import Constraints
 from fastmtp.serve.metrics import Metrics
 from fastmtp.serve.pieces import Pieces
+from fastmtp.serve.styles import Style, style_of
 from fastmtp.serve.templates import Templates
 
 
@@ -37,6 +39,14 @@ class Service:
     @cached_property
     def pieces(self) -> Pieces:
         return Pieces(self.target.tokenizer)
+
+    @cached_property
+    def style(self) -> Style | None:
+        return style_of(self.target.tokenizer.chat_template)
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        return Constraints.of(self.target.tokenizer, self.style)
 
     @cached_property
     def templates(self) -> Templates:

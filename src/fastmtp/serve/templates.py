@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.serve.render import MAX_CHARACTERS
@@ -28,15 +29,18 @@ class Templates:
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
-    async def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    async def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of a conversation with the start of a reply.
 
+        Args:
+            tools: functions that the model may call.
         Raises:
             TemplateError: see there; the message says which.
         """
         job = {
             "template": self._tokenizer.chat_template,
             "messages": list(messages),
+            "tools": list(tools),
             "named": self._tokenizer.named_tokens,
         }
         async with self._lock:

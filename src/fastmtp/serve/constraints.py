@@ -1,0 +1,153 @@
+"""The grammar that an answer must keep to: JSON, calls of functions, or text with calls in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llguidance import LLMatcher
+
+from fastmtp.models.tokenizer import Tokenizer
+from fastmtp.serve.errors import invalid, missing
+from fastmtp.serve.functions import NamedTool, Schema, Tool
+from fastmtp.serve.schema import ChatBody
+from fastmtp.serve.styles import Style
+
+MAX_SCHEMA = 1 << 17
+# As Python and chat templates write JSON. Models that may choose their white space can go on with it for ever, and
+# what they cannot choose needs no drafts.
+_SPACED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+def offered(body: ChatBody) -> list[Tool]:
+    """The tools that the model may call."""
+    return [] if body.tool_choice == "none" else body.tools
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Writes grammars for one model.
+
+    Attributes:
+        special: ids of special tokens by text; grammars must name them by id.
+        style: how it calls functions; None: nobody knows.
+    """
+
+    special: Mapping[str, int]
+    style: Style | None
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, style: Style | None) -> Constraints:
+        added = tokenizer.added_tokens_decoder.items()
+        return Constraints({entry.content: token for token, entry in added if entry.special}, style)
+
+    def grammar(self, body: ChatBody) -> str | None:
+        """For llguidance; None: the answer is free.
+
+        Raises:
+            ApiError: a field does not fit another one or the model, or a schema is not supported.
+        """
+        answer = _answer(body)
+        tools = offered(body)
+        if body.tool_choice not in (None, "none") and not tools:
+            raise invalid("tool_choice", "needs tools")
+        if body.ignore_eos and (tools or answer is not None):
+            raise invalid("ignore_eos", "an answer of a given form has an end; leave it out")
+        if not tools:
+            return None if answer is None else LLMatcher.grammar_from_json_schema(answer)
+        if self.style is None:
+            raise invalid("tools", "this model's chat template has calls of functions in a form that is not known")
+        called = _checked(tools, body.tool_choice)
+        lines = [f"call: {' | '.join(f'call_{index}' for index in range(len(called)))}"]
+        lines += [self._call(self.style, index, tool) for index, tool in enumerate(called)]
+        return "\n".join([*self._start(self.style, body, answer), *lines])
+
+    def _start(self, style: Style, body: ChatBody, answer: Schema | None) -> list[str]:
+        """The rules around calls."""
+        more = ""
+        if style.between is not None and body.parallel_tool_calls:
+            more = f" ({self._literal(style.between)} call)*"
+        calls = f"call{more} {self._literal(style.closing)}"
+        if body.tool_choice not in (None, "auto"):
+            return [f"start: {self._literal(style.opening)} {calls}"]
+        rest = f"{self._literal(style.opening.removeprefix(style.marker))} {calls}"
+        if answer is not None:
+            if not style.marker:
+                raise invalid(
+                    "response_format",
+                    "this model's calls of functions cannot be told from JSON; leave out one of both",
+                )
+            return [f"start: answer | {self._literal(style.marker)} {rest}", f"answer: %json {json.dumps(answer)}"]
+        if not style.marker:
+            return [f"start: TEXT | {rest}", r"TEXT: /([^{](.|\n)*)?/"]
+        if style.marker in self.special:
+            return [f"start: TEXT | TEXT {self._literal(style.marker)} {rest}", r"TEXT: /(.|\n)*/"]
+        # The marker ends the text as soon as it is there.
+        return [
+            f"start: text | head {rest}",
+            "text: TEXT",
+            f"head[lazy]: TEXT {json.dumps(style.marker)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+
+    def _call(self, style: Style, index: int, tool: Tool) -> str:
+        before = self._literal(style.before + tool.function.name + style.middle)
+        schema = json.dumps(_spaced({"type": "object", **tool.function.parameters}))
+        return f"call_{index}: {before} %json {schema} {self._literal(style.after)}"
+
+    def _literal(self, text: str) -> str:
+        """A text in a rule, divided where special tokens stand in it."""
+        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        pieces = re.split(f"({names})", text) if names else [text]
+        return " ".join(
+            f"<[{self.special[piece]}]>" if piece in self.special else json.dumps(piece)
+            for piece in pieces
+            if piece
+        )
+
+
+def _answer(body: ChatBody) -> Schema | None:
+    """The schema of an answer that calls no function."""
+    form = body.response_format
+    if form is None or (form.type == "text" and form.json_schema is None):
+        return None
+    if form.type != "json_schema":
+        if form.json_schema is not None:
+            raise invalid("response_format.json_schema", "is for type json_schema")
+        return _spaced({"type": "object"})
+    if form.json_schema is None:
+        raise missing("response_format.json_schema")
+    _check(form.json_schema.schema_, "response_format.json_schema.schema")
+    return _spaced(form.json_schema.schema_)
+
+
+def _checked(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
+    """The tools that may be called."""
+    names = [tool.function.name for tool in tools]
+    for index, tool in enumerate(tools):
+        if names.index(tool.function.name) < index:
+            raise invalid(f"tools[{index}].function.name", "another tool has this name")
+        param = f"tools[{index}].function.parameters"
+        if tool.function.parameters.get("type", "object") != "object":
+            raise invalid(f"{param}.type", "must be object")
+        _check(tool.function.parameters, param)
+    if not isinstance(choice, NamedTool):
+        return tools
+    if choice.function.name not in names:
+        raise invalid("tool_choice.function.name", "no tool has this name")
+    return [tools[names.index(choice.function.name)]]
+
+
+def _check(schema: Schema, param: str) -> None:
+    if len(json.dumps(schema)) > MAX_SCHEMA:
+        raise invalid(param, f"is longer than {MAX_SCHEMA >> 10} KiB")
+    if "x-guidance" in schema:
+        raise invalid(f"{param}.x-guidance", "is not a keyword of JSON schema")
+    if message := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)):
+        raise invalid(param, " ".join(message.split()))
+
+
+def _spaced(schema: Schema) -> Schema:
+    return {**schema, "x-guidance": _SPACED}
