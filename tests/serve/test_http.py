@@ -327,7 +327,12 @@ OF_CHAT = [
     ("response_format.json_schema", {"type": "json_schema"}, 400, "missing_required_parameter"),
     ("response_format.json_schema", {"type": "text", "json_schema": FORM}, 400, "invalid_value"),
     ("response_format.json_schema.name", schema({}, name="a b"), 400, "invalid_value"),
-    ("response_format.json_schema.schema", schema(None), 400, "missing_required_parameter"),
+    (
+        "response_format.json_schema.schema",
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        400,
+        "missing_required_parameter",
+    ),
     ("response_format.json_schema.schema", schema({"uniqueItems": True}), 400, "invalid_value"),
     ("response_format.json_schema.schema", schema({"const": "x" * (1 << 17)}), 400, "invalid_value"),
     ("response_format.json_schema.schema.x-guidance", schema({"x-guidance": {}}), 400, "invalid_value"),

@@ -1,0 +1,112 @@
+"""Grammars allow what a request asks for, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from fastmtp.serve.constraints import Constraints
+from fastmtp.serve.schema import ChatBody
+from fastmtp.serve.styles import HERMES, LLAMA, MISTRAL, Style, style_of
+from tests.conftest import byte_tokenizer
+
+LIST = style_of("{{ tools }}[TOOL_CALLS] [")
+TOKENIZER = byte_tokenizer().backend_tokenizer
+TOKENIZER.add_special_tokens(["[TOOL_CALLS]", "[ARGS]", "<mark>"])
+COMPILED = LLTokenizer(TOKENIZER.to_str(), eos_token=257)
+SPECIAL = {entry.content: token for token, entry in TOKENIZER.get_added_tokens_decoder().items()}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"n": {"$ref": "#/$defs/n"}},
+    "required": ["n"],
+    "additionalProperties": False,
+    "$defs": {"n": {"type": "integer"}},
+}
+
+
+def function(name: str, parameters: Any = None) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+TOOLS = [function("get", PARAMETERS), function("get_all")]
+GET, ALL = ("get", '{"n": 1}'), ("get_all", "{}")
+WRONG = ("get", '{"n": "x"}')
+
+
+def allows(style: Style | None, text: str, **fields: Any) -> bool:
+    """Whether the text is a whole answer; special tokens in it are those."""
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "hi"}], **fields})
+    grammar = Constraints(SPECIAL, style).grammar(body)
+    assert grammar is not None
+    matcher = LLMatcher(COMPILED, grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = TOKENIZER.encode(text).ids
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("style", [HERMES, LLAMA, MISTRAL, LIST], ids=["hermes", "llama", "mistral", "list"])
+def test_calls(style: Style) -> None:
+    """Text until a call begins, then calls alone, of known functions with right arguments, as many as may be."""
+    one, both = style.written([GET]), style.written([GET, ALL])
+    for text in ("", "Hello [you] <tool>, \n{}!"):
+        assert allows(style, text, tools=TOOLS)
+        assert not allows(style, text, tools=TOOLS, tool_choice="required")
+        assert not text or not style.marker or allows(style, text + one, tools=TOOLS)
+    several = style.between is not None
+    for choice in ("auto", "required"):
+        asked = {"tools": TOOLS, "tool_choice": choice}
+        assert allows(style, one, **asked)
+        assert allows(style, both, **asked) == several
+        assert not allows(style, both, **asked, parallel_tool_calls=False)
+        assert not allows(style, one + "x", **asked)
+        assert not allows(style, style.written([WRONG]), **asked)
+        assert not allows(style, style.written([("other", "{}")]), **asked)
+        assert not allows(style, one[:-1] if style.after + style.closing else one[:-2], **asked)
+    named = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_all"}}}
+    assert allows(style, style.written([ALL]), **named)
+    assert not allows(style, one, **named)
+
+
+def test_special_tokens_do_not_stand_in_text() -> None:
+    """Only where a call begins: an answer to tools shows them."""
+    assert not allows(HERMES, "a<mark>b", tools=TOOLS)
+    assert allows(MISTRAL, "a" + MISTRAL.written([GET]), tools=TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("form", "right", "wrong"),
+    [
+        ({"type": "json_object"}, ["{}", '{"a": [1, {"b": null}], "ü": "\\n"}'], ["", "[]", "1", '{"a":1}', "{} "]),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}},
+            ['{"n": -3}'],
+            ["{}", '{"n": 1.5}', '{"n": 1, "m": 2}', '{ "n": 1}'],
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", 2]}, "strict": True}},
+            ['"a"', "2"],
+            ["a", "3"],
+        ),
+    ],
+)
+def test_forms(form: Any, right: list[str], wrong: list[str]) -> None:
+    """JSON in one line, with a space after commas and colons; beside tools it is that or calls."""
+    one = HERMES.written([GET])
+    for text in right:
+        assert allows(None, text, response_format=form)
+        assert allows(HERMES, text, response_format=form, tools=TOOLS)
+    for text in wrong:
+        assert not allows(None, text, response_format=form)
+        assert not allows(HERMES, text, response_format=form, tools=TOOLS)
+    assert allows(HERMES, one, response_format=form, tools=TOOLS)
+    assert not allows(HERMES, right[0] + one, response_format=form, tools=TOOLS)
+
+
+def test_arguments_in_templates_are_written_the_same() -> None:
+    """So a call that comes back is in the prompt as the model wrote it, and computed already."""
+    given = {"a": [1, 2], "b": {"c": "ü"}}
+    style = HERMES.written([("f", json.dumps(given, ensure_ascii=False))])
+    assert allows(HERMES, style, tools=[function("f", {"type": "object"})])
