@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
+from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.serve.constraints import Constraints
 from fastmtp.serve.schema import ChatBody
 from fastmtp.serve.styles import HERMES, LLAMA, MISTRAL, Style, style_of
@@ -16,8 +19,10 @@ from tests.conftest import byte_tokenizer
 LIST = style_of("{{ tools }}[TOOL_CALLS] [")
 TOKENIZER = byte_tokenizer().backend_tokenizer
 TOKENIZER.add_special_tokens(["[TOOL_CALLS]", "[ARGS]", "<mark>"])
+# As Qwen3's tokenizer has them; users see those that are not special.
+TOKENIZER.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>", "<think>")])
 COMPILED = LLTokenizer(TOKENIZER.to_str(), eos_token=257)
-SPECIAL = {entry.content: token for token, entry in TOKENIZER.get_added_tokens_decoder().items()}
+PIECES = byte_tokenizer().backend_tokenizer
 PARAMETERS = {
     "type": "object",
     "properties": {"n": {"$ref": "#/$defs/n"}},
@@ -36,14 +41,14 @@ GET, ALL = ("get", '{"n": 1}'), ("get_all", "{}")
 WRONG = ("get", '{"n": "x"}')
 
 
-def allows(style: Style | None, text: str, **fields: Any) -> bool:
-    """Whether the text is a whole answer; special tokens in it are those."""
+def allows(style: Style | None, text: str, tokenizer: Backend = TOKENIZER, **fields: Any) -> bool:
+    """Whether the text is a whole answer in the tokenizer's tokens."""
     body = ChatBody.model_validate({"messages": [{"role": "user", "content": "hi"}], **fields})
-    grammar = Constraints(SPECIAL, style).grammar(body)
+    grammar = Constraints.of(Tokenizer(TOKENIZER, {}), style).grammar(body)
     assert grammar is not None
     matcher = LLMatcher(COMPILED, grammar)
     assert not matcher.is_error(), matcher.get_error()
-    tokens = TOKENIZER.encode(text).ids
+    tokens = tokenizer.encode(text).ids
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
@@ -70,10 +75,19 @@ def test_calls(style: Style) -> None:
     assert not allows(style, one, **named)
 
 
-def test_special_tokens_do_not_stand_in_text() -> None:
-    """Only where a call begins: an answer to tools shows them."""
-    assert not allows(HERMES, "a<mark>b", tools=TOOLS)
-    assert allows(MISTRAL, "a" + MISTRAL.written([GET]), tools=TOOLS)
+@pytest.mark.parametrize("style", [HERMES, LLAMA, MISTRAL], ids=["hermes", "llama", "mistral"])
+def test_special_tokens_in_text(style: Style) -> None:
+    """There are none but those that users see anyway."""
+    assert not allows(style, "a<mark>b", tools=TOOLS)
+    assert allows(style, "<think>a<think>b</think>", tools=TOOLS)
+    assert not style.marker or allows(style, "<think>a<think>b" + style.written([GET]), tools=TOOLS)
+
+
+def test_a_marker_in_pieces_begins_a_call_too() -> None:
+    """Else it would be text that looks like a call."""
+    assert allows(HERMES, "ab", PIECES, tools=TOOLS)
+    assert allows(HERMES, "<tool_cal", PIECES, tools=TOOLS)
+    assert not allows(HERMES, "a<tool_call>b", PIECES, tools=TOOLS)
 
 
 @pytest.mark.parametrize(

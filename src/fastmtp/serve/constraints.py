@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llguidance import LLMatcher
+from tokenizers import AddedToken
 
 from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.serve.errors import invalid, missing
@@ -31,17 +32,20 @@ class Constraints:
     """Writes grammars for one model.
 
     Attributes:
-        special: ids of special tokens by text; grammars must name them by id.
+        special: ids by text of the tokens that llguidance finds special, which no literal or expression matches.
+        shown: those of them that are text to users.
         style: how it calls functions; None: nobody knows.
     """
 
     special: Mapping[str, int]
+    shown: frozenset[int]
     style: Style | None
 
     @staticmethod
     def of(tokenizer: Tokenizer, style: Style | None) -> Constraints:
-        added = tokenizer.added_tokens_decoder.items()
-        return Constraints({entry.content: token for token, entry in added if entry.special}, style)
+        added = {token: entry for token, entry in tokenizer.added_tokens_decoder.items() if _is_special(entry)}
+        shown = frozenset(token for token, entry in added.items() if not entry.special)
+        return Constraints({entry.content: token for token, entry in added.items()}, shown, style)
 
     def grammar(self, body: ChatBody) -> str | None:
         """For llguidance; None: the answer is free.
@@ -80,16 +84,20 @@ class Constraints:
                     "this model's calls of functions cannot be told from JSON; leave out one of both",
                 )
             return [f"start: answer | {self._literal(style.marker)} {rest}", f"answer: %json {json.dumps(answer)}"]
+        marker = self.special.get(style.marker)
+        shown = ",".join(map(str, sorted(self.shown - {marker})))
+        more = f" (<[{shown}]> TEXT)*" if shown else ""
+        rules = [r"TEXT: /(.|\n)*/"]
         if not style.marker:
-            return [f"start: TEXT | {rest}", r"TEXT: /([^{](.|\n)*)?/"]
-        if style.marker in self.special:
-            return [f"start: TEXT | TEXT {self._literal(style.marker)} {rest}", r"TEXT: /(.|\n)*/"]
-        # The marker ends the text as soon as it is there.
+            return [f"start: FIRST{more} | {rest}", r"FIRST: /([^{](.|\n)*)?/", *rules]
+        # The marker ends the text as soon as it is there, as a token of its own or in pieces.
+        before = f"(TEXT <[{shown}]>)* " if shown else ""
+        whole = "" if marker is None else f"{before}TEXT <[{marker}]> | "
         return [
-            f"start: text | head {rest}",
-            "text: TEXT",
-            f"head[lazy]: TEXT {json.dumps(style.marker)}",
-            r"TEXT: /(.|\n)*/",
+            f"start: TEXT{more} | head {rest}",
+            f"head: {whole}{before}pieces",
+            f"pieces[lazy]: TEXT {json.dumps(style.marker)}",
+            *rules,
         ]
 
     def _call(self, style: Style, index: int, tool: Tool) -> str:
@@ -106,6 +114,11 @@ class Constraints:
             for piece in pieces
             if piece
         )
+
+
+def _is_special(entry: AddedToken) -> bool:
+    """As llguidance has it."""
+    return bool(entry.special) or (entry.content.startswith("<") and entry.content.endswith(">"))
 
 
 def _answer(body: ChatBody) -> Schema | None:
