@@ -76,9 +76,12 @@ class Model:
         sampling: SamplingConfig | None = None,
         stop: Sequence[str] = (),
         raw: bool = False,
+        grammar: str | None = None,
     ) -> Result:
         """The whole answer at once, with its statistics; arguments as for `stream`."""
-        return self.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw).run()
+        return self.stream(
+            prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw, grammar=grammar
+        ).run()
 
     def stream(
         self,
@@ -88,6 +91,7 @@ class Model:
         sampling: SamplingConfig | None = None,
         stop: Sequence[str] = (),
         raw: bool = False,
+        grammar: str | None = None,
     ) -> Generation:
         """An answer in pieces of text: iterate over it, then read its `result`.
 
@@ -96,8 +100,12 @@ class Model:
             sampling: None is greedy.
             stop: the answer ends before the first of these strings.
             raw: continue `prompt`, a text, as it is.
+            grammar: what the answer must fit, in the form of llguidance's LLMatcher: Lark, or its own JSON form, as
+                `fastmtp.decode.grammar.json_schema_grammar` makes it of a schema.
         Raises:
-            ValueError: the prompt is empty or fills the context, a limit is below 1, or messages with `raw`.
+            MissingExtraError: there is a grammar, and llguidance is not installed.
+            ValueError: the prompt is empty or fills the context, a limit is below 1, messages with `raw`, or the
+                grammar is wrong.
         """
         if raw and not isinstance(prompt, str):
             raise ValueError("raw continues a text; messages need the chat template")
@@ -107,10 +115,11 @@ class Model:
             self._lend,
             self.target,
             ids,
-            new_drafter=self._drafting.new_drafter,
+            new_drafter=self._drafting.drafters(grammar is not None),
             sampling=sampling or SamplingConfig(),
             max_new_tokens=max_new_tokens,
             stop=stop,
+            grammar=grammar,
         )
 
     @contextmanager

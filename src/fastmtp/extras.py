@@ -7,7 +7,8 @@ import importlib.util
 _MODULES = {
     "torch": ("torch", "transformers"),
     "data": ("pyarrow", "py3langid", "rensa"),
-    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic"),
+    "grammar": ("llguidance",),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic", "llguidance"),
 }
 
 

@@ -210,7 +210,7 @@ def test_follow_by_hand() -> None:
 def test_estimates_of_a_tree_by_hand() -> None:
     """A node's estimate is its own chance times its parent's, and follows a change of it."""
     tree = Tree(7)
-    first = tree.add(0, 8, 0.5, ("text", 1, 0, 2), from_text=True)
+    first = tree.add(0, 8, 0.5, ("text", 1, 0, 2), "text")
     second = tree.add(first, 9, 0.4)
     assert (first, second) == (1, 2)
     assert [node.estimate for node in tree.nodes] == [1.0, 0.5, 0.2]

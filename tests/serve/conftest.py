@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from random import Random
 from typing import Any
@@ -48,7 +48,7 @@ def drafting_of(family: str, way: str) -> Drafting:
     else:
         engine, loaded = ENGINES[way].open(target), ENGINES[way].head(target, head)
     learned = Learned(COSTS)
-    return Drafting(engine, loaded, None, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
+    return Drafting(engine, loaded, None, partial(Adaptive, learned))
 
 
 WAYS = ["native-int8", "native-int8-2"] if NATIVE else ["torch"]
@@ -134,8 +134,8 @@ class Knowing:
 def knowing(drafting: Drafting, asked: Sequence[Request]) -> Drafting:
     answers = {(one.prompt, one.sampling): alone(drafting, one) for one in asked}
 
-    def new_drafter(prompt: Sequence[int], sampling: SamplingConfig) -> Knowing:
-        return Knowing(answers[tuple(prompt), sampling])
+    def new_drafter(prompt: Sequence[int], sampling: SamplingConfig, grammar: Any = None) -> Knowing:
+        return Knowing(answers[tuple(prompt), sampling, grammar is not None])
 
     return Drafting(drafting.engine, drafting.head, None, new_drafter)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -438,7 +439,7 @@ def test_costs_are_those_of_the_whole_batch() -> None:
     """Where up to 8 tokens take as long as one, and more take longer: one text drafts alone, none beside seven."""
     base = drafting_of("llama", WAYS[0])
     learned = Learned(Costs({128: {1: 5.0, 8: 5.2, 16: 25.0, 32: 65.0}}, 0.01))
-    drafting = Drafting(base.engine, base.head, None, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
+    drafting = Drafting(base.engine, base.head, None, partial(Adaptive, learned))
     verified = {}
     for count in (1, 8):
         scheduler = Scheduler(drafting, slots=8, prefix_bytes=0)

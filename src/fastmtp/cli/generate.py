@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastmtp.cli.options import (
+    PATH,
     decoding_options,
     engine_options,
     finish,
@@ -20,6 +22,7 @@ from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
+from fastmtp.files import read_json
 
 if TYPE_CHECKING:
     from fastmtp.api import Model
@@ -37,6 +40,7 @@ _STOPPED = {"end": "", "stop_string": "", "length": ", cut at max-new-tokens", "
 @click.option("--stop", multiple=True, help="end the answer before this text; may be repeated")
 @verbose_option
 @click.option("--raw", is_flag=True, help="continue the text instead of answering it in the chat template")
+@click.option("--json-schema", type=PATH, help="file with the JSON schema that the answer must fit")
 @json_option
 def generate(
     prompt: str,
@@ -47,6 +51,7 @@ def generate(
     stop: tuple[str, ...],
     verbose: bool,
     raw: bool,
+    json_schema: Path | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -57,8 +62,11 @@ def generate(
         raise ValueError("PROMPT is empty, so --raw has nothing to continue")
     if "" in stop:
         raise ValueError("--stop is empty; give the text before which the answer is to end")
+    grammar = None if json_schema is None else _grammar(json_schema)
     model = open_model(target, options, drafting)
-    generation = model.stream(text, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw)
+    generation = model.stream(
+        text, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw, grammar=grammar
+    )
     for piece in generation:
         if not as_json:
             click.echo(piece, nl=False)
@@ -79,6 +87,16 @@ def generate(
     if verbose:
         tell_plans(result)
     finish(as_json, facts, described(result), to_stderr=True)
+
+
+def _grammar(path: Path) -> str:
+    from fastmtp.decode.grammar import json_schema_grammar
+
+    schema = read_json(path)
+    try:
+        return json_schema_grammar(schema)
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON schema that is supported: {error}") from error
 
 
 def _standard_input() -> str:

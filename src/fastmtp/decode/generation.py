@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Drafter, NewDrafter
+from fastmtp.decode.grammar import Grammar, check_grammar, open_grammar
 from fastmtp.decode.plain import plain
 from fastmtp.decode.planned import Plans
 from fastmtp.decode.speculative import Round, speculative
@@ -59,6 +60,7 @@ class Generation:
         sampling: SamplingConfig,
         max_new_tokens: int,
         stop: Sequence[str] = (),
+        grammar: str | None = None,
     ) -> None:
         """Prepare an answer.
 
@@ -66,8 +68,10 @@ class Generation:
             sequence: where to decode, or what lends one while somebody iterates.
             new_drafter: makes the drafter; None decodes plainly.
             stop: the answer ends before the first of these strings.
+            grammar: what the answer must fit (decode/grammar.py).
         Raises:
-            ValueError: the prompt is empty or fills the context, or a limit is below 1.
+            MissingExtraError: there is a grammar, and llguidance is not installed.
+            ValueError: the prompt is empty or fills the context, a limit is below 1, or the grammar is wrong.
         """
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
@@ -79,10 +83,12 @@ class Generation:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         if any(not text for text in stop):
             raise ValueError("a stop string is empty")
+        if grammar is not None:
+            check_grammar(target, grammar)
         self._lend: Lend = sequence if callable(sequence) else lambda _: nullcontext(sequence)
         self._target, self._prompt = target, list(prompt)
         self._new_drafter, self._sampling = new_drafter, sampling
-        self._max_new_tokens, self._stop = max_new_tokens, tuple(stop)
+        self._max_new_tokens, self._stop, self._grammar = max_new_tokens, tuple(stop), grammar
 
     def __iter__(self) -> Iterator[str]:
         with self._lend(self._prompt) as sequence:
@@ -93,8 +99,9 @@ class Generation:
         rounds: list[int] = []
         verified, planned = 0, []
         started = first = time.perf_counter()
-        drafter = None if self._new_drafter is None else self._new_drafter(self._prompt, self._sampling)
-        for settled in self._rounds(sequence, drafter):
+        grammar = None if self._grammar is None else open_grammar(self._target, self._grammar)
+        drafter = None if self._new_drafter is None else self._new_drafter(self._prompt, self._sampling, grammar)
+        for settled in self._rounds(sequence, drafter, grammar):
             used = answer.extend(settled.tokens)
             if len(answer.tokens) == used:
                 first = time.perf_counter()
@@ -129,7 +136,7 @@ class Generation:
             pass
         return self.result
 
-    def _rounds(self, sequence: TokenSequence, drafter: Drafter | None) -> Iterator[Round]:
+    def _rounds(self, sequence: TokenSequence, drafter: Drafter | None, grammar: Grammar | None) -> Iterator[Round]:
         if drafter is not None:
-            return speculative(sequence, self._prompt, drafter, self._sampling)
-        return (Round([token], 0) for token in plain(sequence, self._prompt, self._sampling))
+            return speculative(sequence, self._prompt, drafter, self._sampling, grammar)
+        return (Round([token], 0) for token in plain(sequence, self._prompt, self._sampling, grammar))

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampler import Sampler
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
 
 
-def plain(sequence: TokenSequence, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
-    """Tokens that follow the prompt, without end, until the context is full."""
-    sampler = Sampler(sampling, prompt)
+def plain(
+    sequence: TokenSequence, prompt: Sequence[int], sampling: SamplingConfig, grammar: Grammar | None = None
+) -> Iterator[int]:
+    """Tokens that follow the prompt, without end, until the context is full.
+
+    Args:
+        grammar: what they must fit; after an end token more of these follow.
+    """
+    sampler = Sampler(sampling, prompt, grammar)
     token = sampler.draw(sequence.prefill(prompt))
     text = sequence.texts
     yield token

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.penalties import adjusted
 from fastmtp.decode.sampling import choose
 
@@ -16,8 +17,12 @@ from fastmtp.decode.sampling import choose
 class Sampler:
     """Knows a prompt and the tokens that came after it; plain and speculative decoding draw with the same one."""
 
-    def __init__(self, sampling: SamplingConfig, prompt: Sequence[int]) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: SamplingConfig, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
+        """
+        Args:
+            grammar: what the tokens after the prompt must fit, at its beginning.
+        """
+        self.sampling, self._grammar = sampling, grammar
         self._length = len(prompt)
         self._prompt_P = np.unique(np.array(prompt, np.int64))
         self._answer: Counter[int] = Counter()
@@ -25,16 +30,20 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """Whether it always chooses the largest logit, so that nobody needs the others."""
-        return self.sampling.temperature == 0 and not self.sampling.adjusts
+        return self.sampling.temperature == 0 and not self.sampling.adjusts and self._grammar is None
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the next tokens of the text."""
         self._length += len(tokens)
         if self.sampling.adjusts:
             self._answer.update(tokens)
+        if self._grammar is not None:
+            self._grammar.accept(tokens)
 
     def draw(self, logits_V: NDArray[np.float32], path: Sequence[int] = ()) -> int:
         """The token that follows the text and then the tokens of `path`, from the target's logits there."""
         if self.sampling.adjusts:
             logits_V = adjusted(logits_V, self.sampling, self._prompt_P, self._answer + Counter(path))
+        if self._grammar is not None:
+            logits_V = self._grammar.masked(logits_V, path)
         return choose(logits_V, self.sampling, self._length + len(path))

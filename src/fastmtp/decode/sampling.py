@@ -72,7 +72,7 @@ def race(
         tokens: the likeliest of a draft distribution, in order.
         probabilities: of these at temperature 1.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 or not tokens:
         return list(tokens), list(probabilities)
     count = min(len(tokens), sampling.top_k or len(tokens))
     ids_N, weights_N = np.array(tokens[:count]), np.array(probabilities[:count])

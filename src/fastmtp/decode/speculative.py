@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Drafter
+from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.plain import check_owned
 from fastmtp.decode.planned import Planned
 from fastmtp.decode.sampler import Sampler
@@ -33,16 +34,21 @@ class Round:
 
 
 def speculative(
-    sequence: TokenSequence, prompt: Sequence[int], drafter: Drafter, sampling: SamplingConfig
+    sequence: TokenSequence,
+    prompt: Sequence[int],
+    drafter: Drafter,
+    sampling: SamplingConfig,
+    grammar: Grammar | None = None,
 ) -> Iterator[Round]:
     """Rounds of tokens that follow the prompt, without end, until the context is full.
 
     The tokens are those of `plain`, at a temperature too.
 
     Args:
-        drafter: a new one, made for this prompt and sampling.
+        drafter: a new one, made for this prompt, sampling and grammar.
+        grammar: as for `plain`.
     """
-    sampler = Sampler(sampling, prompt)
+    sampler = Sampler(sampling, prompt, grammar)
     token = sampler.draw(sequence.prefill(prompt))
     text = sequence.texts
     yield Round([token], 0)

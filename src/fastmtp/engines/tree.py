@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 # Where the outcomes of drafts are counted (decode/drafting/estimates.py).
 Bin = tuple[str, int, int, int]
+# What proposed a node: the head, the text looked up in itself, or a grammar that allows nothing else there.
+Source = Literal["head", "text", "grammar"]
 
 
 @dataclass(slots=True)
@@ -21,7 +24,7 @@ class Node:
     parent: int
     depth: int
     estimate: float
-    from_text: bool = False
+    source: Source = "head"
     bins: list[Bin] = field(default_factory=list)
     children: dict[int, int] = field(default_factory=dict)
 
@@ -32,6 +35,7 @@ class Tree:
     Attributes:
         verified: the nodes that the target runs over, each after its parent; row i of its output is of verified[i].
         asked: the nodes after which the head was asked for candidates.
+        forced: how many nodes after the root, the first ones, are certain to be accepted: nothing else is allowed.
         rows: the row of each verified node.
         is_chain: whether the verified nodes follow one another.
         expected_ms: predicted duration of the round; 0 where nothing was predicted.
@@ -40,6 +44,7 @@ class Tree:
     def __init__(self, token: int) -> None:
         self.nodes = [Node(token, -1, 0, 1.0)]
         self.asked: list[int] = []
+        self.forced = 0
         self.expected_ms = 0.0
         self.verified, self.rows, self.is_chain = [0], {0: 0}, True
 
@@ -53,13 +58,13 @@ class Tree:
         return tree
 
     def add(
-        self, parent: int, token: int, chance: float = 1.0, bin_of: Bin | None = None, *, from_text: bool = False
+        self, parent: int, token: int, chance: float = 1.0, bin_of: Bin | None = None, source: Source = "head"
     ) -> int:
         """Append a node; `chance` is its probability if its parent is accepted. Returns its number."""
         before = self.nodes[parent]
         before.children[token] = len(self.nodes)
         bins = [] if bin_of is None else [bin_of]
-        self.nodes.append(Node(token, parent, before.depth + 1, before.estimate * chance, from_text, bins))
+        self.nodes.append(Node(token, parent, before.depth + 1, before.estimate * chance, source, bins))
         return len(self.nodes) - 1
 
     def scale(self, node: int, factor: float) -> None:

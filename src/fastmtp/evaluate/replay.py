@@ -82,7 +82,7 @@ def fit(recordings: Sequence[Recording], costs: Costs, known: Estimates) -> Esti
 
 
 def adaptive(learned: Learned) -> NewDrafter:
-    return lambda prompt, sampling: Adaptive(learned, prompt, sampling)
+    return partial(Adaptive, learned)
 
 
 def replay(recording: Recording, new_drafter: NewDrafter, costs: Costs) -> Replayed:

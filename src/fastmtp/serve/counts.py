@@ -42,6 +42,7 @@ class Counts:
             drafts=before.drafts + len(accepted),
             drafted_tokens=before.drafted_tokens + usage.drafted,
             accepted_tokens=before.accepted_tokens + usage.accepted,
+            forced_tokens=before.forced_tokens + usage.forced,
             accepted_by_position=tuple(by_position),
         )
 

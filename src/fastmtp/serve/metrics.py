@@ -69,6 +69,7 @@ class Metrics(Collector):
             "spec_decode_num_drafts": ("Rounds in which tokens were drafted.", stats.drafts),
             "spec_decode_num_draft_tokens": ("Drafted tokens.", stats.drafted_tokens),
             "spec_decode_num_accepted_tokens": ("Drafted tokens that were accepted.", stats.accepted_tokens),
+            "grammar_forced_tokens": ("Accepted tokens that a grammar forced.", stats.forced_tokens),
         }
         for name, (meaning, value) in gauges.items():
             gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=("model_name",))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastmtp.config import SamplingConfig
+from fastmtp.engines import tree
 
-# Where a token came from: the target itself, the head, or the text looked up in itself.
-Source = Literal["target", "head", "text"]
+# Where a token came from: the target itself, or what drafted it.
+Source = Literal["target"] | tree.Source
 # stop: an end token or a stop string; length: max_new_tokens or the context.
 Reason = Literal["stop", "length", "cancelled", "error"]
 # The error of answers that are cut off when the scheduler stops.
@@ -27,7 +28,8 @@ class Request:
             nothing.
         draft: whether to speculate; the answer is the same.
         ignore_end: go on after an end token.
-        grammar: the text of an llguidance grammar that the answer keeps to.
+        grammar: what the answer must fit, in the form of llguidance's LLMatcher (decode/grammar.py); after its end
+            only end tokens are allowed.
     """
 
     prompt: tuple[int, ...]
@@ -69,6 +71,7 @@ class Usage:
         drafted: tokens verified that the target had not chosen yet; `accepted` of them are in the answer.
         first_token_seconds: from submission; None if there was no token.
         seconds: from submission to the end.
+        forced: of the accepted, tokens that the grammar forced.
     """
 
     prompt_tokens: int
@@ -79,6 +82,7 @@ class Usage:
     accepted: int
     first_token_seconds: float | None
     seconds: float
+    forced: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Stats:
         finished: requests, by reason.
         cached_tokens: of the prompts' tokens, those that were not computed again.
         drafts: rounds in which something was drafted.
+        forced_tokens: of the accepted, tokens that grammars forced.
         accepted_by_position: rounds that accepted at least 1, 2, 3, ... drafts.
         steps: forwards, and the tokens in them.
     """
@@ -136,6 +141,7 @@ class Stats:
     drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
     accepted_by_position: tuple[int, ...] = ()
     steps: int = 0
     step_tokens: int = 0

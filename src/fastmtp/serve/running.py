@@ -10,6 +10,7 @@ import numpy as np
 
 from fastmtp.decode.drafting.drafter import Drafter, Load
 from fastmtp.decode.drafting.open import Drafting
+from fastmtp.decode.grammar import open_grammar
 from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.transcript import Transcript
 from fastmtp.engines.protocol import EngineSequence, Logits
@@ -40,14 +41,15 @@ class Running:
         self.verified, self.accepted = 1, list[int]()
         self._drafting, self._context = drafting, context
         self._drafter: Drafter | None = None
-        self._sampler = Sampler(request.sampling, request.prompt)
+        self._grammar = None if request.grammar is None else open_grammar(target, request.grammar)
+        self._sampler = Sampler(request.sampling, request.prompt, self._grammar)
         ends = frozenset[int]() if request.ignore_end else target.end_ids
         # A grammar allows special tokens only where they mean something, as before a call of a function.
-        special = request.grammar is not None
+        special = self._grammar is not None
         self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends, special=special)
         self._cached = sequence.begin(request.prompt)
         self._token: int | None = None  # the next one, which is not in the sequence yet
-        self._rounds = self._drafted = 0
+        self._rounds = self._drafted = self._forced = 0
         self._first_token: float | None = None
 
     @property
@@ -104,6 +106,7 @@ class Running:
         self._drafted += len(tree.verified) - 1
         if len(tree.verified) > 1:
             self.accepted.append(sum(one.source != "target" for one in settled))
+            self._forced += sum(one.source == "grammar" for one in settled)
         return settled
 
     def usage(self, submitted: float) -> Usage:
@@ -118,12 +121,14 @@ class Running:
             accepted=sum(self.accepted),
             first_token_seconds=None if first is None else first - submitted,
             seconds=time.monotonic() - submitted,
+            forced=self._forced,
         )
 
     def _new_drafter(self) -> Drafter | None:
         """The request's one, made when it decodes first; None: it decodes plainly."""
-        if self._drafter is None and self.request.draft and self._drafting.new_drafter is not None:
-            self._drafter = self._drafting.new_drafter(self.request.prompt, self.request.sampling)
+        new_drafter = self._drafting.drafters(self._grammar is not None)
+        if self._drafter is None and self.request.draft and new_drafter is not None:
+            self._drafter = new_drafter(self.request.prompt, self.request.sampling, self._grammar)
         return self._drafter
 
     def _choice(self, value: Logits | int, path: Sequence[int] = ()) -> int:
@@ -141,7 +146,7 @@ class Running:
             self._first_token = time.monotonic()
         self._token = tokens[-1]
         self._sampler.extend(tokens)
-        sources: list[Source] = ["text" if tree.nodes[node].from_text else "head" for node in nodes]
+        sources: list[Source] = [tree.nodes[node].source for node in nodes]
         settled: list[Token] = []
         for token, source, value in zip(tokens, [*sources, "target"], values, strict=True):
             self._transcript.extend([token])

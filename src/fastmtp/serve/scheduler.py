@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from threading import Condition, Thread
 
 from fastmtp.decode.drafting.open import Drafting
+from fastmtp.decode.grammar import check_grammar
 from fastmtp.serve.counts import Counts
 from fastmtp.serve.prefixes import Prefixes
 from fastmtp.serve.requests import (
@@ -117,7 +118,9 @@ class Scheduler:
         """Let a request wait for a slot; first come, first served. From any thread.
 
         Raises:
-            ValueError: the prompt is empty or fills the context, or a value is out of range; the message names it.
+            MissingExtraError: there is a grammar, and llguidance is not installed.
+            ValueError: the prompt is empty or fills the context, a value is out of range, or the grammar is wrong;
+                the message names it.
             QueueFull: as many wait as may.
             Stopping: `stop` was called.
         """
@@ -246,3 +249,5 @@ class Scheduler:
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
                 raise ValueError(f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens")
+        if request.grammar is not None:
+            check_grammar(self._drafting.engine.target, request.grammar)

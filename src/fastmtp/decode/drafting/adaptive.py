@@ -5,6 +5,7 @@ the child that is likeliest to be accepted; all that it names are candidates (af
 cost of a round is known (Costs) and its gain is estimated, so each decision is one comparison: expected tokens
 against milliseconds times the rate of tokens that decoding has anyway (Dinkelbach's method for the best ratio).
 Where sequences are decoded together, cost and rate are those of all of them: a token more for one delays every one.
+Tokens that a grammar forces come first, and are treated as those of a prompt: they have to be computed anyway.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, is_allowed, only_allowed
 from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load
 from fastmtp.decode.drafting.estimates import both_bin, head_bin, text_bin
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, RAREST_PROBE, Learned
 from fastmtp.decode.drafting.lookup import Lookup
+from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampling import race
 from fastmtp.engines.protocol import Candidates, DraftingSequence
 from fastmtp.engines.tree import Tree
@@ -24,17 +27,20 @@ from fastmtp.engines.tree import Tree
 WIDTH = 4
 # A less likely candidate is not considered.
 LEAST = 0.02
-# No draft is surer than this.
+# No draft is surer than this, unless a grammar forces it.
 SUREST = 0.995
+# What a grammar forces after a less likely node is not looked for.
+FOLLOWED = 0.1
 
 
 class Adaptive:
     """Plans the trees of one text, and learns from what becomes of them for all texts."""
 
-    depth = MAX_DEPTH
-
-    def __init__(self, learned: Learned, prompt: Sequence[int], sampling: SamplingConfig) -> None:
-        self._learned, self._sampling = learned, sampling
+    def __init__(
+        self, learned: Learned, prompt: Sequence[int], sampling: SamplingConfig, grammar: Grammar | None = None
+    ) -> None:
+        self.depth = MAX_DEPTH if grammar is None else MAX_DEPTH + MOST_FORCED
+        self._learned, self._sampling, self._grammar = learned, sampling, grammar
         self._load, self._now = ALONE, learned.experience(sampling)
         self._lookup = Lookup()
         self._lookup.extend(prompt)
@@ -42,43 +48,62 @@ class Adaptive:
     def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
         self._lookup.extend([token])
         self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
-        forward_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens + load.prefill)
         tree, ask_ms = Tree(token), self._learned.ask_ms
+        self._begin(tree, room)
+        forward_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens + load.prefill + tree.forced)
         agreement = self._look_up(tree)
-        open_when_asked = self._draft(sequence, tree, agreement)
-        chosen = self._worthwhile(tree, min(room, MAX_NODES), forward_ms)
+        # The head could follow forced tokens only one by one.
+        open_when_asked = [] if tree.forced else self._draft(sequence, tree, agreement)
+        chosen = self._worthwhile(tree, min(room, MAX_NODES + tree.forced), forward_ms)
         self._learn_worth(tree, open_when_asked, chosen, forward_ms)
         tree.select(chosen)
-        # As if the others asked as often. Prompts are left out: the rate is that of decoding.
-        decoding_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens)[len(chosen)]
+        # As if the others asked as often. Prompts and forced tokens are left out: the rate is that of decoding.
+        decoding_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens)[len(chosen) - tree.forced]
         tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * ask_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
-        self._lookup.extend(tree.tokens_of(path[1:]))
+        self._lookup.extend(tree.tokens_of(path[1 + tree.forced :]))
         accepted = set(path)
         for node in path:
             for child in tree.children(node):
                 for bin_of in tree.nodes[child].bins:
                     self._now.estimates.learn(bin_of, child in accepted)
         rate, sequences = self._now.rate, self._load.sequences
-        rate.learn(sequences * len(path) / tree.expected_ms)
+        rate.learn(sequences * (len(path) - tree.forced) / tree.expected_ms)
         plain_ms = self._learned.forward_ms(len(self._lookup.tokens), sequences - 1)[1]
         rate.value = max(rate.value, sequences / plain_ms)
 
+    def _begin(self, tree: Tree, room: int) -> None:
+        """Add the tokens that a grammar forces after the root; they belong to the text already."""
+        if self._grammar is not None:
+            tree.forced = add_forced(tree, 0, self._grammar, min(MOST_FORCED, room - 1))
+            self._lookup.extend(tree.tokens_of(range(1, len(tree.nodes))))
+
     def _look_up(self, tree: Tree) -> int:
-        """Add the nodes that the text gives; returns how many tokens before them agree."""
+        """Add the nodes that the text gives, if they are allowed; returns how many tokens before them agree."""
         agreement, tokens = self._lookup.continuation(MAX_DEPTH)
-        node = 0
+        node = tree.forced
         for depth, token in enumerate(tokens, 1):
+            if (forced := tree.nodes[node].children.get(token)) is not None:
+                node = forced
+                continue
+            if self._grammar is not None and not is_allowed(tree, node, token, self._grammar):
+                break
             chance = min(SUREST, self._now.estimates.of_text(depth, agreement))
-            node = tree.add(node, token, chance, text_bin(depth, agreement), from_text=True)
+            node = tree.add(node, token, chance, text_bin(depth, agreement), "text")
+            self._follow(tree, node)
         return agreement
+
+    def _follow(self, tree: Tree, node: int) -> None:
+        """Add the tokens that a grammar forces after a node."""
+        if self._grammar is not None and tree.nodes[node].estimate >= FOLLOWED:
+            add_forced(tree, node, self._grammar, MAX_DEPTH + tree.forced - tree.nodes[node].depth)
 
     def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
         """Ask the head what follows, a node at a time while that pays; returns `_open` of each node when asked."""
         now, position, node = self._now, len(sequence.tokens) + 1, 0
-        width = DRAWN_AMONG if self._sampling.temperature > 0 else WIDTH
+        width = DRAWN_AMONG if self._sampling.temperature > 0 or self._grammar is not None else WIDTH
         found: list[float] = []
         # Threads share the count, so it may pass the round in which the head is due.
         probe = now.rounds_without_head + 1 >= now.probe_after
@@ -104,6 +129,8 @@ class Adaptive:
         """Add the head's candidates after a node, and correct the estimate of the text's token there by them."""
         estimates, before = self._now.estimates, tree.nodes[parent]
         depth = before.depth + 1
+        if self._grammar is not None:
+            candidates = only_allowed(candidates, tree, parent, self._grammar)
         tokens, confidences = race(candidates.tokens, candidates.confidences, self._sampling, position)
         left = 1.0
         for token, child in before.children.items():
@@ -118,17 +145,17 @@ class Adaptive:
                 break
             if token not in before.children:
                 chance = min(SUREST, left * estimates.of_head(depth, confidence))
-                tree.add(parent, token, chance, head_bin(depth, confidence))
+                self._follow(tree, tree.add(parent, token, chance, head_bin(depth, confidence)))
 
     def _worthwhile(self, tree: Tree, room: int, forward_ms: Sequence[float]) -> list[int]:
         """The nodes to verify: of the likeliest 1, 2, 3, ... those that gain most."""
         order = sorted(range(len(tree.nodes)), key=lambda node: -tree.nodes[node].estimate)[:room]
         gain, most, count = 0.0, 0.0, 1
-        for size, node in enumerate(order[1:], 2):
+        for size, node in enumerate(order[1 + tree.forced :], 2):
             gain += self._gain(tree, node, size, forward_ms)
             if gain > most:
                 most, count = gain, size
-        return order[:count]
+        return order[: tree.forced + count]
 
     def _gain(self, tree: Tree, node: int, size: int, forward_ms: Sequence[float]) -> float:
         """Expected tokens of a node in a tree of `size` nodes with it, less what decoding makes in its time."""
@@ -141,7 +168,7 @@ class Adaptive:
         gains = dict.fromkeys(tree.asked, 0.0)
         for size, node in enumerate(chosen[1:], 2):
             parent = tree.nodes[node].parent
-            if not tree.nodes[node].from_text and parent in gains:
+            if tree.nodes[node].source == "head" and parent in gains:
                 gains[parent] += self._gain(tree, node, size, forward_ms)
         for node, open_ in zip(reversed(tree.asked), reversed(open_when_asked), strict=True):
             self._now.worth[tree.nodes[node].depth + 1].learn(gains[node] / max(LEAST, open_))

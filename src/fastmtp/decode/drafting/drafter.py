@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, only_allowed
+from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampling import race
 from fastmtp.engines.protocol import DraftingSequence
 from fastmtp.engines.tree import Tree
 
-# At a temperature, a draft is drawn from so many of the head's likeliest tokens.
+# At a temperature or under a grammar, a draft is drawn from so many of the head's likeliest tokens.
 DRAWN_AMONG = 32
 
 
@@ -47,39 +49,59 @@ class Drafter(Protocol):
         ...
 
 
-# Makes the drafter of a text from its prompt.
-NewDrafter = Callable[[Sequence[int], SamplingConfig], Drafter]
+class NewDrafter(Protocol):
+    """Makes the drafter of a text."""
+
+    def __call__(
+        self, prompt: Sequence[int], sampling: SamplingConfig, grammar: Grammar | None = None, /
+    ) -> Drafter:
+        """
+        Args:
+            grammar: what the text after the prompt must fit; whoever decodes keeps it up with the text.
+        """
+        ...
 
 
 class Chain:
-    """K tokens in a row in every round (FastMTP)."""
+    """K tokens in a row in every round (FastMTP); where a grammar forces tokens, these."""
 
-    def __init__(self, steps: int, sampling: SamplingConfig) -> None:
-        self.depth = steps
-        self._sampling = sampling
+    def __init__(self, steps: int, sampling: SamplingConfig, grammar: Grammar | None = None) -> None:
+        self.depth = max(steps, MOST_FORCED) if grammar else steps
+        self._steps, self._sampling, self._grammar = steps, sampling, grammar
 
     def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
-        steps = min(self.depth, room - 1)
-        if self._sampling.temperature == 0:
+        steps = min(self._steps, room - 1)
+        if self._grammar is not None:
+            tree = Tree(token)
+            tree.forced = add_forced(tree, 0, self._grammar, min(MOST_FORCED, room - 1))
+            if not tree.forced:
+                self._draw(sequence, tree, steps)
+        elif self._sampling.temperature == 0:
             tree = Tree.chain([token, *(sequence.draft(token, steps) if steps else [])])
+            tree.asked = list(range(steps))
         else:
-            tree = self._drawn(sequence, token, steps)
-        tree.asked = list(range(steps))
+            tree = Tree(token)
+            self._draw(sequence, tree, steps)
+        tree.select(range(len(tree.nodes)))
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
         pass
 
-    def _drawn(self, sequence: DraftingSequence, token: int, steps: int) -> Tree:
-        tree, position = Tree(token), len(sequence.tokens) + 1
+    def _draw(self, sequence: DraftingSequence, tree: Tree, steps: int) -> None:
+        """Draw one token after the other among the head's candidates, as long as there are some."""
+        position = len(sequence.tokens) + 1
         for node in range(steps):
             found = sequence.ask(tree, [node], DRAWN_AMONG)[0]
+            tree.asked.append(node)
+            if self._grammar is not None:
+                found = only_allowed(found, tree, node, self._grammar)
+                if not found.tokens:
+                    break
             likely, _ = race(found.tokens, found.confidences, self._sampling, position + node)
             tree.add(node, likely[0])
-        tree.select(range(len(tree.nodes)))
-        return tree
 
 
 def chains(steps: int) -> NewDrafter:
     """Chains of K tokens for every text."""
-    return lambda prompt, sampling: Chain(steps, sampling)
+    return lambda prompt, sampling, grammar=None: Chain(steps, sampling, grammar)

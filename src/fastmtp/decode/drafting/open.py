@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastmtp.decode.drafting import estimates
@@ -25,12 +26,22 @@ log = logging.getLogger("fastmtp")
 
 @dataclass(frozen=True)
 class Drafting:
-    """A way to decode on an engine, for any number of texts; `new_drafter` is None for plain decoding."""
+    """A way to decode on an engine, for any number of texts.
+
+    Attributes:
+        new_drafter: None if there is nothing that drafts.
+        plain: draft nothing, not even what a grammar forces.
+    """
 
     engine: Engine
     head: Head | None = None
     lists: DraftLists | None = None
     new_drafter: NewDrafter | None = None
+    plain: bool = False
+
+    def drafters(self, constrained: bool) -> NewDrafter | None:
+        """What makes the drafter of a text, under a grammar or not; None decodes it plainly."""
+        return chains(0) if self.new_drafter is None and constrained and not self.plain else self.new_drafter
 
     def new_sequence(self) -> EngineSequence:
         return self.engine.new_sequence(self.head, self.lists)
@@ -45,7 +56,7 @@ def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QU
     steps, name = options.steps(), engine.target.source
     if options.draft == LOOKUP:
         from_text = Learned(engine.costs(None, None, progress))
-        return Drafting(engine, new_drafter=lambda prompt, sampling: FromText(from_text, prompt, sampling))
+        return Drafting(engine, new_drafter=partial(FromText, from_text))
     directory = options.head or shipped_head(name)
     if directory is None and steps:
         raise ValueError(f"{name}: no head ships for this target; train one and give --head DIR")
@@ -54,13 +65,13 @@ def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QU
             log.warning(
                 "no head ships for %s, decoding plainly; train one and give --head, or --draft lookup", name
             )
-        return Drafting(engine)
+        return Drafting(engine, plain=steps == 0)
     head = engine.load_head(directory)
     lists = draft_lists(head, options.draft_vocabulary, engine.target.vocabulary_size)
     if steps is not None:
         return Drafting(engine, head, lists, chains(steps))
     learned = Learned(engine.costs(head, lists, progress), estimates.load(directory))
-    return Drafting(engine, head, lists, lambda prompt, sampling: Adaptive(learned, prompt, sampling))
+    return Drafting(engine, head, lists, partial(Adaptive, learned))
 
 
 def check_drafting(options: DraftOptions, target: str) -> None:
