@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llguidance import LLMatcher
 from tokenizers import AddedToken
 
+from fastmtp.decode.grammar import SEPARATORS, json_schema_grammar
 from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.serve.errors import invalid, missing
 from fastmtp.serve.functions import NamedTool, Schema, Tool
@@ -17,9 +17,6 @@ from fastmtp.serve.schema import ChatBody
 from fastmtp.serve.styles import Style
 
 MAX_SCHEMA = 1 << 17
-# As Python and chat templates write JSON. Models that may choose their white space can go on with it for ever, and
-# what they cannot choose needs no drafts.
-_SPACED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def offered(body: ChatBody) -> list[Tool]:
@@ -60,7 +57,7 @@ class Constraints:
         if body.ignore_eos and (tools or answer is not None):
             raise invalid("ignore_eos", "an answer of a given form has an end; leave it out")
         if not tools:
-            return None if answer is None else LLMatcher.grammar_from_json_schema(answer)
+            return None if answer is None else json_schema_grammar(answer)
         if self.style is None:
             raise invalid("tools", "this model's chat template has calls of functions in a form that is not known")
         called = _checked(tools, body.tool_choice)
@@ -83,7 +80,7 @@ class Constraints:
                     "response_format",
                     "this model's calls of functions cannot be told from JSON; leave out one of both",
                 )
-            return [f"start: answer | {self._literal(style.marker)} {rest}", f"answer: %json {json.dumps(answer)}"]
+            return [f"start: answer | {self._literal(style.marker)} {rest}", f"answer: {_json(answer)}"]
         marker = self.special.get(style.marker)
         shown = ",".join(map(str, sorted(self.shown - {marker})))
         more = f" (<[{shown}]> TEXT)*" if shown else ""
@@ -102,8 +99,8 @@ class Constraints:
 
     def _call(self, style: Style, index: int, tool: Tool) -> str:
         before = self._literal(style.before + tool.function.name + style.middle)
-        schema = json.dumps(_spaced({"type": "object", **tool.function.parameters}))
-        return f"call_{index}: {before} %json {schema} {self._literal(style.after)}"
+        arguments = _json({"type": "object", **tool.function.parameters})
+        return f"call_{index}: {before} {arguments} {self._literal(style.after)}"
 
     def _literal(self, text: str) -> str:
         """A text in a rule, divided where special tokens stand in it."""
@@ -129,11 +126,11 @@ def _answer(body: ChatBody) -> Schema | None:
     if form.type != "json_schema":
         if form.json_schema is not None:
             raise invalid("response_format.json_schema", "is for type json_schema")
-        return _spaced({"type": "object"})
+        return {"type": "object"}
     if form.json_schema is None:
         raise missing("response_format.json_schema")
     _check(form.json_schema.schema_, "response_format.json_schema.schema")
-    return _spaced(form.json_schema.schema_)
+    return form.json_schema.schema_
 
 
 def _checked(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
@@ -158,9 +155,12 @@ def _check(schema: Schema, param: str) -> None:
         raise invalid(param, f"is longer than {MAX_SCHEMA >> 10} KiB")
     if "x-guidance" in schema:
         raise invalid(f"{param}.x-guidance", "is not a keyword of JSON schema")
-    if message := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)):
-        raise invalid(param, " ".join(message.split()))
+    try:
+        json_schema_grammar(schema)
+    except ValueError as error:
+        raise invalid(param, str(error)) from None
 
 
-def _spaced(schema: Schema) -> Schema:
-    return {**schema, "x-guidance": _SPACED}
+def _json(schema: Schema) -> str:
+    """In a rule."""
+    return f"%json {json.dumps({**schema, 'x-guidance': SEPARATORS})}"

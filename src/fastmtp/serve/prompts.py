@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.grammar import check_grammar
 from fastmtp.decode.sampling import derived_seed
 from fastmtp.serve.constraints import offered
 from fastmtp.serve.conversation import plain, taught
@@ -44,11 +45,22 @@ async def chat_requests(service: Service, body: ChatBody) -> list[Request]:
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise invalid("max_tokens", "give this or max_completion_tokens, not both")
     # A large schema takes long; the event loop goes on meanwhile.
-    grammar = await asyncio.to_thread(service.constraints.grammar, body)
+    grammar = await asyncio.to_thread(_grammar, service, body)
     prompt = await chat_tokens(service, body.messages, offered(body))
     longest = body.max_completion_tokens or body.max_tokens or service.context
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _requests(service, body, [prompt], longest, logprobs, "messages", grammar)
+
+
+def _grammar(service: Service, body: ChatBody) -> str | None:
+    grammar = service.constraints.grammar(body)
+    if grammar is not None:
+        param = "tools" if offered(body) else "response_format"
+        try:
+            check_grammar(service.target, grammar)
+        except ValueError as error:
+            raise invalid(param, str(error)) from None
+    return grammar
 
 
 async def completion_requests(service: Service, body: CompletionBody) -> list[Request]:
