@@ -73,6 +73,7 @@ def test_calls(style: Style) -> None:
     named = {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_all"}}}
     assert allows(style, style.written([ALL]), **named)
     assert not allows(style, one, **named)
+    assert not allows(style, style.written([ALL, ALL]), **named)
 
 
 @pytest.mark.parametrize("style", [HERMES, LLAMA, MISTRAL], ids=["hermes", "llama", "mistral"])

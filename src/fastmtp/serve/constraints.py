@@ -68,7 +68,8 @@ class Constraints:
     def _start(self, style: Style, body: ChatBody, answer: Schema | None) -> list[str]:
         """The rules around calls."""
         more = ""
-        if style.between is not None and body.parallel_tool_calls:
+        # A function that is named is called once, as OpenAI has it.
+        if style.between is not None and body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool):
             more = f" ({self._literal(style.between)} call)*"
         calls = f"call{more} {self._literal(style.closing)}"
         if body.tool_choice not in (None, "auto"):
