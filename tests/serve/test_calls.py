@@ -75,7 +75,7 @@ def test_any_division_of_the_text_gives_the_same(
         ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}[TOOL_CALLS] [", LIST),
         ("{{ tools }}[TOOL_CALLS]name[ARGS]", MISTRAL),
         ("{{ tools }}[TOOL_CALLS]name[CALL_ID]id[ARGS]", None),
-        ('{{ tools }}<|python_tag|>{"name": "x", "parameters": ', LLAMA),
+        ('{{ tools }}{"name": "x", "parameters": ', LLAMA),
         ("{{ tools }}<tool_call>\n<function=name>\n<parameter=arguments>", None),
         ("{{ tools }}<tool_call>name\n<arg_key>arguments</arg_key>", None),
         ("{{ tools }}<|tool|>", None),

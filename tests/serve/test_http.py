@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fastmtp.serve.constraints import MAX_SCHEMAS
 from tests.serve.serving import CONTEXT, END, REPLY, FakeScheduler, eventually, ids, service, serving
 
 HI = [{"role": "user", "content": "hi"}]
@@ -319,6 +320,7 @@ OF_CHAT = [
     ("tools[0].function.parameters", [tool({"not": {}})], 400, "invalid_value"),
     ("tools[0].function.parameters.type", [tool({"type": "string"})], 400, "invalid_value"),
     ("tools", [TOOL] * 129, 400, "invalid_value"),
+    ("tools", [tool({"description": "x" * MAX_SCHEMAS})], 400, "invalid_value"),
     ("tool_choice", "auto", 400, "invalid_value"),
     ("tool_choice", "some", 400, "invalid_value"),
     ("tool_choice.function", {"type": "function"}, 400, "missing_required_parameter"),
@@ -334,7 +336,7 @@ OF_CHAT = [
         "missing_required_parameter",
     ),
     ("response_format.json_schema.schema", schema({"uniqueItems": True}), 400, "invalid_value"),
-    ("response_format.json_schema.schema", schema({"const": "x" * (1 << 17)}), 400, "invalid_value"),
+    ("response_format.json_schema.schema", schema({"const": "x" * MAX_SCHEMAS}), 400, "invalid_value"),
     ("response_format.json_schema.schema.x-guidance", schema({"x-guidance": {}}), 400, "invalid_value"),
     ("messages[0].content", [{"role": "user"}], 400, "missing_required_parameter"),
     ("messages[0].content", [{"role": "user", "content": 1}], 400, "invalid_value"),

@@ -16,7 +16,8 @@ from fastmtp.serve.functions import NamedTool, Schema, Tool
 from fastmtp.serve.schema import ChatBody
 from fastmtp.serve.styles import Style
 
-MAX_SCHEMA = 1 << 17
+# Characters of schemas; these take up to five seconds.
+MAX_SCHEMAS = 1 << 18
 
 
 def offered(body: ChatBody) -> list[Tool]:
@@ -130,13 +131,16 @@ def _answer(body: ChatBody) -> Schema | None:
         return {"type": "object"}
     if form.json_schema is None:
         raise missing("response_format.json_schema")
-    _check(form.json_schema.schema_, "response_format.json_schema.schema")
+    param = "response_format.json_schema.schema"
+    _bound([form.json_schema.schema_], param)
+    _check(form.json_schema.schema_, param)
     return form.json_schema.schema_
 
 
 def _checked(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
     """The tools that may be called."""
     names = [tool.function.name for tool in tools]
+    _bound([tool.function.parameters for tool in tools], "tools")
     for index, tool in enumerate(tools):
         if names.index(tool.function.name) < index:
             raise invalid(f"tools[{index}].function.name", "another tool has this name")
@@ -151,9 +155,12 @@ def _checked(tools: list[Tool], choice: str | NamedTool | None) -> list[Tool]:
     return [tools[names.index(choice.function.name)]]
 
 
+def _bound(schemas: list[Schema], param: str) -> None:
+    if sum(len(json.dumps(schema)) for schema in schemas) > MAX_SCHEMAS:
+        raise invalid(param, f"schemas longer than {MAX_SCHEMAS >> 10} KiB are not taken")
+
+
 def _check(schema: Schema, param: str) -> None:
-    if len(json.dumps(schema)) > MAX_SCHEMA:
-        raise invalid(param, f"is longer than {MAX_SCHEMA >> 10} KiB")
     if "x-guidance" in schema:
         raise invalid(f"{param}.x-guidance", "is not a keyword of JSON schema")
     try:

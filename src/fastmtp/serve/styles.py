@@ -64,7 +64,7 @@ def style_of(template: str | None) -> Style | None:
     if "<tool_call>" in template and "arguments" in template:
         others = ("<function=", "<arg_key>")
         return None if any(other in template for other in others) else HERMES
-    if "<|python_tag|>" in template and '"parameters": ' in template:
+    if LLAMA.before in template and '"parameters": ' in template:
         return LLAMA
     return None
 
