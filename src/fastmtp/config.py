@@ -85,7 +85,7 @@ class DistillConfig:
     """Self-distillation: which answers the target gives, and how they are stored."""
 
     count: int = setting(1000, "exchanges to make when the model writes its own prompts")
-    minutes: float = setting(0.0, "begin no exchange after so many minutes; 0 is no limit")
+    minutes: float = setting(0.0, "begin no exchange that is likely to end after so many minutes; 0 is no limit")
     mix: str = setting("", "kinds of the model's own prompts and weights: code=3,chinese=1; empty is a default mix")
     max_new_tokens: int = setting(512, "an answer that is longer is marked as truncated")
     max_prompt_tokens: int = setting(320, "longest prompt that the model may write for itself")

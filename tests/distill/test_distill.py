@@ -20,6 +20,7 @@ import torch
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch, is_looping
 from fastmtp.decode.plain import plain
+from fastmtp.distill import answers
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import DataSet, Exchange, finished_indices, read_exchanges, shards
 from fastmtp.distill.own_prompts import KINDS, opening
@@ -158,7 +159,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_ends_nothing_that_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the minutes no exchange is begun; those under way are finished, and another run has all of the rest."""
+    """In the end no exchange is begun; those under way are finished, and another run has all of the rest."""
     target = talkative()
     clock = iter(range(10_000))
     # A second passes at every look at the clock: the limit is reached with the first slots filled.
@@ -170,6 +171,20 @@ def test_the_time_limit_ends_nothing_that_was_begun(tmp_path: Path, monkeypatch:
     distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
     distill(TorchEngine(target), CONFIG, tmp_path / "whole", None)
     assert rows(tmp_path / "data") == rows(tmp_path / "whole")
+
+
+def test_what_would_end_late_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exchanges of two minutes, one after the other: of ten minutes the last may begin after eight."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    in_time = answers._InTime(range(100), minutes=10)
+    begun = []
+    for index in in_time:
+        begun.append(index)
+        now += 120
+        in_time.end(index)
+    assert now == 600
+    assert begun == list(range(5))
 
 
 def test_chat_logs_and_given_answers(tmp_path: Path, llama: Target) -> None:
@@ -228,7 +243,7 @@ def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) 
     )
     data = tmp_path / "data"
     process = subprocess.Popen([sys.executable, "-c", script, str(data)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(shards(data)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, sent)

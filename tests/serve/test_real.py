@@ -58,7 +58,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     target = tiny_target("llama")
     target.model.save_pretrained(directory)
     target.tokenizer.save_pretrained(directory)
-    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(slots=3, queue=40), {})
+    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(3, 40, None, 10**9), {})
     with serving(lambda: loaded, grace=0) as url:
         yield Running(url, loaded, open_engine(str(directory), OPTIONS))
 
@@ -207,4 +207,4 @@ def test_a_context_larger_than_the_models(tmp_path: Path) -> None:
     target.model.save_pretrained(tmp_path)
     target.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"--context 513: .* has a context of 512"):
-        load_service(str(tmp_path), OPTIONS, DraftOptions(draft="plain"), Room(1, 1, 513), {})
+        load_service(str(tmp_path), OPTIONS, DraftOptions(draft="plain"), Room(1, 1, 513, 0), {})

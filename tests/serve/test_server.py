@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from fastmtp.models.tokenizer import Tokenizer
+from fastmtp.serve import security
 from fastmtp.serve.security import is_loopback
 from fastmtp.serve.server import Server, listen
 from tests.serve.serving import REPLY, FakeScheduler, eventually, ids, service, serving, tokenizer
@@ -176,6 +177,22 @@ def test_a_full_queue() -> None:
             "code": "queue_full",
         }
         eventually(lambda: scheduler.running == 0)
+
+
+def test_too_many_requests_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In OpenAI's shape; the health is told all the same, and a place that is free again is given."""
+    monkeypatch.setattr(security, "MAX_REQUESTS", 1)
+    scheduler = FakeScheduler(pace=SLOW)
+    loaded = service(scheduler)
+    with serving(lambda: loaded) as url:
+        with httpx2.stream("POST", url + CHAT, json=BODY | {"stream": True}) as first:
+            under_way = first.iter_lines()
+            next(under_way)
+            refused = httpx2.post(url + CHAT, json=BODY)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            assert httpx2.get(url + "/health").status_code == 200
+        eventually(lambda: httpx2.post(url + CHAT, json=BODY).status_code == 200)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -36,11 +36,19 @@ if TYPE_CHECKING:
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that may wait")
 @click.option("--context", type=click.IntRange(2), help="tokens of a prompt and its answer  [default: the model's]")
 @click.option(
+    "--prefix-cache",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    metavar="GB",
+    help="memory for the beginnings of prompts that others may share; 0: none is shared",
+)
+@click.option(
     "--grace",
     type=click.FloatRange(0),
     default=10.0,
     show_default=True,
-    help="seconds that answers under way have left after Ctrl-C",
+    help="seconds that answers under way have left after Ctrl-C; a second one ends them at once",
 )
 def serve(
     target: str,
@@ -53,6 +61,7 @@ def serve(
     slots: int,
     queue: int,
     context: int | None,
+    prefix_cache: float,
     grace: float,
     **settings: Any,
 ) -> None:
@@ -79,7 +88,8 @@ def serve(
     sampling = {name: value for name, value in settings.items() if value is not None}
 
     def load() -> Service:
-        return load_service(target, options, drafting, Room(slots, queue, context), sampling, TERMINAL)
+        room = Room(slots, queue, context, int(prefix_cache * 1e9))
+        return load_service(target, options, drafting, room, sampling, TERMINAL)
 
     def ready(service: Service) -> None:
         click.echo(

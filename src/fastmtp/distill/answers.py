@@ -93,9 +93,8 @@ def distill(
     done = finished_indices(out)
     total = config.count if listed is None else len(listed)
     remaining = [index for index in range(total) if index not in done]
-    work = (
-        opening(config.seed, i, mix) if listed is None else listed[i] for i in _until(remaining, config.minutes)
-    )
+    in_time = _InTime(remaining, config.minutes)
+    work = (opening(config.seed, i, mix) if listed is None else listed[i] for i in in_time)
     writer = ShardWriter(out, config.shard_rows)
     if isinstance(engine, Endpoints):
         decode, width = engine.decode, config.concurrency
@@ -106,6 +105,7 @@ def distill(
     with progress.bar("distill", total, total - len(remaining), seconds=60 * config.minutes or None) as bar:
         try:
             for exchange in _exchanges(target, decode, width, config, work, turn):
+                in_time.end(exchange.index)
                 writer.add(exchange)
                 summary.add(exchange)
                 bar.advance(1, sum(exchange.answer_mask), f"{summary.truncated} truncated")
@@ -120,13 +120,36 @@ def distill(
     return summary
 
 
-def _until(indices: Sequence[int], minutes: float) -> Iterator[int]:
-    """Indices until the time is over. Answers under way are finished; dropping them would favour short ones."""
-    started = time.monotonic()
-    for index in indices:
-        if minutes and time.monotonic() - started > 60 * minutes:
-            return
-        yield index
+class _InTime:
+    """Indices of exchanges, as long as one that begins now is likely to end in time.
+
+    Those under way at the end are finished: dropping them would favour short ones.
+    """
+
+    def __init__(self, indices: Sequence[int], minutes: float) -> None:
+        """
+        Args:
+            minutes: 0 is no limit.
+        """
+        self._indices, self._limit = indices, 60 * minutes
+        self._begun: dict[int, float] = {}
+        self._seconds = 0.0
+        self._ended = 0
+
+    def __iter__(self) -> Iterator[int]:
+        started = time.monotonic()
+        for index in self._indices:
+            now = time.monotonic()
+            typical = self._seconds / max(1, self._ended)
+            if self._limit and now - started + typical > self._limit:
+                return
+            self._begun[index] = now
+            yield index
+
+    def end(self, index: int) -> None:
+        """Learn from an exchange how long they take."""
+        self._seconds += time.monotonic() - self._begun.pop(index)
+        self._ended += 1
 
 
 def _exchanges(

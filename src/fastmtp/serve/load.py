@@ -22,11 +22,13 @@ class Room:
         slots: requests that are decoded together.
         queue: requests that may wait for a slot.
         context: tokens of a prompt and its answer; None is what the model can.
+        prefix_bytes: memory for what later prompts may begin with.
     """
 
     slots: int
     queue: int
-    context: int | None = None
+    context: int | None
+    prefix_bytes: int
 
 
 def load_service(
@@ -51,7 +53,9 @@ def load_service(
         raise ValueError(f"--context {room.context}: {target} has a context of {limit}")
     context = room.context or limit
     drafted = open_drafting(engine, drafting, progress)
-    scheduler = Scheduler(drafted, slots=room.slots, context=context, queue=room.queue)
+    scheduler = Scheduler(
+        drafted, slots=room.slots, context=context, queue=room.queue, prefix_bytes=room.prefix_bytes
+    )
     return Service(model_name(target), engine.target, scheduler, context, room.slots + room.queue, sampling)
 
 

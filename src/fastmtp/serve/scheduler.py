@@ -85,7 +85,7 @@ class Scheduler:
         slots: int = 8,
         context: int | None = None,
         queue: int = 64,
-        prefix_bytes: int = 1 << 30,
+        prefix_bytes: int = 10**9,
         chunk: int = CHUNK,
     ) -> None:
         """

@@ -18,8 +18,8 @@ from fastmtp.serve.app import Endpoints
 from fastmtp.serve.security import guards
 from fastmtp.serve.service import Service
 
-# Connections beyond these are refused, however many requests may wait.
-MAX_CONNECTIONS = 512
+# uvicorn closes connections beyond these with a line of plain text; requests have a smaller limit (security.py).
+MAX_CONNECTIONS = 2048
 # For the last events of answers that were cut off at the end of the grace.
 LAST_SECONDS = 1.0
 
@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, and let those under way finish within the grace."""
+        """Take no more requests, and let those under way finish within the grace; a second Ctrl-C ends it."""
         self._endpoints.stop()
         self._begun.cancel()
         await asyncio.wait([self._begun])
@@ -109,6 +109,10 @@ class Server(uvicorn.Server):
             asyncio.sleep(0) if service is None else asyncio.to_thread(service.scheduler.stop, self._grace)
         )
         await super().shutdown(sockets)
+        if self.force_exit and service is not None:
+            # A second Ctrl-C: nobody wants to wait.
+            await asyncio.to_thread(service.scheduler.stop, 0)
+            await asyncio.sleep(LAST_SECONDS if self.server_state.tasks else 0)
         await stopped
 
     @asynccontextmanager

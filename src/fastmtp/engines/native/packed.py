@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from fastmtp.files import cache_directory, file_identity, replacing
+from fastmtp.locking import locked
 from fastmtp.progress import Progress
 
 # Raise it with every change of a matrix's memory (csrc/matrix.hpp) or of the order of its outputs.
@@ -55,15 +55,11 @@ def path_of(name: str, files: Sequence[Path], facts: Sequence[object]) -> Path:
     return directory() / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.weights"
 
 
-def locked(path: Path, progress: Progress) -> AbstractContextManager[object]:
+def alone(path: Path, progress: Progress) -> AbstractContextManager[object]:
     """Around reading and writing a file, so that of several processes one converts and the others wait."""
-    lock = FileLock(path.with_suffix(".lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return lock.acquire(blocking=False)
-    except Timeout:
-        with progress.status("another process converts the model; waiting for it"):
-            return lock.acquire()
+        return locked(path.with_suffix(".lock"), "converts the model", progress)
     except OSError:
         # Nothing will be written there.
         return nullcontext()

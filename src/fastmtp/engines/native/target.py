@@ -81,7 +81,7 @@ class NativeTarget(TargetInfo):
         self.outer_type: WeightType = "int8" if weight_type == "int4" else weight_type
         self._rope_factors = weights.rope_factors
         self.embedding_scale = tensors.embedding_scale(config)
-        with packed.locked(kept, progress) if kept else nullcontext():
+        with packed.alone(kept, progress) if kept else nullcontext():
             found = packed.read(kept, runtime.threads) if kept else {}
             if not found:
                 self._check_memory()
