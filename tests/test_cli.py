@@ -64,6 +64,24 @@ def test_generate_is_the_same_with_and_without_the_head(model: Path, head: Path)
     assert without["acceptance"] == []
 
 
+def test_generate_fits_a_json_schema(model: Path, head: Path, tmp_path: Path) -> None:
+    """With and without drafts; a file that is no schema is named before the model is loaded."""
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"kind": {"enum": ["one", "two"]}}, "required": ["kind"], '
+        '"additionalProperties": false}'
+    )
+    common = ["hello", "--head", head, "--json-schema", schema, "--json"]
+    found, plainly = run("generate", model, *common), run("generate", model, *common, "--draft", "plain")
+    assert json.loads(str(found["text"]))["kind"] in ("one", "two")
+    assert found["tokens"] == plainly["tokens"]
+    for text, message in [("{", "not valid JSON"), ('{"not": {}}', "no JSON schema that is supported: Unimpl")]:
+        schema.write_text(text)
+        result = CliRunner().invoke(commands, ["generate", "hello", "--json-schema", str(schema)])
+        assert isinstance(result.exception, ValueError)
+        assert str(result.exception).startswith(f"{schema}: {message}")
+
+
 def test_generate_prints_text_and_a_summary(model: Path, head: Path) -> None:
     arguments = ["generate", "--target", str(model), "--head", str(head), "hello", "--max-new-tokens", "8"]
     result = CliRunner().invoke(commands, arguments)

@@ -16,6 +16,7 @@ from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import ALONE, Load
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.open import Drafting
+from fastmtp.decode.grammar import open_grammar
 from fastmtp.decode.plain import plain
 from fastmtp.engines.protocol import Costs, DraftingSequence, Engine, Head
 from fastmtp.engines.tree import Tree
@@ -98,9 +99,10 @@ def request(prompt: Sequence[int], max_new_tokens: int = 24, **settings: Any) ->
 
 def alone(drafting: Drafting, asked: Request) -> list[int]:
     """The tokens of plain decoding, without regard to end tokens and stop strings."""
-    key = drafting.engine, asked.prompt, asked.sampling, asked.max_new_tokens
+    key = drafting.engine, asked.prompt, asked.sampling, asked.max_new_tokens, asked.grammar
     if key not in _ALONE:
-        tokens = plain(drafting.engine.new_sequence(), asked.prompt, asked.sampling)
+        grammar = None if asked.grammar is None else open_grammar(drafting.engine.target, asked.grammar)
+        tokens = plain(drafting.engine.new_sequence(), asked.prompt, asked.sampling, grammar)
         _ALONE[key] = list(islice(tokens, asked.max_new_tokens))
     return _ALONE[key]
 
@@ -135,7 +137,7 @@ def knowing(drafting: Drafting, asked: Sequence[Request]) -> Drafting:
     answers = {(one.prompt, one.sampling): alone(drafting, one) for one in asked}
 
     def new_drafter(prompt: Sequence[int], sampling: SamplingConfig, grammar: Any = None) -> Knowing:
-        return Knowing(answers[tuple(prompt), sampling, grammar is not None])
+        return Knowing(answers[tuple(prompt), sampling])
 
     return Drafting(drafting.engine, drafting.head, None, new_drafter)
 
