@@ -93,6 +93,12 @@ def feed(sequence: TokenSequence, tokens: Sequence[int]) -> Logits:
     return logits_TV
 
 
+def drafted(sequence: TokenSequence, token: int, steps: int) -> list[int]:
+    """The head's likeliest tokens, one after the other, after the sequence's next token."""
+    tree = Tree(token)
+    return [tree.nodes[tree.add(node, sequence.ask(tree, [node], 1)[0].tokens[0])].token for node in range(steps)]
+
+
 def text_states(target: Target, ids_BT: Tensor) -> Tensor:
     """The target's states [B, T, H] of texts of one length."""
     return torch.stack(TorchEngine(target).forward(ids_BT.tolist()))

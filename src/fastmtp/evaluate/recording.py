@@ -111,12 +111,6 @@ class Recorded:
         self.tokens = list(recording.prompt)
         self.missed = 0
 
-    def draft(self, token: int, steps: int) -> list[int]:
-        drafted: list[int] = []
-        while len(drafted) < steps:
-            drafted += self._said(drafted, 1).tokens
-        return drafted
-
     def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
         return [self._said([tree.nodes[one].token for one in tree.path(node)[1:]], width) for node in nodes]
 

@@ -9,15 +9,15 @@ Where sequences are decoded together, cost and rate are those of all of them: a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load
+from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load, Planning
 from fastmtp.decode.drafting.estimates import both_bin, head_bin, text_bin
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, RAREST_PROBE, Learned
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import Candidates, DraftingSequence
+from fastmtp.engines.protocol import Ask, Candidates
 from fastmtp.engines.tree import Tree
 
 # Candidates of the head after a node.
@@ -26,6 +26,8 @@ WIDTH = 4
 LEAST = 0.02
 # No draft is surer than this.
 SUREST = 0.995
+
+_Drafting = Generator[Ask, list[Candidates], list[float]]
 
 
 class Adaptive:
@@ -39,19 +41,20 @@ class Adaptive:
         self._lookup = Lookup()
         self._lookup.extend(prompt)
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         self._lookup.extend([token])
         self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
-        forward_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens + load.prefill)
-        tree, ask_ms = Tree(token), self._learned.ask_ms
+        self._ask_ms = self._learned.ask_ms(load.sequences)
+        forward_ms = self._learned.forward_ms(length, load.tokens + load.prefill)
+        tree = Tree(token)
         agreement = self._look_up(tree)
-        open_when_asked = self._draft(sequence, tree, agreement)
+        open_when_asked = yield from self._draft(tree, agreement, length + 1)
         chosen = self._worthwhile(tree, min(room, MAX_NODES), forward_ms)
         self._learn_worth(tree, open_when_asked, chosen, forward_ms)
         tree.select(chosen)
         # As if the others asked as often. Prompts are left out: the rate is that of decoding.
-        decoding_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens)[len(chosen)]
-        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * ask_ms
+        decoding_ms = self._learned.forward_ms(length, load.tokens)[len(chosen)]
+        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * self._ask_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -75,21 +78,21 @@ class Adaptive:
             node = tree.add(node, token, chance, text_bin(depth, agreement), from_text=True)
         return agreement
 
-    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+    def _draft(self, tree: Tree, agreement: int, position: int) -> _Drafting:
         """Ask the head what follows, a node at a time while that pays; returns `_open` of each node when asked."""
-        now, position, node = self._now, len(sequence.tokens) + 1, 0
+        now, node = self._now, 0
         width = DRAWN_AMONG if self._sampling.temperature > 0 else WIDTH
         found: list[float] = []
         # Threads share the count, so it may pass the round in which the head is due.
         probe = now.rounds_without_head + 1 >= now.probe_after
         while (depth := tree.nodes[node].depth) < MAX_DEPTH:
             open_ = _open(tree, node)
-            pays = open_ * now.worth[depth + 1].value > now.rate.value * self._learned.ask_ms
+            pays = open_ * now.worth[depth + 1].value > now.rate.value * self._ask_ms
             if not pays and (tree.asked or not probe):
                 break
             if not tree.asked:
                 now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
-            candidates = sequence.ask(tree, [node], width)[0]
+            (candidates,) = yield Ask(tree, [node], width)
             tree.asked.append(node)
             found.append(open_)
             self._add(tree, node, candidates, agreement, position + depth)
@@ -146,13 +149,14 @@ class Adaptive:
         for node, open_ in zip(reversed(tree.asked), reversed(open_when_asked), strict=True):
             self._now.worth[tree.nodes[node].depth + 1].learn(gains[node] / max(LEAST, open_))
             if node:
-                gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._learned.ask_ms
+                gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._ask_ms
 
 
 class FromText(Adaptive):
     """Trees from the text alone, without a head."""
 
-    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+    def _draft(self, tree: Tree, agreement: int, position: int) -> _Drafting:
+        yield from ()
         return []
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import DraftingSequence
+from fastmtp.engines.protocol import Ask, Candidates, DraftingSequence
 from fastmtp.engines.tree import Tree
 
 # At a temperature, a draft is drawn from so many of the head's likeliest tokens.
@@ -33,13 +33,18 @@ class Load:
 ALONE = Load()
 
 
+# Yields what it asks the head, is sent the candidates, and returns the tree: its caller may ask for several texts
+# in one call.
+Planning = Generator[Ask, list[Candidates], Tree]
+
+
 class Drafter(Protocol):
     """The drafts of one text. `depth` is the most that a round can accept."""
 
     depth: int
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
-        """A tree after `token`, the sequence's next one; at most `room` of its nodes are to be verified."""
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
+        """A tree after `length` tokens and then `token`; at most `room` of its nodes are to be verified."""
         ...
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -51,6 +56,17 @@ class Drafter(Protocol):
 NewDrafter = Callable[[Sequence[int], SamplingConfig], Drafter]
 
 
+def planned(planning: Planning, sequence: DraftingSequence) -> Tree:
+    """The tree, with what it asks asked of one sequence."""
+    try:
+        ask = next(planning)
+        while True:
+            ask = planning.send(sequence.ask(ask.tree, ask.nodes, ask.width))
+    except StopIteration as done:
+        tree: Tree = done.value
+        return tree
+
+
 class Chain:
     """K tokens in a row in every round (FastMTP)."""
 
@@ -58,26 +74,18 @@ class Chain:
         self.depth = steps
         self._sampling = sampling
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
-        steps = min(self.depth, room - 1)
-        if self._sampling.temperature == 0:
-            tree = Tree.chain([token, *(sequence.draft(token, steps) if steps else [])])
-        else:
-            tree = self._drawn(sequence, token, steps)
-        tree.asked = list(range(steps))
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
+        tree, width = Tree(token), DRAWN_AMONG if self._sampling.temperature > 0 else 1
+        for node in range(min(self.depth, room - 1)):
+            (found,) = yield Ask(tree, [node], width)
+            likely, _ = race(found.tokens, found.confidences, self._sampling, length + 1 + node)
+            tree.asked.append(node)
+            tree.add(node, likely[0])
+        tree.select(range(len(tree.nodes)))
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
         pass
-
-    def _drawn(self, sequence: DraftingSequence, token: int, steps: int) -> Tree:
-        tree, position = Tree(token), len(sequence.tokens) + 1
-        for node in range(steps):
-            found = sequence.ask(tree, [node], DRAWN_AMONG)[0]
-            likely, _ = race(found.tokens, found.confidences, self._sampling, position + node)
-            tree.add(node, likely[0])
-        tree.select(range(len(tree.nodes)))
-        return tree
 
 
 def chains(steps: int) -> NewDrafter:

@@ -59,7 +59,6 @@ class Learned:
             estimates: those that came with the head.
         """
         self._costs = costs
-        self.ask_ms = costs.ask_ms + PLANNING_MS
         self._known = estimates or Estimates()
         self.experiences: dict[tuple[SamplingConfig, int], Experience] = {}
         self._forward_ms: dict[tuple[int, int], list[float]] = {}
@@ -77,6 +76,10 @@ class Learned:
             while len(self.experiences) > MOST_EXPERIENCES:
                 self.experiences.pop(next(iter(self.experiences)), None)
         return self.experiences[way, sequences]
+
+    def ask_ms(self, sequences: int) -> float:
+        """Milliseconds that asking the head for a node takes, of each of so many sequences that ask together."""
+        return self._costs.ask(sequences) + PLANNING_MS
 
     def forward_ms(self, context: int, beside: int = 0) -> list[float]:
         """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""
