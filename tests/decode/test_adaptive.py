@@ -19,7 +19,7 @@ from fastmtp.decode.drafting.lookup import FOLLOWED, Lookup
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines import costs
-from fastmtp.engines.protocol import Candidates, Costs
+from fastmtp.engines.protocol import Ask, Candidates, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
@@ -84,12 +84,12 @@ def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
     chain = drafted(sequence, 7, steps)
     sequence, tree = engine.sequence(target, head), Tree(7)
     sequence.prefill(prompt)
-    (found,), likeliest = sequence.ask(tree, [0], 3), 0
+    (found,), likeliest = sequence.ask(Ask(tree, [0], 3)), 0
     along = [found.tokens[0]]
     for _ in range(steps - 1):
         # The likeliest token comes last among its siblings, so that slots and positions differ.
         siblings = [tree.add(likeliest, token) for token in found.tokens[::-1]]
-        found = sequence.ask(tree, siblings, 3)[-1]
+        found = sequence.ask(Ask(tree, siblings, 3))[-1]
         likeliest = siblings[-1]
         along.append(found.tokens[0])
         assert found.confidences == sorted(found.confidences, reverse=True)
@@ -125,8 +125,8 @@ class Told:
         self.tokens: list[int] = []
         self._text, self._right, self._confidence = text, right, confidence
 
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        return [self._said(tree.nodes[node].depth) for node in nodes]
+    def ask(self, ask: Ask) -> list[Candidates]:
+        return [self._said(ask.tree.nodes[node].depth) for node in ask.nodes]
 
     def _said(self, depth: int) -> Candidates:
         following = self._text[len(self.tokens) + depth + 1]

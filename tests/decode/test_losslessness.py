@@ -16,7 +16,7 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.protocol import Candidates, Costs, TokenSequence
+from fastmtp.engines.protocol import Ask, Candidates, Costs, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
@@ -130,7 +130,7 @@ def test_a_grown_draft_vocabulary(engine: Engine, target: Target) -> None:
         sequence.prefill(random_ids(30, seed=9))
         sequence.prefill(prompt)
         feed(sequence, said[:2])
-        candidates += sequence.ask(Tree(said[2]), [0], 5)
+        candidates += sequence.ask(Ask(Tree(said[2]), [0], 5))
     assert candidates[0].tokens == candidates[1].tokens
     assert candidates[0].confidences == pytest.approx(candidates[1].confidences, rel=1e-5)
 

@@ -20,7 +20,7 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines import protocol
-from fastmtp.engines.protocol import Costs, Head, TokenSequence
+from fastmtp.engines.protocol import Ask, Costs, Head, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.vocabulary.draft import DraftLists
@@ -161,7 +161,7 @@ CALLS: dict[str, Callable[[TokenSequence], object]] = {
     "verify": lambda sequence: sequence.verify(Tree(1)),
     "verify_greedy": lambda sequence: sequence.verify_greedy(Tree(1)),
     "commit": lambda sequence: sequence.commit([0]),
-    "ask": lambda sequence: sequence.ask(Tree(1), [0], 2),
+    "ask": lambda sequence: sequence.ask(Ask(Tree(1), [0], 2)),
     "reset": lambda sequence: sequence.reset(),
 }
 

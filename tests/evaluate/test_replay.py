@@ -14,7 +14,7 @@ from fastmtp.decode.drafting.estimates import Estimates
 from fastmtp.decode.drafting.learned import MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.protocol import Costs
+from fastmtp.engines.protocol import Ask, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.evaluate import recording, replay
@@ -128,7 +128,7 @@ def test_what_a_recording_lacks_is_never_right(recorded: tuple[Target, Recording
     """And it is counted."""
     _, one = recorded
     sequence, tree = Recorded(one), Tree(one.answer[0])
-    sequence.ask(tree, [0], 4)
-    (found,) = sequence.ask(tree, [tree.add(0, -5)], 4)
+    sequence.ask(Ask(tree, [0], 4))
+    (found,) = sequence.ask(Ask(tree, [tree.add(0, -5)], 4))
     assert sequence.missed == 1
     assert found.tokens == [-1]

@@ -133,7 +133,7 @@ def ask_task(sequence: TokenSequence, context: Sequence[int], steps: int = 4, wi
     def path() -> None:
         tree = Tree(context[0])
         for node in range(steps):
-            tree.add(node, sequence.ask(tree, [node], width)[0].tokens[0])
+            tree.add(node, sequence.ask(Ask(tree, [node], width))[0].tokens[0])
 
     def run() -> float:
         # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.

@@ -97,8 +97,8 @@ class DraftingSequence(Protocol):
         """The tokens so far, whose keys and values are cached."""
         ...
 
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        """The head's candidates to follow each of these nodes (see `Ask`)."""
+    def ask(self, ask: Ask) -> list[Candidates]:
+        """The head's candidates to follow each of the nodes."""
         ...
 
 

@@ -178,8 +178,11 @@ class TextSequence(Generic[States]):
                 states_TH = states_TH[rows]
             self._append(tree.tokens_of(path), states_TH)
 
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        return ask_together([self], [Ask(tree, nodes, width)], lambda _, asked: [self._runner.ask(asked[0])])[0]
+    def ask(self, ask: Ask) -> list[Candidates]:
+        with self._alone:
+            found = self._runner.ask(self._question(ask))
+            self._answered(ask)
+            return found
 
     def _run(self, tree: Tree) -> States:
         parents = None if tree.is_chain else tree.parents

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fastmtp.engines.protocol import Candidates, Logits, TokenSequence
+from fastmtp.engines.protocol import Ask, Candidates, Logits, TokenSequence
 from fastmtp.engines.tree import Tree
 
 # The first call for drafts includes the head's prefill, so it is measured apart, as `prompt`.
@@ -63,11 +63,11 @@ class MeasuredSequence:
     def commit(self, path: Sequence[int]) -> None:
         self._timed("keep", lambda: self._sequence.commit(path))
 
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
+    def ask(self, ask: Ask) -> list[Candidates]:
         part = "draft" if self._prompt_read else "prompt"
         self.draft_steps += self._prompt_read
         self._prompt_read = True
-        return self._timed(part, lambda: self._sequence.ask(tree, nodes, width))
+        return self._timed(part, lambda: self._sequence.ask(ask))
 
     def _timed(self, part: str, run: Callable[[], _T]) -> _T:
         started = time.perf_counter()

@@ -61,7 +61,7 @@ def planned(planning: Planning, sequence: DraftingSequence) -> Tree:
     try:
         ask = next(planning)
         while True:
-            ask = planning.send(sequence.ask(ask.tree, ask.nodes, ask.width))
+            ask = planning.send(sequence.ask(ask))
     except StopIteration as done:
         tree: Tree = done.value
         return tree

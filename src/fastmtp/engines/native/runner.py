@@ -56,7 +56,7 @@ class NativeRunner:
         return self._target.model.argmax(states_TH)
 
     def ask(self, question: Question[States]) -> list[Candidates]:
-        return ask_many([self], [question])[0]
+        return _candidates(self.head.ask([self.prepared(question)])[0])
 
     def prepared(self, question: Question[States]) -> _native.Question:
         """A question as the native head takes it: with room in the cache, and of a long input the last chunk."""
@@ -149,8 +149,7 @@ def forward_many(
 def ask_many(runners: Sequence[NativeRunner], questions: Sequence[Question[States]]) -> list[list[Candidates]]:
     """The candidates that each runner's question is about, all from one forward of the head."""
     asked = [runner.prepared(question) for runner, question in zip(runners, questions, strict=True)]
-    found = runners[0].head.ask(asked)
-    return [[Candidates(one.tokens, one.confidences) for one in own] for own in found]
+    return list(map(_candidates, runners[0].head.ask(asked)))
 
 
 def logits(target: NativeTarget, states_TH: States) -> Logits:
@@ -170,6 +169,10 @@ def reserve(cache: _native.Cache, tokens: int) -> None:
     if missing > 0:
         check_memory(missing * cache.page_bytes, f"a context of {tokens} tokens", "a shorter context")
         cache.reserve(tokens)
+
+
+def _candidates(found: list[_native.Candidates]) -> list[Candidates]:
+    return [Candidates(one.tokens, one.confidences) for one in found]
 
 
 def _chunks(total: int) -> Iterator[tuple[int, int]]:

@@ -80,7 +80,7 @@ class TorchEngine:
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
         """One after the other: each has a cache of its own, of another length."""
-        return [one.ask(ask.tree, ask.nodes, ask.width) for one, ask in zip(sequences, asks, strict=True)]
+        return [one.ask(ask) for one, ask in zip(sequences, asks, strict=True)]
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """All texts in one batch; padding on the right does not change the states before it."""
