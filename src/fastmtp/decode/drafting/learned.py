@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.estimates import Estimates
@@ -65,7 +66,7 @@ class Learned:
 
     def experience(self, sampling: SamplingConfig, sequences: int = 1) -> Experience:
         """Of a way to sample, by the number of sequences that decode together, which share the estimates."""
-        way = replace(sampling, seed=0, logit_bias=())
+        way = _way(sampling)
         if (way, sequences) not in self.experiences:
             alike = [one.estimates for (other, _), one in list(self.experiences.items()) if other == way]
             # The estimates of a head are of greedy answers; for drawn ones they would be too high.
@@ -91,3 +92,9 @@ class Learned:
                 self._costs.forward(count, step * CONTEXT_STEP) if count else 0.0 for count in counts
             ]
         return self._forward_ms[step, beside]
+
+
+@lru_cache(MOST_EXPERIENCES)
+def _way(sampling: SamplingConfig) -> SamplingConfig:
+    """What of it changes which drafts are accepted."""
+    return replace(sampling, seed=0, logit_bias=())

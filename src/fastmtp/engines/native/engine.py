@@ -15,7 +15,7 @@ import numpy as np
 from fastmtp import _native
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
-from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, logits
+from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, logits, parts
 from fastmtp.engines.native.target import NativeHead, NativeTarget
 from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
 from fastmtp.engines.sequence import TextSequence, ask_together, forward_together
@@ -64,7 +64,7 @@ class NativeEngine:
     ) -> list[Logits]:
         states_MH = self._rows_together(sequences, trees, rows)
         logits_MV = logits(self.target, states_MH) if len(states_MH) else states_MH
-        return np.split(logits_MV, np.cumsum([len(own) for own in rows])[:-1])
+        return parts(logits_MV, rows)
 
     def verify_together_greedy(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]

@@ -7,7 +7,8 @@ Shapes: T tokens, H hidden, D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,13 +144,19 @@ def forward_many(
         for own, given in zip(tokens, parents, strict=True):
             flat += range(-1, len(own) - 1) if given is None else given
     states_MH = forward(target, [runner.cache for runner in runners], list(starts), tokens, flat)
-    return np.split(states_MH, np.cumsum([len(own) for own in tokens])[:-1])
+    return parts(states_MH, tokens)
 
 
 def ask_many(runners: Sequence[NativeRunner], questions: Sequence[Question[States]]) -> list[list[Candidates]]:
     """The candidates that each runner's question is about, all from one forward of the head."""
     asked = [runner.prepared(question) for runner, question in zip(runners, questions, strict=True)]
     return list(map(_candidates, runners[0].head.ask(asked)))
+
+
+def parts(rows_M: NDArray[np.float32], like: Sequence[Sized]) -> list[NDArray[np.float32]]:
+    """An array divided into consecutive parts, as long as these; `np.split` takes ten times as long."""
+    ends = list(accumulate(map(len, like)))
+    return [rows_M[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def logits(target: NativeTarget, states_TH: States) -> Logits:
