@@ -31,19 +31,15 @@ GREEDY = SamplingConfig()
 def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every: int) -> TokenSequence:
     """A sequence that drafts what it is told to; its draft cache runs along as usual."""
     sequence = engine.sequence(target, MTPHead(target.model))
-    really = sequence.draft
+    really = sequence.ask
 
-    def draft(token: int, steps: int) -> list[int]:
-        assert len(really(token, steps)) == steps
-        place = len(sequence.tokens) + 1
-        drafted = [script[place + k] for k in range(steps)]
-        if wrong_every:
-            drafted = [
-                (token + 1) % 256 if (place + k) % wrong_every == 0 else token for k, token in enumerate(drafted)
-            ]
-        return drafted
+    def ask(asked: Ask) -> list[Candidates]:
+        assert len(really(asked)) == 1
+        place = len(sequence.tokens) + 1 + asked.tree.nodes[asked.nodes[0]].depth
+        wrong = wrong_every and place % wrong_every == 0
+        return [Candidates([(script[place] + 1) % 256 if wrong else script[place]], [1.0])]
 
-    sequence.draft = draft  # type: ignore[method-assign]
+    sequence.ask = ask  # type: ignore[method-assign]
     return sequence
 
 
