@@ -129,7 +129,7 @@ def test_record_replay_and_fit(model: Path, head: Path, tmp_path: Path, monkeypa
     """A benchmark's answers replayed; what is learned of them goes into the head, and changes no output."""
     # Timed costs of a tiny model on a busy machine can say that a tree costs less than a token.
     engine = type(open_engine(str(model)))
-    monkeypatch.setattr(engine, "costs", lambda *_: Costs({128: {1: 5.0, 8: 7.0, 16: 12.0}}, 0.2))
+    monkeypatch.setattr(engine, "costs", lambda *_: Costs({128: {1: 5.0, 8: 7.0, 16: 12.0}}, {1: 0.2}))
     own, suite, recorded = tmp_path / "head", tmp_path / "prompts.jsonl", tmp_path / "recorded.gz"
     shutil.copytree(head, own)
     suite.write_text('{"turns": ["one two one two", "three"]}\n{"turns": ["four five"]}\n')

@@ -14,7 +14,7 @@ from llguidance import LLMatcher
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive, FromText
 from fastmtp.decode.drafting.constrained import MOST_FORCED, only_allowed
-from fastmtp.decode.drafting.drafter import NewDrafter, chains
+from fastmtp.decode.drafting.drafter import NewDrafter, chains, planned
 from fastmtp.decode.drafting.learned import MAX_NODES, Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.grammar import _grammars, check_grammar, json_schema_grammar, open_grammar
@@ -38,7 +38,7 @@ SAMPLINGS = [
     SamplingConfig(temperature=1.2, top_k=5, min_p=0.05, repetition_penalty=1.3, presence_penalty=0.5, seed=8),
     SamplingConfig(frequency_penalty=1.5, logit_bias=((12, 9.0), (69, 4.0))),
 ]
-COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, 0.01)
+COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, {1: 0.01})
 DRAFTERS: dict[str, Callable[[], NewDrafter]] = {
     "trees": lambda: partial(Adaptive, Learned(COSTS)),
     "text": lambda: partial(FromText, Learned(COSTS)),
@@ -132,7 +132,8 @@ def test_forced_tokens_cost_no_question(llama: Target, way: str) -> None:
     assert all(one.planned.levels == 0 for one in rounds if one.planned)
     grammar = open_grammar(llama, f'start: "{text}"')
     grammar.accept(llama.encode("N"))
-    assert len(DRAFTERS[way]()([1], GREEDY, grammar).propose(sequence, 45, 7).verified) == 7
+    planning = DRAFTERS[way]()([1], GREEDY, grammar).propose(0, 45, 7)
+    assert len(planned(planning, sequence).verified) == 7
 
 
 def test_the_text_is_drafted_after_what_is_forced(llama: Target) -> None:
@@ -141,7 +142,7 @@ def test_the_text_is_drafted_after_what_is_forced(llama: Target) -> None:
     a, *rest = llama.encode("abcdef!")
     grammar.accept([a])
     drafter = FromText(Learned(COSTS), llama.encode("abcdefghijk, "), GREEDY, grammar)
-    tree = drafter.propose(Engine().sequence(llama), a, 99)
+    tree = planned(drafter.propose(0, a, 99), Engine().sequence(llama))
     sources = ["grammar", "grammar", "text", "grammar", "text", "grammar", "grammar"]
     assert [(node.token, node.source) for node in tree.nodes[1:]] == list(zip([*rest, 257], sources, strict=True))
     assert tree.forced == 2

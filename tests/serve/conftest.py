@@ -13,12 +13,12 @@ import pytest
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive
-from fastmtp.decode.drafting.drafter import ALONE, Load
+from fastmtp.decode.drafting.drafter import ALONE, Load, Planning
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.grammar import open_grammar
 from fastmtp.decode.plain import plain
-from fastmtp.engines.protocol import Costs, DraftingSequence, Engine, Head
+from fastmtp.engines.protocol import Costs, Engine, Head
 from fastmtp.engines.tree import Tree
 from fastmtp.serve.requests import Finish, Request, Token
 from fastmtp.serve.scheduler import Answer, Scheduler
@@ -29,7 +29,7 @@ from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
 # Forwards that cost the same up to 8 tokens, so that trees are large, and little more beyond.
-COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, 0.01)
+COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, {1: 0.01})
 
 
 _ALONE: dict[tuple[Any, ...], list[int]] = {}
@@ -115,7 +115,7 @@ class Knowing:
     def __init__(self, answer: Sequence[int]) -> None:
         self._answer, self._known, self._dice = answer, 0, Random(len(answer))
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         tree, dice = Tree(token), self._dice
         self._known += 1
         path = self._answer[self._known : self._known + dice.randrange(self.depth + 1)]
@@ -127,6 +127,7 @@ class Knowing:
                 break
             node = tree.add(node, right)
         tree.select(range(min(room, len(tree.nodes))))
+        yield from ()
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:

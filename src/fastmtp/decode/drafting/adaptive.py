@@ -10,17 +10,17 @@ Tokens that a grammar forces come first, and are treated as those of a prompt: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, is_allowed, only_allowed
-from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load
+from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load, Planning
 from fastmtp.decode.drafting.estimates import both_bin, head_bin, text_bin
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, RAREST_PROBE, Learned
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import Candidates, DraftingSequence
+from fastmtp.engines.protocol import Ask, Candidates
 from fastmtp.engines.tree import Tree
 
 # Candidates of the head after a node.
@@ -31,6 +31,8 @@ LEAST = 0.02
 SUREST = 0.995
 # What a grammar forces after a less likely node is not looked for.
 FOLLOWED = 0.1
+
+_Drafting = Generator[Ask, list[Candidates], list[float]]
 
 
 class Adaptive:
@@ -45,21 +47,22 @@ class Adaptive:
         self._lookup = Lookup()
         self._lookup.extend(prompt)
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         self._lookup.extend([token])
         self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
-        tree, ask_ms = Tree(token), self._learned.ask_ms
+        self._ask_ms = self._learned.ask_ms(load.sequences)
+        tree = Tree(token)
         self._begin(tree, room)
-        forward_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens + load.prefill + tree.forced)
+        forward_ms = self._learned.forward_ms(length, load.tokens + load.prefill + tree.forced)
         agreement = self._look_up(tree)
         # The head could follow forced tokens only one by one.
-        open_when_asked = [] if tree.forced else self._draft(sequence, tree, agreement)
+        open_when_asked = [] if tree.forced else (yield from self._draft(tree, agreement, length + 1))
         chosen = self._worthwhile(tree, min(room, MAX_NODES + tree.forced), forward_ms)
         self._learn_worth(tree, open_when_asked, chosen, forward_ms)
         tree.select(chosen)
         # As if the others asked as often. Prompts and forced tokens are left out: the rate is that of decoding.
-        decoding_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens)[len(chosen) - tree.forced]
-        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * ask_ms
+        decoding_ms = self._learned.forward_ms(length, load.tokens)[len(chosen) - tree.forced]
+        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * self._ask_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -100,21 +103,21 @@ class Adaptive:
         if self._grammar is not None and tree.nodes[node].estimate >= FOLLOWED:
             add_forced(tree, node, self._grammar, MAX_DEPTH + tree.forced - tree.nodes[node].depth)
 
-    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+    def _draft(self, tree: Tree, agreement: int, position: int) -> _Drafting:
         """Ask the head what follows, a node at a time while that pays; returns `_open` of each node when asked."""
-        now, position, node = self._now, len(sequence.tokens) + 1, 0
+        now, node = self._now, 0
         width = DRAWN_AMONG if self._sampling.temperature > 0 or self._grammar is not None else WIDTH
         found: list[float] = []
         # Threads share the count, so it may pass the round in which the head is due.
         probe = now.rounds_without_head + 1 >= now.probe_after
         while (depth := tree.nodes[node].depth) < MAX_DEPTH:
             open_ = _open(tree, node)
-            pays = open_ * now.worth[depth + 1].value > now.rate.value * self._learned.ask_ms
+            pays = open_ * now.worth[depth + 1].value > now.rate.value * self._ask_ms
             if not pays and (tree.asked or not probe):
                 break
             if not tree.asked:
                 now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
-            candidates = sequence.ask(tree, [node], width)[0]
+            (candidates,) = yield Ask(tree, [node], width)
             tree.asked.append(node)
             found.append(open_)
             self._add(tree, node, candidates, agreement, position + depth)
@@ -173,13 +176,14 @@ class Adaptive:
         for node, open_ in zip(reversed(tree.asked), reversed(open_when_asked), strict=True):
             self._now.worth[tree.nodes[node].depth + 1].learn(gains[node] / max(LEAST, open_))
             if node:
-                gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._learned.ask_ms
+                gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._ask_ms
 
 
 class FromText(Adaptive):
     """Trees from the text alone, without a head."""
 
-    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+    def _draft(self, tree: Tree, agreement: int, position: int) -> _Drafting:
+        yield from ()
         return []
 
 
