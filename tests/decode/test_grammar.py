@@ -17,10 +17,10 @@ from fastmtp.decode.drafting.constrained import MOST_FORCED, only_allowed
 from fastmtp.decode.drafting.drafter import NewDrafter, chains, planned
 from fastmtp.decode.drafting.learned import MAX_NODES, Learned
 from fastmtp.decode.generation import Generation
-from fastmtp.decode.grammar import _grammars, check_grammar, json_schema_grammar, open_grammar
+from fastmtp.decode.grammar import Tokens, _grammars, check_grammar, json_schema_grammar, open_grammar
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.protocol import Candidates, Costs, TokenSequence
+from fastmtp.engines.protocol import Ask, Candidates, Costs, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
@@ -47,8 +47,10 @@ DRAFTERS: dict[str, Callable[[], NewDrafter]] = {
 }
 
 
-def tokens_in(allowed: int) -> set[int]:
-    return {token for token in range(allowed.bit_length()) if allowed >> token & 1}
+def tokens_in(allowed: Tokens) -> set[int]:
+    found = {token for token in range(300) if token in allowed}
+    assert (allowed.count, allowed.only) == (len(found), min(found) if len(found) == 1 else None)
+    return found
 
 
 @pytest.mark.parametrize("name", GRAMMARS)
@@ -136,15 +138,39 @@ def test_forced_tokens_cost_no_question(llama: Target, way: str) -> None:
     assert len(planned(planning, sequence).verified) == 7
 
 
+class Saying:
+    """A head that always says the same."""
+
+    def __init__(self, said: Candidates) -> None:
+        self._said, self.asked = said, list[list[int]]()
+
+    def ask(self, ask: Ask) -> list[Candidates]:
+        self.asked.append(list(ask.nodes))
+        return [self._said for _ in ask.nodes]
+
+
+def test_the_head_is_asked_after_what_is_forced(llama: Target) -> None:
+    """It follows the forced tokens first; what is forced after its candidates comes with them."""
+    grammar, (a, b, c, x, y) = open_grammar(llama, 'start: "abc" ("x" "y" /[a-z]/ | "z")'), llama.encode("abcxy")
+    grammar.accept([a])
+    sequence = Saying(Candidates([x, y], [0.6, 0.3]))
+    tree = planned(Adaptive(Learned(COSTS), [], GREEDY, grammar).propose(5, a, 99), sequence)
+    assert sequence.asked[:3] == [[0], [1], [2]]
+    assert [node.token for node in tree.nodes[1:5]] == [b, c, x, y]
+    assert [node.source for node in tree.nodes[1:5]] == ["grammar", "grammar", "head", "grammar"]
+    assert tree.forced == 2
+    assert {1, 2, 3, 4} <= set(tree.verified)
+
+
 def test_the_text_is_drafted_after_what_is_forced(llama: Target) -> None:
     """And what is forced after that, up to the first token that the grammar forbids."""
     grammar = open_grammar(llama, 'start: "abc" ("de" | "xy") /[fz]/ "!"')
-    a, *rest = llama.encode("abcdef!")
+    a, *rest = llama.encode("abcdef")
     grammar.accept([a])
     drafter = FromText(Learned(COSTS), llama.encode("abcdefghijk, "), GREEDY, grammar)
     tree = planned(drafter.propose(0, a, 99), Engine().sequence(llama))
-    sources = ["grammar", "grammar", "text", "grammar", "text", "grammar", "grammar"]
-    assert [(node.token, node.source) for node in tree.nodes[1:]] == list(zip([*rest, 257], sources, strict=True))
+    sources = ["grammar", "grammar", "text", "grammar", "text"]
+    assert [(node.token, node.source) for node in tree.nodes[1:]] == list(zip(rest, sources, strict=True))
     assert tree.forced == 2
     assert len(tree.verified) <= MAX_NODES + tree.forced
 
