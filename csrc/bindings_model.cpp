@@ -9,6 +9,8 @@ namespace fastmtp {
 namespace {
 
 using Parts = std::vector<std::pair<const Matrix*, Input>>;
+// Drafter, parents, tokens, start, states before the tokens, rows, width: see Question.
+using Asked = std::tuple<Drafter*, Numbers, Numbers, int, std::optional<Input>, Parts, int>;
 
 void check_segment(const Stack& stack, const Cache* cache, int start, size_t count) {
   require(cache, "a cache is None");
@@ -24,8 +26,6 @@ void check_tokens(const int32_t* tokens, size_t count, const Model& model) {
 
 // At most a page, so that attention finds the nodes in two pages.
 void check_tree_size(size_t nodes) { require(nodes <= kPageTokens, "a tree has at most 256 tokens"); }
-
-void check_width(int width) { require(width >= 1, "width must be 1 or more"); }
 
 template <class Array>
 auto* states_of(const Array& array, const char* name, size_t tokens, const Stack& stack) {
@@ -82,13 +82,6 @@ DraftRows rows_of(const Stack& stack, const Parts& parts) {
   return rows;
 }
 
-// The states before a draft's tokens.
-const float* check_draft(const Drafter& drafter, int start, const Numbers& tokens, const Input& before) {
-  check_segment(drafter.head.stack, &drafter.cache, start, tokens.size());
-  check_tokens(tokens.data(), tokens.size(), drafter.head.model);
-  return states_of(before, "states", tokens.size(), drafter.head.stack);
-}
-
 void commit(Cache& cache, int start, const Numbers& slots) {
   require(start >= 0, "start must be 0 or more");
   for (size_t i = 0; i < slots.size(); i++)
@@ -128,35 +121,43 @@ void head_forward(const Head& head, Cache& cache, int start, const Numbers& toke
   check_tokens(tokens.data(), tokens.size(), head.model);
   const float* from = states_of(before, "the states before", tokens.size(), head.stack);
   float* to = states_of(after, "the states after", tokens.size(), head.stack);
-  head.forward({&cache, start, int(tokens.size())}, tokens.data(), from, to);
+  std::vector<const float*> rows;
+  for (size_t m = 0; m < tokens.size(); m++) rows.push_back(from + m * head.stack.hidden);
+  head.forward({{&cache, start, int(tokens.size())}}, tokens, rows, to);
 }
 
-Numbers chain(Drafter& drafter, int start, const Numbers& tokens, const Input& before, const Parts& parts, int steps) {
-  const DraftRows rows = rows_of(drafter.head.stack, parts);
-  for (const DraftPart& part : rows) check_tokens(part.ids, part.count, drafter.head.model);
-  const float* states = check_draft(drafter, start, tokens, before);
-  require(steps >= 1, "steps must be 1 or more");
-  return drafter.chain(start, tokens, states, rows, steps);
+void check_begin(const Question& question, const Stack& stack) {
+  check_segment(stack, &question.drafter->cache, question.start, question.tokens.size());
 }
 
-std::vector<Candidates> start_tree(Drafter& drafter, int start, const Numbers& tokens, const Input& before,
-                                   const Parts& parts, int width) {
-  const DraftRows rows = rows_of(drafter.head.stack, parts);
-  const float* states = check_draft(drafter, start, tokens, before);
-  check_width(width);
-  return drafter.start(start, tokens, states, rows, width);
+void check_nodes(const Question& question) {
+  require(question.parents.size() == question.tokens.size(), "each new node needs a parent and a token");
+  check_tree_size(question.drafter->nodes() + question.tokens.size());
+  for (const int32_t parent : question.parents)
+    require(parent >= 0 && parent < question.drafter->nodes(), "a parent is a node of an earlier call");
 }
 
-std::vector<Candidates> extend_tree(Drafter& drafter, const Numbers& parents, const Numbers& tokens, const Parts& parts,
-                                    int width) {
-  const DraftRows rows = rows_of(drafter.head.stack, parts);
-  check_tokens(tokens.data(), tokens.size(), drafter.head.model);
-  require(!tokens.empty() && parents.size() == tokens.size(), "each new node needs a parent and a token");
-  check_tree_size(drafter.nodes() + tokens.size());
-  for (const int32_t parent : parents)
-    require(parent >= 0 && parent < drafter.nodes(), "a parent is a node of an earlier call");
-  check_width(width);
-  return drafter.extend(parents, tokens, rows, width);
+std::vector<std::vector<Candidates>> ask_head(const Head& head, const std::vector<Asked>& asked) {
+  require(!asked.empty(), "nothing is asked");
+  std::vector<Question> questions;
+  for (const auto& [drafter, parents, tokens, start, before, parts, width] : asked) {
+    require(drafter && &drafter->head == &head, "a drafter is None, or of another head");
+    for (const Question& other : questions) require(other.drafter != drafter, "a drafter is asked twice");
+    require(!tokens.empty(), "a question needs tokens");
+    check_tokens(tokens.data(), tokens.size(), head.model);
+    require(width >= 1, "width must be 1 or more");
+    questions.push_back({drafter, parents, tokens, start, nullptr, rows_of(head.stack, parts), width});
+    require(questions.back().rows[0].matrix->type() == questions[0].rows[0].matrix->type(),
+            "the rows of all questions must be of one type");
+    if (before) {
+      require(parents.empty(), "states are given where a tree begins, and parents where it goes on");
+      check_begin(questions.back(), head.stack);
+      questions.back().before = states_of(*before, "states", tokens.size(), head.stack);
+    } else {
+      check_nodes(questions.back());
+    }
+  }
+  return ask(head, questions);
 }
 
 }  // namespace
@@ -186,7 +187,8 @@ void bind_model(nb::module_& m) {
       .def(nb::init<const Model&, const UniformStack&, const Projection&>(), "model"_a, "stack"_a, "projection"_a,
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("new_cache", [](const Head& head) { return head.stack.new_cache(); })
-      .def("forward", &head_forward, "cache"_a, "start"_a, "tokens"_a, "before"_a, "after"_a.noconvert(), WithoutGil());
+      .def("forward", &head_forward, "cache"_a, "start"_a, "tokens"_a, "before"_a, "after"_a.noconvert(), WithoutGil())
+      .def("ask", &ask_head, "questions"_a, WithoutGil());
 
   nb::class_<Candidates>(m, "Candidates")
       .def_ro("tokens", &Candidates::tokens)
@@ -198,10 +200,7 @@ void bind_model(nb::module_& m) {
              check_segment(head.stack, &cache, 0, 1);
              new (self) Drafter(head, cache);
            },
-           "head"_a, "cache"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-      .def("chain", &chain, "start"_a, "tokens"_a, "before"_a, "rows"_a, "steps"_a, WithoutGil())
-      .def("start", &start_tree, "start"_a, "tokens"_a, "before"_a, "rows"_a, "width"_a, WithoutGil())
-      .def("extend", &extend_tree, "parents"_a, "tokens"_a, "rows"_a, "width"_a, WithoutGil());
+           "head"_a, "cache"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
 }
 
 }  // namespace fastmtp

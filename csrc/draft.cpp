@@ -3,30 +3,46 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace fastmtp {
 namespace {
 
 constexpr float kUsed = -std::numeric_limits<float>::infinity();
 
-// Calls work(row, its logits) for each of `count` states. Logits lie part by part, each with its stride.
-template <class Work>
-void with_logits(Runtime& runtime, const DraftRows& rows, const float* states, int count, Work work) {
-  int stride = 0;
-  for (const DraftPart& part : rows) stride += stride_of(*part.matrix);
-  const int hidden = rows[0].matrix->inputs();
-  float* logits = runtime.logits.reserve(size_t(count) * stride);
-  runtime.reserve_operand(count, hidden);
-  runtime.run([&](Team team) {
-    // All parts are of one type and width, so a state is converted once.
-    team.each(count, [&](int m) { runtime.convert(*rows[0].matrix, states + size_t(m) * hidden, m); });
-    float* out = logits;
-    for (const DraftPart& part : rows) {
-      runtime.matmul(team, *part.matrix, count, out, stride);
-      out += stride_of(*part.matrix);
+// A node whose draft vocabulary is to be scored.
+struct Scored {
+  const Question* question;
+  const float* state;
+  Candidates* found;
+};
+
+// The logits of consecutive nodes for a part of their draft vocabularies.
+struct Product {
+  DraftPart part;
+  int first, rows, column;
+};
+
+int columns_of(const DraftRows& rows) {
+  int columns = 0;
+  for (const DraftPart& part : rows) columns += stride_of(part.count);
+  return columns;
+}
+
+std::vector<Product> products_of(const std::vector<Scored>& nodes) {
+  std::vector<Product> products;
+  for (int m = 0; m < int(nodes.size()); m++) {
+    int column = 0;
+    for (const DraftPart& part : nodes[m].question->rows) {
+      const auto before = std::find_if(products.begin(), products.end(), [&](const Product& product) {
+        return product.part.matrix == part.matrix && product.part.count == part.count && product.column == column &&
+               product.first + product.rows == m;
+      });
+      before == products.end() ? products.push_back({part, m, 1, column}) : void(before->rows++);
+      column += stride_of(part.count);
     }
-    team.each(count, [&](int m) { work(m, logits + size_t(m) * stride); });
-  });
+  }
+  return products;
 }
 
 // The largest logit; of equal ones the first.
@@ -40,7 +56,7 @@ Best best_of(const Kernels& kernels, const DraftRows& rows, float* logits) {
   for (const DraftPart& part : rows) {
     const int index = kernels.argmax(logits, part.count);
     if (!best.logit || logits[index] > *best.logit) best = {logits + index, part.ids[index]};
-    logits += stride_of(*part.matrix);
+    logits += stride_of(part.count);
   }
   return best;
 }
@@ -51,7 +67,7 @@ void find_candidates(const Kernels& kernels, const DraftRows& rows, float* logit
   float total = 0, *part_logits = logits;
   for (const DraftPart& part : rows) {
     total += kernels.sum_exponentials(part_logits, part.count, top);
-    part_logits += stride_of(*part.matrix);
+    part_logits += stride_of(part.count);
   }
   while (*best.logit != kUsed) {
     if (std::find(found.tokens.begin(), found.tokens.end(), best.token) == found.tokens.end()) {
@@ -64,72 +80,80 @@ void find_candidates(const Kernels& kernels, const DraftRows& rows, float* logit
   }
 }
 
+// Fills the candidates of all nodes.
+void score(Runtime& runtime, std::vector<Scored>& nodes) {
+  // Nodes that share their first part are put together, so that its weights are read once.
+  std::stable_sort(nodes.begin(), nodes.end(), [](const Scored& a, const Scored& b) {
+    return std::less<const Matrix*>()(a.question->rows[0].matrix, b.question->rows[0].matrix);
+  });
+  int stride = 0;
+  for (const Scored& node : nodes) stride = std::max(stride, columns_of(node.question->rows));
+  const std::vector<Product> products = products_of(nodes);
+  // All matrices are of one type and width, so a state is converted once.
+  const Matrix& any = *products[0].part.matrix;
+  float* logits = runtime.logits.reserve(nodes.size() * stride);
+  runtime.reserve_operand(int(nodes.size()), any.inputs());
+  runtime.run([&](Team team) {
+    team.each(int(nodes.size()), [&](int m) { runtime.convert(any, nodes[m].state, m); });
+    for (const auto& [part, first, rows, column] : products)
+      runtime.matmul(team, *part.matrix, part.count, first, rows, logits + size_t(first) * stride + column, stride);
+    team.each(int(nodes.size()), [&](int m) {
+      const Question& question = *nodes[m].question;
+      find_candidates(runtime.kernels, question.rows, logits + size_t(m) * stride, question.width, *nodes[m].found);
+    });
+  });
+}
+
 }  // namespace
 
-std::vector<int32_t> Drafter::chain(int start, const std::vector<int32_t>& tokens, const float* before,
-                                    const DraftRows& rows, int steps) {
+std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Question>& questions) {
   const size_t hidden = head.stack.hidden;
   const std::lock_guard lock(head.model.runtime.busy);
-  std::vector<float> states(tokens.size() * hidden), last(hidden);
-  std::vector<int32_t> drafted(steps);
-  Segment segment{&cache, start, int(tokens.size())};
-  head.forward(segment, tokens.data(), before, states.data());
-  for (int step = 0; true; step++) {
-    std::copy(states.end() - hidden, states.end(), last.begin());
-    with_logits(head.model.runtime, rows, last.data(), 1, [&](int, float* logits) {
-      drafted[step] = best_of(head.model.runtime.kernels, rows, logits).token;
-    });
-    if (step + 1 == steps) return drafted;
-    segment = {&cache, segment.start + segment.count, 1};
-    states.resize(hidden);
-    head.forward(segment, &drafted[step], last.data(), states.data());
+  std::vector<Segment> segments;
+  std::list<Tree> trees;
+  std::vector<int32_t> tokens;
+  std::vector<const float*> before;
+  for (const auto& [drafter, parents, own, start, states, rows, width] : questions) {
+    segments.push_back({&drafter->cache, parents.empty() ? start : drafter->base_ + drafter->nodes(), int(own.size())});
+    tokens.insert(tokens.end(), own.begin(), own.end());
+    for (size_t i = 0; i < own.size(); i++)
+      before.push_back(parents.empty() ? states + i * hidden : drafter->states_.data() + parents[i] * hidden);
+    if (parents.empty()) continue;
+    std::vector<int32_t> all = drafter->parents_;
+    all.insert(all.end(), parents.begin(), parents.end());
+    trees.emplace_back(drafter->base_, all);
+    if (!trees.back().is_chain()) segments.back().tree = &trees.back();
   }
-}
+  std::vector<float> after(tokens.size() * hidden);
+  head.forward(segments, tokens, before, after.data());
 
-std::vector<Candidates> Drafter::start(int start, const std::vector<int32_t>& tokens, const float* before,
-                                       const DraftRows& rows, int width) {
-  const size_t hidden = head.stack.hidden, count = tokens.size();
-  const std::lock_guard lock(head.model.runtime.busy);
-  std::vector<float> states(count * hidden);
-  head.forward({&cache, start, int(count)}, tokens.data(), before, states.data());
-  base_ = start + int(count) - 1;
-  parents_.clear();
-  states_.clear();
-  return add_nodes({-1}, states.data() + (count - 1) * hidden, rows, width);
-}
-
-std::vector<Candidates> Drafter::extend(const std::vector<int32_t>& parents, const std::vector<int32_t>& tokens,
-                                        const DraftRows& rows, int width) {
-  const size_t hidden = head.stack.hidden, count = parents.size();
-  const std::lock_guard lock(head.model.runtime.busy);
-  std::vector<float> before(count * hidden), states(count * hidden);
-  for (size_t m = 0; m < count; m++)
-    std::copy_n(states_.begin() + parents[m] * hidden, hidden, before.begin() + m * hidden);
-  std::vector<int32_t> all = parents_;
-  all.insert(all.end(), parents.begin(), parents.end());
-  const Tree tree(base_, all);
-  const Segment segment{&cache, base_ + nodes(), int(count), tree.is_chain() ? nullptr : &tree};
-  head.forward(segment, tokens.data(), before.data(), states.data());
-  return add_nodes(parents, states.data(), rows, width);
-}
-
-std::vector<Candidates> Drafter::add_nodes(const std::vector<int32_t>& parents, const float* states,
-                                           const DraftRows& rows, int width) {
-  const int count = int(parents.size());
-  parents_.insert(parents_.end(), parents.begin(), parents.end());
-  states_.insert(states_.end(), states, states + count * size_t(head.stack.hidden));
-  int size = 0;
-  for (const DraftPart& part : rows) size += part.count;
-  // Room for all of them now: a thread of a team cannot throw.
-  std::vector<Candidates> candidates(count);
-  for (Candidates& one : candidates) {
-    one.tokens.reserve(std::min(width, size));
-    one.confidences.reserve(std::min(width, size));
+  std::vector<std::vector<Candidates>> found;
+  std::vector<Scored> nodes;
+  const float* next = after.data();
+  for (const Question& question : questions) {
+    Drafter& drafter = *question.drafter;
+    const float* end = next + question.tokens.size() * hidden;
+    if (question.parents.empty()) {
+      drafter.base_ = question.start + int(question.tokens.size()) - 1;
+      drafter.parents_ = {-1};
+      drafter.states_.clear();
+      next = end - hidden;
+    }
+    drafter.parents_.insert(drafter.parents_.end(), question.parents.begin(), question.parents.end());
+    drafter.states_.insert(drafter.states_.end(), next, end);
+    int size = 0;
+    for (const DraftPart& part : question.rows) size += part.count;
+    found.emplace_back((end - next) / hidden);
+    for (Candidates& one : found.back()) {
+      // Room for all of them now: a thread of a team cannot throw.
+      one.tokens.reserve(std::min(question.width, size));
+      one.confidences.reserve(std::min(question.width, size));
+      nodes.push_back({&question, next, &one});
+      next += hidden;
+    }
   }
-  with_logits(head.model.runtime, rows, states, count, [&](int m, float* logits) {
-    find_candidates(head.model.runtime.kernels, rows, logits, width, candidates[m]);
-  });
-  return candidates;
+  score(head.model.runtime, nodes);
+  return found;
 }
 
 }  // namespace fastmtp

@@ -1,6 +1,7 @@
-// Drafting with the MTP head: greedy chains, and trees that grow by one level in a call.
+// Drafting with the MTP head: trees that grow by one level in a call, those of several sequences in one.
 #pragma once
 
+#include <list>
 #include <vector>
 
 #include "head.hpp"
@@ -23,7 +24,20 @@ struct Candidates {
   std::vector<float> confidences;
 };
 
-// Drafts into one cache, after the sequence that it holds.
+class Drafter;
+
+// What a drafter adds to its tree: nodes after nodes of earlier calls. Without `parents` it begins a tree: the tokens,
+// which follow the states `before`, are the sequence's from slot `start` on, and the last one becomes node 0.
+struct Question {
+  Drafter* drafter;
+  std::vector<int32_t> parents, tokens;
+  int start;
+  const float* before;
+  DraftRows rows;
+  int width;  // candidates to follow each new node; there are fewer if the rows are fewer
+};
+
+// The tree of one sequence, in its cache after the tokens that it holds.
 class Drafter {
  public:
   // Holds references.
@@ -33,28 +47,17 @@ class Drafter {
   Cache& cache;
   int nodes() const { return int(parents_.size()); }
 
-  // A greedy chain: the head's forward over the tokens, which follow the states `before`; the row that scores highest
-  // (of equal ones the first); then `steps` - 1 times a forward over the token drafted last.
-  std::vector<int32_t> chain(int start, const std::vector<int32_t>& tokens, const float* before, const DraftRows& rows,
-                             int steps);
-
-  // A tree, level by level. Both return `width` candidates to follow each new node, or fewer if the rows are fewer.
-
-  // The head's forward over the tokens, the last of which becomes node 0.
-  std::vector<Candidates> start(int start, const std::vector<int32_t>& tokens, const float* before,
-                                const DraftRows& rows, int width);
-  // Adds nodes, each after a node of an earlier call.
-  std::vector<Candidates> extend(const std::vector<int32_t>& parents, const std::vector<int32_t>& tokens,
-                                 const DraftRows& rows, int width);
-
  private:
-  std::vector<Candidates> add_nodes(const std::vector<int32_t>& parents, const float* states, const DraftRows& rows,
-                                    int width);
+  friend std::vector<std::vector<Candidates>> ask(const Head&, const std::vector<Question>&);
 
-  // Of the tree: the slot of node 0, the parents of all nodes and their states [nodes, H].
+  // The slot of node 0, the parents of all nodes and their states [nodes, H].
   int base_ = 0;
   std::vector<int32_t> parents_;
   std::vector<float> states_;
 };
+
+// One forward of the head for different drafters; by question, the candidates to follow each new node. They have the
+// same bits whichever questions are asked together. Rows of one matrix are scored in one product.
+std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Question>& questions);
 
 }  // namespace fastmtp

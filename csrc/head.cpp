@@ -11,11 +11,11 @@ Head::Head(const Model& model, const Stack& stack, const Projection& projection)
     throw std::invalid_argument("the head's stack and projection must have the model's hidden size");
 }
 
-void Head::forward(const Segment& segment, const int32_t* tokens, const float* before, float* after) const {
+void Head::forward(const std::vector<Segment>& segments, const std::vector<int32_t>& tokens,
+                   const std::vector<const float*>& before, float* after) const {
   Runtime& runtime = model.runtime;
   const std::lock_guard lock(runtime.busy);
   const int hidden = stack.hidden;
-  const std::vector<Segment> segments{segment};
   const Pass pass(runtime, stack, segments);
   runtime.reserve_operand(pass.rows(), 2 * hidden);
   runtime.run([&](Team team) {
@@ -23,7 +23,7 @@ void Head::forward(const Segment& segment, const int32_t* tokens, const float* b
       float* joined = runtime.own_row(team);
       model.embed(tokens[m], joined);
       runtime.norm(joined, projection.token_norm, stack.epsilon, joined + hidden);
-      runtime.norm(before + size_t(m) * hidden, projection.hidden_norm, stack.epsilon, joined);
+      runtime.norm(before[m], projection.hidden_norm, stack.epsilon, joined);
       runtime.convert(projection.matrix, joined, m);
     });
     runtime.matmul(team, projection.matrix, pass.rows(), pass.branch(0), pass.stride());

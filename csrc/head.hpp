@@ -17,9 +17,10 @@ class Head {
   // Holds references. Throws std::invalid_argument if the parts do not fit together.
   Head(const Model& model, const Stack& stack, const Projection& projection);
 
-  // Fills `after`, the states [M, H] after the head's final norm, from the states before and the tokens that follow
-  // them. Takes the runtime until it returns, and throws std::bad_alloc before it writes anything.
-  void forward(const Segment& segment, const int32_t* tokens, const float* before, float* after) const;
+  // Fills `after`, the states [M, H] after the head's final norm, from the state [H] before each of M tokens. Takes the
+  // runtime until it returns, and throws std::bad_alloc before it writes anything.
+  void forward(const std::vector<Segment>& segments, const std::vector<int32_t>& tokens,
+               const std::vector<const float*>& before, float* after) const;
 
   const Model& model;
   const Stack& stack;

@@ -14,10 +14,11 @@ double seconds_of(Work work) {
 
 }  // namespace
 
-void Runtime::matmul(Team& team, const Matrix& matrix, int rows, float* out, int stride) {
+void Runtime::matmul(Team& team, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride) {
+  const Operand from = operand(matrix).from(matrix.type(), first);
   const double seconds = seconds_of([&] {
-    team.split(matrix.blocks(), [&](int begin, int end) {
-      kernels.matmul(matrix.view(), operand(matrix), rows, begin, end, out, stride);
+    team.split(round_up(outputs, kLanes) / kLanes, [&](int begin, int end) {
+      kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
     });
   });
   if (team.id == 0) matmul_seconds += seconds;

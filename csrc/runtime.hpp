@@ -85,8 +85,12 @@ class Runtime {
     kernels.norm(row, gains.data(), int(gains.size()), epsilon, out);
   }
 
-  // out[m * stride + n] for all rows of the operand, by the whole team.
-  void matmul(Team& team, const Matrix& matrix, int rows, float* out, int stride);
+  // out[m * stride + n] for `rows` rows of the operand from the first one on, by the whole team.
+  void matmul(Team& team, const Matrix& matrix, int rows, float* out, int stride) {
+    matmul(team, matrix, matrix.outputs(), 0, rows, out, stride);
+  }
+  // The same for the first outputs only, and rows from any one on.
+  void matmul(Team& team, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride);
 
   // out[m * stride + n] = states[m] times output n, plus its bias. Both take the runtime until they return.
   void scores(const Matrix& matrix, const float* states, int rows, float* out, int stride);

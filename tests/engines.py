@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.plain import plain
 from fastmtp.engines import protocol
-from fastmtp.engines.protocol import Batch, Head, Logits, TokenSequence
+from fastmtp.engines.protocol import Ask, Batch, Head, Logits, TokenSequence
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
@@ -91,6 +91,14 @@ def feed(sequence: TokenSequence, tokens: Sequence[int]) -> Logits:
     logits_TV = sequence.verify(tree)
     sequence.commit(tree.verified)
     return logits_TV
+
+
+def drafted(sequence: TokenSequence, token: int, steps: int) -> list[int]:
+    """The head's likeliest tokens, one after the other, after the sequence's next token."""
+    tree = Tree(token)
+    return [
+        tree.nodes[tree.add(node, sequence.ask(Ask(tree, [node], 1))[0].tokens[0])].token for node in range(steps)
+    ]
 
 
 def text_states(target: Target, ids_BT: Tensor) -> Tensor:

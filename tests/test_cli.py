@@ -64,6 +64,24 @@ def test_generate_is_the_same_with_and_without_the_head(model: Path, head: Path)
     assert without["acceptance"] == []
 
 
+def test_generate_fits_a_json_schema(model: Path, head: Path, tmp_path: Path) -> None:
+    """With and without drafts; a file that is no schema is named before the model is loaded."""
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"kind": {"enum": ["one", "two"]}}, "required": ["kind"], '
+        '"additionalProperties": false}'
+    )
+    common = ["hello", "--head", head, "--json-schema", schema, "--json"]
+    found, plainly = run("generate", model, *common), run("generate", model, *common, "--draft", "plain")
+    assert json.loads(str(found["text"]))["kind"] in ("one", "two")
+    assert found["tokens"] == plainly["tokens"]
+    for text, message in [("{", "not valid JSON"), ('{"not": {}}', "no JSON schema that is supported: Unimpl")]:
+        schema.write_text(text)
+        result = CliRunner().invoke(commands, ["generate", "hello", "--json-schema", str(schema)])
+        assert isinstance(result.exception, ValueError)
+        assert str(result.exception).startswith(f"{schema}: {message}")
+
+
 def test_generate_prints_text_and_a_summary(model: Path, head: Path) -> None:
     arguments = ["generate", "--target", str(model), "--head", str(head), "hello", "--max-new-tokens", "8"]
     result = CliRunner().invoke(commands, arguments)
@@ -111,7 +129,7 @@ def test_record_replay_and_fit(model: Path, head: Path, tmp_path: Path, monkeypa
     """A benchmark's answers replayed; what is learned of them goes into the head, and changes no output."""
     # Timed costs of a tiny model on a busy machine can say that a tree costs less than a token.
     engine = type(open_engine(str(model)))
-    monkeypatch.setattr(engine, "costs", lambda *_: Costs({128: {1: 5.0, 8: 7.0, 16: 12.0}}, 0.2))
+    monkeypatch.setattr(engine, "costs", lambda *_: Costs({128: {1: 5.0, 8: 7.0, 16: 12.0}}, {1: 0.2}))
     own, suite, recorded = tmp_path / "head", tmp_path / "prompts.jsonl", tmp_path / "recorded.gz"
     shutil.copytree(head, own)
     suite.write_text('{"turns": ["one two one two", "three"]}\n{"turns": ["four five"]}\n')

@@ -60,6 +60,7 @@ def test_a_command_that_lacks_a_library_says_so(
         ("distill --out o", "data"),
         ("export --to checkpoint --target smollm2 --out o", "torch"),
         ("serve", "serve"),
+        ("generate hello --json-schema schema.json", "grammar"),
     ],
 )
 def test_a_command_names_all_its_extras_at_once(tmp_path: Path, command: str, extras: str) -> None:
@@ -67,7 +68,7 @@ def test_a_command_names_all_its_extras_at_once(tmp_path: Path, command: str, ex
     script = (
         "import importlib.util, sys\n"
         "found = importlib.util.find_spec\n"
-        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'py3langid', 'uvicorn')\n"
+        "missing = ('torch', 'transformers', 'pyarrow', 'rensa', 'py3langid', 'uvicorn', 'llguidance')\n"
         "importlib.util.find_spec = lambda name, *rest: None if name in missing else found(name, *rest)\n"
         "from fastmtp.cli.main import main\n"
         "main()\n"

@@ -47,6 +47,13 @@ struct Operand {
 
   int8_t* int8_row(int row) const { return reinterpret_cast<int8_t*>(values) + size_t(row) * groups * kGroup; }
   uint16_t* bf16_row(int row) const { return reinterpret_cast<uint16_t*>(values) + size_t(row) * groups * kGroup; }
+
+  // Without the rows before one.
+  Operand from(Type type, int row) const {
+    const size_t scale = size_t(row) * groups * (type == Type::int4 ? 2 : 1);
+    uint8_t* first = type == Type::bf16 ? reinterpret_cast<uint8_t*>(bf16_row(row)) : values + size_t(row) * groups * kGroup;
+    return {first, scales + scale, sums + scale, groups};
+  }
 };
 
 // A partial result of softmax attention over some keys, in memory: the largest score, the sum of

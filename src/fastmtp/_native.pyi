@@ -127,6 +127,8 @@ class Head:
     def new_cache(self) -> Cache: ...
     def forward(self, cache: Cache, start: int, tokens: Sequence[int], before: _Floats, after: _Floats) -> None:
         """Fill `after` [M, H] from the states before, [M, H], and the tokens that follow them."""
+    def ask(self, questions: Sequence[Question]) -> list[list[Candidates]]:
+        """The candidates that each question is about, by its new nodes, all from one forward."""
 
 def scores(runtime: Runtime, matrix: Matrix, states: _Floats, out: _Floats) -> None:
     """Fill `out` [M, matrix.stride] with states [M, inputs] times a matrix."""
@@ -136,17 +138,14 @@ class Candidates:
     confidences: Final[list[float]]
 
 class Drafter:
-    """Drafts with a head, into one cache; `rows` are parts of the LM head, and the token of each row."""
+    """A tree that is drafted with a head, in one cache."""
 
     def __init__(self, head: Head, cache: Cache) -> None: ...
-    def chain(self, start: int, tokens: Sequence[int], before: _Floats, rows: _Rows, steps: int) -> list[int]:
-        """Draft `steps` tokens greedily after these tokens."""
-    def start(
-        self, start: int, tokens: Sequence[int], before: _Floats, rows: _Rows, width: int
-    ) -> list[Candidates]:
-        """Begin a tree, whose node 0 is the last of these tokens; the candidates to follow it."""
-    def extend(self, parents: Sequence[int], tokens: Sequence[int], rows: _Rows, width: int) -> list[Candidates]:
-        """Add nodes, each after a node of an earlier call; the candidates to follow each."""
+
+# Nodes for a drafter's tree: the parents, which are nodes of earlier questions, and the tokens. Without parents a
+# tree begins: the tokens follow the states [M, H] from a start in the cache on, and the last one is node 0. Then
+# the rows to score, parts of the LM head with the token of each row, and how many candidates are wanted.
+Question = tuple[Drafter, Sequence[int], Sequence[int], int, _Floats | None, _Rows, int]
 
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...
 def available_kernels() -> list[str]: ...

@@ -13,13 +13,13 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive, FromText
-from fastmtp.decode.drafting.drafter import Chain
+from fastmtp.decode.drafting.drafter import Chain, planned
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, Learned, Mean
 from fastmtp.decode.drafting.lookup import FOLLOWED, Lookup
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines import costs
-from fastmtp.engines.protocol import Candidates, Costs
+from fastmtp.engines.protocol import Ask, Candidates, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
@@ -27,15 +27,15 @@ from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids
-from tests.engines import Engine, plain_tokens
+from tests.engines import Engine, drafted, plain_tokens
 from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
 # Forwards that cost the same up to 16 tokens, and ones whose every token costs as much as the first.
-FLAT = Costs({128: {1: 5.0, 16: 5.001}}, 0.1)
-STEEP = Costs({128: {1: 5.0, 16: 80.0}}, 20.0)
+FLAT = Costs({128: {1: 5.0, 16: 5.001}}, {1: 0.1})
+STEEP = Costs({128: {1: 5.0, 16: 80.0}}, {1: 20.0})
 # As on a processor: eight tokens cost one and a half times one.
-USUAL = Costs({128: {1: 5.0, 8: 7.5, 16: 14.0}}, 0.2)
+USUAL = Costs({128: {1: 5.0, 8: 7.5, 16: 14.0}}, {1: 0.2})
 
 
 def decoded(rounds: Iterator[Round], count: int) -> list[int]:
@@ -69,7 +69,7 @@ def test_the_text_alone_drafts(engine: Engine, target: Target, sampling: Samplin
     sequence.reset()
     # What the drafter looks up is a text in which the prompt is followed by its answer, but for one token.
     text = [*prompt, *expected[:20], 5, *expected[21:], *prompt]
-    drafter = FromText(Learned(replace(FLAT, ask_ms=0.0)), text, sampling)
+    drafter = FromText(Learned(replace(FLAT, ask_ms={})), text, sampling)
     rounds = list(islice(speculative(sequence, prompt, drafter, sampling), 20))
     assert [token for one in rounds for token in one.tokens][:40] == expected
     assert sum(one.accepted for one in rounds) > 10
@@ -81,15 +81,15 @@ def test_a_draft_tree_holds_the_chain(engine: Engine, target: Target) -> None:
     head, prompt = tuned_head(target), random_ids(20)
     sequence, steps = engine.sequence(target, head), 4
     sequence.prefill(prompt)
-    chain = sequence.draft(7, steps)
+    chain = drafted(sequence, 7, steps)
     sequence, tree = engine.sequence(target, head), Tree(7)
     sequence.prefill(prompt)
-    (found,), likeliest = sequence.ask(tree, [0], 3), 0
+    (found,), likeliest = sequence.ask(Ask(tree, [0], 3)), 0
     along = [found.tokens[0]]
     for _ in range(steps - 1):
         # The likeliest token comes last among its siblings, so that slots and positions differ.
         siblings = [tree.add(likeliest, token) for token in found.tokens[::-1]]
-        found = sequence.ask(tree, siblings, 3)[-1]
+        found = sequence.ask(Ask(tree, siblings, 3))[-1]
         likeliest = siblings[-1]
         along.append(found.tokens[0])
         assert found.confidences == sorted(found.confidences, reverse=True)
@@ -100,7 +100,7 @@ def test_trees_branch_and_are_followed(llama: Target) -> None:
     """Where verifying is free, trees branch and rounds keep drafts: the test above is not of chains."""
     sequence, learned, prompt = Engine().sequence(llama, tuned_head(llama)), Learned(FLAT), random_ids(8, seed=1)
     sequence.prefill(prompt)
-    tree = Adaptive(learned, prompt, GREEDY).propose(sequence, 5, 100)
+    tree = planned(Adaptive(learned, prompt, GREEDY).propose(8, 5, 100), sequence)
     assert 4 < len(tree.tokens) <= MAX_NODES
     assert len(set(tree.parents)) < len(tree.parents)
     assert all(parent < node for node, parent in enumerate(tree.parents))
@@ -115,7 +115,7 @@ def test_a_tree_fits_the_room(llama: Target, room: int) -> None:
     sequence, prompt = Engine().sequence(llama, tuned_head(llama)), random_ids(8) * 2
     for drafter in (Adaptive(Learned(FLAT), prompt, GREEDY), Chain(5, GREEDY)):
         sequence.prefill(prompt)
-        assert 1 <= len(drafter.propose(sequence, 5, room).verified) <= room
+        assert 1 <= len(planned(drafter.propose(16, 5, room), sequence).verified) <= room
 
 
 class Told:
@@ -125,11 +125,8 @@ class Told:
         self.tokens: list[int] = []
         self._text, self._right, self._confidence = text, right, confidence
 
-    def draft(self, token: int, steps: int) -> list[int]:
-        raise AssertionError
-
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        return [self._said(tree.nodes[node].depth) for node in nodes]
+    def ask(self, ask: Ask) -> list[Candidates]:
+        return [self._said(ask.tree.nodes[node].depth) for node in ask.nodes]
 
     def _said(self, depth: int) -> Candidates:
         following = self._text[len(self.tokens) + depth + 1]
@@ -144,7 +141,7 @@ def trees_of(right: bool, confidence: float, rounds: int, costs_ms: Costs) -> li
     for _ in range(rounds):
         # A counter, so that looking up finds nothing for the first 997 tokens.
         length = len(sequence.tokens)
-        tree = drafter.propose(sequence, text[length], 100)
+        tree = planned(drafter.propose(length, text[length], 100), sequence)
         path, _ = follow(lambda node, tree=tree, at=length: text[at + tree.nodes[node].depth + 1], tree.child)  # type: ignore[misc]
         sequence.tokens += [tree.nodes[node].token for node in path]
         drafter.learn(tree, path)
@@ -264,7 +261,7 @@ def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest
     engine, head = Engine().open(llama), Engine().head(llama, MTPHead(llama.model))
     timed = engine.costs(head, None)
     assert all(ms > 0 for times in timed.forward_ms.values() for ms in times.values())
-    assert timed.ask_ms > 0
+    assert all(ms > 0 for ms in timed.ask_ms.values())
     monkeypatch.setattr(costs, "_timed", lambda *_: FLAT)
     assert engine.costs(head, None) == timed
     (path,) = tmp_path.iterdir()
@@ -280,14 +277,14 @@ def test_costs_without_a_head(tmp_path: Path, llama: Target, monkeypatch: pytest
     """Forwards are timed, asking costs nothing, and a head that scores all tokens does not share them."""
     monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path))
     engine, head = Engine().open(llama), Engine().head(llama, MTPHead(llama.model))
-    assert engine.costs(None, None).ask_ms == 0
-    assert engine.costs(head, None).ask_ms > 0
+    assert engine.costs(None, None).ask() == 0
+    assert engine.costs(head, None).ask() > 0
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_costs_by_tokens_and_context() -> None:
     """Linear between and beyond what was timed, and never less than in a short text."""
-    timed = Costs({128: {1: 4.0, 3: 6.0}, 1152: {1: 6.0, 3: 5.0}}, 0.1)
+    timed = Costs({128: {1: 4.0, 3: 6.0}, 1152: {1: 6.0, 3: 5.0}}, {1: 0.1, 3: 0.15})
     assert timed.forward(2) == 5.0
     assert timed.forward(1, 1152) == 6.0
     assert timed.forward(1, 640) == 5.0
@@ -295,6 +292,8 @@ def test_costs_by_tokens_and_context() -> None:
     assert timed.forward(1, 0) == 4.0
     assert timed.forward(3, 1152) == 6.0
     assert replace(timed, forward_ms={128: {1: 4.0, 3: 6.0}}).forward(3, 4000) == 6.0
+    # A sequence's share of asking for several together.
+    assert [timed.ask(count) for count in (1, 3, 5)] == pytest.approx([0.1, 0.05, 0.04])
 
 
 def test_the_head_is_tried_again_though_rounds_were_counted_at_once() -> None:
@@ -303,4 +302,4 @@ def test_the_head_is_tried_again_though_rounds_were_counted_at_once() -> None:
     drafter, now = Adaptive(learned, prompt, GREEDY), learned.experience(GREEDY)
     now.worth[1].value = 0.0
     now.rounds_without_head = now.probe_after + 3
-    assert drafter.propose(Told(range(100), True, 0.5), 50, 100).asked == [0]
+    assert planned(drafter.propose(0, 50, 100), Told(range(100), True, 0.5)).asked == [0]

@@ -35,7 +35,7 @@ class Told(Generation):
         ids = [*target.encode(text), 257]
         self._given = [Round(ids[start : start + size], 0) for start in range(0, len(ids), size)]
 
-    def _rounds(self, sequence, drafter):  # type: ignore[no-untyped-def]
+    def _rounds(self, sequence, drafter, grammar):  # type: ignore[no-untyped-def]
         return iter(self._given)
 
 

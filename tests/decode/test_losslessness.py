@@ -16,13 +16,13 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.protocol import Candidates, Costs, TokenSequence
+from fastmtp.engines.protocol import Ask, Candidates, Costs, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.draft import OWN_TOKENS
 from tests.conftest import random_ids
-from tests.engines import Engine, feed, plain_tokens
+from tests.engines import Engine, drafted, feed, plain_tokens
 from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
@@ -31,19 +31,15 @@ GREEDY = SamplingConfig()
 def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every: int) -> TokenSequence:
     """A sequence that drafts what it is told to; its draft cache runs along as usual."""
     sequence = engine.sequence(target, MTPHead(target.model))
-    really = sequence.draft
+    really = sequence.ask
 
-    def draft(token: int, steps: int) -> list[int]:
-        assert len(really(token, steps)) == steps
-        place = len(sequence.tokens) + 1
-        drafted = [script[place + k] for k in range(steps)]
-        if wrong_every:
-            drafted = [
-                (token + 1) % 256 if (place + k) % wrong_every == 0 else token for k, token in enumerate(drafted)
-            ]
-        return drafted
+    def ask(asked: Ask) -> list[Candidates]:
+        assert len(really(asked)) == 1
+        place = len(sequence.tokens) + 1 + asked.tree.nodes[asked.nodes[0]].depth
+        wrong = wrong_every and place % wrong_every == 0
+        return [Candidates([(script[place] + 1) % 256 if wrong else script[place]], [1.0])]
 
-    sequence.draft = draft  # type: ignore[method-assign]
+    sequence.ask = ask  # type: ignore[method-assign]
     return sequence
 
 
@@ -124,17 +120,13 @@ def test_a_grown_draft_vocabulary(engine: Engine, target: Target) -> None:
     head, prompt = MTPHead(target.model), random_ids(40, seed=3)
     said = random_ids(3, seed=5)
     whole = list(dict.fromkeys([*range(20), *prompt, *said]))
-    drafts, candidates = [], []
+    candidates = []
     for ids, own_tokens in ((list(range(20)), OWN_TOKENS), (whole, 0)):
         sequence = engine.sequence(target, head, ids, own_tokens)
         sequence.prefill(random_ids(30, seed=9))
         sequence.prefill(prompt)
         feed(sequence, said[:2])
-        drafts.append(sequence.draft(said[2], 1))
-        sequence.prefill(prompt)
-        feed(sequence, said[:2])
-        candidates += sequence.ask(Tree(said[2]), [0], 5)
-    assert drafts[0] == drafts[1] == candidates[0].tokens[:1]
+        candidates += sequence.ask(Ask(Tree(said[2]), [0], 5))
     assert candidates[0].tokens == candidates[1].tokens
     assert candidates[0].confidences == pytest.approx(candidates[1].confidences, rel=1e-5)
 
@@ -152,26 +144,6 @@ def test_choices_are_the_largest_logits(engine: Engine, target: Target) -> None:
             found += sequence.verify_greedy(tree) if greedy else sequence.verify(tree).argmax(-1).tolist()
             sequence.commit(tree.verified)
     assert chosen == expected
-
-
-@pytest.mark.parametrize("ids", [None, [*range(40, 80), 3], [5]])
-def test_greedy_drafts_are_the_largest_logits(engine: Engine, target: Target, ids: list[int] | None) -> None:
-    """The engine's own way through a greedy chain, after a long prompt too, is asking for one token at a time."""
-    prompt, head = random_ids(300), MTPHead(target.model)
-    drafts = []
-    for draft in (lambda sequence, token: sequence.draft(token, 5), asked_one_by_one):
-        sequence = engine.sequence(target, head, ids)
-        sequence.prefill(prompt)
-        drafts.append([draft(sequence, 7)])
-        sequence.verify_greedy(Tree.chain([7, 8, 9]))
-        sequence.commit([0, 1])
-        drafts[-1].append(draft(sequence, 11))
-    assert drafts[0] == drafts[1]
-
-
-def asked_one_by_one(sequence: TokenSequence, token: int) -> list[int]:
-    tree = Tree(token)
-    return [tree.nodes[tree.add(node, sequence.ask(tree, [node], 1)[0].tokens[0])].token for node in range(5)]
 
 
 def test_context_limit_stops_both_at_the_same_token(engine: Engine, llama: Target) -> None:
@@ -292,7 +264,7 @@ def test_a_second_turn_feeds_its_new_tokens_only(engine: Engine, llama: Target) 
 def _drafts(sequence: TokenSequence, prompt: Sequence[int]) -> list[int]:
     """A draft shows that the draft cache too is right after reuse."""
     token = int(sequence.prefill(prompt).argmax())
-    return sequence.draft(token, 4)
+    return drafted(sequence, token, 4)
 
 
 SETTINGS = [
@@ -304,7 +276,7 @@ SETTINGS = [
     SamplingConfig(temperature=0.9, min_p=0.05, presence_penalty=1.0, logit_bias=[(7, 3.0)]),
 ]
 # Forwards that cost the same up to 16 tokens, so that trees are large.
-FLAT = Learned(Costs({128: {1: 5.0, 16: 5.001}}, 0.01))
+FLAT = Learned(Costs({128: {1: 5.0, 16: 5.001}}, {1: 0.01}))
 
 
 def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:

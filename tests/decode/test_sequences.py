@@ -15,23 +15,23 @@ import pytest
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive
-from fastmtp.decode.drafting.drafter import NewDrafter, chains
+from fastmtp.decode.drafting.drafter import NewDrafter, Planning, chains
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines import protocol
-from fastmtp.engines.protocol import Costs, Head, TokenSequence
+from fastmtp.engines.protocol import Ask, Costs, Head, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
-from tests.engines import ENGINES, NATIVE, Engine, convert, feed, native_head
+from tests.engines import ENGINES, NATIVE, Engine, convert, drafted, feed, native_head
 from tests.train.test_recursion import greedy_text, tuned_head
 
 GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=0.8, top_k=20, seed=3)
 # Forwards that cost the same up to 16 tokens, so that trees are large.
-COSTS = Costs({128: {1: 5.0, 16: 5.001}}, 0.01)
+COSTS = Costs({128: {1: 5.0, 16: 5.001}}, {1: 0.01})
 ROUNDS = 14
 
 NewSequence = Callable[[], TokenSequence]
@@ -71,8 +71,8 @@ def drafted_rounds(
     drafter, verified = new_drafter(prompt, sampling), list[list[int]]([[]])
     really = drafter.propose
 
-    def propose(*arguments: Any) -> Tree:
-        tree = really(*arguments)
+    def propose(*arguments: Any) -> Planning:
+        tree = yield from really(*arguments)
         verified.append(tree.tokens)
         return tree
 
@@ -161,8 +161,7 @@ CALLS: dict[str, Callable[[TokenSequence], object]] = {
     "verify": lambda sequence: sequence.verify(Tree(1)),
     "verify_greedy": lambda sequence: sequence.verify_greedy(Tree(1)),
     "commit": lambda sequence: sequence.commit([0]),
-    "draft": lambda sequence: sequence.draft(1, 2),
-    "ask": lambda sequence: sequence.ask(Tree(1), [0], 2),
+    "ask": lambda sequence: sequence.ask(Ask(Tree(1), [0], 2)),
     "reset": lambda sequence: sequence.reset(),
 }
 
@@ -193,7 +192,7 @@ def test_a_sequence_in_use_says_so(engine: Engine, call: str) -> None:
     # It is free again, after an error too.
     with pytest.raises(AssertionError):
         sequence.commit([0])
-    CALLS["draft"](sequence)
+    CALLS["ask"](sequence)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -246,7 +245,7 @@ def test_a_failed_change_of_lists_is_made_up_for(engine: Engine, monkeypatch: py
             sequence.prefill(high)
     for one in (sequence, fresh):
         one.prefill(high)
-    assert sequence.draft(203, 3) == fresh.draft(203, 3)
+    assert drafted(sequence, 203, 3) == drafted(fresh, 203, 3)
 
 
 def branching(seed: int) -> Tree:
@@ -278,11 +277,11 @@ def test_any_path_can_be_committed(engine: Engine, target: Target, seed: int) ->
         sequence.commit(path)
         expected = [feed(fed, [tree.nodes[node].token])[0] for node in path][-1:]
         assert list(sequence.tokens) == list(fed.tokens) == [*prompt, *(tree.nodes[node].token for node in path)]
-        assert sequence.draft(more[0], 4) == fed.draft(more[0], 4)
+        assert drafted(sequence, more[0], 4) == drafted(fed, more[0], 4)
         found += list(feed(sequence, more))
         expected += [feed(fed, [token])[0] for token in more]
         if engine.weight_type:
             assert np.array_equal(found, expected)
         else:
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-        assert sequence.draft(5, 4) == fed.draft(5, 4)
+        assert drafted(sequence, 5, 4) == drafted(fed, 5, 4)

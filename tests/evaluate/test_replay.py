@@ -14,7 +14,7 @@ from fastmtp.decode.drafting.estimates import Estimates
 from fastmtp.decode.drafting.learned import MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.engines.protocol import Costs
+from fastmtp.engines.protocol import Ask, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.evaluate import recording, replay
@@ -23,7 +23,7 @@ from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
 from tests.train.test_recursion import tuned_head
 
-COSTS = Costs({128: {1: 5.0, 8: 7.0, 16: 12.0}}, 0.2)
+COSTS = Costs({128: {1: 5.0, 8: 7.0, 16: 12.0}}, {1: 0.2})
 SETTINGS = [SamplingConfig(), SamplingConfig(temperature=0.8, top_k=12, seed=4)]
 ANSWER = 60
 
@@ -78,20 +78,20 @@ def test_no_drafter_passes_the_bounds(recorded: tuple[Target, Recording]) -> Non
 def test_the_oracle_by_hand() -> None:
     """Every round verifies as many right tokens as a tree may hold, where that costs nothing."""
     one = Recording("kind", "one", SamplingConfig(), [1, 2], list(range(2 * MAX_NODES + 1)), [{}] * 2 * MAX_NODES)
-    found = replay.oracle(one, Costs({128: {1: 5.0, 16: 5.0}}, 1.0))
+    found = replay.oracle(one, Costs({128: {1: 5.0, 16: 5.0}}, {1: 1.0}))
     assert (found.rounds, found.tokens, found.milliseconds) == (2, 2 * MAX_NODES, 10.0)
     # Where each token costs what one costs alone, nothing is gained.
-    assert replay.oracle(one, Costs({128: {1: 1.0, 16: 16.0}}, 1.0)).speedup == 1
+    assert replay.oracle(one, Costs({128: {1: 1.0, 16: 16.0}}, {1: 1.0})).speedup == 1
 
 
 def test_hindsight_by_hand() -> None:
     """A head that is right at once draws level with what asking it costs."""
     said = [{(): recording.Candidates([index + 1], [0.9])} for index in range(10)]
     one = Recording("kind", "one", SamplingConfig(), [50, 51], list(range(11)), said)
-    cheap = replay.hindsight(one, Costs({128: {1: 5.0, 16: 5.0}}, 1.0))
+    cheap = replay.hindsight(one, Costs({128: {1: 5.0, 16: 5.0}}, {1: 1.0}))
     assert (cheap.rounds, cheap.tokens) == (5, 10)
     assert cheap.milliseconds == pytest.approx(5 * (5.0 + 1.0 + PLANNING_MS))
-    dear = replay.hindsight(one, Costs({128: {1: 5.0, 16: 5.0}}, 6.0))
+    dear = replay.hindsight(one, Costs({128: {1: 5.0, 16: 5.0}}, {1: 6.0}))
     assert (dear.rounds, dear.milliseconds) == (10, 50.0)
 
 
@@ -128,7 +128,7 @@ def test_what_a_recording_lacks_is_never_right(recorded: tuple[Target, Recording
     """And it is counted."""
     _, one = recorded
     sequence, tree = Recorded(one), Tree(one.answer[0])
-    sequence.ask(tree, [0], 4)
-    (found,) = sequence.ask(tree, [tree.add(0, -5)], 4)
+    sequence.ask(Ask(tree, [0], 4))
+    (found,) = sequence.ask(Ask(tree, [tree.add(0, -5)], 4))
     assert sequence.missed == 1
     assert found.tokens == [-1]

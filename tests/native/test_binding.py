@@ -62,19 +62,19 @@ def head_forward(parts: Parts, **changed: Any) -> None:
     parts.head.forward(**(given | {"before": floats(2, HIDDEN), "after": floats(2, HIDDEN)} | changed))
 
 
-def chain(parts: Parts, **changed: Any) -> list[int]:
-    given = {"start": 0, "tokens": [1, 2], "before": floats(2, HIDDEN), "rows": parts.rows, "steps": 2}
-    return parts.drafter.chain(**(given | changed))
+def question(parts: Parts, **changed: Any) -> Any:
+    """That begins a tree."""
+    given = {"drafter": parts.drafter, "parents": [], "tokens": [1, 2], "start": 0, "before": floats(2, HIDDEN)}
+    return tuple((given | {"rows": parts.rows, "width": 2} | changed).values())
 
 
-def start(parts: Parts, **changed: Any) -> list[_native.Candidates]:
-    given = {"start": 0, "tokens": [1, 2], "before": floats(2, HIDDEN), "rows": parts.rows, "width": 2}
-    return parts.drafter.start(**(given | changed))
+def begin(parts: Parts, **changed: Any) -> list[list[_native.Candidates]]:
+    return parts.head.ask([question(parts, **changed)])
 
 
-def extend(parts: Parts, **changed: Any) -> list[_native.Candidates]:
-    start(parts)
-    return parts.drafter.extend(**({"parents": [0], "tokens": [1], "rows": parts.rows, "width": 2} | changed))
+def extend(parts: Parts, **changed: Any) -> list[list[_native.Candidates]]:
+    begin(parts)
+    return begin(parts, **({"parents": [0], "tokens": [1], "before": None} | changed))
 
 
 def logits(parts: Parts, **changed: Any) -> None:
@@ -95,7 +95,7 @@ def commit(parts: Parts, **changed: Any) -> None:
     parts.cache.commit(**({"start": 0, "slots": [1]} | changed))
 
 
-@pytest.mark.parametrize("call", [forward, head_forward, chain, start, extend, logits, scores, argmax, commit])
+@pytest.mark.parametrize("call", [forward, head_forward, begin, extend, logits, scores, argmax, commit])
 def test_good_calls_are_taken(call: Callable[..., Any]) -> None:
     """The calls that the next test spoils one argument at a time."""
     call(make())
@@ -129,6 +129,8 @@ BAD_IDS = [IDS.astype(np.int64), np.arange(100, dtype=np.int32)[::2], IDS[:0], n
 BAD_TOKENS = [[], [1], [1, 2, 3], [1, -1], [1, VOCABULARY], [1, 2.5], [1, None], [1, 1 << 40], None]
 BAD_ROWS = [[], [(None, IDS)], [(matrix(inputs=64), IDS)], [(matrix(), IDS), (matrix(kind=_native.Type.bf16), IDS)]]
 
+BF16 = [(matrix(kind=_native.Type.bf16), IDS)]
+
 BAD: dict[Callable[..., Any], dict[str, list[Any]]] = {
     forward: {
         "caches": [[], [None], None, "another"],
@@ -146,14 +148,9 @@ BAD: dict[Callable[..., Any], dict[str, list[Any]]] = {
         "before": BAD_STATES,
         "after": [*BAD_STATES, read_only(2, HIDDEN)],
     },
-    chain: {
-        "start": [-1, 257],
-        "tokens": BAD_TOKENS,
-        "before": BAD_STATES,
-        "rows": [*BAD_ROWS, [(matrix(60), np.arange(60, dtype=np.int32))], *([(matrix(), ids)] for ids in BAD_IDS)],
-        "steps": [0, -1],
-    },
-    start: {
+    begin: {
+        "drafter": [None],
+        "parents": [[0], [0, 0]],
         "start": [-1, 257],
         "tokens": BAD_TOKENS,
         "before": BAD_STATES,
@@ -187,6 +184,24 @@ def test_bad_calls_are_refused(call: Callable[..., Any], argument: str) -> None:
             with pytest.raises((ValueError, TypeError)) as error:
                 call(parts, **{argument: bad})
             assert str(error.value), bad
+
+
+def test_questions_that_cannot_be_asked_together_are_refused() -> None:
+    parts, other = make(), make()
+    for questions, message in (
+        ([], "nothing is asked"),
+        ([question(parts)] * 2, "asked twice"),
+        ([question(other)], "another head"),
+        (
+            [
+                question(parts),
+                question(parts, drafter=_native.Drafter(parts.head, parts.head.new_cache()), rows=BF16),
+            ],
+            "of one type",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parts.head.ask(questions)
 
 
 def test_the_message_says_what_would_be_right() -> None:
@@ -225,9 +240,14 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 
 def test_a_drafter_keeps_what_it_needs() -> None:
     """Head, cache, model, stacks, matrices and runtime live as long as the drafter that uses them."""
-    drafter, rows = make().drafter, make().rows
+    parts = make()
+    drafter, head, rows = parts.drafter, parts.head, parts.rows
+    del parts
     gc.collect()
     waste = [np.full(1 << 16, 255, np.uint8) for _ in range(100)]
-    states = floats(2, HIDDEN)
-    assert drafter.chain(0, [1, 2], states, rows, 3) == make().drafter.chain(0, [1, 2], states, rows, 3)
+    ((found,),), ((expected,),) = (
+        head.ask([(drafter, [], [1, 2], 0, floats(2, HIDDEN), rows, 3)]),
+        begin(make(), width=3),
+    )
+    assert found.tokens == expected.tokens
     assert len(waste) == 100

@@ -23,7 +23,7 @@ from fastmtp.engines.torch.target import Target, load_target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
 from tests.conftest import random_ids, tiny_target
-from tests.engines import convert, feed, native_head
+from tests.engines import convert, drafted, feed, native_head
 from tests.models.test_head import LISTS, save, trained_looking_head
 from tests.models.test_target import write_gguf
 from tests.native.conftest import head_states, sequence_of
@@ -236,7 +236,7 @@ def test_interrupted_prefill_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, ll
         fresh = sequence_of(native, MTPHead(llama.model))
         found = [one.prefill(prompt) for one in (sequence, fresh)]
         assert np.array_equal(*found)
-        drafts = [one.draft(7, 3) for one in (sequence, fresh)]
+        drafts = [drafted(one, 7, 3) for one in (sequence, fresh)]
         assert drafts[0] == drafts[1]
 
 

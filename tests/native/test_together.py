@@ -1,4 +1,4 @@
-"""Sequences that share a forward, or pages of a cache, have the bits that each has alone."""
+"""Sequences that share a forward, of the target or the head, or pages of a cache, have the bits of each alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.native.runner import forward
 from fastmtp.engines.native.target import NativeTarget, WeightType
+from fastmtp.engines.protocol import Ask, EngineSequence, Head
 from fastmtp.engines.torch.target import Target
+from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
-from tests.conftest import random_ids
+from fastmtp.vocabulary.draft import DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
+from tests.conftest import random_ids, tiny_target
 from tests.engines import native_head, native_target
 from tests.native.conftest import native_of
 from tests.native.test_trees import filled, plain_states, states
@@ -71,6 +76,60 @@ def test_a_tree_in_the_second_sequence_is_plain_decoding(llama: Target) -> None:
     held = [filled(native, random_ids(40)), filled(native, text)]
     found = forward(native, held, [40, 250], [[5, 6], tokens], [-1, 0, *parents])
     assert np.array_equal(found[2:], plain_states(native, text, tokens, parents))
+
+
+def asking_sequences(engine: NativeEngine, head: Head) -> list[EngineSequence]:
+    """With either list, own tokens, or all tokens, after short and long texts; the last one shares a beginning."""
+    lists = DraftLists(VocabularyLists({"low": list(range(80)), "high": list(range(100, 180))}), 300, 20)
+    texts = [[3, 9, 27] * 12, [130, 140, 150] * 100, [5, 9, 27, 200, 201], random_ids(40), [3, 9, 27] * 12]
+    found = [engine.new_sequence(head, None if index == 3 else lists) for index in range(5)]
+    for one, text in zip(found, texts, strict=True):
+        if one is found[4]:
+            one.share(found[0], 30)
+        one.prefill(text)
+    return found
+
+
+def draft_tree(seed: int) -> tuple[Tree, list[list[int]]]:
+    """A random tree, and its nodes by depth."""
+    parents, tokens = random_tree(4 + 3 * seed % 11, seed)
+    tree = Tree(tokens[0])
+    for parent, token in zip(parents, tokens, strict=True):
+        tree.add(parent + 1, token)
+    depths = [node.depth for node in tree.nodes]
+    return tree, [[node for node, own in enumerate(depths) if own == depth] for depth in range(max(depths) + 1)]
+
+
+def check_asking(native: NativeTarget, more: NativeTarget, model: MTPHead) -> None:
+    engines = [NativeEngine(native), NativeEngine(more)]
+    heads = [Head(native_head(engine.target, model), VocabularyLists({}), 3) for engine in engines]
+    alone, together = map(asking_sequences, engines, heads)
+    for turn in range(3):
+        drafts = [draft_tree(5 * turn + index) for index in range(5)]
+        for depth in range(max(len(levels) for _, levels in drafts)):
+            asking = [index for index, (_, levels) in enumerate(drafts) if depth < len(levels)]
+            asks = [Ask(drafts[index][0], drafts[index][1][depth], 3 + index) for index in asking]
+            found = engines[1].ask_together([together[index] for index in asking], asks)
+            for index, ask, own in zip(asking, asks, found, strict=True):
+                assert own == alone[index].ask(ask), (turn, depth, index)
+        # Accepted paths of other lengths, whose states the head gets with the next root.
+        for index, (tree, _) in enumerate(drafts):
+            path = tree.path(len(tree.nodes) - 1)[: 1 + (turn + index) % 3]
+            tree.select(path)
+            for one in (alone[index], together[index]):
+                one.verify_greedy(tree)
+                one.commit(path)
+
+
+def test_heads_are_asked_together(target: Target, weight_type: WeightType) -> None:
+    """In every architecture."""
+    native = native_target(target, weight_type)
+    check_asking(native, native, MTPHead(target.model))
+
+
+def test_heads_are_asked_together_in_every_kind_of_kernels(kernels: str, weight_type: WeightType) -> None:
+    one, more = (native_of("gemma3", weight_type, kernels, threads) for threads in (1, 3))
+    check_asking(one, more, MTPHead(tiny_target("gemma3").model))
 
 
 @pytest.mark.parametrize(

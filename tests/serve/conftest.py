@@ -13,11 +13,12 @@ import pytest
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive
-from fastmtp.decode.drafting.drafter import ALONE, Load
+from fastmtp.decode.drafting.drafter import ALONE, Load, Planning
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.open import Drafting
+from fastmtp.decode.grammar import open_grammar
 from fastmtp.decode.plain import plain
-from fastmtp.engines.protocol import Costs, DraftingSequence, Engine, Head
+from fastmtp.engines.protocol import Costs, Engine, Head
 from fastmtp.engines.tree import Tree
 from fastmtp.serve.requests import Finish, Request, Token
 from fastmtp.serve.scheduler import Answer, Scheduler
@@ -28,7 +29,7 @@ from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
 # Forwards that cost the same up to 8 tokens, so that trees are large, and little more beyond.
-COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, 0.01)
+COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, {1: 0.01})
 
 
 _ALONE: dict[tuple[Any, ...], list[int]] = {}
@@ -98,9 +99,10 @@ def request(prompt: Sequence[int], max_new_tokens: int = 24, **settings: Any) ->
 
 def alone(drafting: Drafting, asked: Request) -> list[int]:
     """The tokens of plain decoding, without regard to end tokens and stop strings."""
-    key = drafting.engine, asked.prompt, asked.sampling, asked.max_new_tokens
+    key = drafting.engine, asked.prompt, asked.sampling, asked.max_new_tokens, asked.grammar
     if key not in _ALONE:
-        tokens = plain(drafting.engine.new_sequence(), asked.prompt, asked.sampling)
+        grammar = None if asked.grammar is None else open_grammar(drafting.engine.target, asked.grammar)
+        tokens = plain(drafting.engine.new_sequence(), asked.prompt, asked.sampling, grammar)
         _ALONE[key] = list(islice(tokens, asked.max_new_tokens))
     return _ALONE[key]
 
@@ -113,7 +115,7 @@ class Knowing:
     def __init__(self, answer: Sequence[int]) -> None:
         self._answer, self._known, self._dice = answer, 0, Random(len(answer))
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         tree, dice = Tree(token), self._dice
         self._known += 1
         path = self._answer[self._known : self._known + dice.randrange(self.depth + 1)]
@@ -125,6 +127,7 @@ class Knowing:
                 break
             node = tree.add(node, right)
         tree.select(range(min(room, len(tree.nodes))))
+        yield from ()
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -135,7 +138,7 @@ def knowing(drafting: Drafting, asked: Sequence[Request]) -> Drafting:
     answers = {(one.prompt, one.sampling): alone(drafting, one) for one in asked}
 
     def new_drafter(prompt: Sequence[int], sampling: SamplingConfig, grammar: Any = None) -> Knowing:
-        return Knowing(answers[tuple(prompt), sampling, grammar is not None])
+        return Knowing(answers[tuple(prompt), sampling])
 
     return Drafting(drafting.engine, drafting.head, None, new_drafter)
 

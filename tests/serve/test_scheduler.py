@@ -438,7 +438,7 @@ def test_stopping_ends_answers_with_an_error(drafting: Drafting) -> None:
 def test_costs_are_those_of_the_whole_batch() -> None:
     """Where up to 8 tokens take as long as one, and more take longer: one text drafts alone, none beside seven."""
     base = drafting_of("llama", WAYS[0])
-    learned = Learned(Costs({128: {1: 5.0, 8: 5.2, 16: 25.0, 32: 65.0}}, 0.01))
+    learned = Learned(Costs({128: {1: 5.0, 8: 5.2, 16: 25.0, 32: 65.0}}, {1: 0.01}))
     drafting = Drafting(base.engine, base.head, None, partial(Adaptive, learned))
     verified = {}
     for count in (1, 8):

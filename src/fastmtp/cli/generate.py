@@ -22,6 +22,7 @@ from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
+from fastmtp.extras import require
 from fastmtp.files import read_json
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def generate(
 def _grammar(path: Path) -> str:
     from fastmtp.decode.grammar import json_schema_grammar
 
+    require("grammar")
     schema = read_json(path)
     try:
         return json_schema_grammar(schema)

@@ -1,13 +1,13 @@
 """Answers that must fit a grammar: which tokens it allows to follow, and which it forces.
 
 The library llguidance parses. A grammar is a text as its LLMatcher takes it: Lark, or its own JSON form.
-A set of tokens is an int that has the bit `1 << token` for each of them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -63,27 +63,51 @@ def open_grammar(target: TargetInfo, text: str) -> Grammar:
     return Grammar(grammars.compiled(text), target.end_ids, target.vocabulary_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A set of tokens: bit `token % 8` of byte `token // 8` is set for those in it.
+
+    Attributes:
+        count: how many there are.
+        only: the token, if there is just one.
+    """
+
+    packed: bytes
+    count: int
+    only: int | None
+
+    @classmethod
+    def of(cls, bits: int, vocabulary_size: int) -> Tokens:
+        """Of the bits `1 << token`."""
+        count = bits.bit_count()
+        packed = bits.to_bytes((vocabulary_size + 7) // 8, "little")
+        return cls(packed, count, bits.bit_length() - 1 if count == 1 else None)
+
+    def __contains__(self, token: int) -> bool:
+        return bool(self.packed[token >> 3] >> (token & 7) & 1)
+
+
 class Grammar:
     """How far a text has come in a grammar. An end token ends it, wherever the grammar allows one."""
 
     def __init__(self, compiled: LLMatcher, end_ids: Collection[int], vocabulary_size: int) -> None:
         self._compiled, self._matcher = compiled, compiled.deep_copy()
         self._end_ids, self.vocabulary_size = end_ids, vocabulary_size
-        self._ends = sum(1 << token for token in end_ids)
+        self._ends = Tokens.of(sum(1 << token for token in end_ids), vocabulary_size)
         self._text: list[int] = []
         # What the matcher has taken after the text.
         self._path: list[int] = []
-        self._known: dict[tuple[int, ...], int] = {}
+        self._known: dict[tuple[int, ...], Tokens] = {}
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the next tokens of the text, each of which was allowed."""
-        if not self._over(tokens):
+        if not self.is_over(tokens):
             self._go(tokens)
         self._text += tokens
         self._path.clear()
         self._known.clear()
 
-    def allowed(self, path: Sequence[int] = ()) -> int:
+    def allowed(self, path: Sequence[int] = ()) -> Tokens:
         """The tokens that may follow the text and then `path`: end tokens alone where nothing else can.
 
         Args:
@@ -93,30 +117,31 @@ class Grammar:
         """
         key = tuple(path)
         if key not in self._known:
-            self._known[key] = self._ends if self._over(path) else self._computed(path)
+            self._known[key] = self._ends if self.is_over(path) else self._computed(path)
         return self._known[key]
 
     def forced(self, path: Sequence[int], limit: int) -> list[int]:
         """Up to `limit` tokens that follow the text and `path`, each the only one allowed."""
         forced: list[int] = []
-        while len(forced) < limit and not self._over([*path, *forced]):
-            allowed = self.allowed([*path, *forced])
-            if allowed.bit_count() != 1:
+        while len(forced) < limit and not self.is_over(reached := [*path, *forced]):
+            token = self.allowed(reached).only
+            if token is None:
                 break
-            forced.append(allowed.bit_length() - 1)
+            forced.append(token)
         return forced
 
     def masked(self, logits_V: NDArray[np.float32], path: Sequence[int] = ()) -> NDArray[np.float32]:
         """The logits [V] after the text and `path`, minus infinity for all tokens that may not follow."""
-        packed = self.allowed(path).to_bytes((len(logits_V) + 7) // 8, "little")
-        bits_V = np.unpackbits(np.frombuffer(packed, np.uint8), count=len(logits_V), bitorder="little")
+        packed = np.frombuffer(self.allowed(path).packed, np.uint8)
+        bits_V = np.unpackbits(packed, count=len(logits_V), bitorder="little")
         return np.where(bits_V.view(np.bool_), logits_V, np.float32(-np.inf))
 
-    def _over(self, path: Sequence[int]) -> bool:
+    def is_over(self, path: Sequence[int] = ()) -> bool:
+        """Whether the text and then `path` have come to an end token."""
         last = path or self._text[-1:]
         return any(token in self._end_ids for token in last)
 
-    def _computed(self, path: Sequence[int]) -> int:
+    def _computed(self, path: Sequence[int]) -> Tokens:
         self._go(path)
         # Tokens beyond the vocabulary are special ones that the model has no embedding for.
         found = int.from_bytes(self._matcher.compute_bitmask(), "little") & ((1 << self.vocabulary_size) - 1)
@@ -128,7 +153,7 @@ class Grammar:
             self._path.clear()
             if not message.startswith("NoExtension"):
                 raise ValueError(f"the grammar cannot be followed: {message}")
-        return found or self._ends
+        return Tokens.of(found, self.vocabulary_size) if found else self._ends
 
     def _go(self, path: Sequence[int]) -> None:
         """Move the matcher to the end of `path`."""

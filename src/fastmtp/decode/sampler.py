@@ -42,6 +42,8 @@ class Sampler:
 
     def draw(self, logits_V: NDArray[np.float32], path: Sequence[int] = ()) -> int:
         """The token that follows the text and then the tokens of `path`, from the target's logits there."""
+        if self._grammar is not None and (only := self._grammar.allowed(path).only) is not None:
+            return only
         if self.sampling.adjusts:
             logits_V = adjusted(logits_V, self.sampling, self._prompt_P, self._answer + Counter(path))
         if self._grammar is not None:

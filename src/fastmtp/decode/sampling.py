@@ -11,6 +11,7 @@ Shapes: V vocabulary, N some tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +43,10 @@ def support(logits_V: NDArray[np.float32], sampling: SamplingConfig) -> tuple[ND
     which `top_p` of the probability is not reached.
     """
     size = len(logits_V)
-    ids_N = np.arange(size)
+    ids_N, kept_N = _every(size), logits_V
     if 0 < sampling.top_k < size:
         ids_N = np.argpartition(logits_V, size - sampling.top_k)[size - sampling.top_k :]
-    kept_N = logits_V[ids_N]
+        kept_N = logits_V[ids_N]
     weights_N = np.exp((kept_N - kept_N.max()) / sampling.temperature)
     if sampling.min_p > 0:
         likely_N = weights_N >= sampling.min_p
@@ -91,6 +92,14 @@ def race(
     order_N = np.argsort(-scores_N, kind="stable")
     chances_N = np.exp(scores_N[order_N] - scores_N[order_N[0]])
     return ids_N[order_N].tolist(), (chances_N / chances_N.sum()).tolist()
+
+
+@lru_cache(1)
+def _every(size: int) -> NDArray[np.int64]:
+    """All ids."""
+    ids_V = np.arange(size)
+    ids_V.setflags(write=False)
+    return ids_V
 
 
 def _winner(weights_N: Floats, uniforms_N: NDArray[np.float64]) -> int:

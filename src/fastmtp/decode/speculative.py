@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Drafter
+from fastmtp.decode.drafting.drafter import Drafter, planned
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.plain import check_owned
 from fastmtp.decode.planned import Planned
@@ -56,14 +56,14 @@ def speculative(
         check_owned(sequence, text)
         started = time.perf_counter()
         sampler.extend([token])
-        tree = drafter.propose(sequence, token, sequence.context_limit - length)
+        tree = planned(drafter.propose(length, token, sequence.context_limit - length), sequence)
         path, token = follow(verify(sequence, tree, sampler), tree.child)
         sequence.commit(path)
         drafter.learn(tree, path)
-        planned = Planned.of(tree, path, 1e3 * (time.perf_counter() - started))
+        measured_ms = 1e3 * (time.perf_counter() - started)
         accepted = tree.tokens_of(path[1:])
         sampler.extend(accepted)
-        yield Round([*accepted, token], len(tree.verified) - 1, planned)
+        yield Round([*accepted, token], len(tree.verified) - 1, Planned.of(tree, path, measured_ms))
 
 
 def verify(sequence: TokenSequence, tree: Tree, sampler: Sampler) -> Callable[[int], int]:

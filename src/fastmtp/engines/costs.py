@@ -1,4 +1,4 @@
-"""What decoding costs on this machine: a forward of the target by the tokens in it, a draft step by its vocabulary.
+"""What decoding costs on this machine: a forward of the target by its tokens, asking the head by the sequences.
 
 Everything is timed several times in turn (A B C A B C), and the least time is taken: other work only adds to it.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmtp.engines.protocol import Costs, Engine, Head, TokenSequence
+from fastmtp.engines.protocol import Ask, Costs, Engine, EngineSequence, Head, TokenSequence
 from fastmtp.engines.tree import Tree
 from fastmtp.files import cache_directory, read_json, write_json
 from fastmtp.progress import QUIET, Progress
@@ -25,6 +25,8 @@ from fastmtp.vocabulary.draft import DraftLists
 
 # Tokens verified together, of which forwards are timed.
 TOGETHER = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+# Sequences whose heads are asked together.
+ASKED = (1, 2, 4, 8)
 # Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
 CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
 _REPEATS, _RUNS = 5, 3
@@ -53,7 +55,7 @@ def of_chains(drafting: Mapping[int, TokenSequence], steps: int, vocabulary_size
     """
     ids = some_ids(vocabulary_size, CONTEXT)
     verify = forward_task(next(iter(drafting.values())), ids, steps + 1)
-    found = least_ms({0: verify} | {size: draft_task(own, ids, steps) for size, own in drafting.items()}, _REPEATS)
+    found = least_ms({0: verify} | {size: ask_task(own, ids, steps, 1) for size, own in drafting.items()}, _REPEATS)
     return ChainCosts(steps, found.pop(0), found)
 
 
@@ -64,7 +66,7 @@ def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progre
         head: None: nobody is asked, at no cost.
     """
     sequence, target = engine.new_sequence(head, lists), engine.target
-    timed: list[Any] = [TOGETHER, CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
+    timed: list[Any] = [TOGETHER, ASKED, CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
     model = [target.source, target.identity.tokenizer_sha256, sequence.draft_size if head else 0]
     facts = [importlib.metadata.version("fastmtp"), machine(), engine.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -75,16 +77,18 @@ def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progre
         kept = {}
     if not kept:
         with progress.status("timing forwards and drafts, once for this model and machine"):
-            kept = asdict(_timed(sequence, target.vocabulary_size, head))
+            kept = asdict(_timed(engine, head, lists))
         write_json(path, {fingerprint: kept})
-    by_context = {
-        int(context): {int(count): ms for count, ms in times.items()}
-        for context, times in kept["forward_ms"].items()
-    }
-    return Costs(by_context, kept["ask_ms"])
+    by_context = {int(context): _by_number(times) for context, times in kept["forward_ms"].items()}
+    return Costs(by_context, _by_number(kept["ask_ms"]))
 
 
-def _timed(sequence: TokenSequence, vocabulary_size: int, head: Head | None) -> Costs:
+def _by_number(stored: Mapping[str, float]) -> dict[int, float]:
+    return {int(number): ms for number, ms in stored.items()}
+
+
+def _timed(engine: Engine, head: Head | None, lists: DraftLists | None) -> Costs:
+    sequence, vocabulary_size = engine.new_sequence(head, lists), engine.target.vocabulary_size
     contexts: dict[int, Sequence[int]] = {CONTEXT: TOGETHER}
     if sequence.context_limit >= LONG_CONTEXT + max(LONG_TOGETHER):
         contexts[LONG_CONTEXT] = LONG_TOGETHER
@@ -94,9 +98,15 @@ def _timed(sequence: TokenSequence, vocabulary_size: int, head: Head | None) -> 
         tasks = {count: forward_task(sequence, ids, count, _RUNS) for count in together}
         by_context[context] = least_ms(tasks, _REPEATS)
     if head is None:
-        return Costs(by_context, 0.0)
-    asking = ask_task(sequence, some_ids(vocabulary_size, CONTEXT))
-    return Costs(by_context, least_ms({0: asking}, _REPEATS)[0])
+        return Costs(by_context, {})
+    ids = some_ids(vocabulary_size, CONTEXT)
+    sequence.prefill(ids)
+    sequences = [engine.new_sequence(head, lists) for _ in range(max(ASKED))]
+    for one in sequences:
+        one.share(sequence, CONTEXT)
+        one.prefill(ids)
+    asking = {count: asking_task(engine, sequences[:count], _RUNS) for count in ASKED}
+    return Costs(by_context, least_ms(asking, _REPEATS))
 
 
 def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
@@ -117,32 +127,42 @@ def forward_task(sequence: TokenSequence, context: Sequence[int], count: int, ru
     return lambda: median(run() for _ in range(runs))
 
 
-def draft_task(sequence: TokenSequence, context: Sequence[int], steps: int) -> Task:
-    """Seconds of one step of a greedy draft chain."""
+def ask_task(sequence: TokenSequence, context: Sequence[int], steps: int = 4, width: int = 4) -> Task:
+    """Seconds of asking the head for candidates, at one of some nodes along a path."""
+
+    def path() -> None:
+        tree = Tree(context[0])
+        for node in range(steps):
+            tree.add(node, sequence.ask(Ask(tree, [node], width))[0].tokens[0])
 
     def run() -> float:
         # A forward of the target first, as in decoding: it leaves nothing of the head in the caches.
         sequence.prefill(context)
-        return timed(lambda: sequence.draft(context[0], steps)) / steps
+        return timed(path) / steps
 
     run()
     return lambda: median(run() for _ in range(5))
 
 
-def ask_task(sequence: TokenSequence, context: Sequence[int]) -> Task:
-    """Seconds of asking the head for four candidates, at one of four nodes along a path."""
+def asking_task(engine: Engine, sequences: Sequence[EngineSequence], runs: int) -> Task:
+    """Seconds of asking the head for candidates after a node of each sequence, of four along a path."""
 
-    def path() -> None:
-        tree = Tree(context[0])
+    def paths() -> None:
+        trees = [Tree(0) for _ in sequences]
         for node in range(4):
-            tree.add(node, sequence.ask(tree, [node], 4)[0].tokens[0])
+            found = engine.ask_together(sequences, [Ask(tree, [node], 4) for tree in trees])
+            for tree, (own,) in zip(trees, found, strict=True):
+                tree.add(node, own.tokens[0])
 
     def run() -> float:
-        sequence.prefill(context)
-        return timed(path) / 4
+        # As above.
+        engine.verify_together_greedy(sequences, [Tree(0)] * len(sequences), [[0]] * len(sequences))
+        for sequence in sequences:
+            sequence.commit([0])
+        return timed(paths) / 4
 
     run()
-    return lambda: median(run() for _ in range(5))
+    return lambda: median(run() for _ in range(runs))
 
 
 def some_ids(vocabulary_size: int, count: int) -> list[int]:

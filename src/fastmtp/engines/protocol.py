@@ -31,6 +31,18 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What a drafter asks the head: at most `width` candidates to follow each of these nodes of its tree.
+
+    The root is asked alone and first, any other node after its parent.
+    """
+
+    tree: Tree
+    nodes: Sequence[int]
+    width: int
+
+
+@dataclass(frozen=True)
 class Head:
     """A head in an engine: its weights in the engine's own form, its lists, and the K it was trained for."""
 
@@ -54,10 +66,13 @@ class Floor:
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows."""
+    """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows.
+
+    `ask_ms` is of one node each of so many sequences, which are asked together; empty without a head.
+    """
 
     forward_ms: dict[int, dict[int, float]]
-    ask_ms: float
+    ask_ms: dict[int, float]
 
     def forward(self, tokens: int, context: int = 0) -> float:
         """Linear in the context and in the tokens, between what was timed and beyond it."""
@@ -69,6 +84,10 @@ class Costs:
         # A short text is not cheaper than was timed: noise could make it so.
         return near + (max(context, short) - short) / (long - short) * max(0.0, _between(times, tokens) - near)
 
+    def ask(self, sequences: int = 1) -> float:
+        """Of each of so many sequences its share."""
+        return _between(self.ask_ms, sequences) / sequences if self.ask_ms else 0.0
+
 
 class DraftingSequence(Protocol):
     """What a drafter uses of a sequence: its tokens, and the head."""
@@ -78,15 +97,8 @@ class DraftingSequence(Protocol):
         """The tokens so far, whose keys and values are cached."""
         ...
 
-    def draft(self, token: int, steps: int) -> list[int]:
-        """The head's `steps` likeliest tokens, one after the other, after `token`, the sequence's next token."""
-        ...
-
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        """The head's candidates to follow each of these nodes, at most `width`.
-
-        The root is asked alone and first, any other node after its parent.
-        """
+    def ask(self, ask: Ask) -> list[Candidates]:
+        """The head's candidates to follow each of the nodes."""
         ...
 
 
@@ -220,6 +232,10 @@ class Engine(Protocol):
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[list[int]]:
         """Like `verify_together`, but only the argmax of each row; of equal logits the first."""
+        ...
+
+    def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
+        """`ask` of each sequence, all with one head, in one forward of it where the engine can."""
         ...
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Any]:

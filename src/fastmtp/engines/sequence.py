@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from fastmtp.engines.protocol import Candidates, EngineSequence, Logits
+from fastmtp.engines.protocol import Ask, Candidates, EngineSequence, Logits
 from fastmtp.engines.tree import Tree
 from fastmtp.models.info import TargetInfo
 from fastmtp.vocabulary.draft import DraftVocabulary
@@ -21,6 +22,25 @@ States = TypeVar("States", bound=Any)
 ForwardMany = Callable[
     [Sequence[Any], Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[int] | None]], list[States]
 ]
+
+
+@dataclass(frozen=True)
+class Question(Generic[States]):
+    """What a sequence asks its head: the candidates to follow nodes of a tree in the draft cache.
+
+    With `parents` the tokens are new nodes, each after a node of an earlier question. Without, they are the text's,
+    which follow the states `states_TH` from position `start` on, and the last one becomes node 0 of a new tree.
+    """
+
+    tokens: Sequence[int]
+    width: int
+    parents: Sequence[int] = ()
+    start: int = 0
+    states_TH: States | None = None
+
+
+# Runners with one head, and the question of each; the candidates by its new nodes.
+AskMany = Callable[[Sequence[Any], Sequence[Question[States]]], list[list[Candidates]]]
 
 
 class Runner(Protocol[States]):
@@ -50,16 +70,8 @@ class Runner(Protocol[States]):
         """Of each row of logits; of equal ones the first."""
         ...
 
-    def draft(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
-        """The head's likeliest tokens, one after the other, from the states and tokens at `start` on."""
-        ...
-
-    def start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> list[Candidates]:
-        """The head over states and tokens at `start`; the last token is node 0 of a tree in the draft cache."""
-        ...
-
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        """The head over tokens that follow nodes of that tree; they become its next nodes."""
+    def ask(self, question: Question[States]) -> list[Candidates]:
+        """The head's candidates to follow each new node."""
         ...
 
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
@@ -166,24 +178,11 @@ class TextSequence(Generic[States]):
                 states_TH = states_TH[rows]
             self._append(tree.tokens_of(path), states_TH)
 
-    def draft(self, token: int, steps: int) -> list[int]:
+    def ask(self, ask: Ask) -> list[Candidates]:
         with self._alone:
-            drafted = self._runner.draft(*self._waiting(token), steps)
-            self._caught_up()
-            return drafted
-
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        with self._alone:
-            if nodes[0] == 0:
-                self._asked = {0: 0}
-                found = self._runner.start_tree(*self._waiting(tree.nodes[0].token), width)
-                self._caught_up()
-                return found
-            asked = [tree.nodes[node] for node in nodes]
-            parents = [self._asked[node.parent] for node in asked]
-            for node in nodes:
-                self._asked[node] = len(self._asked)
-            return self._runner.extend_tree(parents, [node.token for node in asked], width)
+            found = self._runner.ask(self._question(ask))
+            self._answered(ask)
+            return found
 
     def _run(self, tree: Tree) -> States:
         parents = None if tree.is_chain else tree.parents
@@ -199,17 +198,25 @@ class TextSequence(Generic[States]):
             self._states_TH = self._runner.join(self._states_TH, states_TH) if waiting else states_TH
         self._tokens.extend(tokens)
 
-    def _waiting(self, token: int) -> tuple[int, States, list[int]]:
-        """Where the head continues, the states that it takes from there on, and the tokens after them."""
+    def _question(self, ask: Ask) -> Question[States]:
+        """What the head is to run over: at the root, all that it has not consumed yet besides."""
+        tokens = ask.tree.tokens_of(ask.nodes)
+        if ask.nodes[0]:
+            parents = [self._asked[ask.tree.nodes[node].parent] for node in ask.nodes]
+            return Question(tokens, ask.width, parents)
         assert self._states_TH is not None, "this sequence has no head"
-        inputs = [*self._tokens[self._drafted + 1 :], token]
+        inputs = [*self._tokens[self._drafted + 1 :], *tokens]
         if self._vocabulary is not None:
             self._runner.fit_rows(self._vocabulary, self._vocabulary.see(inputs))
-        return self._drafted, self._states_TH, inputs
+        return Question(inputs, ask.width, (), self._drafted, self._states_TH)
 
-    def _caught_up(self) -> None:
-        """The head has consumed all states; its next forward overwrites the draft's."""
-        self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
+    def _answered(self, ask: Ask) -> None:
+        """The head has run over these nodes, and at the root over all states, which it does not need again."""
+        if not ask.nodes[0]:
+            self._asked = {}
+            self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
+        for node in ask.nodes:
+            self._asked[node] = len(self._asked)
 
     def _rewind(self, length: int) -> None:
         """Begin another text with the first `length` tokens; their draft states must not depend on later ones."""
@@ -230,9 +237,7 @@ def forward_together(
         forward: from the sequences' runners, and for each where its tokens begin, the tokens, and their parents.
     """
     with ExitStack() as stack:
-        texts = [cast("TextSequence[States]", sequence) for sequence in sequences]
-        for text in texts:
-            stack.enter_context(text._alone)
+        texts: list[TextSequence[States]] = _held(sequences, stack)
         every = forward(
             [text._runner for text in texts],
             [len(text._tokens) for text in texts],
@@ -242,6 +247,27 @@ def forward_together(
         for text, tree, states_TH in zip(texts, trees, every, strict=True):
             text._verified = tree, states_TH
         return every
+
+
+def ask_together(
+    sequences: Sequence[EngineSequence], asks: Sequence[Ask], ask: AskMany[States]
+) -> list[list[Candidates]]:
+    """`ask` of several sequences of one engine and one head, in one call."""
+    with ExitStack() as stack:
+        texts: list[TextSequence[States]] = _held(sequences, stack)
+        questions = [text._question(own) for text, own in zip(texts, asks, strict=True)]
+        found = ask([text._runner for text in texts], questions)
+        for text, own in zip(texts, asks, strict=True):
+            text._answered(own)
+        return found
+
+
+def _held(sequences: Sequence[EngineSequence], stack: ExitStack) -> list[TextSequence[Any]]:
+    """The sequences, in use until the stack ends."""
+    texts = [cast("TextSequence[Any]", sequence) for sequence in sequences]
+    for text in texts:
+        stack.enter_context(text._alone)
+    return texts
 
 
 class _Alone:

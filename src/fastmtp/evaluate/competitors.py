@@ -13,7 +13,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.generation import Generation
-from fastmtp.engines.costs import TOGETHER, ask_task, draft_task, forward_task, least_ms, some_ids
+from fastmtp.engines.costs import TOGETHER, ask_task, forward_task, least_ms, some_ids
 from fastmtp.evaluate.measured import MeasuredSequence
 from fastmtp.evaluate.names import OwnName
 from fastmtp.evaluate.records import Answer
@@ -89,5 +89,5 @@ class Own:
             return 0.0
         drafter = self._drafting.new_drafter(ids, SamplingConfig())
         chain = isinstance(drafter, Chain)
-        task = draft_task(self.sequence, ids, drafter.depth) if chain else ask_task(self.sequence, ids)
+        task = ask_task(self.sequence, ids, drafter.depth, 1) if chain else ask_task(self.sequence, ids)
         return least_ms({0: task}, _REPEATS)[0]

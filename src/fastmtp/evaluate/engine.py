@@ -20,7 +20,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
-from fastmtp.engines.costs import CONTEXT, Task, ask_task, draft_task, forward_task, some_ids, timed
+from fastmtp.engines.costs import CONTEXT, Task, ask_task, forward_task, some_ids, timed
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.protocol import Floor, Head
 from fastmtp.evaluate.prompts import short_prompts
@@ -172,7 +172,7 @@ def _draft_tasks(engine: NativeEngine, head: Head) -> dict[str, Task]:
     for size in sizes:
         lists = DraftLists(VocabularyLists.of(everything[:size]), vocabulary_size, 0)
         sequence = engine.new_sequence(head, lists)
-        tasks[f"draft {size}"] = draft_task(sequence, context, head.draft_steps)
+        tasks[f"draft {size}"] = ask_task(sequence, context, head.draft_steps, 1)
         tasks[f"level {size}"] = ask_task(sequence, context)
     return tasks
 

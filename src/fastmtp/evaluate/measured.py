@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fastmtp.engines.protocol import Candidates, Logits, TokenSequence
+from fastmtp.engines.protocol import Ask, Candidates, Logits, TokenSequence
 from fastmtp.engines.tree import Tree
 
 # The first call for drafts includes the head's prefill, so it is measured apart, as `prompt`.
@@ -26,7 +26,7 @@ class MeasuredSequence:
     def forget(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._prompt_read = False
-        # Number of forwards by tokens verified; draft steps, or calls of `ask`, after the first.
+        # Number of forwards by tokens verified; calls of `ask` after the first.
         self.verified: Counter[int] = Counter()
         self.draft_steps = 0
 
@@ -63,18 +63,11 @@ class MeasuredSequence:
     def commit(self, path: Sequence[int]) -> None:
         self._timed("keep", lambda: self._sequence.commit(path))
 
-    def draft(self, token: int, steps: int) -> list[int]:
-        return self._drafting(steps, lambda: self._sequence.draft(token, steps))
-
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        return self._drafting(1, lambda: self._sequence.ask(tree, nodes, width))
-
-    def _drafting(self, steps: int, run: Callable[[], _T]) -> _T:
-        if not self._prompt_read:
-            self._prompt_read = True
-            return self._timed("prompt", run)
-        self.draft_steps += steps
-        return self._timed("draft", run)
+    def ask(self, ask: Ask) -> list[Candidates]:
+        part = "draft" if self._prompt_read else "prompt"
+        self.draft_steps += self._prompt_read
+        self._prompt_read = True
+        return self._timed(part, lambda: self._sequence.ask(ask))
 
     def _timed(self, part: str, run: Callable[[], _T]) -> _T:
         started = time.perf_counter()

@@ -17,7 +17,7 @@ from fastmtp.decode.drafting.drafter import DRAWN_AMONG
 from fastmtp.decode.drafting.learned import MAX_DEPTH
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import Candidates, TokenSequence
+from fastmtp.engines.protocol import Ask, Candidates, TokenSequence
 from fastmtp.engines.tree import Tree
 from fastmtp.evaluate.records import PLAIN, Turn
 from fastmtp.files import replacing
@@ -83,7 +83,7 @@ def _ask(
 ) -> Said:
     width, position = DRAWN_AMONG if sampling.temperature > 0 else WIDTH, len(sequence.tokens) + 1
     tree = Tree(token)
-    said: Said = {(): sequence.ask(tree, [0], width)[0]}
+    said: Said = {(): sequence.ask(Ask(tree, [0], width))[0]}
     nodes: dict[tuple[int, ...], int] = {(): 0}
     level: dict[tuple[int, ...], float] = {(): 1.0}
     for depth in range(1, MAX_DEPTH):
@@ -98,7 +98,7 @@ def _ask(
             if len(path) == depth and path[:-1] in nodes:
                 best.setdefault(path, ahead.get(path, 0.0))
         nodes |= {path: tree.add(nodes[path[:-1]], path[-1]) for path in best}
-        said |= zip(best, sequence.ask(tree, [nodes[path] for path in best], width), strict=True)
+        said |= zip(best, sequence.ask(Ask(tree, [nodes[path] for path in best], width)), strict=True)
         level = best
     return said
 
@@ -111,14 +111,8 @@ class Recorded:
         self.tokens = list(recording.prompt)
         self.missed = 0
 
-    def draft(self, token: int, steps: int) -> list[int]:
-        drafted: list[int] = []
-        while len(drafted) < steps:
-            drafted += self._said(drafted, 1).tokens
-        return drafted
-
-    def ask(self, tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        return [self._said([tree.nodes[one].token for one in tree.path(node)[1:]], width) for node in nodes]
+    def ask(self, ask: Ask) -> list[Candidates]:
+        return [self._said(ask.tree.tokens_of(ask.tree.path(node)[1:]), ask.width) for node in ask.nodes]
 
     def _said(self, path: Sequence[int], width: int) -> Candidates:
         index = len(self.tokens) - len(self._recording.prompt)

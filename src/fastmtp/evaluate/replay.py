@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fastmtp.decode.drafting.adaptive import WIDTH, Adaptive
-from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains
+from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains, planned
 from fastmtp.decode.drafting.estimates import Counts, Estimates
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PLANNING_MS, Learned
 from fastmtp.decode.drafting.lookup import Lookup
@@ -92,10 +92,10 @@ def replay(recording: Recording, new_drafter: NewDrafter, costs: Costs) -> Repla
     planning_ms = 0.0 if isinstance(drafter, Chain) else PLANNING_MS
     total = Replayed()
     while (length := len(sequence.tokens)) < len(text) - 1:
-        tree = drafter.propose(sequence, text[length], _ROOM)
+        tree = planned(drafter.propose(length, text[length], _ROOM), sequence)
         right = [*text[length + 1 :], -1]
         path, _ = follow(lambda node, tree=tree, right=right: right[tree.nodes[node].depth], tree.child)  # type: ignore[misc]
-        milliseconds = costs.forward(len(tree.verified), length) + len(tree.asked) * (costs.ask_ms + planning_ms)
+        milliseconds = costs.forward(len(tree.verified), length) + len(tree.asked) * (costs.ask() + planning_ms)
         plain_ms = len(path) * costs.forward(1, length)
         total += Replayed(plain_ms, milliseconds, len(path), 1, len(tree.verified), len(tree.asked))
         sequence.tokens += [tree.nodes[node].token for node in path]
@@ -112,7 +112,7 @@ def hindsight(recording: Recording, costs: Costs) -> Replayed:
         following = recording.answer[index + 1 :]
         from_text = common_prefix(lookup.continuation(MAX_DEPTH)[1], following)
         reach.append((from_text, _right_of_head(recording, index)))
-    ask_ms = costs.ask_ms + PLANNING_MS
+    ask_ms = costs.ask() + PLANNING_MS
 
     def drafting_ms(index: int, drafts: int) -> float | None:
         from_text, from_head = reach[index]

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastmtp.decode.drafting.drafter import Drafter, Load
+from fastmtp.decode.drafting.drafter import Drafter, Load, Planning
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.grammar import open_grammar
 from fastmtp.decode.sampler import Sampler
@@ -75,17 +75,15 @@ class Running:
         rows = [count - 1] if count == self.prompt_left else []
         return Tree.chain(self.request.prompt[start : start + count]), rows
 
-    def propose(self, load: Load) -> tuple[Tree, Sequence[int]]:
-        """The tree to verify next; all of its rows are wanted."""
+    def propose(self, load: Load) -> Planning:
+        """The tree to verify next."""
         assert self._token is not None
-        drafter, room = self._new_drafter(), self._context - len(self.sequence.tokens)
-        if drafter is None:
-            tree = Tree(self._token)
-        else:
-            left = self.request.max_new_tokens - len(self._transcript.tokens)
-            tree = drafter.propose(self.sequence, self._token, min(room, left), load)
+        tree, drafter, length = Tree(self._token), self._new_drafter(), len(self.sequence.tokens)
+        if drafter is not None:
+            room = min(self._context - length, self.request.max_new_tokens - len(self._transcript.tokens))
+            tree = yield from drafter.propose(length, self._token, room, load)
         self.verified = len(tree.verified)
-        return tree, range(self.verified)
+        return tree
 
     def take(self, tree: Tree, values: Values) -> list[Token]:
         """What verification of the tree gives: tokens of the answer, none while the prompt is not complete."""

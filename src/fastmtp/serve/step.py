@@ -1,14 +1,17 @@
-"""One step of all running requests: parts of prompts and trees to verify, in one forward."""
+"""One step of all running requests: parts of prompts and trees to verify, in one forward.
+
+What the drafters ask the head is asked for all requests together too, level by level of their trees.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from fastmtp.decode.drafting.drafter import Load
-from fastmtp.engines.protocol import Engine
+from fastmtp.decode.drafting.drafter import Load, Planning
+from fastmtp.engines.protocol import Ask, Candidates, Engine
 from fastmtp.engines.tree import Tree
 from fastmtp.serve.requests import Token
 from fastmtp.serve.running import Running, Values
@@ -17,6 +20,26 @@ log = logging.getLogger("fastmtp")
 
 # Told of a request that could not go on. The others do not notice.
 Fail = Callable[[Running, Exception], None]
+
+
+class Part(Protocol):
+    """What a request has in a call of the engine."""
+
+    @property
+    def running(self) -> Running: ...
+
+
+_Part = TypeVar("_Part", bound=Part)
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a request's drafter asks the head."""
+
+    running: Running
+    planning: Planning
+    ask: Ask
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,7 @@ def step(engine: Engine, running: Sequence[Running], chunk: int, fail: Fail) -> 
     Args:
         chunk: the most tokens of prompts, which decoding requests have to wait for.
     """
-    work = planned(running, chunk, fail)
+    work = planned(engine, running, chunk, fail)
     found = []
     for one, values in verified(engine, work, fail):
         try:
@@ -44,7 +67,7 @@ def step(engine: Engine, running: Sequence[Running], chunk: int, fail: Fail) -> 
     return found
 
 
-def planned(running: Sequence[Running], chunk: int, fail: Fail) -> list[Work]:
+def planned(engine: Engine, running: Sequence[Running], chunk: int, fail: Fail) -> list[Work]:
     """What each request has in the next forward."""
     work: list[Work] = []
     filling = [one for one in running if one.prompt_left]
@@ -53,14 +76,37 @@ def planned(running: Sequence[Running], chunk: int, fail: Fail) -> list[Work]:
         if count:
             work.append(Work(one, *one.next_of_prompt(count)))
     decoding = [one for one in running if not one.prompt_left]
-    for one in decoding:
-        # Those that are planned later are taken to verify as many tokens as the last time.
-        others = sum(other.verified for other in decoding if other is not one)
+    total = sum(one.verified for one in decoding)
+    # Of the others as many tokens are taken to be verified as the last time.
+    loads = [Load(len(decoding), total - one.verified, sum(counts)) for one in decoding]
+    plannings = [(one, one.propose(load)) for one, load in zip(decoding, loads, strict=True)]
+    return work + [Work(one, tree, range(one.verified)) for one, tree in proposed(engine, plannings, fail)]
+
+
+def proposed(
+    engine: Engine, plannings: Sequence[tuple[Running, Planning]], fail: Fail
+) -> list[tuple[Running, Tree]]:
+    """The trees of requests, which are planned together."""
+    trees: list[tuple[Running, Tree]] = []
+
+    def go_on(running: Running, planning: Planning, found: list[Candidates] | None) -> list[Asking]:
         try:
-            work.append(Work(one, *one.propose(Load(len(decoding), others, sum(counts)))))
+            # None is what begins a generator.
+            return [Asking(running, planning, planning.send(found))]  # type: ignore[arg-type]
+        except StopIteration as done:
+            trees.append((running, done.value))
         except Exception as error:
-            fail(one, error)
-    return work
+            fail(running, error)
+        return []
+
+    def ask(asking: Sequence[Asking]) -> list[list[Candidates]]:
+        return engine.ask_together([one.running.sequence for one in asking], [one.ask for one in asking])
+
+    asking = [asked for one in plannings for asked in go_on(*one, None)]
+    while asking:
+        answered = together(ask, asking, fail)
+        asking = [asked for one, found in answered for asked in go_on(one.running, one.planning, found)]
+    return trees
 
 
 def shares(total: int, wanted: Sequence[int]) -> list[int]:
@@ -73,21 +119,32 @@ def shares(total: int, wanted: Sequence[int]) -> list[int]:
 
 
 def verified(engine: Engine, work: Sequence[Work], fail: Fail) -> list[tuple[Work, Values]]:
-    """The values that were wanted, of one forward. If it fails, each request tries alone."""
-    if not work:
-        return []
-    # If anybody needs logits, the rows of all are computed as logits: the LM head is read once.
-    together: Callable[..., Any] = engine.verify_together
-    if all(one.running.is_greedy for one in work):
-        together = engine.verify_together_greedy
-    try:
-        values = together(
+    """The values that were wanted, of one forward."""
+
+    def verify(work: Sequence[Work]) -> Sequence[Values]:
+        # If anybody needs logits, the rows of all are computed as logits: the LM head is read once.
+        call: Callable[..., Any] = engine.verify_together
+        if all(one.running.is_greedy for one in work):
+            call = engine.verify_together_greedy
+        values: Sequence[Values] = call(
             [one.running.sequence for one in work], [one.tree for one in work], [one.rows for one in work]
         )
-        return list(zip(work, values, strict=True))
+        return values
+
+    return together(verify, work, fail)
+
+
+def together(
+    call: Callable[[Sequence[_Part]], Sequence[_Result]], parts: Sequence[_Part], fail: Fail
+) -> list[tuple[_Part, _Result]]:
+    """The result of each part of one call of the engine. If it fails, each request tries alone."""
+    if not parts:
+        return []
+    try:
+        return list(zip(parts, call(parts), strict=True))
     except Exception as error:
-        if len(work) == 1:
-            fail(work[0].running, error)
+        if len(parts) == 1:
+            fail(parts[0].running, error)
             return []
-        log.warning("a forward of %d requests failed, each is tried alone: %s", len(work), error)
-        return [found for one in work for found in verified(engine, [one], fail)]
+        log.warning("a call for %d requests failed, each is tried alone: %s", len(parts), error)
+        return [found for one in parts for found in together(call, [one], fail)]

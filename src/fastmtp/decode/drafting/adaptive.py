@@ -10,17 +10,17 @@ Tokens that a grammar forces come first, and are treated as those of a prompt: t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, is_allowed, only_allowed
-from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load
+from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, is_allowed, is_over, only_allowed
+from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load, Planning
 from fastmtp.decode.drafting.estimates import both_bin, head_bin, text_bin
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, RAREST_PROBE, Learned
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import Candidates, DraftingSequence
+from fastmtp.engines.protocol import Ask, Candidates
 from fastmtp.engines.tree import Tree
 
 # Candidates of the head after a node.
@@ -30,7 +30,9 @@ LEAST = 0.02
 # No draft is surer than this, unless a grammar forces it.
 SUREST = 0.995
 # What a grammar forces after a less likely node is not looked for.
-FOLLOWED = 0.1
+FOLLOWED = 0.2
+
+_Drafting = Generator[Ask, list[Candidates], list[float]]
 
 
 class Adaptive:
@@ -45,21 +47,21 @@ class Adaptive:
         self._lookup = Lookup()
         self._lookup.extend(prompt)
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         self._lookup.extend([token])
         self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
-        tree, ask_ms = Tree(token), self._learned.ask_ms
+        self._ask_ms = self._learned.ask_ms(load.sequences)
+        tree = Tree(token)
         self._begin(tree, room)
-        forward_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens + load.prefill + tree.forced)
+        forward_ms = self._learned.forward_ms(length, load.tokens + load.prefill + tree.forced)
         agreement = self._look_up(tree)
-        # The head could follow forced tokens only one by one.
-        open_when_asked = [] if tree.forced else self._draft(sequence, tree, agreement)
+        open_when_asked = yield from self._draft(tree, agreement, length + 1)
         chosen = self._worthwhile(tree, min(room, MAX_NODES + tree.forced), forward_ms)
         self._learn_worth(tree, open_when_asked, chosen, forward_ms)
         tree.select(chosen)
         # As if the others asked as often. Prompts and forced tokens are left out: the rate is that of decoding.
-        decoding_ms = self._learned.forward_ms(len(sequence.tokens), load.tokens)[len(chosen) - tree.forced]
-        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * ask_ms
+        decoding_ms = self._learned.forward_ms(length, load.tokens)[len(chosen) - tree.forced]
+        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * self._ask_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -100,21 +102,28 @@ class Adaptive:
         if self._grammar is not None and tree.nodes[node].estimate >= FOLLOWED:
             add_forced(tree, node, self._grammar, MAX_DEPTH + tree.forced - tree.nodes[node].depth)
 
-    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+    def _draft(self, tree: Tree, agreement: int, position: int) -> _Drafting:
         """Ask the head what follows, a node at a time while that pays; returns `_open` of each node when asked."""
-        now, position, node = self._now, len(sequence.tokens) + 1, 0
+        now, node = self._now, tree.forced
+        if self._grammar is not None and is_over(tree, node, self._grammar):
+            return []
         width = DRAWN_AMONG if self._sampling.temperature > 0 or self._grammar is not None else WIDTH
         found: list[float] = []
         # Threads share the count, so it may pass the round in which the head is due.
-        probe = now.rounds_without_head + 1 >= now.probe_after
-        while (depth := tree.nodes[node].depth) < MAX_DEPTH:
+        probe = not tree.forced and now.rounds_without_head + 1 >= now.probe_after
+        while (depth := tree.nodes[node].depth) < MAX_DEPTH + tree.forced:
             open_ = _open(tree, node)
-            pays = open_ * now.worth[depth + 1].value > now.rate.value * self._learned.ask_ms
+            # Before its first question the head has to follow what is forced, a token at a time.
+            asks = 1 if tree.asked else 1 + tree.forced
+            pays = open_ * now.worth[_level(depth)].value > now.rate.value * self._ask_ms * asks
             if not pays and (tree.asked or not probe):
                 break
             if not tree.asked:
                 now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
-            candidates = sequence.ask(tree, [node], width)[0]
+                for before in range(tree.forced):
+                    yield Ask(tree, [before], 1)
+                    tree.asked.append(before)
+            (candidates,) = yield Ask(tree, [node], width)
             tree.asked.append(node)
             found.append(open_)
             self._add(tree, node, candidates, agreement, position + depth)
@@ -122,7 +131,7 @@ class Adaptive:
             if not children:
                 break
             node = max(children.values(), key=lambda child: _open(tree, child))
-        now.rounds_without_head = 0 if tree.asked else now.rounds_without_head + 1
+        now.rounds_without_head = 0 if tree.asked else now.rounds_without_head + (tree.forced == 0)
         return found
 
     def _add(self, tree: Tree, parent: int, candidates: Candidates, agreement: int, position: int) -> None:
@@ -165,22 +174,33 @@ class Adaptive:
         self, tree: Tree, open_when_asked: Sequence[float], chosen: Sequence[int], forward_ms: Sequence[float]
     ) -> None:
         """The gain of asking the head at each node, and at those after it, for each unit of `_open`."""
-        gains = dict.fromkeys(tree.asked, 0.0)
-        for size, node in enumerate(chosen[1:], 2):
-            parent = tree.nodes[node].parent
-            if tree.nodes[node].source == "head" and parent in gains:
+        asked = tree.asked[tree.forced :]
+        gains = dict.fromkeys(asked, 0.0)
+        for size, node in enumerate(chosen[1 + tree.forced :], 2):
+            # What is forced after a candidate comes with it.
+            candidate = node
+            while tree.nodes[candidate].source == "grammar":
+                candidate = tree.nodes[candidate].parent
+            parent = tree.nodes[candidate].parent
+            if tree.nodes[candidate].source == "head" and parent in gains:
                 gains[parent] += self._gain(tree, node, size, forward_ms)
-        for node, open_ in zip(reversed(tree.asked), reversed(open_when_asked), strict=True):
-            self._now.worth[tree.nodes[node].depth + 1].learn(gains[node] / max(LEAST, open_))
-            if node:
-                gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._learned.ask_ms
+        for node, open_ in zip(reversed(asked), reversed(open_when_asked), strict=True):
+            self._now.worth[_level(tree.nodes[node].depth)].learn(gains[node] / max(LEAST, open_))
+            if node != tree.forced:
+                gains[tree.nodes[node].parent] += gains[node] - self._now.rate.value * self._ask_ms
 
 
 class FromText(Adaptive):
     """Trees from the text alone, without a head."""
 
-    def _draft(self, sequence: DraftingSequence, tree: Tree, agreement: int) -> list[float]:
+    def _draft(self, tree: Tree, agreement: int, position: int) -> _Drafting:
+        yield from ()
         return []
+
+
+def _level(depth: int) -> int:
+    """Where the worth of the candidates after a node of this depth is learned."""
+    return min(depth + 1, MAX_DEPTH)
 
 
 def _open(tree: Tree, node: int) -> float:

@@ -23,7 +23,7 @@ def add_forced(tree: Tree, node: int, grammar: Grammar, limit: int) -> int:
 
 def is_allowed(tree: Tree, node: int, token: int, grammar: Grammar) -> bool:
     """Whether a token may follow a node."""
-    return bool(grammar.allowed(_path(tree, node)) >> token & 1)
+    return token in grammar.allowed(_path(tree, node))
 
 
 def only_allowed(candidates: Candidates, tree: Tree, node: int, grammar: Grammar) -> Candidates:
@@ -33,11 +33,16 @@ def only_allowed(candidates: Candidates, tree: Tree, node: int, grammar: Grammar
     """
     allowed = grammar.allowed(_path(tree, node))
     pairs = zip(candidates.tokens, candidates.confidences, strict=True)
-    inside = [(token, confidence) for token, confidence in pairs if allowed >> token & 1]
+    inside = [(token, confidence) for token, confidence in pairs if token in allowed]
     unnamed = max(1, grammar.vocabulary_size - len(candidates.tokens))
-    rest = max(0.0, 1 - sum(candidates.confidences)) * (allowed.bit_count() - len(inside)) / unnamed
+    rest = max(0.0, 1 - sum(candidates.confidences)) * (allowed.count - len(inside)) / unnamed
     total = sum(confidence for _, confidence in inside) + rest
     return Candidates([token for token, _ in inside], [confidence / total for _, confidence in inside])
+
+
+def is_over(tree: Tree, node: int, grammar: Grammar) -> bool:
+    """Whether a node is an end token."""
+    return grammar.is_over(_path(tree, node))
 
 
 def _path(tree: Tree, node: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, only_allowed
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampling import race
-from fastmtp.engines.protocol import DraftingSequence
+from fastmtp.engines.protocol import Ask, Candidates, DraftingSequence
 from fastmtp.engines.tree import Tree
 
 # At a temperature or under a grammar, a draft is drawn from so many of the head's likeliest tokens.
@@ -35,13 +35,18 @@ class Load:
 ALONE = Load()
 
 
+# Yields what it asks the head, is sent the candidates, and returns the tree: its caller may ask for several texts
+# in one call.
+Planning = Generator[Ask, list[Candidates], Tree]
+
+
 class Drafter(Protocol):
     """The drafts of one text. `depth` is the most that a round can accept."""
 
     depth: int
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
-        """A tree after `token`, the sequence's next one; at most `room` of its nodes are to be verified."""
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
+        """A tree after `length` tokens and then `token`; at most `room` of its nodes are to be verified."""
         ...
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -62,6 +67,17 @@ class NewDrafter(Protocol):
         ...
 
 
+def planned(planning: Planning, sequence: DraftingSequence) -> Tree:
+    """The tree, with what it asks asked of one sequence."""
+    try:
+        ask = next(planning)
+        while True:
+            ask = planning.send(sequence.ask(ask))
+    except StopIteration as done:
+        tree: Tree = done.value
+        return tree
+
+
 class Chain:
     """K tokens in a row in every round (FastMTP); where a grammar forces tokens, these."""
 
@@ -69,37 +85,26 @@ class Chain:
         self.depth = max(steps, MOST_FORCED) if grammar else steps
         self._steps, self._sampling, self._grammar = steps, sampling, grammar
 
-    def propose(self, sequence: DraftingSequence, token: int, room: int, load: Load = ALONE) -> Tree:
-        steps = min(self._steps, room - 1)
+    def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
+        tree, width = Tree(token), 1
+        if self._grammar is not None or self._sampling.temperature > 0:
+            width = DRAWN_AMONG
         if self._grammar is not None:
-            tree = Tree(token)
             tree.forced = add_forced(tree, 0, self._grammar, min(MOST_FORCED, room - 1))
-            if not tree.forced:
-                self._draw(sequence, tree, steps)
-        elif self._sampling.temperature == 0:
-            tree = Tree.chain([token, *(sequence.draft(token, steps) if steps else [])])
-            tree.asked = list(range(steps))
-        else:
-            tree = Tree(token)
-            self._draw(sequence, tree, steps)
+        for node in range(0 if tree.forced else min(self._steps, room - 1)):
+            (found,) = yield Ask(tree, [node], width)
+            tree.asked.append(node)
+            if self._grammar is not None:
+                found = only_allowed(found, tree, node, self._grammar)
+            likely, _ = race(found.tokens, found.confidences, self._sampling, length + 1 + node)
+            if not likely:
+                break
+            tree.add(node, likely[0])
         tree.select(range(len(tree.nodes)))
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
         pass
-
-    def _draw(self, sequence: DraftingSequence, tree: Tree, steps: int) -> None:
-        """Draw one token after the other among the head's candidates, as long as there are some."""
-        position = len(sequence.tokens) + 1
-        for node in range(steps):
-            found = sequence.ask(tree, [node], DRAWN_AMONG)[0]
-            tree.asked.append(node)
-            if self._grammar is not None:
-                found = only_allowed(found, tree, node, self._grammar)
-                if not found.tokens:
-                    break
-            likely, _ = race(found.tokens, found.confidences, self._sampling, position + node)
-            tree.add(node, likely[0])
 
 
 def chains(steps: int) -> NewDrafter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.estimates import Estimates
@@ -59,14 +60,13 @@ class Learned:
             estimates: those that came with the head.
         """
         self._costs = costs
-        self.ask_ms = costs.ask_ms + PLANNING_MS
         self._known = estimates or Estimates()
         self.experiences: dict[tuple[SamplingConfig, int], Experience] = {}
         self._forward_ms: dict[tuple[int, int], list[float]] = {}
 
     def experience(self, sampling: SamplingConfig, sequences: int = 1) -> Experience:
         """Of a way to sample, by the number of sequences that decode together, which share the estimates."""
-        way = replace(sampling, seed=0, logit_bias=())
+        way = _way(sampling)
         if (way, sequences) not in self.experiences:
             alike = [one.estimates for (other, _), one in list(self.experiences.items()) if other == way]
             # The estimates of a head are of greedy answers; for drawn ones they would be too high.
@@ -78,6 +78,10 @@ class Learned:
                 self.experiences.pop(next(iter(self.experiences)), None)
         return self.experiences[way, sequences]
 
+    def ask_ms(self, sequences: int) -> float:
+        """Milliseconds that asking the head for a node takes, of each of so many sequences that ask together."""
+        return self._costs.ask(sequences) + PLANNING_MS
+
     def forward_ms(self, context: int, beside: int = 0) -> list[float]:
         """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""
         step = round(context / CONTEXT_STEP)
@@ -88,3 +92,9 @@ class Learned:
                 self._costs.forward(count, step * CONTEXT_STEP) if count else 0.0 for count in counts
             ]
         return self._forward_ms[step, beside]
+
+
+@lru_cache(MOST_EXPERIENCES)
+def _way(sampling: SamplingConfig) -> SamplingConfig:
+    """What of it changes which drafts are accepted."""
+    return replace(sampling, seed=0, logit_bias=())

@@ -15,10 +15,10 @@ import numpy as np
 from fastmtp import _native
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
-from fastmtp.engines.native.runner import NativeRunner, States, forward, forward_many, logits
+from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, logits, parts
 from fastmtp.engines.native.target import NativeHead, NativeTarget
-from fastmtp.engines.protocol import Costs, EngineSequence, Floor, Head, Logits
-from fastmtp.engines.sequence import TextSequence, forward_together
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.sequence import TextSequence, ask_together, forward_together
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.progress import QUIET, Progress
@@ -64,7 +64,7 @@ class NativeEngine:
     ) -> list[Logits]:
         states_MH = self._rows_together(sequences, trees, rows)
         logits_MV = logits(self.target, states_MH) if len(states_MH) else states_MH
-        return np.split(logits_MV, np.cumsum([len(own) for own in rows])[:-1])
+        return parts(logits_MV, rows)
 
     def verify_together_greedy(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
@@ -78,6 +78,9 @@ class NativeEngine:
     ) -> States:
         every = forward_together(sequences, trees, partial(forward_many, self.target))
         return np.concatenate([states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)])
+
+    def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
+        return ask_together(sequences, asks, ask_many)
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[States]:
         cache = self.target.model.new_cache()

@@ -7,7 +7,8 @@ Shapes: T tokens, H hidden, D draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from fastmtp import _native
 from fastmtp.engines.native.target import NativeHead, NativeTarget, check_memory
 from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.engines.sequence import Question
 from fastmtp.vocabulary.draft import DraftVocabulary
 
 States = NDArray[np.float32]
@@ -39,8 +41,8 @@ class NativeRunner:
         self.cache = target.model.new_cache()
         self.no_states = np.empty((0, hidden), np.float32) if head else None
         if head:
-            self._head, self._draft_cache = head.native, head.native.new_cache()
-            self._drafter = _native.Drafter(self._head, self._draft_cache)
+            self.head, self._draft_cache = head.native, head.native.new_cache()
+            self._drafter = _native.Drafter(self.head, self._draft_cache)
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
         return forward(self._target, [self.cache], [start], [tokens], parents or ())
@@ -54,27 +56,21 @@ class NativeRunner:
     def argmax(self, states_TH: States) -> list[int]:
         return self._target.model.argmax(states_TH)
 
-    def draft(self, start: int, states_TH: States, inputs: Sequence[int], steps: int) -> list[int]:
-        last = self._all_but_the_last(start, states_TH, inputs, steps)
-        return self._drafter.chain(*last, self._draft_rows(), steps)
+    def ask(self, question: Question[States]) -> list[Candidates]:
+        return _candidates(self.head.ask([self.prepared(question)])[0])
 
-    def start_tree(self, start: int, states_TH: States, inputs: Sequence[int], width: int) -> list[Candidates]:
-        last = self._all_but_the_last(start, states_TH, inputs, _native.PAGE_TOKENS)
-        return _candidates(self._drafter.start(*last, self._draft_rows(), width))
-
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
-        return _candidates(self._drafter.extend(parents, tokens, self._draft_rows(), width))
-
-    def _all_but_the_last(
-        self, start: int, states_TH: States, inputs: Sequence[int], more: int
-    ) -> tuple[int, Sequence[int], States]:
-        """Run the head over a long input up to its last chunk, which is returned; make room for `more` tokens."""
-        reserve(self._draft_cache, start + len(inputs) + more)
-        many = max(0, len(inputs) - CHUNK)
-        for begin, end in _chunks(many):
-            after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
-            self._head.forward(self._draft_cache, start + begin, inputs[begin:end], states_TH[begin:end], after_TH)
-        return start + many, inputs[many:], states_TH[many:]
+    def prepared(self, question: Question[States]) -> _native.Question:
+        """A question as the native head takes it: with room in the cache, and of a long input the last chunk."""
+        start, tokens, states_TH = question.start, question.tokens, question.states_TH
+        if states_TH is not None:
+            reserve(self._draft_cache, start + len(tokens) + _native.PAGE_TOKENS)
+            many = max(0, len(tokens) - CHUNK)
+            for begin, end in _chunks(many):
+                after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
+                part = tokens[begin:end], states_TH[begin:end]
+                self.head.forward(self._draft_cache, start + begin, *part, after_TH)
+            start, tokens, states_TH = start + many, tokens[many:], states_TH[many:]
+        return self._drafter, question.parents, tokens, start, states_TH, self._draft_rows(), question.width
 
     def _draft_rows(self) -> list[tuple[_native.Matrix, NDArray[np.int32]]]:
         """The LM head's rows that the draft step scores, and the token of each."""
@@ -148,7 +144,19 @@ def forward_many(
         for own, given in zip(tokens, parents, strict=True):
             flat += range(-1, len(own) - 1) if given is None else given
     states_MH = forward(target, [runner.cache for runner in runners], list(starts), tokens, flat)
-    return np.split(states_MH, np.cumsum([len(own) for own in tokens])[:-1])
+    return parts(states_MH, tokens)
+
+
+def ask_many(runners: Sequence[NativeRunner], questions: Sequence[Question[States]]) -> list[list[Candidates]]:
+    """The candidates that each runner's question is about, all from one forward of the head."""
+    asked = [runner.prepared(question) for runner, question in zip(runners, questions, strict=True)]
+    return list(map(_candidates, runners[0].head.ask(asked)))
+
+
+def parts(rows_M: NDArray[np.float32], like: Sequence[Sized]) -> list[NDArray[np.float32]]:
+    """An array divided into consecutive parts, as long as these; `np.split` takes ten times as long."""
+    ends = list(accumulate(map(len, like)))
+    return [rows_M[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def logits(target: NativeTarget, states_TH: States) -> Logits:

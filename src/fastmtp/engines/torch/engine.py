@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.engines.costs import costs_of
-from fastmtp.engines.protocol import Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.torch.batch import TorchBatch
 from fastmtp.engines.torch.runner import TorchRunner
@@ -77,6 +77,10 @@ class TorchEngine:
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[list[int]]:
         return [logits_TV.argmax(-1).tolist() for logits_TV in self.verify_together(sequences, trees, rows)]
+
+    def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
+        """One after the other: each has a cache of its own, of another length."""
+        return [one.ask(ask) for one, ask in zip(sequences, asks, strict=True)]
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """All texts in one batch; padding on the right does not change the states before it."""

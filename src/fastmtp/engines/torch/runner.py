@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.engines.sequence import Question
 from fastmtp.engines.torch.candidates import likeliest
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.target import Target
@@ -55,30 +56,23 @@ class TorchRunner:
         return _argmax(self._target.logits(states_TH))
 
     @torch.inference_mode()
-    def draft(self, start: int, states_TH: Tensor, inputs: Sequence[int], steps: int) -> list[int]:
-        drafted: list[int] = []
-        for _ in range(steps):
-            states_TH = self._head_forward(start, states_TH, inputs)[-1:]
-            start += len(inputs)
-            (best,) = _argmax(self._draft_logits(states_TH))
-            drafted.append(best if self._vocabulary is None else self._vocabulary.token(best))
-            inputs = drafted[-1:]
-        return drafted
+    def ask(self, question: Question[Tensor]) -> list[Candidates]:
+        if question.states_TH is None:
+            states_NH = self._extend(question.parents, question.tokens)
+        else:
+            states_NH = self._head_forward(question.start, question.states_TH, question.tokens)[-1:]
+            self._parents, self._states_NH = [-1], states_NH
+        return likeliest(self._draft_logits(states_NH), self._draft_ids(), question.width)
 
-    @torch.inference_mode()
-    def start_tree(self, start: int, states_TH: Tensor, inputs: Sequence[int], width: int) -> list[Candidates]:
-        self._parents, self._states_NH = [-1], self._head_forward(start, states_TH, inputs)[-1:]
-        return likeliest(self._draft_logits(self._states_NH), self._draft_ids(), width)
-
-    @torch.inference_mode()
-    def extend_tree(self, parents: Sequence[int], tokens: Sequence[int], width: int) -> list[Candidates]:
+    def _extend(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Add nodes to the tree in the draft cache; their states [N, H]."""
         before, every = self._states_NH[list(parents)], [*self._parents, *parents]
         start, count = self._draft_cache.length - len(self._parents), len(tokens)
         positions_1T = tree_positions(start, every, count, self._device)
         mask = tree_mask(start, every, count, None, self._device)
         states_NH = self._run_head(before, tokens, positions_1T, mask)
         self._parents, self._states_NH = every, torch.cat([self._states_NH, states_NH])
-        return likeliest(self._draft_logits(states_NH), self._draft_ids(), width)
+        return states_NH
 
     def _head_forward(self, start: int, states_TH: Tensor, tokens: Sequence[int]) -> Tensor:
         """The head's states [T, H] at positions from `start` on, where the draft cache is overwritten."""
