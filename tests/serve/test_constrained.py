@@ -54,11 +54,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Ser
     directory = tmp_path_factory.mktemp("models") / "tiny"
     target = tiny_target("llama")
     target.model.save_pretrained(directory)
+    # Special tokens, which answers without calls do not show.
+    target.tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
     target.tokenizer.save_pretrained(directory)
     config = directory / "config.json"
     # Room for tools, a byte a token.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1536}))
-    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(slots=3, queue=40), {})
+    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(3, 40, None, 1 << 28), {})
     with serving(lambda: loaded, grace=0) as url:
         yield url + "/v1/chat/completions", loaded, open_engine(str(directory), OPTIONS)
 

@@ -95,7 +95,8 @@ class Generation:
             yield from self._answer(sequence)
 
     def _answer(self, sequence: TokenSequence) -> Iterator[str]:
-        answer = Transcript(self._target, self._max_new_tokens, self._stop, self._target.end_ids)
+        special = self._grammar is not None
+        answer = Transcript(self._target, self._max_new_tokens, self._stop, self._target.end_ids, special=special)
         rounds: list[int] = []
         verified, planned = 0, []
         started = first = time.perf_counter()

@@ -29,7 +29,8 @@ class Transcript:
             limit: the most tokens.
             stop: the answer ends before the first of these strings.
             end_ids: it ends with one of these tokens.
-            special: special tokens but for these are a part of the text.
+            special: special tokens but for these are a part of the text. A grammar allows them only where they mean
+                something, as before a call of a function.
         """
         self.tokens: list[int] = []
         self.text = ""

@@ -44,7 +44,6 @@ class Running:
         self._grammar = None if request.grammar is None else open_grammar(target, request.grammar)
         self._sampler = Sampler(request.sampling, request.prompt, self._grammar)
         ends = frozenset[int]() if request.ignore_end else target.end_ids
-        # A grammar allows special tokens only where they mean something, as before a call of a function.
         special = self._grammar is not None
         self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends, special=special)
         self._cached = sequence.begin(request.prompt)
