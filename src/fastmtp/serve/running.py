@@ -44,7 +44,7 @@ class Running:
         self._grammar = None if request.grammar is None else open_grammar(target, request.grammar)
         self._sampler = Sampler(request.sampling, request.prompt, self._grammar)
         ends = frozenset[int]() if request.ignore_end else target.end_ids
-        special = self._grammar is not None
+        special = self._grammar is not None and not request.ignore_end
         self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends, special=special)
         self._cached = sequence.begin(request.prompt)
         self._token: int | None = None  # the next one, which is not in the sequence yet
