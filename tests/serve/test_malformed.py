@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastmtp.serve.responses import ResponsesBody
 from fastmtp.serve.schema import LACKING, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tests.serve.serving import FakeScheduler, service, serving
 
 BODIES = {
     "/v1/chat/completions": (ChatBody, {"messages": [{"role": "user", "content": "hi"}]}),
+    "/v1/responses": (ResponsesBody, {"input": "hi"}),
     "/v1/completions": (CompletionBody, {"prompt": "a"}),
     "/tokenize": (TokenizeBody, {"prompt": "a"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
@@ -29,7 +31,7 @@ VALUES = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=20)
-    | st.sampled_from(["tiny", "user", "text", "auto", "none"]),
+    | st.sampled_from(["tiny", "user", "text", "auto", "none", "function", "json_schema"]),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=9), inner, max_size=4)

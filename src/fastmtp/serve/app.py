@@ -22,6 +22,8 @@ from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, Te
 from fastmtp.serve.openapi import document
 from fastmtp.serve.prompts import chat_requests, chat_tokens, completion_requests, known, text_tokens
 from fastmtp.serve.reply import Reply
+from fastmtp.serve.response import ResponseReply
+from fastmtp.serve.responses import ResponsesBody, renamed
 from fastmtp.serve.schema import (
     ChatBody,
     CompletionBody,
@@ -66,6 +68,7 @@ class Endpoints:
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.model),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/responses", self.responses, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
                 Route("/detokenize", self.detokenize, methods=["POST"]),
@@ -106,6 +109,19 @@ class Endpoints:
         asked = await chat_requests(service, body)
         form = Chat(logprobs, service.style if offered(body) else None)
         return await self._reply(request, body, asked, form, Envelope.new(service.name, "chatcmpl"))
+
+    async def responses(self, request: Request) -> Response:
+        body = parsed(ResponsesBody, await _json(request))
+        service = self._of_model(body.model)
+        try:
+            chat = body.chat()
+            asked = await chat_requests(service, chat)
+        except ApiError as error:
+            raise renamed(error) from None
+        answers = Answers(service.scheduler, asked, service.metrics.finished)
+        form, envelope = Chat(None, service.style if offered(chat) else None), Envelope.new(service.name, "resp")
+        reply = ResponseReply(answers, envelope, form, 1, 1, timings=False, sources=False, asked=body)
+        return reply.stream(usage=False) if body.stream else await reply.whole(request)
 
     async def completions(self, request: Request) -> Response:
         body = parsed(CompletionBody, await _json(request))

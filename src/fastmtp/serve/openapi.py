@@ -8,11 +8,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from fastmtp.serve.responses import ResponsesBody
 from fastmtp.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 _REFERENCE = "#/components/schemas/{model}"
 _BODIES: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a conversation."),
+    "/v1/responses": (ResponsesBody, "Answer a conversation, in items; nothing is stored."),
     "/v1/completions": (CompletionBody, "Continue texts."),
     "/tokenize": (TokenizeBody, "The token ids of a text or a conversation."),
     "/detokenize": (DetokenizeBody, "The text of token ids."),
@@ -66,7 +68,7 @@ def document() -> dict[str, Any]:
 def _operation(path: str, said: str, *, streams: bool = False) -> dict[str, Any]:
     content = {"text/plain": {"schema": {"type": "string"}}} if path == "/metrics" else _json({"type": "object"})
     if streams:
-        content |= {"text/event-stream": {"schema": {"type": "string"}}}
+        content |= {"text/event-stream": {}}
     if path == "/health":
         unready = {"description": "Loading or stopping.", "content": _json({"type": "object"})}
         return {

@@ -54,6 +54,34 @@ LACKING_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
     "name": (),
     "refusal": (),
 }
+# Of responses, and what stands in them.
+LACKING_OF_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "context_management": (),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "metadata": ({},),
+    "moderation": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning": (),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "stream_options": ({},),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+LACKING_OF_ITEMS: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "logprobs": ([],),
+    "phase": (),
+    "verbosity": (),
+}
 
 
 def _listed(value: Any) -> Any:
@@ -177,7 +205,7 @@ class DetokenizeBody(Strict):
     tokens: list[int]
 
 
-Body = TypeVar("Body", ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+Body = TypeVar("Body", bound=Strict)
 
 
 def parsed(kind: type[Body], data: bytes) -> Body:
@@ -189,10 +217,11 @@ def parsed(kind: type[Body], data: bytes) -> Body:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
-def _refusal(error: ValidationError) -> ApiError:
+def refusal(error: ValidationError) -> ApiError:
+    """What a client is told of the first thing that is wrong."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     # A wrong `type` says less than the name of what stands beside it.
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
@@ -202,7 +231,8 @@ def _refusal(error: ValidationError) -> ApiError:
     if kind == "model_type" and not param:
         return ApiError(400, "the body must be a JSON object")
     if kind == "extra_forbidden":
-        if param in LACKING or first["loc"][-1] in {*LACKING_OF_MESSAGES, *LACKING_OF_TOOLS}:
+        inside = {*LACKING_OF_MESSAGES, *LACKING_OF_TOOLS, *LACKING_OF_ITEMS}
+        if param in {*LACKING, *LACKING_OF_RESPONSES} or first["loc"][-1] in inside:
             return ApiError(
                 400, f"{param} is not supported by this server", param=param, code="unsupported_parameter"
             )
