@@ -79,6 +79,7 @@ def test_any_division_of_the_text_gives_the_same(
         ("{{ tools }}<tool_call>\n<function=name>\n<parameter=arguments>", None),
         ("{{ tools }}<tool_call>name\n<arg_key>arguments</arg_key>", None),
         ("{{ tools }}<|tool|>", None),
+        ("{{ tools", OWN),
     ],
 )
 def test_styles_are_known_by_the_template(template: str | None, style: Style | None) -> None:

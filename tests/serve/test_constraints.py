@@ -25,6 +25,7 @@ COMPILED = LLTokenizer(TOKENIZER.to_str(), eos_token=257)
 PIECES = byte_tokenizer().backend_tokenizer
 PARAMETERS = {
     "type": "object",
+    "description": 'of http://a/b # "c"\n\\ü',
     "properties": {"n": {"$ref": "#/$defs/n"}},
     "required": ["n"],
     "additionalProperties": False,

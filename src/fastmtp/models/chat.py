@@ -50,13 +50,14 @@ def render(
     )
 
 
-def variables(template: str) -> set[str]:
+@cache
+def variables(template: str) -> frozenset[str]:
     """The names that a template takes from outside.
 
     Raises:
         jinja2.TemplateError: the template is invalid.
     """
-    return find_undeclared_variables(_environment().parse(template))
+    return frozenset(find_undeclared_variables(_environment().parse(template)))
 
 
 @cache

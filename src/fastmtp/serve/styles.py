@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
+
 from fastmtp.models.chat import variables
 
 
@@ -71,7 +73,10 @@ def style_of(template: str | None) -> Style | None:
 
 def takes_tools(template: str | None) -> bool:
     """Whether it shows tools to the model."""
-    return template is not None and "tools" in variables(template)
+    try:
+        return template is not None and "tools" in variables(template)
+    except TemplateError:
+        return False  # rendering says what is wrong
 
 
 def _mistral_list(space: str) -> Style:
