@@ -52,7 +52,7 @@ def test_what_may_be_drawn_is_what_transformers_draws_from(values: list[int]) ->
     for config in SETTINGS:
         ids, weights = support(row.numpy(), config)
         found = torch.zeros(len(row), dtype=torch.float64)
-        found[torch.from_numpy(ids)] = torch.from_numpy(weights / weights.sum()).double()
+        found[torch.tensor(ids)] = torch.from_numpy(weights / weights.sum()).double()
         torch.testing.assert_close(found, distribution(row, config), atol=1e-6, rtol=1e-4)
 
 
@@ -176,7 +176,7 @@ def test_repetition_penalty_and_min_p_are_transformers_own(values: list[int]) ->
             scores = TopPLogitsWarper(top_p)(None, scores)
         ids, weights = support(row.numpy(), config)
         found = torch.zeros(len(row), dtype=torch.float64)
-        found[torch.from_numpy(ids)] = torch.from_numpy(weights / weights.sum()).double()
+        found[torch.tensor(ids)] = torch.from_numpy(weights / weights.sum()).double()
         torch.testing.assert_close(found, scores.softmax(-1)[0], atol=1e-6, rtol=1e-4)
 
 
