@@ -153,7 +153,7 @@ class ResponsesBody(Strict):
         try:
             return ChatBody.model_validate(asked)
         except ValidationError as error:
-            raise refusal(error) from None
+            raise refusal(error, ChatBody) from None
 
     def _messages(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

@@ -217,10 +217,10 @@ def parsed(kind: type[Body], data: bytes) -> Body:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise refusal(error, kind) from None
 
 
-def refusal(error: ValidationError) -> ApiError:
+def refusal(error: ValidationError, body: type[Strict]) -> ApiError:
     """What a client is told of the first thing that is wrong."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     # A wrong `type` says less than the name of what stands beside it.
@@ -232,7 +232,7 @@ def refusal(error: ValidationError) -> ApiError:
         return ApiError(400, "the body must be a JSON object")
     if kind == "extra_forbidden":
         inside = {*LACKING_OF_MESSAGES, *LACKING_OF_TOOLS, *LACKING_OF_ITEMS}
-        if param in {*LACKING, *LACKING_OF_RESPONSES} or first["loc"][-1] in inside:
+        if param in body.lacking or first["loc"][-1] in inside:
             return ApiError(
                 400, f"{param} is not supported by this server", param=param, code="unsupported_parameter"
             )
