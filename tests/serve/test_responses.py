@@ -51,7 +51,7 @@ def test_text(client: Any, scheduler: FakeScheduler) -> None:
     request = scheduler.requests[-1]
     assert request.prompt == tuple(ids("<|system|>be brief<|end|><|user|>hi<|end|><|assistant|>"))
     assert (request.sampling.temperature, request.grammar) == (0.5, None)
-    assert (reply.output_text, reply.status) == (REPLY, "completed")
+    assert (reply.output_text, reply.status, reply.text.format.type) == (REPLY, "completed", "text")
     assert reply.usage.total_tokens == len(request.prompt) + len(REPLY.encode()) + 1
     reply = client.responses.create(model="tiny", input="hi", max_output_tokens=4)
     assert (reply.status, reply.incomplete_details.reason) == ("incomplete", "max_output_tokens")

@@ -58,7 +58,8 @@ class ResponseReply(Reply):
         yield told([*closing, {"type": f"response.{response['status']}", "response": response}])
 
     def _response(self, items: Items, choice: Choice | None) -> dict[str, Any]:
-        asked = self.asked.model_dump(mode="json", by_alias=True, exclude={"input", "stream", "model"})
+        asked = self.asked.model_dump(mode="json", by_alias=True, exclude={"input", "stream", "model", "text"})
+        form = self.asked.text.format
         cut = choice is not None and choice.finished.reason == "length"
         status = "in_progress" if choice is None else "incomplete" if cut else "completed"
         return asked | {
@@ -67,11 +68,13 @@ class ResponseReply(Reply):
             "created_at": self.envelope.created,
             "model": self.envelope.model,
             "status": status,
+            "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "output": items.items,
             "previous_response_id": None,
             "store": False,
+            "truncation": "disabled",
             "metadata": {},
             "usage": None if choice is None else _usage(choice),
         }
