@@ -11,6 +11,7 @@ import click
 from fastmtp.cli.accelerate import accelerate
 from fastmtp.cli.bench import bench
 from fastmtp.cli.bench_engine import bench_engine
+from fastmtp.cli.bench_serve import bench_serve
 from fastmtp.cli.cache import cache
 from fastmtp.cli.chat import chat
 from fastmtp.cli.data import data
@@ -73,7 +74,7 @@ def commands() -> None:
 
 
 for command in (
-    accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, export, import_,
-    verify_export, generate, chat, serve, cache,
+    accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, bench_serve, export,
+    import_, verify_export, generate, chat, serve, cache,
 ):  # fmt: skip
     commands.add_command(command)

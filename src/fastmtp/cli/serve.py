@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that may wait")
 @click.option("--context", type=click.IntRange(2), help="tokens of a prompt and its answer  [default: the model's]")
 @click.option(
+    "--prefix-cache",
+    type=click.IntRange(0),
+    default=1024,
+    show_default=True,
+    help="MiB that keep what prompts begin with in common; 0: each prompt is computed as a whole",
+)
+@click.option(
     "--grace",
     type=click.FloatRange(0),
     default=10.0,
@@ -53,6 +60,7 @@ def serve(
     slots: int,
     queue: int,
     context: int | None,
+    prefix_cache: int,
     grace: float,
     **settings: Any,
 ) -> None:
@@ -79,7 +87,8 @@ def serve(
     sampling = {name: value for name, value in settings.items() if value is not None}
 
     def load() -> Service:
-        return load_service(target, options, drafting, Room(slots, queue, context), sampling, TERMINAL)
+        room = Room(slots, queue, context, prefix_cache << 20)
+        return load_service(target, options, drafting, room, sampling, TERMINAL)
 
     def ready(service: Service) -> None:
         click.echo(

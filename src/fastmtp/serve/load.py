@@ -10,6 +10,7 @@ from fastmtp.decode.drafting.open import open_drafting
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.progress import QUIET, Progress
+from fastmtp.serve.prefixes import PREFIX_BYTES
 from fastmtp.serve.scheduler import Scheduler
 from fastmtp.serve.service import Service
 
@@ -22,11 +23,13 @@ class Room:
         slots: requests that are decoded together.
         queue: requests that may wait for a slot.
         context: tokens of a prompt and its answer; None is what the model can.
+        prefix_bytes: memory for what prompts begin with in common; 0 shares nothing.
     """
 
     slots: int
     queue: int
     context: int | None = None
+    prefix_bytes: int = PREFIX_BYTES
 
 
 def load_service(
@@ -51,7 +54,9 @@ def load_service(
         raise ValueError(f"--context {room.context}: {target} has a context of {limit}")
     context = room.context or limit
     drafted = open_drafting(engine, drafting, progress)
-    scheduler = Scheduler(drafted, slots=room.slots, context=context, queue=room.queue)
+    scheduler = Scheduler(
+        drafted, slots=room.slots, context=context, queue=room.queue, prefix_bytes=room.prefix_bytes
+    )
     return Service(model_name(target), engine.target, scheduler, context, room.slots + room.queue, sampling)
 
 

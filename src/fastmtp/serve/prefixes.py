@@ -9,6 +9,8 @@ from fastmtp.engines.sequence import common_prefix
 
 # A shorter beginning is computed again: copying the page that it is on would take longer.
 LEAST_TOKENS = 16
+# Memory for finished requests' caches where nobody says another.
+PREFIX_BYTES = 1 << 30
 
 
 class Prefixes:

@@ -16,7 +16,7 @@ from threading import Condition, Thread
 
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.serve.counts import Counts
-from fastmtp.serve.prefixes import Prefixes
+from fastmtp.serve.prefixes import PREFIX_BYTES, Prefixes
 from fastmtp.serve.requests import (
     STOPPED,
     Event,
@@ -84,7 +84,7 @@ class Scheduler:
         slots: int = 8,
         context: int | None = None,
         queue: int = 64,
-        prefix_bytes: int = 1 << 30,
+        prefix_bytes: int = PREFIX_BYTES,
         chunk: int = CHUNK,
     ) -> None:
         """
