@@ -48,8 +48,9 @@ class Server:
         found: dict[int, Reply] = {}
         waiting = iter(enumerate(requests))
         timeout = httpx2.Timeout(_SILENT_SECONDS, connect=10.0)
-        # No proxy: the servers are near.
-        async with httpx2.AsyncClient(base_url=self.url, timeout=timeout, trust_env=False) as http:
+        # llama.cpp's server closes a connection after a stream, perhaps when the next request is on its way.
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        async with httpx2.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False) as http:
             started = time.perf_counter()
             try:
                 async with asyncio.TaskGroup() as clients:
