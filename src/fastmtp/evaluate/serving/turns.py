@@ -10,10 +10,11 @@ from pathlib import Path
 
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.drift import Kernels, Reading
+from fastmtp.evaluate.prompts import BUILTIN
 from fastmtp.evaluate.serving.competitors import Competitor, ways
 from fastmtp.evaluate.serving.figures import Pass, Reply
 from fastmtp.evaluate.serving.processes import llama_server
-from fastmtp.evaluate.serving.questions import JSON, Question, questions
+from fastmtp.evaluate.serving.questions import JSON, TEXT, Question, questions
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
 from fastmtp.progress import QUIET, Progress
@@ -50,6 +51,8 @@ class Settings:
 
     def check(self) -> None:
         """Raises FileNotFoundError or ValueError if there are no such questions, or fewer than clients."""
+        if self.schemas and self.suite != BUILTIN:
+            raise ValueError(f"--suite is of --workload {TEXT}; --workload {JSON} has questions of its own")
         count, most = len(self.questions()), max(self.concurrency)
         if most > count:
             raise ValueError(f"--concurrency {most}: each client needs a question of its own; there are {count}")
