@@ -22,9 +22,11 @@ from fastmtp.evaluate.serving.clients import Request, Server
 from fastmtp.evaluate.serving.competitors import ways
 from fastmtp.evaluate.serving.figures import Pass, Quantiles, Reply, by_level, compare, figures
 from fastmtp.evaluate.serving.questions import JSON, TEXT, questions
+from fastmtp.others import llama_cpp
 from fastmtp.progress import QUIET
 from tests.conftest import tiny_target
 from tests.engines import NATIVE
+from tests.models.test_target import write_gguf
 from tests.serve.serving import REPLY, FakeScheduler, eventually, service, serving
 
 TOKENS = len(REPLY.encode()) + 1
@@ -33,11 +35,9 @@ SMALL = ["--concurrency", "1,2", "--prompts", "3", "--max-new-tokens", "12", "--
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    target = tiny_target("llama")
-    target.model.save_pretrained(directory)
-    target.tokenizer.save_pretrained(directory)
-    return directory
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    write_gguf(path, tiny_target("llama"))
+    return path
 
 
 def reply(asked: str, text: str = "yes", tokens: int = 11, first: float = 0.1, seconds: float = 0.6) -> Reply:
@@ -218,13 +218,18 @@ class TestOwnServer:
     """`fastmtp serve` beside `generate` on a tiny model."""
 
     def test_keeps_the_promise(self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """Every answer is plain decoding's, nothing comes from a cache, and the server ends with the command."""
+        """Every answer is plain decoding's, nothing comes from a cache, and all servers end with the command."""
+        others = ["llama-server"] if llama_cpp.version() else []
         options = ["--target", str(model), "--threads", "1", "--draft", "lookup", "--out", str(tmp_path)]
-        assert command(monkeypatch, *options, *SMALL) == 0
+        against = [word for name in others for word in ("--against", name)]
+        assert command(monkeypatch, *options, *SMALL, *against) == 0
         found = json.loads((tmp_path / "bench-serve.json").read_text())
         # In both turns: of three competitors at one client three questions each, of two at two clients four.
         assert found["identical"] == {"same": 34, "total": 34}
-        assert {name for of in found["levels"].values() for name in of} == {"generate", "lookup", "plain"}
+        assert [list(of) for of in found["levels"].values()] == [
+            ["generate", "lookup", "plain", *others],
+            ["lookup", "plain", *others],
+        ]
         assert {one["cached_tokens"] for of in found["levels"].values() for one in of.values()} == {0}
         assert not psutil.Process().children(recursive=True)
 
@@ -243,12 +248,14 @@ class TestOwnServer:
         started = subprocess.Popen(
             [*words, "--threads", "1", "--turns", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        with started:
-            process = psutil.Process(started.pid)
+        process, children = psutil.Process(started.pid), []
+        try:
             eventually(lambda: any(map(_has_clients, process.children())), 60)
             children = process.children(recursive=True)
             started.terminate()
-            assert started.stderr is not None
-            errors = started.stderr.read().decode()
-            assert (started.wait(20), errors.splitlines()[-1][:16]) == (130, "fastmtp: stopped")
+            _, errors = started.communicate(timeout=30)
+            assert (started.returncode, errors.decode().splitlines()[-1][:16]) == (130, "fastmtp: stopped")
             assert not any(map(psutil.Process.is_running, children))
+        finally:
+            for one in filter(psutil.Process.is_running, [process, *children]):
+                one.kill()

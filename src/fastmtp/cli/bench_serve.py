@@ -57,13 +57,13 @@ class _Levels(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--prompts",
     type=click.IntRange(1),
-    default=8,
+    default=12,
     show_default=True,
     help="requests for each concurrency, but two of each client at least",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="for each answer")
 @click.option(
-    "--turns", type=click.IntRange(1), default=2, show_default=True, help="of everybody, at each concurrency"
+    "--turns", type=click.IntRange(1), default=3, show_default=True, help="of everybody, at each concurrency"
 )
 @click.option(
     "--against",

@@ -61,7 +61,9 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nfastmtp: stopped; the same command goes on from here (bench: with --out)", err=True)
+        click.echo(
+            "\nfastmtp: stopped; the same command goes on from here (bench: with --out; bench-serve: not)", err=True
+        )
         sys.exit(130)
 
 

@@ -67,10 +67,10 @@ def grids(document: ServingDocument) -> list[Grid]:
         for level, of in levels.items()
         for name, one in of.items()
     ]
-    answers = ["at once", "first p50", "ms p95", "tok/s p50", "p95", *columns]
-    found = [Grid("tokens/s of all clients together", head, rates)]
+    answers = ["at once", "ms p50", "ms p95", "tok/s p50", "tok/s p95", *columns]
+    found = [Grid("all clients, tokens/s", head, rates)]
     if ratios:
-        found.append(Grid(f"{document.main}, times the throughput of", head, ratios))
+        found.append(Grid(f"{document.main} over", head, ratios))
     return [*found, Grid("single answers: ms to the first token, tokens/s after it", answers, shown)]
 
 

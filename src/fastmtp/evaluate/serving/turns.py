@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -153,7 +153,9 @@ def measure(
             asked = settings.asked(level)
             with lineup.at(level) as competitors:
                 for competitor in competitors:
-                    competitor.ask_all(asked[:level], level, 0, _WARM_UP_TOKENS, unseen)
+                    # Not the questions themselves, which a cache would keep.
+                    others = [replace(one, text=f"Hello {number}!") for number, one in enumerate(asked[:level])]
+                    competitor.ask_all(others, level, 0, _WARM_UP_TOKENS, unseen)
                 for turn in range(settings.turns):
                     for competitor in competitors:
                         bar.advance(0, 0, f"{level} at once: {competitor.name}")
