@@ -23,6 +23,7 @@ from fastmtp.evaluate.serving.competitors import ways
 from fastmtp.evaluate.serving.figures import Pass, Quantiles, Reply, by_level, compare, figures
 from fastmtp.evaluate.serving.questions import JSON, TEXT, questions
 from fastmtp.others import llama_cpp
+from fastmtp.others.process import EngineProcess
 from fastmtp.progress import QUIET
 from tests.conftest import tiny_target
 from tests.engines import NATIVE
@@ -207,6 +208,19 @@ def test_schemas_are_asked_for() -> None:
 def test_kinds_of_questions_take_turns() -> None:
     """So that few prompts are of all kinds."""
     assert [one.id.partition("-")[2] for one in questions(TEXT, "builtin")[:8]] == ["1"] * 7 + ["2"]
+
+
+def test_ctrl_c_while_an_engine_loads_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows it yet who could close it."""
+    (tmp_path / "never_ready.py").write_text("import time; time.sleep(60)")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EngineProcess, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        EngineProcess("never_ready", {}, "it", {"PYTHONPATH": str(tmp_path)})
+    assert not psutil.Process().children()
 
 
 def _has_clients(process: psutil.Process) -> bool:
