@@ -11,6 +11,7 @@ import click
 from fastmtp.cli.accelerate import accelerate
 from fastmtp.cli.bench import bench
 from fastmtp.cli.bench_engine import bench_engine
+from fastmtp.cli.bench_serve import bench_serve
 from fastmtp.cli.cache import cache
 from fastmtp.cli.chat import chat
 from fastmtp.cli.data import data
@@ -60,7 +61,9 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nfastmtp: stopped; the same command goes on from here (bench: with --out)", err=True)
+        click.echo(
+            "\nfastmtp: stopped; the same command goes on from here (bench: with --out; bench-serve: not)", err=True
+        )
         sys.exit(130)
 
 
@@ -73,7 +76,7 @@ def commands() -> None:
 
 
 for command in (
-    accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, export, import_,
-    verify_export, generate, chat, serve, cache,
+    accelerate, distill, data, train, vocab, head, demo, bench, report, replay, bench_engine, bench_serve, export,
+    import_, verify_export, generate, chat, serve, cache,
 ):  # fmt: skip
     commands.add_command(command)

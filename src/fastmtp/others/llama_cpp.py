@@ -96,18 +96,27 @@ class Replay:
 
 
 def process(
-    path: Path, context: int, threads: int, *, speculation: str | None = None, drafting: Drafting | None = None
+    path: Path,
+    context: int,
+    threads: int,
+    *,
+    speculation: str | None = None,
+    drafting: Drafting | None = None,
+    parallel: int = 1,
 ) -> EngineProcess:
     """Start llama.cpp with a model in a child process; the caller closes it.
 
     Args:
+        context: tokens of a sequence.
         speculation: one of llama.cpp's types that needs no head, like NGRAM_SIMPLE.
+        parallel: sequences that are decoded together.
     Raises:
         ValueError: llama.cpp failed; the message holds its last words.
     """
     settings = {
         "path": str(path),
-        "context": context,
+        "context": context * parallel,
+        "parallel": parallel,
         "threads": threads,
         "speculation": speculation if drafting is None else "DRAFT_MTP",
         "draft_steps": 0 if drafting is None else drafting.steps,

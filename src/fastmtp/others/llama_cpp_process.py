@@ -14,13 +14,16 @@ _SILENT, _TELLS_ROUNDS = -1, 5
 
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A server for one sequence, with the settings of `llama_cpp.process`.
+    """A server with the settings of `llama_cpp.process`.
 
     A request is llama.cpp's own: a completion, or a chat completion, for which only the prompt's size is returned.
+    An empty one asks where the server listens.
     """
     server = xllamacpp.Server(_parameters(settings))
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if not request:
+            return {"url": server.listening_address}
         if "messages" in request:
             usage = server.handle_chat_completions(request)["usage"]
             cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -43,7 +46,7 @@ def _parameters(settings: dict[str, Any]) -> xllamacpp.CommonParams:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = settings["path"]
     parameters.n_ctx = settings["context"]
-    parameters.n_parallel = 1
+    parameters.n_parallel = settings["parallel"]
     parameters.n_gpu_layers = 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = settings["threads"]
     parameters.verbosity = _TELLS_ROUNDS if settings["draft_steps"] else _SILENT

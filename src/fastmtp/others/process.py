@@ -43,7 +43,13 @@ class EngineProcess:
             text=True,
             env={**os.environ, **(environment or {})},
         )
-        self.ask(settings)
+        try:
+            self.ask(settings)
+        except BaseException:
+            # Ctrl-C while it loads: nobody else knows it yet.
+            self._process.kill()
+            self.close()
+            raise
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fastmtp.engines.protocol import Floor
 from fastmtp.evaluate.document import Document
+from fastmtp.evaluate.drift import Steadiness
 from fastmtp.evaluate.figures import Drafting, Figures, Interval
 from fastmtp.evaluate.records import PLAIN
-from fastmtp.report.grid import Grid
-from fastmtp.report.grid import markdown as grid_markdown
+from fastmtp.report.grid import Grid, as_markdown
 
 
 def headline(document: Document) -> str:
@@ -143,16 +144,13 @@ def remarks(document: Document) -> list[str]:
     """What a reader should know besides the figures."""
     run, summary, steady = document.run, document.summary, document.steadiness
     floor, speed = run.floor, summary.means[PLAIN].tokens_per_second
-    least = f"floor: {floor.bytes / 1e6:.0f} MB a forward, {floor.bandwidth_gb_s:.1f} GB/s: {floor.ms:.2f} ms"
+    least = said_of_floor(floor)
     if speed:
         least += f"; plain decoding takes {1e3 / speed:.2f} ms a token, {100 * floor.ms * speed / 1e3:.0f} %"
     found = [f"{run.machine}; {run.engine}", least]
     if document.mean.drafting is not None:
         found.append(_prediction(document.mean.drafting, document.mean.speedup))
-    found.append(
-        f"{'NOISY RUN' if steady.noisy else 'steady run'}: between prompts memory varied by "
-        f"{steady.spread.memory:.2f}x, arithmetic by {steady.spread.arithmetic:.2f}x; load {steady.load:.1f}"
-    )
+    found.append(said_of_steadiness(steady))
     if (differing := document.divergences) and summary.identical:
         share, margin = len(differing) / summary.identical.total, max(one.margin for one in differing)
         found.append(
@@ -165,11 +163,20 @@ def remarks(document: Document) -> list[str]:
     return found
 
 
+def said_of_floor(floor: Floor) -> str:
+    return f"floor: {floor.bytes / 1e6:.0f} MB a forward, {floor.bandwidth_gb_s:.1f} GB/s: {floor.ms:.2f} ms"
+
+
+def said_of_steadiness(steady: Steadiness) -> str:
+    return (
+        f"{'NOISY RUN' if steady.noisy else 'steady run'}: between prompts memory varied by "
+        f"{steady.spread.memory:.2f}x, arithmetic by {steady.spread.arithmetic:.2f}x; load {steady.load:.1f}"
+    )
+
+
 def markdown(document: Document) -> str:
     """Headline, remarks and tables."""
-    listed = "\n".join(f"- {remark}" for remark in remarks(document))
-    tables = map(grid_markdown, [*grids(document), speedups(document)])
-    return "\n\n".join([f"**{headline(document)}**", listed, *tables]) + "\n"
+    return as_markdown(headline(document), remarks(document), [*grids(document), speedups(document)])
 
 
 def accepting(document: Document) -> dict[str, Drafting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -18,3 +19,9 @@ class Grid:
 def markdown(grid: Grid) -> str:
     rows = [grid.head, ["---", *["---:"] * (len(grid.head) - 1)], *grid.rows, *grid.totals]
     return f"{grid.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def as_markdown(headline: str, remarks: Sequence[str], grids: Sequence[Grid]) -> str:
+    """A document of these."""
+    listed = "\n".join(f"- {remark}" for remark in remarks)
+    return "\n\n".join([f"**{headline}**", listed, *map(markdown, grids)]) + "\n"

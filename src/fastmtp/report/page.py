@@ -41,20 +41,25 @@ class Bar:
 
 @dataclass(frozen=True)
 class Plot:
-    """Bars on a common scale from 0; `one` is where the line at 1x stands."""
+    """Bars on a common scale from 0; `one` is where the line at 1x stands, if there is one."""
 
     bars: list[Bar]
-    one: float
+    one: float | None = None
 
 
 def page(documents: Sequence[Document]) -> str:
     """The page of one run, or of two runs and their comparison."""
+    comparison = tables.compared(*documents) if len(documents) == 2 else None
+    runs = [_run(document) for document in documents]
+    return rendered("page.html.j2", runs=runs, comparison=comparison)
+
+
+def rendered(template: str, **variables: object) -> str:
+    """A page from one of this package's templates."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastmtp.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    comparison = tables.compared(*documents) if len(documents) == 2 else None
-    runs = [_run(document) for document in documents]
-    return environment.get_template("page.html.j2").render(runs=runs, comparison=comparison)
+    return environment.get_template(template).render(variables)
 
 
 def _run(document: Document) -> dict[str, object]:
@@ -70,6 +75,7 @@ def _run(document: Document) -> dict[str, object]:
         "steps": {name: _steps(found.cumulative) for name, found in tables.accepting(document).items()},
         "splits": {name: _split(found.drafting.split) for name, found in means.items() if found.drafting},
         "grids": [*tables.grids(document), tables.speedups(document)],
+        "versions": {name: facts.version for name, facts in document.facts.items()},
     }
 
 
