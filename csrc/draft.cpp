@@ -38,7 +38,8 @@ std::vector<Product> products_of(const std::vector<Scored>& nodes) {
         return product.part.matrix == part.matrix && product.part.count == part.count && product.column == column &&
                product.first + product.rows == m;
       });
-      before == products.end() ? products.push_back({part, m, 1, column}) : void(before->rows++);
+      if (before != products.end()) before->rows++;
+      else products.push_back({part, m, 1, column});
       column += stride_of(part.count);
     }
   }

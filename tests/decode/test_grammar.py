@@ -172,6 +172,8 @@ def test_the_text_is_drafted_after_what_is_forced(llama: Target) -> None:
     sources = ["grammar", "grammar", "text", "grammar", "text"]
     assert [(node.token, node.source) for node in tree.nodes[1:]] == list(zip(rest, sources, strict=True))
     assert tree.forced == 2
+    drafter.learn(tree, [0, 1, 2, 3])
+    assert drafter._lookup.tokens[-5:] == [*llama.encode(" "), a, *rest[:3]]
     assert len(tree.verified) <= MAX_NODES + tree.forced
 
 
@@ -222,6 +224,13 @@ def test_a_grammar_without_a_way_out_ends_the_answer(llama: Target) -> None:
     assert tokens_in(grammar.allowed([a, b])) == {257}
     assert tokens_in(grammar.allowed([a])) == {b, c}
     grammar.accept([a, b, 257])
+    assert tokens_in(grammar.allowed()) == {257}
+
+
+def test_an_end_token_ends_a_grammar_that_could_go_on(llama: Target) -> None:
+    grammar, (a, b) = open_grammar(llama, "start: /[a-b]+/"), llama.encode("ab")
+    assert tokens_in(grammar.allowed([a])) == {a, b, 257}
+    grammar.accept([a, 257])
     assert tokens_in(grammar.allowed()) == {257}
 
 

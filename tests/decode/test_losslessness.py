@@ -308,8 +308,8 @@ def test_a_head_that_knows_the_target_is_right_at_a_temperature(llama: Target) -
     text = [*prompt, *islice(plain(Engine().sequence(llama), prompt, sampling), 40)]
     sequence, knowing = Engine().sequence(llama, MTPHead(llama.model)), Engine().sequence(llama)
 
-    def ask(tree: Tree, nodes: Sequence[int], width: int) -> list[Candidates]:
-        return [said([tree.nodes[one].token for one in tree.path(node)]) for node in nodes]
+    def ask(asked: Ask) -> list[Candidates]:
+        return [said(asked.tree.tokens_of(asked.tree.path(node))) for node in asked.nodes]
 
     def said(path: Sequence[int]) -> Candidates:
         logits_V = torch.from_numpy(knowing.prefill([*sequence.tokens, *path]))

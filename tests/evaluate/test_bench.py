@@ -241,13 +241,13 @@ def test_margins_are_the_targets(pair: list[Own], llama: Target) -> None:
 
 
 def test_reading_the_prompt_is_no_drafting(pair: list[Own], llama: Target) -> None:
-    """The first drafts of every answer, before which the head reads the prompt, are timed apart and not counted."""
+    """The first draft of every answer, before which the head reads the prompt, is timed apart and not counted."""
     plain, chain = pair
     prompt = llama.encode_chat([{"role": "user", "content": "one two one two"}])
     for _ in range(2):
         found = chain.answer(prompt, 12, SamplingConfig())
         assert found.seconds["prompt"] > 0
-        assert found.draft_steps == 3 * (sum(found.verified.values()) - 1)
+        assert found.draft_steps == 3 * sum(found.verified.values()) - 1
     assert plain.answer(prompt, 12, SamplingConfig()).seconds["prompt"] == 0
 
 

@@ -327,29 +327,49 @@ def test_wrong_requests_are_refused(drafting: Drafting, wrong: dict[str, Any], m
 
 
 def test_an_error_ends_one_request(drafting: Drafting) -> None:
-    """In its drafter, in its sampling or in its part of the forward."""
+    """In its drafter, in its part of the head's forward, or in its part of the target's."""
     asked = various(4)
-    for place in ("propose", "learn", "share"):
+    for place in ("propose", "learn", "_drafter", "cache"):
         bad = request([7, 8, 9])
 
         def broken(prompt: Any, sampling: Any, place: str = place, bad: Any = bad) -> Any:
             assert drafting.new_drafter is not None
             drafter = drafting.new_drafter(prompt, sampling)
-            if tuple(prompt) == bad.prompt and place != "share":
+            if tuple(prompt) == bad.prompt and hasattr(drafter, place):
                 setattr(drafter, place, None)
             return drafter
 
         scheduler = Scheduler(Drafting(drafting.engine, drafting.head, None, broken), slots=8)
         answers = [scheduler.submit(one) for one in (*asked[:2], bad, *asked[2:])]
-        if place == "share":
+        if place in ("_drafter", "cache"):
             scheduler.step()
             (running,) = [one.running for one in scheduler._running if one.request is bad]
-            running.sequence._runner.cache = None
+            setattr(running.sequence._runner, place, None)
         found = run(scheduler, answers)
         assert found[2].finish.reason == "error"
         assert found[2].finish.error
         others = [*found[:2], *found[3:]]
         assert [one.ids for one in others] == [alone(drafting, one) for one in asked]
+
+
+def test_the_head_is_asked_for_all_at_once(drafting: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a level, however many decode."""
+    calls: list[list[int]] = []
+    engine = type(drafting.engine)
+    really = engine.ask_together
+
+    def counted(self: Any, sequences: Any, asks: Any) -> Any:
+        calls.append([node for ask in asks for node in ask.nodes])
+        return really(self, sequences, asks)
+
+    monkeypatch.setattr(engine, "ask_together", counted)
+    scheduler = Scheduler(Drafting(drafting.engine, drafting.head, None, chains(3)), slots=4)
+    for seed in range(4):
+        scheduler.submit(request(random_ids(5 + seed, seed=seed)))
+    scheduler.step()
+    assert not calls
+    scheduler.step()
+    assert calls == [[0] * 4, [1] * 4, [2] * 4]
 
 
 def test_nothing_is_left_of_many_requests(drafting: Drafting) -> None:
