@@ -97,7 +97,7 @@ class FakeScheduler:
             said += 1
             on_event([Token(END, "", "target", None if request.top_logprobs is None else -0.5)])
         seconds = time.monotonic() - started
-        usage = Usage(len(request.prompt), min(3, len(request.prompt)), said, 5, 10, 7, seconds / 4, seconds)
+        usage = Usage(len(request.prompt), min(3, len(request.prompt)), said, 5, 10, 7, seconds / 4, seconds, 4)
         with self._lock:
             self.running -= 1
             old = self.stats

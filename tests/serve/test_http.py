@@ -215,6 +215,7 @@ def test_timings(client: httpx2.Client) -> None:
     """On request: time, and what was drafted and accepted."""
     told = post(client, CHAT, messages=HI, timings=True)["timings"]
     assert (told["draft_n"], told["draft_n_accepted"], told["cache_n"], told["prompt_n"]) == (10, 7, 3, 2)
+    assert told["forced_n"] == 4
     assert told["predicted_n"] == len(REPLY.encode()) + 1
     assert "timings" not in post(client, CHAT, messages=HI)
     chunk = events(client, CHAT, messages=HI, timings=True)[-1]

@@ -243,6 +243,7 @@ def timings(finished: Sequence[Usage]) -> dict[str, Any]:
         "rounds_n": sum(one.rounds for one in finished),
         "draft_n": sum(one.drafted for one in finished),
         "draft_n_accepted": sum(one.accepted for one in finished),
+        "forced_n": sum(one.forced for one in finished),
     }
 
 
