@@ -89,6 +89,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._endpoints.app(guards(host, key), self._life),
+                # Of uvicorn's two it alone bounds the head of a request.
+                http="h11",
                 log_config=None,
                 access_log=False,
                 lifespan="on",
