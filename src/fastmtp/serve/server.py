@@ -94,6 +94,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="on",
+                http="h11",  # bounds headers, as httptools does not
                 server_header=False,
                 proxy_headers=False,
                 limit_concurrency=MAX_CONNECTIONS,
@@ -122,6 +123,7 @@ class Server(uvicorn.Server):
         self._begun = asyncio.create_task(self._begin())
         yield
         if self._service is not None:
+            self._service.compiling.shutdown(wait=False, cancel_futures=True)
             await self._service.templates.close()
 
     async def _begin(self) -> None:
