@@ -43,6 +43,16 @@ def test_stages_fit_into_the_budget(minutes: float) -> None:
     assert option(stages[0], "--minutes") == str(planning.distill_minutes(minutes))
 
 
+@pytest.mark.parametrize("rate", [240.0, 2400.0, 24000.0])
+def test_the_last_answers_end_in_time(rate: float) -> None:
+    """The longest prompts and answers of all slots take a quarter of the minutes for answers, as planned."""
+    config = planning.distill_config(30.0, Facts(rate, 1))
+    seconds = config.slots * (config.max_prompt_tokens + config.max_new_tokens) / (planning._ANSWERED * rate)
+    assert seconds <= 0.25 * 60 * 30.0
+    assert config.slots == 96 or seconds > 0.2 * 60 * 30.0
+    assert planning.distill_config(1.0, Facts(rate, 1)).slots >= 8
+
+
 def test_training_fits_the_data_that_came() -> None:
     """Twice the data, half the passes; never more passes than teach something."""
     few, more, little = (

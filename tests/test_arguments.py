@@ -56,7 +56,7 @@ MISTAKES = {
         *ENGINE,
         ("--port 70000", "'--port': 70000 is not in the range"),
         ("--slots 0", "'--slots': 0 is not in the range"),
-        ("--prefix-cache -1", "'--prefix-cache': -1 is not in the range"),
+        ("--prefix-cache -1", "'--prefix-cache': -1.0 is not in the range"),
         ("--host 0.0.0.0", "--host 0.0.0.0 lets others in: give --api-key KEY, or --no-api-key"),
         ("--api-key ''", "--api-key is empty"),
         ("--api-key k --no-api-key", "give --api-key or --no-api-key, not both"),

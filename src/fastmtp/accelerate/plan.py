@@ -26,6 +26,9 @@ _MOST_EPOCHS = 3.0
 # Compiling pays off in longer runs of training.
 _COMPILE_MINUTES = 20
 _BYTES_A_TOKEN = 4
+# What is under way in the end is finished: that takes at most this share of the time for answers.
+_LAST_ANSWERS = 0.25
+_FEWEST_SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ def distill_minutes(minutes: float) -> float:
     return round(0.5 * _working_minutes(minutes), 2)
 
 
+def distill_config(minutes: float, facts: Facts) -> DistillConfig:
+    """Answers for so many minutes; of a slow model fewer together, so that they end in time."""
+    most = DistillConfig()
+    tokens = _LAST_ANSWERS * 60 * minutes * _ANSWERED * facts.prefill_per_second
+    fitting = int(tokens / (most.max_prompt_tokens + most.max_new_tokens))
+    return DistillConfig(count=1_000_000, minutes=minutes, slots=min(most.slots, max(_FEWEST_SLOTS, fitting)))
+
+
 def plan(
     target: str, minutes: float, engine: str, out: Path, facts: Facts, tokens: int | None, data: DataSet
 ) -> list[Stage]:
@@ -85,7 +96,7 @@ def plan(
     found = [
         Stage(
             "distill",
-            Distill(target, out / "data", DistillConfig(count=1_000_000, minutes=answering)),
+            Distill(target, out / "data", distill_config(answering, facts)),
             answering,
             (),
         ),

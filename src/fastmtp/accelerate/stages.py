@@ -56,7 +56,7 @@ class Distill:
     config: DistillConfig
 
     def command(self) -> list[str]:
-        limits = {"count": self.config.count, "minutes": self.config.minutes}
+        limits = {"count": self.config.count, "minutes": self.config.minutes, "slots": self.config.slots}
         return _command("distill", target=self.target, out=self.out, **limits)
 
     def run(self, progress: Progress) -> DistillSummary:
