@@ -12,7 +12,6 @@ from click.core import ParameterSource
 from fastmtp.cli.options import OUT_DIRECTORY, decoding_options, engine_options, finish, json_option
 from fastmtp.cli.terminal import TERMINAL, table
 from fastmtp.decode.drafting.options import DraftOptions
-from fastmtp.distill.endpoints import check_addresses
 from fastmtp.engines.open import EngineOptions, choose_engine
 from fastmtp.extras import require
 
@@ -98,7 +97,6 @@ def bench_serve(
             if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} is of a server that is started here; leave it out, or --url")
-        check_addresses([url], "--url")
         chosen.check()
         found = bench_url(chosen, url, TERMINAL)
     else:

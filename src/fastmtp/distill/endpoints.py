@@ -49,11 +49,11 @@ class _RefusedError(Exception):
     """The endpoint works, but not for this request."""
 
 
-def check_addresses(urls: Sequence[str], flag: str = "--endpoint") -> None:
-    """Raises ValueError, which names the flag, if one is no http address."""
+def check_addresses(urls: Sequence[str]) -> None:
+    """Raises ValueError if one is no http address."""
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{flag} {url}: must be an address such as http://localhost:8000/v1")
+            raise ValueError(f"--endpoint {url}: must be an address such as http://localhost:8000/v1")
 
 
 class Endpoints:

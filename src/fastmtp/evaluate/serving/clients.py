@@ -124,8 +124,10 @@ def described(url: str) -> tuple[str, bool]:
     """The name of a running server's first model, and whether the server is fastmtp's.
 
     Raises:
-        ValueError: there is no such server.
+        ValueError: it is no http address, or there is no such server.
     """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--url {url}: must be an address such as http://localhost:8000/v1")
     try:
         found = httpx2.get(f"{url}/v1/models", trust_env=False).raise_for_status().json()["data"][0]
         return str(found["id"]), found.get("owned_by") == "fastmtp"
