@@ -5,15 +5,17 @@
 
 namespace fastmtp {
 
-// plan: outside the parallel regions; team: threads that start and end a region.
+// plan is what is done before and after parallel regions, team their beginning and end, read a measurement of speed.
 enum class Part {
-  plan, team, embed, norm, convert, query_key_value, rope, attention, out, gate_up, activate, down, project, lm_head,
-  argmax, read
+  query_key_value, out, gate_up, down, lm_head, project, attention, rope, norm, convert, activate, embed, argmax, plan,
+  team, read
 };
-constexpr const char* kPartNames[] = {"plan",      "team", "embed",   "norm",     "convert", "query_key_value",
-                                      "rope",      "attention", "out", "gate_up", "activate", "down",
-                                      "project",   "lm_head", "argmax", "read"};
+constexpr const char* kPartNames[] = {
+    "query_key_value", "out",  "gate_up", "down",     "lm_head", "project", "attention", "rope",
+    "norm",            "convert", "activate", "embed", "argmax",  "plan",    "team",      "read",
+};
 constexpr int kParts = sizeof kPartNames / sizeof *kPartNames;
+static_assert(kParts == int(Part::read) + 1);
 
 // One thread's seconds by part, on a cache line of its own.
 struct alignas(64) Laps {

@@ -43,7 +43,7 @@ def test_counting_changes_no_bits(kernels: str, threads: int) -> None:
 
 
 def test_the_parts_of_a_forward_add_up(kernels: str) -> None:
-    """Every moment of every thread belongs to one part, each of which takes time; Python has the rest of the call."""
+    """Every moment of every thread belongs to one part, each takes time, and Python has the rest of the call."""
     target = native_of("llama", "int4", kernels, 2)
     sequence, ids = NativeEngine(target).new_sequence(), random_ids(CONTEXT)
     whole_ms, parts = timed_forward(target.runtime, sequence, ids, 4)
@@ -60,8 +60,10 @@ def test_the_parts_of_a_forward_add_up(kernels: str) -> None:
 
 
 def test_the_amounts_are_those_of_the_whole_model() -> None:
-    """The bytes are all that a forward reads; a weight is multiplied once for each token, a key and a value once for
-    each token that sees them."""
+    """The bytes are all that a forward reads.
+
+    A weight is multiplied once for each token, a key and a value once for each token and query head that sees them.
+    """
     target = native_of("llama", "int8", _native.available_kernels()[0], 2)
     found, config = amounts(target, CONTEXT), target.config
     total = sum(amount.bytes for amount in found.values())

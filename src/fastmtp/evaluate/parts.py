@@ -134,6 +134,13 @@ def measure_parts(engine: NativeEngine, context: int = CONTEXT, progress: Progre
                 bar.advance(1, 0, f"turn {turn + 1}: {count} together")
     medians = {name: median(values) for name, values in rates.items()}
     found_amounts = amounts(target, context)
+
+    def cached_ms(part: str, count: int) -> float:
+        kind = _matrix_type(target, part)
+        # Each thread computed all of the small matrix.
+        small_ms = 1e3 * medians[kind, count] / runtime.threads
+        return small_ms * found_amounts[part].bytes / small[kind].bytes
+
     return PartsReport(
         model=target.source,
         engine=engine.name,
@@ -149,18 +156,7 @@ def measure_parts(engine: NativeEngine, context: int = CONTEXT, progress: Progre
             count: {part: _median_time(times[count, part]) for part in (*PRODUCTS, *REST)}
             for count in TOKENS_TOGETHER
         },
-        cached_ms={
-            count: sum(
-                # Each thread computed all of the small matrix.
-                1e3
-                * medians[_matrix_type(target, part), count]
-                * found_amounts[part].bytes
-                / small[_matrix_type(target, part)].bytes
-                / runtime.threads
-                for part in PRODUCTS
-            )
-            for count in TOKENS_TOGETHER
-        },
+        cached_ms={count: sum(cached_ms(part, count) for part in PRODUCTS) for count in TOKENS_TOGETHER},
     )
 
 

@@ -30,10 +30,11 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
     """Milliseconds by part, then the share of what the machine can do."""
     counts = list(report.forward_ms)
     columns = list(map(str, counts))
-    peaks = ", ".join(f"{_name(part)} {rate:.0f}" for part, rate in report.peaks.items())
+    layers, lm_head, attention = (report.peaks[part] for part in ("out", "lm_head", "attention"))
     yield (
         f"{report.model}, {report.engine}, {report.machine}\n"
-        f"reads {report.bandwidth_gb_s:.1f} GB/s; 10^9 multiply-adds/s from the first-level cache: {peaks}\n"
+        f"reads {report.bandwidth_gb_s:.1f} GB/s; 10^9 multiply-adds a second with data in the first-level cache: "
+        f"{layers:.0f} in the layers' products, {lm_head:.0f} in the LM head, {attention:.0f} in attention\n"
         f"medians of {report.turns} turns, forwards after {report.context} tokens"
     )
 
