@@ -15,8 +15,8 @@ constexpr int kGroup = 64;       // inputs that share a scale in int8; inputs ar
 constexpr int kHalf = 32;        // inputs that share a scale in int4 (matrix.hpp says more)
 constexpr int kPageTokens = 256; // tokens in one page of a cache
 constexpr int kLargestHead = 512;
-constexpr int kTileQueries = 8;  // queries that share one pass over keys and values
-constexpr size_t kPeakBytes = 4096;  // that the measurements of the arithmetic's speed use
+constexpr int kTileQueries = 16; // queries that share one pass over keys and values, as many as a tile has rows
+constexpr size_t kPeakBytes = 4096; // that the measurements of the arithmetic's speed use
 
 enum class Type { bf16, int8, int4 };
 
