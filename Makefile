@@ -9,10 +9,13 @@ demo: .venv/core
 test: check
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-# The server's page in a browser: Debian's chromium, or the one that $$CHROMIUM names.
-test-web: .venv/installed
+# The server's page in a browser (Debian's chromium, or the one that $$CHROMIUM names), and OpenAI's package for Node.
+test-web: .venv/installed .venv/node
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
-	$(BIN)/pytest -m web tests/serve
+	$(BIN)/pytest -m web -rs tests/serve
+
+.venv/node: .venv/installed
+	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix $@ openai
 
 check: .venv/installed
 	$(BIN)/ruff check src tests tools

@@ -247,6 +247,18 @@ class TestOwnServer:
         assert {one["cached_tokens"] for of in found["levels"].values() for one in of.values()} == {0}
         assert not psutil.Process().children(recursive=True)
 
+    def test_records_are_those_of_plain_decoding(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Answers with a schema are compared with plain decoding alone under the same grammar."""
+        words = ["--target", str(model), "--threads", "1", "--draft", "lookup", "--workload", "json"]
+        sizes = ["--concurrency", "2", "--prompts", "4", "--turns", "1", "--max-new-tokens", "24"]
+        assert command(monkeypatch, *words, *sizes, "--out", str(tmp_path)) == 0
+        found = json.loads((tmp_path / "bench-serve.json").read_text())
+        assert found["identical"] == {"same": 12, "total": 12}
+        assert list(found["levels"]["2"]) == ["lookup+schema", "lookup", "plain+schema"]
+        assert found["levels"]["2"]["lookup+schema"]["forced_share"] > 0.2
+
     def test_fails_if_an_answer_differs(
         self, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -1,14 +1,17 @@
-"""A scheduler over a tiny target, and what plain decoding answers alone."""
+"""A scheduler over a tiny target, a server over that, and what plain decoding answers alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpcore2
 import pytest
 
 from fastmtp.config import SamplingConfig
@@ -16,23 +19,36 @@ from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import ALONE, Load, Planning
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.open import Drafting
+from fastmtp.decode.generation import Generation, Result
 from fastmtp.decode.grammar import open_grammar
 from fastmtp.decode.plain import plain
+from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.engines.protocol import Costs, Engine, Head
 from fastmtp.engines.tree import Tree
 from fastmtp.serve.requests import Finish, Request, Token
 from fastmtp.serve.scheduler import Answer, Scheduler
+from fastmtp.serve.service import Service
 from fastmtp.vocabulary.lists import VocabularyLists
-from tests.conftest import random_ids, tiny_target
+from tests.conftest import byte_tokenizer, random_ids, tiny_target
 from tests.engines import ENGINES, NATIVE, convert, native_head
+from tests.serve.serving import serving
 from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
 # Forwards that cost the same up to 8 tokens, so that trees are large, and little more beyond.
 COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, {1: 0.01})
+ROOM = 2048
 
 
 _ALONE: dict[tuple[Any, ...], list[int]] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tls_context() -> Iterator[None]:
+    """Nothing here speaks TLS, and each client, also one for a single request, would load all certificates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(httpcore2, "default_ssl_context", cache(httpcore2.default_ssl_context))
+        yield
 
 
 @cache
@@ -163,3 +179,54 @@ def various(count: int, seed: int = 0) -> list[Request]:
         more = {"draft": index % 5 != 3, "top_logprobs": 2 if index % 7 == 3 else None, "ignore_end": True}
         found.append(request(prompt, 20 + 3 * (index % 7), sampling=settings[index % 4], **more))
     return found
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server and, beside it, an engine of its own for what the answers must be."""
+
+    url: str
+    service: Service
+    engine: Engine
+
+    def plain(self, asked: Request) -> Result:
+        """Plain decoding of a request alone."""
+        one = Generation(
+            *(self.engine.new_sequence(), self.engine.target, asked.prompt),
+            new_drafter=None,
+            sampling=asked.sampling,
+            max_new_tokens=asked.max_new_tokens,
+            stop=asked.stop,
+            grammar=asked.grammar,
+        )
+        return one.run()
+
+    def alone(self, prompt: Sequence[int], limit: int, stop: tuple[str, ...] = (), **sampling: Any) -> Result:
+        return self.plain(Request(tuple(prompt), SamplingConfig(**sampling), limit, stop))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny model."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_target("llama").model.save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    # Special tokens, which answers without calls do not show.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    tokenizer.save_pretrained(directory)
+    config = directory / "config.json"
+    # Room for tools, a byte a token.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": ROOM}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def running(model: Path) -> Iterator[Running]:
+    options = EngineOptions("native" if NATIVE else "torch", threads=1 if NATIVE else None)
+    engine, beside = (open_engine(str(model), options) for _ in range(2))
+    tuned: Any = tuned_head(tiny_target("llama"))
+    head = Head(native_head(engine.target, tuned) if NATIVE else tuned, VocabularyLists({}), 3)
+    scheduler = Scheduler(Drafting(engine, head, None, partial(Adaptive, Learned(COSTS))), slots=3, queue=40)
+    loaded = Service("tiny", engine.target, scheduler, scheduler.context, 43, {})
+    with serving(lambda: loaded, grace=0) as url:
+        yield Running(url, loaded, beside)

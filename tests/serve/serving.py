@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import json
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -132,8 +134,12 @@ def target() -> TargetInfo:
     return TargetInfo(config, (), tokenizer(), "LlamaForCausalLM", "tiny")
 
 
-def service(scheduler: FakeScheduler, **settings: object) -> Service:
-    return Service("tiny", target(), scheduler, CONTEXT, 16, dict(settings))
+def service(scheduler: FakeScheduler, *, template: bool = True, **settings: object) -> Service:
+    """Without a chat template there is no process for it, and messages are joined by empty lines."""
+    loaded = Service("tiny", target(), scheduler, CONTEXT, 16, dict(settings))
+    if not template:
+        loaded.target.tokenizer = Tokenizer(tokenizer().backend_tokenizer, {"eos": "<|end|>"})
+    return loaded
 
 
 @contextmanager
@@ -154,6 +160,18 @@ def serving(
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def sent(url: str, path: str, body: object) -> socket.socket:
+    """A request whose answer nobody reads."""
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    connection.connect((host, int(port)))
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
 
 
 def eventually(holds: Callable[[], object], seconds: float = 5.0) -> None:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
 import pytest
 
-from fastmtp.decode.drafting.options import DraftOptions
-from fastmtp.decode.generation import Generation
-from fastmtp.engines.open import EngineOptions, open_engine
-from fastmtp.engines.protocol import Engine
-from fastmtp.serve.load import Room, load_service
-from fastmtp.serve.service import Service
-from tests.conftest import tiny_target
-from tests.engines import NATIVE
-from tests.serve.serving import serving
+from fastmtp.serve.requests import Request
+from tests.serve.conftest import Running
 
-OPTIONS = EngineOptions("native" if NATIVE else "torch", threads=1 if NATIVE else None)
+CHAT = "/v1/chat/completions"
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -49,50 +41,27 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Service, Engine]]:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    target = tiny_target("llama")
-    target.model.save_pretrained(directory)
-    # Special tokens, which answers without calls do not show.
-    target.tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
-    target.tokenizer.save_pretrained(directory)
-    config = directory / "config.json"
-    # Room for tools, a byte a token.
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 1536}))
-    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(3, 40, None, 1 << 28), {})
-    with serving(lambda: loaded, grace=0) as url:
-        yield url + "/v1/chat/completions", loaded, open_engine(str(directory), OPTIONS)
-
-
 def body(asked: dict[str, Any], question: str = "hi") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}], "max_tokens": 200, "sources": True, **asked}
 
 
-def test_answers_are_those_of_plain_decoding_and_of_the_form(running: tuple[str, Service, Engine]) -> None:
+def test_answers_are_those_of_plain_decoding_and_of_the_form(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever asks beside them, drawn and greedy, with drafts and without."""
-    url, service, engine = running
-    submitted, submit = [], service.scheduler.submit
-    service.scheduler.submit = lambda *given: submitted.append(given[0]) or submit(*given)  # type: ignore[method-assign]
+    submitted: list[Request] = []
+    submit = running.service.scheduler.submit
+    noted = lambda *given: submitted.append(given[0]) or submit(*given)  # noqa: E731
+    monkeypatch.setattr(running.service.scheduler, "submit", noted)
     every = [body(asked | {"draft": drafted}) for asked in ASKED for drafted in (True, False)]
     with ThreadPoolExecutor(len(every)) as pool:
-        replies = list(pool.map(lambda one: httpx2.post(url, json=one, timeout=60), every))
+        replies = list(pool.map(lambda one: httpx2.post(running.url + CHAT, json=one, timeout=60), every))
     for reply in replies:
         assert reply.status_code == 200, reply.text
     choices = [reply.json()["choices"][0] for reply in replies]
     texts = ["".join(one["text"] for one in choice["sources"]) for choice in choices]
     assert texts[::2] == texts[1::2]
-    plain = set()
-    for request in submitted:
-        sequence = engine.new_sequence()
-        one = Generation(
-            *(sequence, engine.target, request.prompt),
-            new_drafter=None,
-            sampling=request.sampling,
-            max_new_tokens=200,
-            grammar=request.grammar,
-        )
-        plain.add(one.run().text)
+    plain = {running.plain(request).text for request in submitted}
     assert plain == set(texts)
     for choice in choices[:4]:
         given = json.loads(choice["message"]["content"])
@@ -105,8 +74,8 @@ def test_answers_are_those_of_plain_decoding_and_of_the_form(running: tuple[str,
     assert "grammar" in forced
 
 
-def test_calls_are_streamed_as_they_are_told_whole(running: tuple[str, Service, Engine]) -> None:
-    url, _, _ = running
+def test_calls_are_streamed_as_they_are_told_whole(running: Running) -> None:
+    url = running.url + CHAT
     asked = body({"tools": TOOLS, "tool_choice": "required", "n": 2, "temperature": 1.5, "seed": 3})
     whole = httpx2.post(url, json=asked, timeout=60).json()["choices"]
     streamed: list[list[tuple[str, str]]] = [[], []]

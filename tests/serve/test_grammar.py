@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fastmtp.decode import grammar
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.serve.requests import Request
 from fastmtp.serve.scheduler import Scheduler
@@ -55,6 +56,17 @@ def test_after_the_end_only_end_tokens_follow() -> None:
     (found,) = run(scheduler, [scheduler.submit(asked)])
     assert found.ids[3:] == [257] * 27
     assert (found.text, found.finish.reason) == ("abc", "length")
+
+
+def test_grammars_are_compiled_before_they_wait() -> None:
+    """However many wait: nobody decodes while one is compiled."""
+    drafting = drafting_of("llama", WAYS[0])
+    scheduler, compiled = Scheduler(drafting, slots=1), grammar._grammars(drafting.engine.target).compiled
+    texts = [f"{number:03}" for number in range(grammar.KEPT + 2)]
+    answers = [scheduler.submit(request([1], 4, grammar=f'start: "{text}"')) for text in texts]
+    before = compiled.cache_info().misses
+    assert [answer.text for answer in run(scheduler, answers)] == texts
+    assert compiled.cache_info().misses == before
 
 
 def test_wrong_grammars_are_refused_before_they_wait() -> None:

@@ -24,6 +24,7 @@ BODIES = {
     "/tokenize": (TokenizeBody, {"prompt": "a"}),
     "/detokenize": (DetokenizeBody, {"tokens": [1]}),
 }
+PATHS = st.sampled_from(list(BODIES))
 NAMES = sorted({*LACKING, "role", "content", *(name for kind, _ in BODIES.values() for name in kind.model_fields)})
 VALUES = st.recursive(
     st.none()
@@ -38,9 +39,12 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
-BOUNDED = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+# Each of three tests; the long form makes ten thousand requests.
+EXAMPLES = pytest.mark.parametrize("examples", [50, pytest.param(3400, marks=pytest.mark.slow)])
+
+
+def bounded(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +61,40 @@ def send(client: httpx2.Client, path: str, content: bytes) -> None:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
-@BOUNDED
-@given(path=st.sampled_from(list(BODIES)), fields=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
-def test_wrong_fields(client: httpx2.Client, path: str, fields: dict[str, Any]) -> None:
+@EXAMPLES
+def test_wrong_fields(client: httpx2.Client, examples: int) -> None:
     """A valid request with some fields replaced by anything."""
-    send(client, path, json.dumps(BODIES[path][1] | fields).encode())
+
+    @bounded(examples)
+    @given(PATHS, st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+    def ask(path: str, fields: dict[str, Any]) -> None:
+        send(client, path, json.dumps(BODIES[path][1] | fields).encode())
+
+    ask()
 
 
-@BOUNDED
-@given(path=st.sampled_from(list(BODIES)), body=VALUES)
-def test_other_documents(client: httpx2.Client, path: str, body: Any) -> None:
-    send(client, path, json.dumps(body).encode())
+@EXAMPLES
+def test_other_documents(client: httpx2.Client, examples: int) -> None:
+    @bounded(examples)
+    @given(PATHS, VALUES)
+    def ask(path: str, body: Any) -> None:
+        send(client, path, json.dumps(body).encode())
+
+    ask()
 
 
-@BOUNDED
-@given(path=st.sampled_from(list(BODIES)), data=st.data())
-def test_damaged_bodies(client: httpx2.Client, path: str, data: st.DataObject) -> None:
+@EXAMPLES
+def test_damaged_bodies(client: httpx2.Client, examples: int) -> None:
     """Bytes of a valid request, cut, doubled or replaced."""
-    whole = json.dumps(BODIES[path][1]).encode()
-    start, end = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))
-    send(client, path, whole[:start] + data.draw(st.binary(max_size=8)) + whole[end:])
+
+    @bounded(examples)
+    @given(PATHS, st.data())
+    def ask(path: str, data: st.DataObject) -> None:
+        whole = json.dumps(BODIES[path][1]).encode()
+        start, end = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))
+        send(client, path, whole[:start] + data.draw(st.binary(max_size=8)) + whole[end:])
+
+    ask()
 
 
 @pytest.mark.parametrize(

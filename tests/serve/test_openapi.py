@@ -30,8 +30,15 @@ def test_the_server_shows_it(url: str) -> None:
 
 
 @schema.parametrize()
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_requests_made_from_it(case: Any, url: str) -> None:
     """No faults, no status or type that it does not name, and errors in the shape that it gives."""
     # The document does not know the model: which token ids there are, what its context holds.
+    case.call_and_validate(base_url=url, excluded_checks=[positive_data_acceptance])
+
+
+@pytest.mark.slow
+@schema.parametrize()
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_many_requests_made_from_it(case: Any, url: str) -> None:
     case.call_and_validate(base_url=url, excluded_checks=[positive_data_acceptance])

@@ -65,6 +65,7 @@ def page(request: pytest.FixtureRequest, browser: Any, scheduler: FakeScheduler)
         )
         opened.set_default_timeout(5000)
         opened.goto(url)
+        playwright.expect(opened.locator("#prompt")).to_be_focused()
         yield opened
         assert wrong == []
         assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +11,12 @@ import httpx2
 import numpy as np
 import pytest
 
-from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.options import DraftOptions
-from fastmtp.decode.generation import Generation, Result
-from fastmtp.engines.open import EngineOptions, open_engine
-from fastmtp.engines.protocol import Engine
+from fastmtp.engines.open import EngineOptions
 from fastmtp.serve.load import Room, load_service
-from fastmtp.serve.service import Service
-from tests.conftest import tiny_target
-from tests.engines import NATIVE
-from tests.serve.serving import eventually, serving
+from tests.serve.conftest import ROOM, Running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-OPTIONS = EngineOptions("native" if NATIVE else "torch", threads=1 if NATIVE else None)
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server and, beside it, an engine of its own for what the answers must be."""
-
-    url: str
-    service: Service
-    engine: Engine
-
-    def alone(self, prompt: list[int], limit: int, stop: tuple[str, ...] = (), **sampling: Any) -> Result:
-        """Plain decoding of one request."""
-        config = SamplingConfig(**sampling)
-        sequence = self.engine.new_sequence()
-        one = Generation(
-            *(sequence, self.engine.target, prompt),
-            new_drafter=None,
-            sampling=config,
-            max_new_tokens=limit,
-            stop=stop,
-        )
-        return one.run()
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    target = tiny_target("llama")
-    target.model.save_pretrained(directory)
-    target.tokenizer.save_pretrained(directory)
-    loaded = load_service(str(directory), OPTIONS, DraftOptions(draft="lookup"), Room(3, 40, None, 10**9), {})
-    with serving(lambda: loaded, grace=0) as url:
-        yield Running(url, loaded, open_engine(str(directory), OPTIONS))
 
 
 def post(running: Running, path: str, **body: Any) -> Any:
@@ -165,32 +121,6 @@ def test_choices_have_seeds_of_their_own(running: Running) -> None:
     assert texts[0] == running.alone(asked["prompt"], 20, temperature=1, seed=1).text
 
 
-def test_many_clients(running: Running) -> None:
-    """Prompts of all lengths with some that leave: the rest are right, and every slot is free in the end."""
-    prompts = [ids("x" * (1 + 7 * number % 60), number) for number in range(24)]
-
-    @cache
-    def expected(number: int) -> str:
-        return running.alone(prompts[number], 24).text
-
-    def ask(number: int) -> str | None:
-        asked = {"prompt": prompts[number], "max_tokens": 24}
-        if number % 6 == 5:
-            body = asked | {"stream": True, "ignore_eos": True, "max_tokens": 200}
-            with httpx2.stream("POST", running.url + TEXT, json=body, timeout=60) as reply:
-                next(reply.iter_lines())
-            return None
-        if number % 2:
-            return streamed(running, TEXT, **asked)
-        return str(post(running, TEXT, **asked)["choices"][0]["text"])
-
-    with ThreadPoolExecutor(8) as pool:
-        texts = list(pool.map(ask, range(24)))
-    wrong = [number for number, text in enumerate(texts) if text is not None and text != expected(number)]
-    assert wrong == []
-    eventually(lambda: running.service.scheduler.stats.running + running.service.scheduler.stats.waiting == 0)
-
-
 def test_a_prompt_that_fits_only_just(running: Running) -> None:
     """The last token of the context is given; one more token of prompt is refused."""
     limit = running.service.context
@@ -202,9 +132,7 @@ def test_a_prompt_that_fits_only_just(running: Running) -> None:
     assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_a_context_larger_than_the_models(tmp_path: Path) -> None:
-    target = tiny_target("llama")
-    target.model.save_pretrained(tmp_path)
-    target.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"--context 513: .* has a context of 512"):
-        load_service(str(tmp_path), OPTIONS, DraftOptions(draft="plain"), Room(1, 1, 513, 0), {})
+def test_a_context_larger_than_the_models(model: Path) -> None:
+    room = Room(1, 1, ROOM + 1, 0)
+    with pytest.raises(ValueError, match=rf"--context {ROOM + 1}: .* has a context of {ROOM}"):
+        load_service(str(model), EngineOptions(), DraftOptions(draft="plain"), room, {})

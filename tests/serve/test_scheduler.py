@@ -6,7 +6,7 @@ import gc
 import time
 import weakref
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,17 @@ from fastmtp.serve.step import shares
 from tests.conftest import FAMILIES, random_ids
 from tests.serve.conftest import GREEDY, WAYS, alone, drafting_of, ended, knowing, request, run, various
 
+TREES, SIZES = ["adaptive", "right and wrong"], [(1, 256), (2, 1), (3, 16), (8, 256), (8, 7)]
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("trees", ["adaptive", "right and wrong"])
-@pytest.mark.parametrize(("slots", "chunk"), [(1, 256), (2, 1), (3, 16), (8, 256), (8, 7)])
+
+@pytest.mark.parametrize(
+    ("way", "trees", "slots", "chunk"),
+    [
+        # Each with each of the others; all three together in the long form.
+        pytest.param(way, trees, *size, marks=pytest.mark.slow if (a + b + c) % 2 else ())
+        for (a, way), (b, trees), (c, size) in product(*map(enumerate, (WAYS, TREES, SIZES)))
+    ],
+)
 def test_together_is_alone(way: str, trees: str, slots: int, chunk: int) -> None:
     """Drawn and greedy, with and without penalties, logprobs and drafts, whatever runs beside it."""
     drafting, asked = drafting_of("llama", way), various(9)
@@ -373,8 +380,8 @@ def test_the_head_is_asked_for_all_at_once(drafting: Drafting, monkeypatch: pyte
 
 
 def test_nothing_is_left_of_many_requests(drafting: Drafting) -> None:
-    """Two hundred, of which some are cancelled: slots, sequences and kept caches are as before or within bounds."""
-    scheduler = Scheduler(drafting, slots=4, prefix_bytes=1 << 20, queue=300)
+    """A hundred, of which some are cancelled: slots, sequences and kept caches are as before or within bounds."""
+    scheduler = Scheduler(drafting, slots=4, prefix_bytes=1 << 20, queue=100)
     sequences = weakref.WeakSet[Any]()
     really = Drafting.new_sequence
 
@@ -386,10 +393,10 @@ def test_nothing_is_left_of_many_requests(drafting: Drafting) -> None:
 
     scheduler._drafting = Watched(drafting.engine, drafting.head, None, drafting.new_drafter)
     asked = [
-        request(random_ids(3 + index % 40, seed=index % 60), 3 + index % 5, ignore_end=True) for index in range(200)
+        request(random_ids(3 + index % 40, seed=index % 60), 3 + index % 5, ignore_end=True) for index in range(100)
     ]
     answers = [scheduler.submit(one) for one in asked]
-    for index in range(0, 200, 9):
+    for index in range(0, 100, 9):
         answers[index].cancel()
         scheduler.step()
     found = run(scheduler, answers)
@@ -398,7 +405,7 @@ def test_nothing_is_left_of_many_requests(drafting: Drafting) -> None:
         assert one.ids == tokens or (one.finish.reason == "cancelled" and one.ids == tokens[: len(one.ids)])
     stats = scheduler.stats
     assert (stats.running, stats.waiting) == (0, 0)
-    assert dict(stats.finished) == {"length": 200 - 23, "cancelled": 23}
+    assert dict(stats.finished) == {"length": 100 - 12, "cancelled": 12}
     assert stats.generated_tokens == sum(len(one.ids) for one in found)
     assert stats.kept_bytes <= 1 << 20
     gc.collect()

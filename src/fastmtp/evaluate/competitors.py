@@ -47,7 +47,9 @@ class Own:
         self._measured = MeasuredSequence(self.sequence)
         self._show = show
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig) -> Answer:
+    def answer(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, grammar: str | None = None
+    ) -> Answer:
         # No competitor may reuse the prompt cache of another one's answer.
         self._measured.reset()
         self._measured.forget()
@@ -55,9 +57,10 @@ class Own:
             self._measured,
             self.engine.target,
             prompt,
-            new_drafter=self._drafting.new_drafter,
+            new_drafter=self._drafting.drafters(grammar is not None),
             sampling=sampling,
             max_new_tokens=max_new_tokens,
+            grammar=grammar,
         )
         for piece in generation:
             if self._show is not None:

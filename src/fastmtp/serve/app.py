@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from fastmtp.serve.constraints import offered
 from fastmtp.serve.errors import ApiError, api_error, fault, gone, http_error
 from fastmtp.serve.formats import Chat, ChatLogprobs, Envelope, Format, Text, TextLogprobs
 from fastmtp.serve.openapi import document
-from fastmtp.serve.prompts import chat_requests, chat_tokens, completion_requests, known, text_tokens
-from fastmtp.serve.reply import Reply
+from fastmtp.serve.prompts import chat_grammar, chat_requests, chat_tokens, completion_requests, known, text_tokens
+from fastmtp.serve.reply import Reply, unless_gone
 from fastmtp.serve.response import ResponseReply
 from fastmtp.serve.responses import ResponsesBody, renamed
 from fastmtp.serve.schema import (
@@ -106,7 +107,7 @@ class Endpoints:
         body = parsed(ChatBody, await _json(request))
         service = self._of_model(body.model)
         logprobs = ChatLogprobs(service.pieces, service.target.end_ids) if body.logprobs else None
-        asked = await chat_requests(service, body)
+        asked = await _asked(request, service, body)
         form = Chat(logprobs, service.style if offered(body) else None)
         return await self._reply(request, body, asked, form, Envelope.new(service.name, "chatcmpl"))
 
@@ -115,7 +116,7 @@ class Endpoints:
         service = self._of_model(body.model)
         try:
             chat = body.chat()
-            asked = await chat_requests(service, chat)
+            asked = await _asked(request, service, chat)
         except ApiError as error:
             raise renamed(error) from None
         answers = Answers(service.scheduler, asked, service.metrics.finished)
@@ -193,6 +194,13 @@ class Endpoints:
             "owned_by": "fastmtp",
             "max_model_len": service.context,
         }
+
+
+async def _asked(request: Request, service: Service, body: ChatBody) -> list[requests.Request]:
+    """One for each choice. No grammar is compiled for a client that left while it waited."""
+    grammar = await unless_gone(request, chat_grammar(service, body))
+    asked = await chat_requests(service, body)
+    return [replace(one, grammar=grammar) for one in asked]
 
 
 async def _json(request: Request) -> bytes:

@@ -35,7 +35,7 @@ _SAMPLING = (
 
 
 async def chat_requests(service: Service, body: ChatBody) -> list[Request]:
-    """One for each choice.
+    """One for each choice, without its grammar.
 
     Raises:
         ApiError: a field does not fit the model or another field.
@@ -44,12 +44,21 @@ async def chat_requests(service: Service, body: ChatBody) -> list[Request]:
         raise invalid("top_logprobs", "needs logprobs: true")
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise invalid("max_tokens", "give this or max_completion_tokens, not both")
-    # A large schema takes long; the event loop goes on meanwhile.
-    grammar = await asyncio.to_thread(_grammar, service, body)
     prompt = await chat_tokens(service, body.messages, offered(body))
     longest = body.max_completion_tokens or body.max_tokens or service.context
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _requests(service, body, [prompt], longest, logprobs, "messages", grammar)
+    return _requests(service, body, [prompt], longest, logprobs, "messages")
+
+
+async def chat_grammar(service: Service, body: ChatBody) -> str | None:
+    """What the answer must fit, compiled; None: it is free.
+
+    Raises:
+        ApiError: a field does not fit the model or another field, or a schema is not supported.
+    """
+    if body.response_format is None and not offered(body) and body.tool_choice in (None, "none"):
+        return None
+    return await asyncio.get_running_loop().run_in_executor(service.compiling, _grammar, service, body)
 
 
 def _grammar(service: Service, body: ChatBody) -> str | None:
@@ -120,7 +129,6 @@ def _requests(
     longest: int,
     logprobs: int | None,
     param: str,
-    grammar: str | None = None,
 ) -> list[Request]:
     if (count := len(prompts) * body.n) > service.most:
         most = f"{count} answers at once are more than this server takes, {service.most}"
@@ -137,7 +145,6 @@ def _requests(
             top_logprobs=logprobs,
             draft=body.draft,
             ignore_end=body.ignore_eos,
-            grammar=grammar,
         )
         for prompt in prompts
         for choice in range(body.n)

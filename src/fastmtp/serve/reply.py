@@ -6,16 +6,18 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fastmtp.serve.answers import Answers
-from fastmtp.serve.errors import GONE, ApiError
+from fastmtp.serve.errors import ApiError
 from fastmtp.serve.formats import Choice, Envelope, Format, sources, timings, token_counts
 from fastmtp.serve.requests import Finish, Token
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Reply:
 
         Raises:
             ApiError: an answer failed, or the server stops.
+            ClientDisconnect: the client left.
         """
         try:
-            return await _unless_gone(request, self._whole())
+            return await unless_gone(request, self._whole())
         finally:
             self.answers.cancel()
 
@@ -122,20 +125,26 @@ class _Stream(StreamingResponse):
             self._answers.cancel()
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    tasks = [asyncio.create_task(work), asyncio.create_task(_gone(request))]
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """What work gives; it is cancelled as soon as the client is gone.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(task for task in tasks if task in done).result()
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
     finally:
-        for task in tasks:
-            task.cancel()
+        task.cancel()
+        gone.cancel()
 
 
-async def _gone(request: Request) -> Response:
+async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    return Response(status_code=GONE)
 
 
 def _event(document: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastmtp.decode.drafting.drafter import Drafter, Load, Planning
 from fastmtp.decode.drafting.open import Drafting
-from fastmtp.decode.grammar import open_grammar
+from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.transcript import Transcript
 from fastmtp.engines.protocol import EngineSequence, Logits
@@ -31,9 +31,17 @@ class Running:
         accepted: by round, how many drafts were accepted; empty for rounds without drafts.
     """
 
-    def __init__(self, request: Request, drafting: Drafting, sequence: EngineSequence, context: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        grammar: Grammar | None,
+        drafting: Drafting,
+        sequence: EngineSequence,
+        context: int,
+    ) -> None:
         """
         Args:
+            grammar: at its beginning.
             sequence: new, but for what it shares with others.
         """
         target = drafting.engine.target
@@ -41,7 +49,7 @@ class Running:
         self.verified, self.accepted = 1, list[int]()
         self._drafting, self._context = drafting, context
         self._drafter: Drafter | None = None
-        self._grammar = None if request.grammar is None else open_grammar(target, request.grammar)
+        self._grammar = grammar
         self._sampler = Sampler(request.sampling, request.prompt, self._grammar)
         ends = frozenset[int]() if request.ignore_end else target.end_ids
         special = self._grammar is not None and not request.ignore_end

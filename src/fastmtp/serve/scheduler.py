@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from threading import Condition, Thread
 
 from fastmtp.decode.drafting.open import Drafting
-from fastmtp.decode.grammar import check_grammar
+from fastmtp.decode.grammar import Grammar, open_grammar
 from fastmtp.serve.counts import Counts
 from fastmtp.serve.prefixes import Prefixes
 from fastmtp.serve.requests import (
@@ -42,8 +42,8 @@ CHUNK = 256
 class Answer:
     """An answer under way. Without `on_event` its events are kept until somebody iterates."""
 
-    def __init__(self, request: Request, on_event: OnEvent | None) -> None:
-        self.request, self.submitted = request, time.monotonic()
+    def __init__(self, request: Request, grammar: Grammar | None, on_event: OnEvent | None) -> None:
+        self.request, self.grammar, self.submitted = request, grammar, time.monotonic()
         self.cancelled = False
         self.running: Running | None = None
         self._events: SimpleQueue[Event] = SimpleQueue()
@@ -125,7 +125,10 @@ class Scheduler:
             Stopping: `stop` was called.
         """
         self._check(request)
-        answer = Answer(request, on_event)
+        # Here, since nobody decodes while a grammar is compiled later.
+        target = self._drafting.engine.target
+        grammar = None if request.grammar is None else open_grammar(target, request.grammar)
+        answer = Answer(request, grammar, on_event)
         with self._changed:
             if self._deadline is not None:
                 raise Stopping
@@ -207,7 +210,7 @@ class Scheduler:
             try:
                 sequence = self._drafting.new_sequence()
                 self._prefixes.share(sequence, prompt, [one.sequence for one in others])
-                answer.running = Running(answer.request, self._drafting, sequence, self.context)
+                answer.running = Running(answer.request, answer.grammar, self._drafting, sequence, self.context)
             except Exception as error:
                 self._finish(answer, "error", f"{type(error).__name__}: {error}")
 
@@ -249,5 +252,3 @@ class Scheduler:
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
                 raise ValueError(f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens")
-        if request.grammar is not None:
-            check_grammar(self._drafting.engine.target, request.grammar)

@@ -89,6 +89,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._endpoints.app(guards(host, key), self._life),
+                # Of uvicorn's two it alone bounds the head of a request.
+                http="h11",
                 log_config=None,
                 access_log=False,
                 lifespan="on",
@@ -120,6 +122,7 @@ class Server(uvicorn.Server):
         self._begun = asyncio.create_task(self._begin())
         yield
         if self._service is not None:
+            self._service.compiling.shutdown(wait=False, cancel_futures=True)
             await self._service.templates.close()
 
     async def _begin(self) -> None:

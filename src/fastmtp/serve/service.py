@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,6 +48,11 @@ class Service:
     @cached_property
     def constraints(self) -> Constraints:
         return Constraints.of(self.target.tokenizer, self.style)
+
+    @cached_property
+    def compiling(self) -> ThreadPoolExecutor:
+        """One grammar after the other: a large one takes a core for seconds, which others need meanwhile."""
+        return ThreadPoolExecutor(1, "grammar")
 
     @cached_property
     def templates(self) -> Templates:

@@ -13,7 +13,7 @@ from fastmtp.evaluate.lineup import own_competitor
 from fastmtp.evaluate.names import no_head
 from fastmtp.evaluate.records import Json
 from fastmtp.evaluate.serving.clients import described
-from fastmtp.evaluate.serving.competitors import SCHEMA, Alone, ways
+from fastmtp.evaluate.serving.competitors import Alone, ways
 from fastmtp.evaluate.serving.document import ALONE, ServingDocument
 from fastmtp.evaluate.serving.figures import Pass, by_level, compare
 from fastmtp.evaluate.serving.processes import own_server
@@ -95,13 +95,11 @@ def bench_target(
         own = ways(drafting.draft, url, {"timings": True}, schemas=settings.schemas)
         if drafting.draft != PLAIN:
             own += ways(PLAIN, url, {"timings": True, "draft": False}, schemas=settings.schemas, free=False)
-        measured = measure(settings, Lineup(own, Alone(main), llama), Alone(plain), progress)
+        right = [Alone(plain), *([Alone(plain, schema=True)] if settings.schemas else [])]
+        measured = measure(settings, Lineup(own, Alone(main), llama), right, progress)
     ours = {way.name for way in own} | {ALONE}
     answers = [one for one in measured.passes if one.name in ours]
-    # With a schema nothing decodes alone, so that the first plain answer stands for it.
-    schemed = [one for one in answers if one.name == PLAIN + SCHEMA]
-    first = {reply.asked: reply for one in reversed(schemed) for reply in one.replies}
-    identical, differing = compare(first | measured.reference, answers)
+    identical, differing = compare(measured.right, answers)
     return ServingDocument(
         main=own[0].name,
         target=target,

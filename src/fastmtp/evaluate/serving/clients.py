@@ -1,4 +1,8 @@
-"""Clients of a server that speaks OpenAI's API: so many at once, each with one request after the other."""
+"""Clients of a server that speaks OpenAI's API: so many at once, each with one request after the other.
+
+They share the machine with the server that is measured, so while an answer comes they only note when each part
+came, and read it afterwards.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import h11
 import httpx2
 
 from fastmtp.evaluate.records import Json
 from fastmtp.evaluate.serving.figures import Pass, Reply
 from fastmtp.progress import Bar
 
-# A server that says nothing for so long has hung.
-_SILENT_SECONDS = 300.0
+# A server that has not answered by then has hung.
+_LONGEST_SECONDS = 600.0
+_OK = 200
 
 
 @dataclass(frozen=True)
@@ -47,46 +54,67 @@ class Server:
     async def _ask_all(self, requests: Sequence[Request], concurrency: int, bar: Bar) -> tuple[float, list[Reply]]:
         found: dict[int, Reply] = {}
         waiting = iter(enumerate(requests))
-        timeout = httpx2.Timeout(_SILENT_SECONDS, connect=10.0)
-        # llama.cpp's server closes a connection after a stream, perhaps when the next request is on its way.
-        limits = httpx2.Limits(max_keepalive_connections=0)
-        async with httpx2.AsyncClient(base_url=self.url, timeout=timeout, limits=limits, trust_env=False) as http:
-            started = time.perf_counter()
-            try:
-                async with asyncio.TaskGroup() as clients:
-                    for _ in range(concurrency):
-                        clients.create_task(self._client(http, waiting, found, bar))
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
-            seconds = time.perf_counter() - started
-        return seconds, [reply for _, reply in sorted(found.items())]
+        started = time.perf_counter()
+        try:
+            async with asyncio.TaskGroup() as clients:
+                for _ in range(concurrency):
+                    clients.create_task(self._client(waiting, found, bar))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return time.perf_counter() - started, [reply for _, reply in sorted(found.items())]
 
-    async def _client(
-        self, http: httpx2.AsyncClient, waiting: Iterator[tuple[int, Request]], found: dict[int, Reply], bar: Bar
-    ) -> None:
+    async def _client(self, waiting: Iterator[tuple[int, Request]], found: dict[int, Reply], bar: Bar) -> None:
         for index, request in waiting:
             try:
-                found[index] = await self._ask(http, request)
-            except httpx2.HTTPError as error:
+                found[index] = await self._ask(request)
+            except (OSError, h11.RemoteProtocolError) as error:
                 reason = str(error) or type(error).__name__
                 raise ValueError(f"{self.name} at {self.url}: the connection broke: {reason}") from error
             bar.advance(1, found[index].tokens)
 
-    async def _ask(self, http: httpx2.AsyncClient, request: Request) -> Reply:
-        body = {**request.body, "stream": True, "stream_options": {"include_usage": True}}
+    async def _ask(self, request: Request) -> Reply:
+        connection = h11.Connection(h11.CLIENT)
         answer = _Answer(time.perf_counter())
-        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != httpx2.codes.OK:
-                raise self._failed(f"status {response.status_code}: {_message(await response.aread())}")
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise self._failed(_message(line.removeprefix("data: ").encode()))
-                    answer.take(chunk, time.perf_counter())
+        parts = await self._exchange(self._sent(connection, request))
+        status, body = _received(connection, parts)
+        if status != _OK:
+            raise self._failed(f"status {status}: {_message(b''.join(part for _, part in body))}")
+        for when, line in _lines(body):
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line.removeprefix(b"data: "))
+                if "error" in chunk:
+                    raise self._failed(_message(line.removeprefix(b"data: ")))
+                answer.take(chunk, when)
         if answer.ended is None or not answer.usage:
             raise self._failed("the stream ended before the answer and its count of tokens")
         return answer.reply(request.asked, answer.ended)
+
+    def _sent(self, connection: h11.Connection, request: Request) -> bytes:
+        """A request on the wire; the server closes the connection after its answer, as llama.cpp's always does."""
+        body = {**request.body, "stream": True, "stream_options": {"include_usage": True}}
+        data, url = json.dumps(body).encode(), urlsplit(self.url)
+        headers = {"Host": url.netloc, "Content-Type": "application/json", "Content-Length": str(len(data))}
+        headers |= {"Accept-Encoding": "identity", "Connection": "close"}
+        head = h11.Request(method="POST", target=f"{url.path}/v1/chat/completions", headers=list(headers.items()))
+        events = [head, h11.Data(data), h11.EndOfMessage()]
+        return b"".join(connection.send(event) or b"" for event in events)
+
+    async def _exchange(self, sent: bytes) -> list[tuple[float, bytes]]:
+        """The parts of what comes back, and when each came."""
+        url = urlsplit(self.url)
+        secure = url.scheme == "https"
+        async with asyncio.timeout(_LONGEST_SECONDS):
+            reader, writer = await asyncio.open_connection(
+                url.hostname, url.port or (443 if secure else 80), ssl=secure or None
+            )
+            try:
+                writer.write(sent)
+                parts = []
+                while part := await reader.read(1 << 16):
+                    parts.append((time.perf_counter(), part))
+                return parts
+            finally:
+                writer.close()
 
     def _failed(self, why: str) -> ValueError:
         return ValueError(f"{self.name} at {self.url} failed: {why}")
@@ -138,6 +166,33 @@ class _Answer:
             rounds=self._timings.get("rounds_n"),
             forced=self._timings.get("forced_n"),
         )
+
+
+def _received(
+    connection: h11.Connection, parts: Sequence[tuple[float, bytes]]
+) -> tuple[int, list[tuple[float, bytes]]]:
+    """The status of a response, and the parts of its body with the time of each."""
+    status, body = 0, []
+    for when, part in [*parts, (0.0, b"")]:
+        connection.receive_data(part)
+        while not isinstance(event := connection.next_event(), type) and not isinstance(
+            event, h11.ConnectionClosed
+        ):
+            if isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                body.append((when, bytes(event.data)))
+            elif isinstance(event, h11.EndOfMessage):
+                return status, body
+    return status, body
+
+
+def _lines(parts: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The lines of a body that came in parts, and when the end of each had come."""
+    begun = b""
+    for when, part in parts:
+        *whole, begun = (begun + part).split(b"\n")
+        yield from ((when, line) for line in whole)
 
 
 def _message(body: bytes) -> str:

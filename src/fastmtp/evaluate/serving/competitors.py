@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.grammar import json_schema_grammar
 from fastmtp.evaluate.competitors import Own
 from fastmtp.evaluate.serving.clients import Request, Server
 from fastmtp.evaluate.serving.document import ALONE
@@ -67,8 +68,12 @@ class Alone:
 
     name = ALONE
 
-    def __init__(self, own: Own) -> None:
-        self._own = own
+    def __init__(self, own: Own, *, schema: bool = False) -> None:
+        """
+        Args:
+            schema: whether answers must keep to the questions' schemas.
+        """
+        self._own, self._schema = own, schema
 
     def ask_all(self, asked: Sequence[Question], concurrency: int, turn: int, limit: int, bar: Bar) -> Pass:
         assert concurrency == 1
@@ -81,9 +86,10 @@ class Alone:
 
     def _reply(self, question: Question, limit: int) -> Reply:
         prompt = self._own.engine.target.encode_chat([{"role": "user", "content": question.text}])
-        found = self._own.answer(prompt, limit, SamplingConfig())
+        grammar = json_schema_grammar(question.schema) if self._schema and question.schema is not None else None
+        found = self._own.answer(prompt, limit, SamplingConfig(), grammar)
         return Reply(
-            asked=question.id,
+            asked=question.id if grammar is None else question.id + SCHEMA,
             text=found.text,
             prompt_tokens=len(prompt),
             cached_tokens=0,

@@ -129,26 +129,27 @@ class Measured:
 
     passes: list[Pass] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
-    reference: dict[str, Reply] = field(default_factory=dict)
+    right: dict[str, Reply] = field(default_factory=dict)
 
 
 def measure(
-    settings: Settings, lineup: Lineup, reference: Competitor | None = None, progress: Progress = QUIET
+    settings: Settings, lineup: Lineup, right: Sequence[Competitor] = (), progress: Progress = QUIET
 ) -> Measured:
     """Let everybody answer.
 
     Args:
-        reference: whose answers are the right ones, given alone.
+        right: whose answers are the right ones, given alone.
     Raises:
         ValueError: a server failed.
     """
     found, kernels, limit = Measured(), Kernels(), settings.max_new_tokens
-    alone = settings.questions() if reference is not None else []
+    every = settings.questions()
     requests = sum(settings.count(level) * lineup.size(level) for level in settings.concurrency)
-    with progress.bar("bench-serve", len(alone) + settings.turns * requests) as bar, QUIET.bar("", 0) as unseen:
-        if reference is not None:
+    total = len(right) * len(every) + settings.turns * requests
+    with progress.bar("bench-serve", total) as bar, QUIET.bar("", 0) as unseen:
+        for competitor in right:
             bar.advance(0, 0, "alone")
-            found.reference = {one.asked: one for one in reference.ask_all(alone, 1, 0, limit, bar).replies}
+            found.right |= {one.asked: one for one in competitor.ask_all(every, 1, 0, limit, bar).replies}
         for level in settings.concurrency:
             asked = settings.asked(level)
             with lineup.at(level) as competitors:
