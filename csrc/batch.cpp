@@ -20,7 +20,7 @@ Batch::Batch(Runtime& runtime, const std::vector<Segment>& segments, const std::
 
 void Batch::set_angles(Team& team) const {
   const int half = angle_size_ / 2;
-  team.each(int(ropes_.size()), [&](int r) {
+  team.each(Part::rope, int(ropes_.size()), [&](int r) {
     const Rope& rope = ropes_[r];
     for (int m = 0; m < rows; m++)
       for (int d = 0; d < half; d++) {

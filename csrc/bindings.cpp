@@ -3,6 +3,22 @@
 
 using namespace fastmtp;
 
+namespace {
+
+// By part, for each thread, seconds of work and of waiting.
+nb::dict part_seconds(Runtime& runtime) {
+  const std::vector<Laps> laps = runtime.laps();
+  nb::dict found;
+  for (int part = 0; part < kParts; part++) {
+    nb::list threads;
+    for (const Laps& one : laps) threads.append(nb::make_tuple(one.work[part], one.waiting[part]));
+    found[kPartNames[part]] = threads;
+  }
+  return found;
+}
+
+}  // namespace
+
 NB_MODULE(_native, m) {
   m.doc() = "fastmtp's CPU engine; docs/native-engine.md describes it.";
   // An application that holds a model when Python ends would read of leaks.
@@ -12,7 +28,8 @@ NB_MODULE(_native, m) {
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<int>(), "threads"_a)
       .def_ro("threads", &Runtime::threads)
-      .def_ro("matmul_seconds", &Runtime::matmul_seconds)
+      .def("time_parts", &Runtime::time_parts, "on"_a)
+      .def_prop_ro("part_seconds", &part_seconds)
       .def_prop_ro("kernels", [](const Runtime& runtime) { return runtime.kernels.name; });
 
   bind_weights(m);
@@ -20,6 +37,14 @@ NB_MODULE(_native, m) {
 
   m.def("scores", &scores, "runtime"_a, "matrix"_a, "states"_a, "out"_a.noconvert(), WithoutGil());
   m.def("read_seconds", &Runtime::read_seconds, "runtime"_a, "bytes"_a, "repeats"_a, WithoutGil());
+  m.def("product_peak", &Runtime::product_peak, "runtime"_a, "type"_a, WithoutGil());
+  m.def("attention_peak", &Runtime::attention_peak, "runtime"_a, WithoutGil());
+  m.def("product_seconds",
+        [](Runtime& runtime, const Matrix& matrix, int rows) {
+          require(rows > 0, "rows must be 1 or more");
+          return runtime.product_seconds(matrix, rows);
+        },
+        "runtime"_a, "matrix"_a, "rows"_a, WithoutGil());
   m.def("available_kernels", [] {
     std::vector<std::string> names;
     for (const Kernels* table : available_kernels()) names.emplace_back(table->name);

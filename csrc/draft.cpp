@@ -95,10 +95,11 @@ void score(Runtime& runtime, std::vector<Scored>& nodes) {
   float* logits = runtime.logits.reserve(nodes.size() * stride);
   runtime.reserve_operand(int(nodes.size()), any.inputs());
   runtime.run([&](Team team) {
-    team.each(int(nodes.size()), [&](int m) { runtime.convert(any, nodes[m].state, m); });
+    team.each(Part::convert, int(nodes.size()), [&](int m) { runtime.convert(any, nodes[m].state, m); });
     for (const auto& [part, first, rows, column] : products)
-      runtime.matmul(team, *part.matrix, part.count, first, rows, logits + size_t(first) * stride + column, stride);
-    team.each(int(nodes.size()), [&](int m) {
+      runtime.matmul(team, Part::lm_head, *part.matrix, part.count, first, rows,
+                     logits + size_t(first) * stride + column, stride);
+    team.each(Part::argmax, int(nodes.size()), [&](int m) {
       const Question& question = *nodes[m].question;
       find_candidates(runtime.kernels, question.rows, logits + size_t(m) * stride, question.width, *nodes[m].found);
     });
@@ -109,7 +110,7 @@ void score(Runtime& runtime, std::vector<Scored>& nodes) {
 
 std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Question>& questions) {
   const size_t hidden = head.stack.hidden;
-  const std::lock_guard lock(head.model.runtime.busy);
+  const Call call(head.model.runtime);
   std::vector<Segment> segments;
   std::list<Tree> trees;
   std::vector<int32_t> tokens;

@@ -14,19 +14,21 @@ Head::Head(const Model& model, const Stack& stack, const Projection& projection)
 void Head::forward(const std::vector<Segment>& segments, const std::vector<int32_t>& tokens,
                    const std::vector<const float*>& before, float* after) const {
   Runtime& runtime = model.runtime;
-  const std::lock_guard lock(runtime.busy);
+  const Call call(runtime);
   const int hidden = stack.hidden;
   const Pass pass(runtime, stack, segments);
   runtime.reserve_operand(pass.rows(), 2 * hidden);
   runtime.run([&](Team team) {
-    team.each(pass.rows(), [&](int m) {
+    team.each(Part::convert, pass.rows(), [&](int m) {
       float* joined = runtime.own_row(team);
       model.embed(tokens[m], joined);
+      team.lap(Part::embed);
       runtime.norm(joined, projection.token_norm, stack.epsilon, joined + hidden);
       runtime.norm(before[m], projection.hidden_norm, stack.epsilon, joined);
+      team.lap(Part::norm);
       runtime.convert(projection.matrix, joined, m);
     });
-    runtime.matmul(team, projection.matrix, pass.rows(), pass.branch(0), pass.stride());
+    runtime.matmul(team, Part::project, projection.matrix, pass.rows(), pass.branch(0), pass.stride());
     pass.run(team, after);
   });
 }

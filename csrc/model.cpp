@@ -31,7 +31,7 @@ void Pass::run(Team& team, float* states, float* last_inputs) const {
   const Gains none, *out_norm = &none;
   auto mixer = mixers_.begin();
   for (const Layer& layer : stack_.layers) {
-    team.each(rows(), [&](int m) {
+    team.each(Part::convert, rows(), [&](int m) {
       if (mixer == mixers_.begin()) std::fill_n(x(m), stack_.hidden, 0.0f);
       add_branch(team, m, *out_norm);
       if (last_inputs && &layer == &stack_.layers.back())
@@ -39,14 +39,14 @@ void Pass::run(Team& team, float* states, float* last_inputs) const {
       convert_norm(team, m, layer.mixer_norm, layer.mixer->input());
     });
     (*mixer++)->run(team, branch(0), stride());
-    team.each(rows(), [&](int m) {
+    team.each(Part::convert, rows(), [&](int m) {
       add_branch(team, m, layer.mixer_out_norm);
       convert_norm(team, m, layer.network_norm, layer.network->input());
     });
     layer.network->run(runtime_, team, rows(), branch(0), stride());
     out_norm = &layer.network_out_norm;
   }
-  team.each(rows(), [&](int m) {
+  team.each(Part::norm, rows(), [&](int m) {
     add_branch(team, m, *out_norm);
     runtime_.norm(x(m), stack_.final_norm, stack_.epsilon, states + size_t(m) * stack_.hidden);
   });
@@ -60,6 +60,7 @@ void Pass::add_branch(const Team& team, int m, const Gains& out_norm) const {
 
 void Pass::convert_norm(const Team& team, int m, const Gains& gains, const Matrix& matrix) const {
   runtime_.norm(x(m), gains, stack_.epsilon, runtime_.own_row(team));
+  team.lap(Part::norm);
   runtime_.convert(matrix, runtime_.own_row(team), m);
 }
 
@@ -73,10 +74,10 @@ Model::Model(Runtime& runtime, const Stack& stack, const Matrix& embedding, cons
 
 void Model::forward(const std::vector<Segment>& segments, const int32_t* tokens, float* states,
                     float* last_inputs) const {
-  const std::lock_guard lock(runtime.busy);
+  const Call call(runtime);
   const Pass pass(runtime, stack, segments);
   runtime.run([&](Team team) {
-    team.each(pass.rows(), [&](int m) { embed(tokens[m], pass.branch(m)); });
+    team.each(Part::embed, pass.rows(), [&](int m) { embed(tokens[m], pass.branch(m)); });
     pass.run(team, states, last_inputs);
   });
 }

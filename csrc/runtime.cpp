@@ -1,71 +1,125 @@
 #include "runtime.hpp"
 
-#include <chrono>
+#include <numeric>
 
 namespace fastmtp {
 namespace {
 
 template <class Work>
 double seconds_of(Work work) {
-  const auto started = std::chrono::steady_clock::now();
+  const auto started = Laps::Clock::now();
   work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return std::chrono::duration<double>(Laps::Clock::now() - started).count();
+}
+
+template <class Work>
+double least_seconds(int repeats, Work work) {
+  double best = 1e9;
+  for (int repeat = 0; repeat < repeats; repeat++) best = std::min(best, seconds_of(work));
+  return best;
 }
 
 }  // namespace
 
-void Runtime::matmul(Team& team, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride) {
+void Runtime::matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out,
+                     int stride) {
   const Operand from = operand(matrix).from(matrix.type(), first);
-  const double seconds = seconds_of([&] {
-    team.split(round_up(outputs, kLanes) / kLanes, [&](int begin, int end) {
-      kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
-    });
+  team.split(part, round_up(outputs, kLanes) / kLanes, [&](int begin, int end) {
+    kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
   });
-  if (team.id == 0) matmul_seconds += seconds;
 }
 
 void Runtime::product(Team& team, const Matrix& matrix, const float* states, int rows, float* out, int stride) {
-  team.each(rows, [&](int m) { convert(matrix, states + size_t(m) * matrix.inputs(), m); });
-  matmul(team, matrix, rows, out, stride);
+  team.each(Part::convert, rows, [&](int m) { convert(matrix, states + size_t(m) * matrix.inputs(), m); });
+  matmul(team, Part::lm_head, matrix, rows, out, stride);
 }
 
 void Runtime::scores(const Matrix& matrix, const float* states, int rows, float* out, int stride) {
-  const std::lock_guard lock(busy);
+  const Call call(*this);
   reserve_operand(rows, matrix.inputs());
   run([&](Team team) { product(team, matrix, states, rows, out, stride); });
 }
 
 std::vector<int32_t> Runtime::argmax(const Matrix& matrix, const float* states, int rows) {
-  const std::lock_guard lock(busy);
+  const Call call(*this);
   const int stride = stride_of(matrix);
   float* out = logits.reserve(size_t(rows) * stride);
   reserve_operand(rows, matrix.inputs());
   std::vector<int32_t> best(rows);
   run([&](Team team) {
     product(team, matrix, states, rows, out, stride);
-    team.each(rows, [&](int m) { best[m] = kernels.argmax(out + size_t(m) * stride, matrix.outputs()); });
+    team.each(Part::argmax, rows, [&](int m) { best[m] = kernels.argmax(out + size_t(m) * stride, matrix.outputs()); });
   });
   return best;
 }
 
 double Runtime::read_seconds(size_t bytes, int repeats) {
   constexpr size_t kPart = 4096;
-  const std::lock_guard lock(busy);
+  const Call call(*this);
   const size_t count = bytes / sizeof(float);
   const Buffer<float> memory = allocate<float>(count);
   // The system may map all pages of zeros to one, so they are filled.
   for (size_t i = 0; i < count; i++) memory[i] = float(i % 1021);
   std::vector<float> sums(threads);
-  double best = 1e9;
-  for (int repeat = 0; repeat < repeats; repeat++)
-    best = std::min(best, seconds_of([&] {
-      run([&](Team team) {
-        team.split(int(count / kPart), [&](int begin, int end) {
-          sums[team.id] = kernels.read(memory.get() + begin * kPart, (end - begin) * kPart);
-        });
+  return least_seconds(repeats, [&] {
+    run([&](Team team) {
+      team.split(Part::read, int(count / kPart), [&](int begin, int end) {
+        sums[team.id] = kernels.read(memory.get() + begin * kPart, (end - begin) * kPart);
       });
-    }));
-  return best;
+    });
+  });
+}
+
+// How often a second work(thread), on all threads at once, does what it returns the number of; the best of some repeats.
+template <class Work>
+double Runtime::rate(Work work) {
+  constexpr int kRepeats = 10;
+  const Call call(*this);
+  std::vector<double> done(threads);
+  double seconds = 0;
+  run([&](Team team) {
+    const double least = least_seconds(kRepeats, [&] {
+      team.each(Part::read, threads, [&](int thread) { done[thread] = work(thread); });
+    });
+    if (team.id == 0) seconds = least;
+  });
+  return std::accumulate(done.begin(), done.end(), 0.0) / seconds;
+}
+
+double Runtime::product_peak(Type type) {
+  const Buffer<uint8_t> memory = allocate<uint8_t>(size_t(threads) * kPeakBytes);
+  return rate([&](int thread) { return kernels.product_peak(type, memory.get() + thread * kPeakBytes); });
+}
+
+double Runtime::attention_peak() {
+  const Buffer<uint8_t> memory = allocate<uint8_t>(size_t(threads) * kPeakBytes);
+  return rate([&](int thread) { return kernels.attention_peak(memory.get() + thread * kPeakBytes); });
+}
+
+double Runtime::product_seconds(const Matrix& matrix, int rows) {
+  constexpr int kTimes = 200;
+  const Call call(*this);
+  const int stride = stride_of(matrix);
+  const size_t size = size_t(rows) * stride;
+  float* out = logits.reserve(threads * size);
+  reserve_operand(rows, matrix.inputs());
+  const std::vector<float> zeros(matrix.inputs());
+  for (int m = 0; m < rows; m++) convert(matrix, zeros.data(), m);
+  return threads / rate([&](int thread) {
+           for (int time = 0; time < kTimes; time++)
+             kernels.matmul(matrix.view(), operand(matrix), rows, 0, matrix.blocks(), out + thread * size, stride);
+           return double(kTimes);
+         });
+}
+
+void Runtime::time_parts(bool on) {
+  const std::lock_guard lock(busy_);
+  laps_.assign(on ? threads : 0, {});
+}
+
+std::vector<Laps> Runtime::laps() {
+  const std::lock_guard lock(busy_);
+  return laps_;
 }
 
 }  // namespace fastmtp

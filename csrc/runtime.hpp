@@ -47,21 +47,21 @@ class Runtime {
 
   const int threads;
   const Kernels& kernels = fastmtp::kernels();
-  double matmul_seconds = 0;  // in matrix products so far, as measured by the first thread, waiting included
 
-  std::recursive_mutex busy;  // held by a call from its first reservation of memory to its end
   Scratch<float> x, branch, wide, partials, angles, logits;
   Scratch<uint16_t> queries;
 
   // Calls work(team) on every thread.
   template <class Work>
   void run(Work work) {
+    lap(Part::plan);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    work(Team{omp_get_thread_num(), omp_get_num_threads(), barrier_});
+    run_one(work, omp_get_thread_num(), omp_get_num_threads());
 #else
-    work(Team{0, 1, barrier_});
+    run_one(work, 0, 1);
 #endif
+    lap(Part::team);
   }
 
   // Memory for `rows` rows: of inputs of any matrix this wide, and of each thread's own row.
@@ -86,11 +86,11 @@ class Runtime {
   }
 
   // out[m * stride + n] for `rows` rows of the operand from the first one on, by the whole team.
-  void matmul(Team& team, const Matrix& matrix, int rows, float* out, int stride) {
-    matmul(team, matrix, matrix.outputs(), 0, rows, out, stride);
+  void matmul(Team& team, Part part, const Matrix& matrix, int rows, float* out, int stride) {
+    matmul(team, part, matrix, matrix.outputs(), 0, rows, out, stride);
   }
   // The same for the first outputs only, and rows from any one on.
-  void matmul(Team& team, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride);
+  void matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride);
 
   // out[m * stride + n] = states[m] times output n, plus its bias. Both take the runtime until they return.
   void scores(const Matrix& matrix, const float* states, int rows, float* out, int stride);
@@ -99,18 +99,61 @@ class Runtime {
 
   // Seconds to read `bytes` of memory, many times the size of the processor's caches: the best of some repeats.
   double read_seconds(size_t bytes, int repeats);
+  // Multiply-adds a second of all threads, if memory cost nothing: of products with weights of a type, and of attention.
+  double product_peak(Type type);
+  double attention_peak();
+  // Seconds of a product that each thread computes alone, again and again; for a matrix that stays in its cache.
+  double product_seconds(const Matrix& matrix, int rows);
+
+  // Begins to count each thread's seconds by part, from zero, or ends it.
+  void time_parts(bool on);
+  // By thread; empty while they are not counted.
+  std::vector<Laps> laps();
 
  private:
   Operand operand(const Matrix& matrix) {
     return {values_.get(), scales_.get(), sums_.get(), round_up(matrix.inputs(), kGroup) / kGroup};
   }
+  template <class Work>
+  void run_one(Work work, int id, int count) {
+    const Team team{id, count, barrier_, laps_.empty() ? nullptr : &laps_[id]};
+    team.lap(Part::team);
+    work(team);
+  }
+  // Of all threads.
+  void lap(Part part) {
+    for (Laps& one : laps_) one.lap(one.work[int(part)]);
+  }
+  template <class Work>
+  double rate(Work work);
   void product(Team& team, const Matrix& matrix, const float* states, int rows, float* out, int stride);
 
+  friend class Call;
+
+  std::recursive_mutex busy_;
+  int calls_ = 0;  // that hold it, one within the other
+  std::vector<Laps> laps_;
   Barrier barrier_;
   Scratch<uint8_t> values_;
   Scratch<float> scales_, rows_;
   Scratch<int32_t> sums_;
   int row_size_ = 0;
+};
+
+// Holds the runtime from a call's first reservation of memory to its end.
+class Call {
+ public:
+  explicit Call(Runtime& runtime) : lock_(runtime.busy_), runtime_(runtime) {
+    if (runtime.calls_++ > 0) return;
+    for (Laps& one : runtime.laps_) one.last = Laps::Clock::now();
+  }
+  ~Call() {
+    if (--runtime_.calls_ == 0) runtime_.lap(Part::plan);
+  }
+
+ private:
+  const std::lock_guard<std::recursive_mutex> lock_;
+  Runtime& runtime_;
 };
 
 // Floats from one row of outputs to the next: not a multiple of a page, so that rows do not share cache sets.

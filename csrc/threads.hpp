@@ -5,6 +5,8 @@
 #include <condition_variable>
 #include <mutex>
 
+#include "parts.hpp"
+
 namespace fastmtp {
 
 inline void pause() {
@@ -53,21 +55,34 @@ class Barrier {
 struct Team {
   int id, count;
   Barrier& barrier;
+  Laps* laps;  // null while nobody asks where the time goes
 
-  // Calls work(item) for this thread's share of the items, and waits for the others.
-  template <class Work>
-  void each(int items, Work work) {
-    for (int item = id; item < items; item += count) work(item);
+  // Since the last call this thread has worked on a part.
+  void lap(Part part) const {
+    if (laps) laps->lap(laps->work[int(part)]);
+  }
+
+  // Waits for the others after a part.
+  void wait(Part part) const {
+    lap(part);
     barrier.wait(count);
+    if (laps) laps->lap(laps->waiting[int(part)]);
+  }
+
+  // Calls work(item) for this thread's share of the items of a part, and waits for the others.
+  template <class Work>
+  void each(Part part, int items, Work work) const {
+    for (int item = id; item < items; item += count) work(item);
+    wait(part);
   }
 
   // Calls work(begin, end) for this thread's contiguous share.
   template <class Work>
-  void split(int items, Work work) {
+  void split(Part part, int items, Work work) const {
     const long long total = items;
     const int begin = int(total * id / count), end = int(total * (id + 1) / count);
     if (begin < end) work(begin, end);
-    barrier.wait(count);
+    wait(part);
   }
 };
 

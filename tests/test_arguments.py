@@ -94,7 +94,12 @@ MISTAKES = {
         ("--url http://localhost:1 --against llama-server", "--against is of a server that is started here"),
         ("--out file", "'--out': Directory 'file' is a file"),
     ],
-    "bench-engine": [("--head nowhere", "nowhere: no such head directory"), ENGINE[0]],
+    "bench-engine": [
+        ("--head nowhere", "nowhere: no such head directory"),
+        ENGINE[0],
+        ("--parts --head full", "--parts measures forwards of the target; leave out --head"),
+        ("--context 100", "--context belongs to --parts"),
+    ],
     "replay answers.gz": [
         ("--head full", "full: is no head directory"),
         ("--fit", "give --head DIR"),

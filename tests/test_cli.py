@@ -180,6 +180,21 @@ def test_bench_engine(model: Path) -> None:
     assert found["rounds"] is None
 
 
+def test_bench_engine_by_part(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of every forward, and the least time of those that read weights, or keys and values."""
+    monkeypatch.setattr("fastmtp.evaluate.parts._MOST_TURNS", 1)
+    found: Any = run("bench-engine", model, "--parts", "--context", 40, "--json", "--threads", 2)
+    assert (found["context"], found["turns"]) == (40, 1)
+    assert found["parts"].keys() == found["forward_ms"].keys() == {"1", "2", "4", "8", "16"}
+    for parts in found["parts"].values():
+        assert {part for part, times in parts.items() if "floor_ms" in times} == found["amounts"].keys()
+        assert all(times["work_ms"] > 0 for times in parts.values())
+    shown = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--parts", "--context", "40"])
+    assert shown.exit_code == 0, shown.output
+    assert "waiting after products" in shown.stderr
+    assert "ms a forward, 8 tokens" in shown.stdout
+
+
 def test_bench_engine_with_a_head(model: Path, head: Path) -> None:
     result = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--head", str(head)])
     assert result.exit_code == 0, result.output

@@ -14,13 +14,14 @@ using namespace fastmtp;
 #include "kernels_rows.hpp"
 #include "kernels_matmul.hpp"
 #include "kernels_attention.hpp"
+#include "kernels_peak.hpp"
 
 namespace fastmtp {
 
 extern const Kernels FASTMTP_TABLE;
 const Kernels FASTMTP_TABLE = {
     FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_token, attend, merge, argmax,
-    sum_exponentials, read,
+    sum_exponentials, read, product_peak, attention_peak,
 };
 
 }  // namespace fastmtp

@@ -15,7 +15,8 @@ constexpr int kGroup = 64;       // inputs that share a scale in int8; inputs ar
 constexpr int kHalf = 32;        // inputs that share a scale in int4 (matrix.hpp says more)
 constexpr int kPageTokens = 256; // tokens in one page of a cache
 constexpr int kLargestHead = 512;
-constexpr int kTileQueries = 8;  // queries that share one pass over keys and values
+constexpr int kTileQueries = 16; // queries that share one pass over keys and values, as many as a tile has rows
+constexpr size_t kPeakBytes = 4096; // that the measurements of the arithmetic's speed use
 
 enum class Type { bf16, int8, int4 };
 
@@ -104,6 +105,10 @@ struct Kernels {
   float (*sum_exponentials)(const float* x, int size, float top);
   // Reads memory as fast as possible, and returns the sum of its numbers.
   float (*read)(const float* memory, size_t count);
+  // Does as many multiply-adds a second as it can, with weights of a type or as attention does them, in kPeakBytes of
+  // zeros; returns how many.
+  double (*product_peak)(Type, uint8_t* memory);
+  double (*attention_peak)(uint8_t* memory);
 };
 
 // The fastest table that this processor can run, or the one that FASTMTP_KERNELS names.

@@ -31,17 +31,18 @@ class AttentionPass : public Mixer::Pass {
   }
 
   void run(Team& team, float* out, int stride) const override {
-    runtime_.matmul(team, attention_.query_key_value, batch_.rows, wide(0), wide_stride_);
-    team.each(2 * shape_.key_heads, [&](int item) {
+    runtime_.matmul(team, Part::query_key_value, attention_.query_key_value, batch_.rows, wide(0), wide_stride_);
+    team.each(Part::rope, 2 * shape_.key_heads, [&](int item) {
       const int head = item % shape_.key_heads;
       item < shape_.key_heads ? store_keys_values(team, head) : store_queries(team, head);
     });
     attend(team);
-    team.each(batch_.rows, [&](int m) {
+    team.each(Part::convert, batch_.rows, [&](int m) {
       merge_pages(m, runtime_.own_row(team));
+      team.lap(Part::attention);
       runtime_.convert(attention_.out, runtime_.own_row(team), m);
     });
-    runtime_.matmul(team, attention_.out, batch_.rows, out, stride);
+    runtime_.matmul(team, Part::out, attention_.out, batch_.rows, out, stride);
   }
 
  private:
@@ -145,7 +146,7 @@ class AttentionPass : public Mixer::Pass {
     const auto keys = [&](const Item& item, int page) {
       return states_[tiles_[item.first_tile].segment]->keys(page, item.key_head);
     };
-    team.each(int(items_.size()), [&](int index) {
+    team.each(Part::attention, int(items_.size()), [&](int index) {
       const Item& item = items_[index];
       const Item* following = index + team.count < int(items_.size()) ? &items_[index + team.count] : nullptr;
       for (int page = item.first_page; page <= item.last_page; page++) {

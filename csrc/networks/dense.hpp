@@ -21,12 +21,13 @@ class Dense : public Network {
   void run(Runtime& runtime, Team& team, int rows, float* out, int stride) const override {
     const int wide_stride = stride_of(gate_up);
     float* wide = runtime.wide.get();
-    runtime.matmul(team, gate_up, rows, wide, wide_stride);
-    team.each(rows, [&](int m) {
+    runtime.matmul(team, Part::gate_up, gate_up, rows, wide, wide_stride);
+    team.each(Part::convert, rows, [&](int m) {
       runtime.kernels.activate(wide + size_t(m) * wide_stride, down.inputs(), gelu_, runtime.own_row(team));
+      team.lap(Part::activate);
       runtime.convert(down, runtime.own_row(team), m);
     });
-    runtime.matmul(team, down, rows, out, stride);
+    runtime.matmul(team, Part::down, down, rows, out, stride);
   }
 
   Matrix gate_up;  // outputs: sixteen of the gate, sixteen of up, and so on

@@ -26,7 +26,10 @@ class Runtime:
     def __init__(self, threads: int) -> None: ...
     threads: Final[int]
     kernels: Final[str]
-    matmul_seconds: Final[float]
+    def time_parts(self, on: bool) -> None:
+        """Begin to count seconds by part, from zero, or end it."""
+    part_seconds: Final[dict[str, list[tuple[float, float]]]]
+    """By part of csrc/parts.hpp, for each thread: of work, and of waiting for other threads after it."""
 
 class Matrix:
     def __init__(self, type: Type, outputs: int, inputs: int, bias: bool = False) -> None: ...
@@ -148,4 +151,13 @@ class Drafter:
 Question = tuple[Drafter, Sequence[int], Sequence[int], int, _Floats | None, _Rows, int]
 
 def read_seconds(runtime: Runtime, bytes: int, repeats: int) -> float: ...
+def product_peak(runtime: Runtime, type: Type) -> float:
+    """Multiply-adds a second of all threads in matrix products, with data in the first-level cache."""
+
+def attention_peak(runtime: Runtime) -> float:
+    """The same in attention."""
+
+def product_seconds(runtime: Runtime, matrix: Matrix, rows: int) -> float:
+    """Seconds of a whole product on each thread at once, again and again with a small matrix."""
+
 def available_kernels() -> list[str]: ...

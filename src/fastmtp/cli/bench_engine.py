@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,64 @@ from fastmtp.report.grid import Grid
 @click.option("--dtype", type=click.Choice(NATIVE_DTYPES), default="int8", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: one for each physical core]")
 @head_option
+@click.option("--parts", is_flag=True, help="where the time of a forward goes, by part, instead of all else")
+@click.option("--context", type=click.IntRange(1), help="tokens before the forwards of --parts  [default: 500]")
 @json_option
-def bench_engine(target: str, dtype: str, threads: int | None, head: Path | None, as_json: bool) -> None:
+def bench_engine(
+    target: str,
+    dtype: str,
+    threads: int | None,
+    head: Path | None,
+    parts: bool,
+    context: int | None,
+    as_json: bool,
+) -> None:
     """How fast the native engine is here, against the memory's bandwidth and llama.cpp (extra `llama-cpp`)."""
     from fastmtp.evaluate.engine import measure
     from fastmtp.heads.format import check_head
     from fastmtp.heads.shipped import shipped_head
     from fastmtp.report.engine import engine_report
 
+    if parts:
+        if head is not None:
+            raise ValueError("--parts measures forwards of the target; leave out --head")
+        _bench_parts(target, EngineOptions("native", dtype, None, threads), context, as_json)
+        return
+    if context is not None:
+        raise ValueError("--context belongs to --parts")
     directory = head or shipped_head(target)
     if directory is not None:
         check_head(directory)
     engine: Any = open_engine(target, EngineOptions("native", dtype, None, threads), progress=TERMINAL)
     report = measure(engine, None if directory is None else engine.load_head(directory), TERMINAL)
     if not as_json:
-        for part in engine_report(report):
-            TERMINAL.console.print(table(part) if isinstance(part, Grid) else part)
+        _show(engine_report(report))
     finish(
         as_json,
         report.as_json(),
         f"{report.plain_tokens_per_second:.0f} tokens/s plain, {report.forward_ms[1]:.2f} ms a forward, "
         f"{100 * report.floor_ms / report.forward_ms[1]:.0f}% of the memory's bandwidth",
     )
+
+
+def _bench_parts(target: str, options: EngineOptions, context: int | None, as_json: bool) -> None:
+    from fastmtp.evaluate.parts import CONTEXT, measure_parts
+    from fastmtp.report.engine_parts import parts_report
+
+    engine: Any = open_engine(target, options, progress=TERMINAL)
+    report = measure_parts(engine, context or CONTEXT, TERMINAL)
+    if not as_json:
+        _show(parts_report(report))
+    ratio = report.forward_ms[8] / report.forward_ms[1]
+    shares = (f"{100 * report.whole_floor_ms(count) / report.forward_ms[count]:.0f}%" for count in (1, 8))
+    finish(
+        as_json,
+        report.as_json(),
+        f"{report.forward_ms[1]:.2f} ms a forward, 8 tokens {ratio:.2f} times that; of what the machine can do "
+        + " and ".join(shares),
+    )
+
+
+def _show(report: Iterable[Grid | str]) -> None:
+    for part in report:
+        TERMINAL.console.print(table(part) if isinstance(part, Grid) else part)

@@ -7,7 +7,6 @@ Shapes: M tokens verified together, D draft vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines.costs import CONTEXT, Task, ask_task, forward_task, some_ids, timed
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.protocol import Floor, Head
+from fastmtp.evaluate.parts import key_value_bytes, product_seconds
 from fastmtp.evaluate.prompts import short_prompts
+from fastmtp.evaluate.turns import turns
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
@@ -116,7 +117,7 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
     }
     found: dict[str, list[float]] = defaultdict(list)
     with progress.bar("bench-engine", _MOST_TURNS * len(tasks), seconds=_TASKS_SECONDS) as bar:
-        for turn in _turns(_TASKS_SECONDS):
+        for turn in turns(_MOST_TURNS, _TASKS_SECONDS):
             for name, task in tasks.items():
                 found[name].append(task())
                 bar.advance(1, 0, f"turn {turn + 1}: {name}")
@@ -125,14 +126,12 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
     def by_key(kind: str) -> dict[str, float]:
         return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
 
-    config = target.config
-    cached = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT
     return EngineReport(
         model=target.source,
         engine=engine.name,
         machine=machine(),
         bandwidth_gb_s=medians["read"],
-        forward_bytes=target.forward_bytes + cached,
+        forward_bytes=target.forward_bytes + key_value_bytes(target.config, CONTEXT),
         forward_ms={int(count): 1e3 * seconds for count, seconds in by_key("forward ").items()},
         draft_ms={int(size): 1e3 * seconds for size, seconds in by_key("draft ").items()},
         level_ms={int(size): 1e3 * seconds for size, seconds in by_key("level ").items()},
@@ -146,16 +145,6 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         llama_cpp_prefill=by_key("llama.cpp-prefill "),
         llama_cpp_version=llama_cpp.version(),
     )
-
-
-def _turns(seconds: float) -> Iterator[int]:
-    """Numbers of turns; another one begins if one as long as those before ends in time."""
-    started = time.monotonic()
-    for turn in range(_MOST_TURNS):
-        yield turn
-        spent = time.monotonic() - started
-        if spent + spent / (turn + 1) > seconds:
-            return
 
 
 def _forward_tasks(engine: NativeEngine) -> dict[str, Task]:
@@ -231,16 +220,17 @@ def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -
     prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
     rounds_ms, speedups, shares = [], [], []
     with progress.bar(f"rounds of {steps} drafts", _MOST_TURNS, seconds=_ROUNDS_SECONDS) as bar:
-        for _ in _turns(_ROUNDS_SECONDS):
+        for _ in turns(_MOST_TURNS, _ROUNDS_SECONDS):
             tokens = plain(sequence, prompt, greedy)
             expected = [next(tokens)]
             plain_seconds = timed(lambda: expected.extend(islice(tokens, answer)))  # noqa: B023
             sequence.reset()
             rounds = speculative(sequence, prompt, Chain(steps, greedy), greedy)
             done = [next(rounds)]
-            before = target.runtime.matmul_seconds
+            target.runtime.time_parts(True)
             seconds = timed(lambda: done.extend(_until(rounds, answer)))  # noqa: B023
-            shares.append(1 - (target.runtime.matmul_seconds - before) / seconds)
+            shares.append(1 - product_seconds(target.runtime.part_seconds) / seconds)
+            target.runtime.time_parts(False)
             rounds_ms.append(1e3 * seconds / (len(done) - 1))
             decoded = [token for one in done for token in one.tokens]
             # By token: the last round may go beyond the plain answer.

@@ -1,0 +1,114 @@
+"""Where the time of a forward goes: counting changes nothing, and leaves out nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastmtp import _native
+from fastmtp.engines.native.engine import NativeEngine
+from fastmtp.engines.native.runner import forward, logits
+from fastmtp.evaluate.parts import (
+    PRODUCTS,
+    REST,
+    TOKENS_TOGETHER,
+    amounts,
+    key_value_bytes,
+    measure_parts,
+    timed_forward,
+)
+from tests.conftest import random_ids
+from tests.native.conftest import native_of
+
+CONTEXT = 40
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_counting_changes_no_bits(kernels: str, threads: int) -> None:
+    """The same states and logits with and without it, and nothing is counted without it."""
+    target = native_of("llama", "int8", kernels, threads)
+
+    def run() -> list[np.ndarray]:
+        states = forward(target, [target.model.new_cache()], [0], [random_ids(9)])
+        return [states, logits(target, states)]
+
+    plain = run()
+    assert not any(target.runtime.part_seconds.values())
+    target.runtime.time_parts(True)
+    counted = run()
+    seconds = target.runtime.part_seconds
+    target.runtime.time_parts(False)
+    assert all(np.array_equal(*pair) for pair in zip(plain, counted, strict=True))
+    assert all(len(of_threads) == threads for of_threads in seconds.values())
+
+
+def test_the_parts_of_a_forward_add_up(kernels: str) -> None:
+    """Every moment of every thread belongs to one part, each takes time, and Python has the rest of the call."""
+    target = native_of("llama", "int4", kernels, 2)
+    sequence, ids = NativeEngine(target).new_sequence(), random_ids(CONTEXT)
+    whole_ms, parts = timed_forward(target.runtime, sequence, ids, 4)
+    assert sum(part.ms for part in parts.values()) == pytest.approx(whole_ms)
+    assert all(parts[name].work_ms > 0 for name in (*PRODUCTS, *REST))
+    assert parts.keys() - {*PRODUCTS, *REST} == {"project", "read"}
+    assert parts["project"].ms == parts["read"].ms == 0
+    target.runtime.time_parts(True)
+    sequence.prefill(ids)
+    of_threads = zip(*target.runtime.part_seconds.values(), strict=True)
+    target.runtime.time_parts(False)
+    first, second = (sum(map(sum, seconds)) for seconds in of_threads)
+    assert first == pytest.approx(second, rel=0.01)
+
+
+def test_the_amounts_are_those_of_the_whole_model() -> None:
+    """The bytes are all that a forward reads.
+
+    A weight is multiplied once for each token, a key and a value once for each token and query head that sees them.
+    """
+    target = native_of("llama", "int8", _native.available_kernels()[0], 2)
+    found, config = amounts(target, CONTEXT), target.config
+    total = sum(amount.bytes for amount in found.values())
+    assert total == target.forward_bytes + key_value_bytes(config, CONTEXT)
+    hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
+    key_heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    weights = {
+        "query_key_value": layers * hidden * (heads + 2 * key_heads) * size,
+        "out": layers * heads * size * hidden,
+        "gate_up": layers * 2 * hidden * config.intermediate_size,
+        "down": layers * config.intermediate_size * hidden,
+        "lm_head": hidden * target.vocabulary_size,
+    }
+    for together in TOKENS_TOGETHER:
+        seen = sum(CONTEXT + row + 1 for row in range(together))
+        expected = {part: together * count for part, count in weights.items()}
+        expected["attention"] = layers * heads * size * 2 * seen
+        assert {part: amount.multiply_adds[together] for part, amount in found.items()} == expected
+
+
+def test_a_window_limits_what_attention_reads() -> None:
+    """A layer with a window reads the keys and values of the window."""
+    target = native_of("gemma3", "int8", _native.available_kernels()[0], 2)
+    config, context = target.config, 300
+    window = config.sliding_window
+    assert window < context
+    seen = [window if kind == "sliding_attention" else context for kind in config.layer_types]
+    assert len(set(seen)) == 2
+    assert key_value_bytes(config, context) == 2 * 2 * config.num_key_value_heads * config.head_dim * sum(seen)
+
+
+def test_peaks_are_measured_for_every_kind_of_kernels(kernels: str) -> None:
+    """A product with weights of any type cannot be faster than its peak by more than clocks drift."""
+    runtime = _native.Runtime(1)
+    assert _native.attention_peak(runtime) > 0
+    for kind in (_native.Type.int8, _native.Type.int4, _native.Type.bf16):
+        matrix = _native.Matrix(kind, 64, 256)
+        speed = 16 * matrix.outputs * matrix.inputs / _native.product_seconds(runtime, matrix, 16)
+        assert 0 < speed < 1.5 * _native.product_peak(runtime, kind)
+    with pytest.raises(ValueError, match="rows must be 1 or more"):
+        _native.product_seconds(runtime, matrix, 0)
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    """By name, before anything is measured."""
+    target = native_of("llama", "int8", _native.available_kernels()[0], 2)
+    with pytest.raises(ValueError, match=r"takes \d+ tokens; 1000016 were asked for"):
+        measure_parts(NativeEngine(target), 1_000_000)
