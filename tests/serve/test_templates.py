@@ -31,6 +31,11 @@ def run(template: str, work: Callable[[Templates], Awaitable[T]], seconds: float
     return asyncio.run(whole())
 
 
+def child_of(templates: Templates) -> psutil.Process:
+    assert templates._process is not None
+    return psutil.Process(templates._process.pid)
+
+
 def test_text_is_that_of_the_tokenizer() -> None:
     """With the special tokens that templates know by name."""
     template = CHAT_TEMPLATE + "{{ eos_token }}"
@@ -72,7 +77,7 @@ def test_a_conversation_that_nobody_waits_for_is_not_taken_for_the_next() -> Non
         await templates.start()
         first = asyncio.create_task(templates.render([{"role": "user", "content": "slow"}]))
         await asyncio.sleep(0.1)
-        (child,) = psutil.Process().children()
+        child = child_of(templates)
         first.cancel()
         await asyncio.wait([first])
         assert not child.is_running()
@@ -86,7 +91,7 @@ def test_no_process_is_left() -> None:
 
     async def work(templates: Templates) -> psutil.Process:
         await templates.start()
-        (child,) = psutil.Process().children()
+        child = child_of(templates)
         task = asyncio.create_task(templates.render(MESSAGES))
         await asyncio.sleep(0.1)
         process = templates._process
