@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from fastmtp.accelerate import plan as planning
 from fastmtp.accelerate.facts import Facts
 from fastmtp.accelerate.plan import Stage, plan
-from fastmtp.accelerate.stages import Result, Settings
+from fastmtp.accelerate.stages import NoLists, Result, Settings, Vocabulary
 from fastmtp.accelerate.state import State
 from fastmtp.cli.main import commands
 from fastmtp.config import TrainConfig, VocabularyConfig
@@ -21,7 +21,8 @@ from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import DataSet
 from fastmtp.engines.open import open_engine
 from fastmtp.evaluate.lists import build_lists
-from fastmtp.progress import Progress
+from fastmtp.progress import QUIET, Progress
+from fastmtp.vocabulary.builder import TooLittleTextError
 from tests.conftest import tiny_target
 
 FACTS = Facts(prefill_per_second=2400.0, target_bytes=270_000_000)
@@ -51,6 +52,21 @@ def test_the_last_answers_end_in_time(rate: float) -> None:
     assert seconds <= 0.25 * 60 * 30.0
     assert config.slots == 96 or seconds > 0.2 * 60 * 30.0
     assert planning.distill_config(1.0, Facts(rate, 1)).slots >= 8
+
+
+def test_too_little_text_for_lists_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is measured and exported without them; any other fault of the data still ends the run."""
+
+    def fails(error: ValueError) -> Result:
+        def build(*_: Any, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr("fastmtp.accelerate.stages.build_lists", build)
+        return Vocabulary("m", OUT / "head", DATA, VocabularyConfig(size="auto")).run(QUIET)
+
+    assert fails(TooLittleTextError("too little")) == NoLists("too little")
+    with pytest.raises(ValueError, match="of another target"):
+        fails(ValueError("of another target"))
 
 
 def test_training_fits_the_data_that_came() -> None:

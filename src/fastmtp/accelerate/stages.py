@@ -21,8 +21,17 @@ from fastmtp.progress import Progress
 from fastmtp.report.page import write_run
 from fastmtp.train.processes import Processes
 from fastmtp.train.run import TrainSummary, train_head
+from fastmtp.vocabulary.builder import TooLittleTextError
 
-Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | Document | Manifest
+
+@dataclass(frozen=True)
+class NoLists:
+    """Why a head has no lists. It drafts from all tokens then."""
+
+    reason: str
+
+
+Result = ImportedHead | DistillSummary | TrainSummary | WrittenLists | NoLists | Document | Manifest
 
 
 class Settings(Protocol):
@@ -106,9 +115,13 @@ class Vocabulary:
         given = {"data": self.data.directories, "size": self.config.size}
         return _command("vocab", "build", target=self.target, head=self.head, **given)
 
-    def run(self, progress: Progress) -> WrittenLists:
+    def run(self, progress: Progress) -> WrittenLists | NoLists:
         path = self.head / "vocabulary.json"
-        return build_lists(self.target, path, self.config, self.data, head=self.head, progress=progress)
+        try:
+            return build_lists(self.target, path, self.config, self.data, head=self.head, progress=progress)
+        except TooLittleTextError as error:
+            # A small budget's answers; the head is worth measuring all the same.
+            return NoLists(str(error))
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def accelerate(
 
 def _tell(found: Result, out: Path, engine: str) -> None:
     """Print what the stage's own command prints at its end; of the benchmark only the headline."""
+    from fastmtp.accelerate.stages import NoLists
     from fastmtp.distill.answers import DistillSummary
     from fastmtp.evaluate.lists import WrittenLists
     from fastmtp.export.manifest import Manifest
@@ -91,6 +92,8 @@ def _tell(found: Result, out: Path, engine: str) -> None:
             click.echo(trained(found, out / "head"))
         case WrittenLists():
             tell_written(found, as_json=False)
+        case NoLists():
+            click.echo(f"no lists, so that the head drafts from all tokens: {found.reason}")
         case Manifest():
             click.echo(exported(found, out / engine))
         case document:

@@ -58,6 +58,10 @@ class Ranking:
 SizeOf = Callable[[Ranking], int]
 
 
+class TooLittleTextError(ValueError):
+    """No label has enough text for a list."""
+
+
 def build(
     labelled: Mapping[str, LabelledCounts], always: Collection[int], vocabulary_size: int, size_of: SizeOf
 ) -> Built:
@@ -66,12 +70,13 @@ def build(
     Args:
         always: tokens that are in every list.
     Raises:
-        ValueError: there is too little text, or a size is not above the number of `always`.
+        TooLittleTextError: there is too little text.
+        ValueError: a size is not above the number of `always`.
     """
     kept = {name: found for name, found in labelled.items() if found.total.total() >= LEAST_TOKENS}
     if not kept:
         most = max((found.total.total() for found in labelled.values()), default=0)
-        raise ValueError(
+        raise TooLittleTextError(
             f"no language or domain has {LEAST_TOKENS} tokens (the most is {most}); add --data or --text"
         )
     everything: Counter[int] = Counter()
