@@ -19,6 +19,7 @@ from fastmtp.decode.drafting.learned import MAX_NODES, Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.grammar import Tokens, _grammars, check_grammar, json_schema_grammar, open_grammar
 from fastmtp.decode.plain import plain
+from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.protocol import Ask, Candidates, Costs, TokenSequence
 from fastmtp.engines.torch.target import Target
@@ -75,6 +76,30 @@ def test_allowed_is_what_the_matcher_takes(target: Target, name: str) -> None:
         grammar.accept(text[-1:])
     assert GRAMMARS[name][1](target.decode(text))
     assert tokens_in(grammar.allowed()) == target.end_ids and grammar.forced([], 9) == []
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_the_argmax_is_enough_where_it_is_allowed(name: str) -> None:
+    """The token drawn from it is that of all logits, which are asked for only where it is forbidden."""
+    target, rng, asked, count = wordy_target(), np.random.default_rng(2), 0, 0
+    sampler = Sampler(GREEDY, [1], open_grammar(target, GRAMMARS[name][0]))
+    grammar = open_grammar(target, GRAMMARS[name][0])
+    while not grammar.is_over() and count < 200:
+        logits_V = rng.standard_normal(300).astype(np.float32)
+        logits_V[[rng.integers(300), *(tokens_in(grammar.allowed()) if rng.random() < 0.5 else ())]] += 4
+
+        def logits(found: np.ndarray = logits_V) -> np.ndarray:
+            nonlocal asked
+            asked += 1
+            assert grammar.allowed().count > 1 and found.argmax() not in grammar.allowed()
+            return found
+
+        token = sampler.draw_argmax(int(logits_V.argmax()), logits)
+        assert token == sampler.draw(logits_V) == grammar.masked(logits_V).argmax()
+        sampler.extend([token])
+        grammar.accept([token])
+        count += 1
+    assert 0 < asked < count
 
 
 def _walk(grammar, dice: Random, target: Target) -> list[int]:  # type: ignore[no-untyped-def]

@@ -27,7 +27,8 @@ def plain(
         check_owned(sequence, text)
         sampler.extend([token])
         if sampler.is_argmax:
-            following = sequence.verify_greedy(Tree(token))[0]
+            (argmax,) = sequence.verify_greedy(Tree(token))
+            following = sampler.draw_argmax(argmax, lambda: sequence.logits(0))
         else:
             following = sampler.draw(sequence.verify(Tree(token))[0])
         sequence.commit([0])

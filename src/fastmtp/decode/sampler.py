@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.penalties import adjusted
 from fastmtp.decode.sampling import choose
+from fastmtp.engines.protocol import Logits
 
 
 class Sampler:
@@ -29,8 +29,8 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether it always chooses the largest logit, so that nobody needs the others."""
-        return self.sampling.temperature == 0 and not self.sampling.adjusts and self._grammar is None
+        """Whether it chooses the largest logit, of those that a grammar allows: `draw_argmax` is all it needs."""
+        return self.sampling.temperature == 0 and not self.sampling.adjusts
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the next tokens of the text."""
@@ -40,7 +40,7 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.accept(tokens)
 
-    def draw(self, logits_V: NDArray[np.float32], path: Sequence[int] = ()) -> int:
+    def draw(self, logits_V: Logits, path: Sequence[int] = ()) -> int:
         """The token that follows the text and then the tokens of `path`, from the target's logits there."""
         if self._grammar is not None and (only := self._grammar.allowed(path).only) is not None:
             return only
@@ -49,3 +49,12 @@ class Sampler:
         if self._grammar is not None:
             logits_V = self._grammar.masked(logits_V, path)
         return choose(logits_V, self.sampling, self._length + len(path))
+
+    def draw_argmax(self, argmax: int, logits: Callable[[], Logits], path: Sequence[int] = ()) -> int:
+        """`draw` where the logits' argmax is known; all are asked for only where a grammar forbids it."""
+        if self._grammar is None:
+            return argmax
+        allowed = self._grammar.allowed(path)
+        if argmax in allowed or allowed.only is not None:
+            return argmax if allowed.only is None else allowed.only
+        return self.draw(logits(), path)

@@ -70,6 +70,8 @@ def verify(sequence: TokenSequence, tree: Tree, sampler: Sampler) -> Callable[[i
     """One forward of the target over a tree; the token that the target has after a node."""
     if sampler.is_argmax:
         tokens = sequence.verify_greedy(tree)
-        return lambda node: tokens[tree.rows[node]]
+        return lambda node: sampler.draw_argmax(
+            tokens[tree.rows[node]], lambda: sequence.logits(node), tree.tokens_of(tree.path(node)[1:])
+        )
     logits_MV = sequence.verify(tree)
     return lambda node: sampler.draw(logits_MV[tree.rows[node]], tree.tokens_of(tree.path(node)[1:]))

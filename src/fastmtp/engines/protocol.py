@@ -137,6 +137,10 @@ class TokenSequence(DraftingSequence, Protocol):
         """Like `verify`, but only the argmax of each row; of equal logits the first."""
         ...
 
+    def logits(self, node: int) -> Logits:
+        """The logits [V] after a node of the tree verified last, until `commit`."""
+        ...
+
     def commit(self, path: Sequence[int]) -> None:
         """Append these nodes of the tree verified last, a path from its root on. The rest of it is forgotten."""
         ...

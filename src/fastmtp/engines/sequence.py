@@ -166,10 +166,16 @@ class TextSequence(Generic[States]):
         with self._alone:
             return self._runner.argmax(self._run(tree))
 
+    def logits(self, node: int) -> Logits:
+        with self._alone:
+            tree, states_TH = self._last_verified()
+            row = tree.rows[node]
+            logits_V: Logits = self._runner.logits(states_TH[row : row + 1])[0]
+            return logits_V
+
     def commit(self, path: Sequence[int]) -> None:
         with self._alone:
-            assert self._verified is not None, "nothing was verified since the last commit"
-            tree, states_TH = self._verified
+            tree, states_TH = self._last_verified()
             rows = [tree.rows[node] for node in path]
             if rows == list(range(len(rows))):
                 states_TH = states_TH[: len(rows)]
@@ -189,6 +195,10 @@ class TextSequence(Generic[States]):
         states_TH = self._runner.forward(len(self._tokens), tree.tokens, parents)
         self._verified = tree, states_TH
         return states_TH
+
+    def _last_verified(self) -> tuple[Tree, States]:
+        assert self._verified is not None, "nothing was verified since the last commit"
+        return self._verified
 
     def _append(self, tokens: Sequence[int], states_TH: States) -> None:
         """Append tokens whose keys and values are in the cache already."""

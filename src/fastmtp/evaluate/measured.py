@@ -60,6 +60,9 @@ class MeasuredSequence:
         self.verified[len(tree.verified)] += 1
         return self._timed("verify", lambda: self._sequence.verify_greedy(tree))
 
+    def logits(self, node: int) -> Logits:
+        return self._timed("verify", lambda: self._sequence.logits(node))
+
     def commit(self, path: Sequence[int]) -> None:
         self._timed("keep", lambda: self._sequence.commit(path))
 

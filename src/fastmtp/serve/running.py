@@ -66,7 +66,7 @@ class Running:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the argmax of each row is all that it needs."""
+        """Whether it needs no logits but where the argmax is not allowed."""
         return self._sampler.is_argmax and self.request.top_logprobs is None
 
     @property
@@ -95,12 +95,12 @@ class Running:
     def take(self, tree: Tree, values: Values) -> list[Token]:
         """What verification of the tree gives: tokens of the answer, none while the prompt is not complete."""
         if self._token is None:
+            first = [self._choice(values[0], tree.verified[-1])] if len(values) else []
             self.sequence.commit(tree.verified)
-            if self.prompt_left:
-                return []
-            return self._settle(tree, [], [self._choice(values[0])], [values[0]])
+            return self._settle(tree, [], first, [values[0]]) if first else []
         path, token = follow(
-            lambda node: self._choice(values[tree.rows[node]], tree.tokens_of(tree.path(node)[1:])), tree.child
+            lambda node: self._choice(values[tree.rows[node]], node, tree.tokens_of(tree.path(node)[1:])),
+            tree.child,
         )
         self.sequence.commit(path)
         if self._drafter is not None:
@@ -136,8 +136,11 @@ class Running:
             self._drafter = new_drafter(self.request.prompt, self.request.sampling, self._grammar)
         return self._drafter
 
-    def _choice(self, value: Logits | int, path: Sequence[int] = ()) -> int:
-        return self._sampler.draw(value, path) if isinstance(value, np.ndarray) else value
+    def _choice(self, value: Logits | int, node: int, path: Sequence[int] = ()) -> int:
+        """The token after a node, which `path` leads to from the text."""
+        if isinstance(value, np.ndarray):
+            return self._sampler.draw(value, path)
+        return self._sampler.draw_argmax(value, lambda: self.sequence.logits(node), path)
 
     def _settle(
         self, tree: Tree, nodes: Sequence[int], tokens: Sequence[int], values: Sequence[Logits | int]
