@@ -7,10 +7,12 @@ namespace fastmtp {
 Batch::Batch(Runtime& runtime, const std::vector<Segment>& segments, const std::vector<Rope>& ropes)
     : runtime(runtime), segments(segments), ropes_(ropes),
       angle_size_(ropes.empty() ? 0 : 2 * int(ropes.front().inverse_frequencies.size())) {
-  for (const auto& [cache, start, count, tree] : segments) {
+  for (size_t segment = 0; segment < segments.size(); segment++) {
+    const auto& [cache, start, count, tree] = segments[segment];
     cache->prepare(start, count);
     rows += count;
     for (int slot = start; slot < start + count; slot++) {
+      places.push_back({int(segment), slot});
       positions.push_back(tree ? tree->position(slot - tree->base) : slot);
       paths.push_back(tree ? tree->path(slot - tree->base) : nullptr);
     }

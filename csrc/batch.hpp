@@ -64,6 +64,10 @@ class Batch {
   const std::vector<Segment>& segments;
   int rows = 0;
   // By row. For `paths` see Query in kernels.hpp.
+  struct Place {
+    int segment, slot;
+  };
+  std::vector<Place> places;
   std::vector<int> positions;
   std::vector<const int32_t*> paths;
 

@@ -28,6 +28,7 @@ class Matrix {
   Type type() const { return type_; }
   int outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
+  int groups() const { return groups_; }
   int blocks() const { return round_up(outputs_, kLanes) / kLanes; }
   size_t bytes() const { return blocks() * block_bytes_; }
   PackedView view() const { return {type_, outputs_, groups_, block_bytes_, data_, bias_}; }

@@ -27,41 +27,43 @@ Pass::Pass(Runtime& runtime, const Stack& stack, const std::vector<Segment>& seg
 }
 
 void Pass::run(Team& team, float* states, float* last_inputs) const {
+  const int hidden = stack_.hidden;
   batch_.set_angles(team);
   const Gains none, *out_norm = &none;
   auto mixer = mixers_.begin();
   for (const Layer& layer : stack_.layers) {
-    team.each(Part::convert, rows(), [&](int m) {
-      if (mixer == mixers_.begin()) std::fill_n(x(m), stack_.hidden, 0.0f);
-      add_branch(team, m, *out_norm);
-      if (last_inputs && &layer == &stack_.layers.back())
-        std::copy_n(x(m), stack_.hidden, last_inputs + size_t(m) * stack_.hidden);
-      convert_norm(team, m, layer.mixer_norm, layer.mixer->input());
-    });
-    (*mixer++)->run(team, branch(0), stride());
-    team.each(Part::convert, rows(), [&](int m) {
-      add_branch(team, m, layer.mixer_out_norm);
-      convert_norm(team, m, layer.network_norm, layer.network->input());
-    });
-    layer.network->run(runtime_, team, rows(), branch(0), stride());
+    const bool first = mixer == mixers_.begin(), last = &layer == &stack_.layers.back();
+    norm_branch(team, *out_norm);
+    const Norm mixed = add_branch(team, layer.mixer_norm, layer.mixer->input(), first);
+    if (last_inputs && last)
+      team.each(Part::norm, rows(), [&](int m) { std::copy_n(x(m), hidden, last_inputs + size_t(m) * hidden); });
+    (*mixer++)->run(team, mixed, branch(0), stride());
+    norm_branch(team, layer.mixer_out_norm);
+    const Norm processed = add_branch(team, layer.network_norm, layer.network->input(), false);
+    layer.network->run(runtime_, team, processed, rows(), branch(0), stride());
     out_norm = &layer.network_out_norm;
   }
+  norm_branch(team, *out_norm);
   team.each(Part::norm, rows(), [&](int m) {
-    add_branch(team, m, *out_norm);
-    runtime_.norm(x(m), stack_.final_norm, stack_.epsilon, states + size_t(m) * stack_.hidden);
+    runtime_.kernels.add(x(m), branch(m), hidden);
+    runtime_.norm(x(m), stack_.final_norm, stack_.epsilon, states + size_t(m) * hidden);
   });
 }
 
-void Pass::add_branch(const Team& team, int m, const Gains& out_norm) const {
-  float* added = branch(m);
-  if (!out_norm.empty()) runtime_.norm(branch(m), out_norm, stack_.epsilon, added = runtime_.own_row(team));
-  runtime_.kernels.add(x(m), added, stack_.hidden);
+void Pass::norm_branch(const Team& team, const Gains& gains) const {
+  if (gains.empty()) return;
+  team.each(Part::norm, rows(), [&](int m) { runtime_.norm(branch(m), gains, stack_.epsilon, branch(m)); });
 }
 
-void Pass::convert_norm(const Team& team, int m, const Gains& gains, const Matrix& matrix) const {
-  runtime_.norm(x(m), gains, stack_.epsilon, runtime_.own_row(team));
-  team.lap(Part::norm);
-  runtime_.convert(matrix, runtime_.own_row(team), m);
+Norm Pass::add_branch(const Team& team, const Gains& gains, const Matrix& matrix, bool first) const {
+  team.each_group(Part::norm, rows(), matrix.groups(), [&](int m, int group) {
+    const int start = group * kGroup, size = std::min(kGroup, stack_.hidden - start);
+    float* numbers = x(m) + start;
+    if (first) std::fill_n(numbers, size, 0.0f);
+    runtime_.squares(m, group) = runtime_.kernels.add(numbers, branch(m) + start, size);
+    runtime_.convert(matrix, numbers, m, group, gains.empty() ? nullptr : gains.data() + start);
+  });
+  return gains.empty() ? Norm{} : Norm{stack_.hidden, stack_.epsilon};
 }
 
 Model::Model(Runtime& runtime, const Stack& stack, const Matrix& embedding, const Matrix& lm_head,

@@ -43,8 +43,11 @@ class Pass {
 
  private:
   float* x(int m) const { return runtime_.x.get() + size_t(m) * stack_.hidden; }
-  void add_branch(const Team& team, int m, const Gains& out_norm) const;
-  void convert_norm(const Team& team, int m, const Gains& gains, const Matrix& matrix) const;
+  // A norm of what is added next.
+  void norm_branch(const Team& team, const Gains& gains) const;
+  // Adds the branch to the residual stream, which is zero before the first one, and converts the sum to the operand of
+  // a product with `matrix`, which applies what is left of the norm.
+  Norm add_branch(const Team& team, const Gains& gains, const Matrix& matrix, bool first) const;
 
   Runtime& runtime_;
   const Stack& stack_;

@@ -1,5 +1,6 @@
 #include "runtime.hpp"
 
+#include <cmath>
 #include <numeric>
 
 namespace fastmtp {
@@ -22,15 +23,29 @@ double least_seconds(int repeats, Work work) {
 }  // namespace
 
 void Runtime::matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out,
-                     int stride) {
-  const Operand from = operand(matrix).from(matrix.type(), first);
-  team.split(part, round_up(outputs, kLanes) / kLanes, [&](int begin, int end) {
+                     int stride, Norm norm) {
+  Operand from = operand(matrix).from(matrix.type(), first);
+  from.factors = set_factors(team, matrix, rows, norm);
+  team.split(part, round_up(outputs, kLanes) / kLanes, kBlocksTogether, [&](int begin, int end) {
     kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
   });
 }
 
+// Every thread has its own, since to wait for somebody else's would take longer.
+const float* Runtime::set_factors(const Team& team, const Matrix& matrix, int rows, Norm norm) {
+  float* factors = factors_.get() + size_t(team.id) * rows_stride_;
+  for (int m = 0; m < rows; m++) {
+    float total = 0;
+    for (int group = 0; norm.size && group < matrix.groups(); group++) total += squares(m, group);
+    factors[m] = norm.size ? 1.0f / std::sqrt(total / float(norm.size) + norm.epsilon) : 1.0f;
+  }
+  return factors;
+}
+
 void Runtime::product(Team& team, const Matrix& matrix, const float* states, int rows, float* out, int stride) {
-  team.each(Part::convert, rows, [&](int m) { convert(matrix, states + size_t(m) * matrix.inputs(), m); });
+  team.each_group(Part::convert, rows, matrix.groups(), [&](int m, int group) {
+    convert(matrix, states + size_t(m) * matrix.inputs() + group * kGroup, m, group);
+  });
   matmul(team, Part::lm_head, matrix, rows, out, stride);
 }
 
@@ -105,6 +120,7 @@ double Runtime::product_seconds(const Matrix& matrix, int rows) {
   reserve_operand(rows, matrix.inputs());
   const std::vector<float> zeros(matrix.inputs());
   for (int m = 0; m < rows; m++) convert(matrix, zeros.data(), m);
+  std::fill_n(factors_.get(), rows, 1.0f);
   return threads / rate([&](int thread) {
            for (int time = 0; time < kTimes; time++)
              kernels.matmul(matrix.view(), operand(matrix), rows, 0, matrix.blocks(), out + thread * size, stride);

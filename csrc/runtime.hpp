@@ -39,6 +39,13 @@ class Scratch {
 
 using Gains = std::vector<float>;  // of a norm; empty where there is no norm
 
+// What is left of the norm of an operand's rows, which were multiplied by its gains: 1 / rms, which a product with them
+// applies to its results. So nobody has to wait for all squares of a row before its numbers are rounded.
+struct Norm {
+  int size = 0;  // 0: none
+  float epsilon = 0;
+};
+
 class Runtime {
  public:
   explicit Runtime(int threads) : threads(threads) {
@@ -68,29 +75,40 @@ class Runtime {
   void reserve_operand(int rows, int inputs) {
     const size_t width = round_up(inputs, kGroup), groups = width / kGroup;
     values_.reserve(rows * width * 2);
-    scales_.reserve(2 * rows * groups);
-    sums_.reserve(2 * rows * groups);
+    rows_stride_ = rows;
+    scales_.reserve(2 * groups * rows_stride_);
+    sums_.reserve(2 * groups * rows_stride_);
+    squares_.reserve(groups * rows_stride_);
+    factors_.reserve(size_t(threads) * rows_stride_);
     row_size_ = std::max(row_size_, int(width) + kLanes);
     rows_.reserve(size_t(threads) * row_size_);
   }
   // Each thread's memory for one row of as many numbers as were reserved.
   float* own_row(const Team& team) { return rows_.get() + size_t(team.id) * row_size_; }
 
-  // Sets one row of the operand of the next product with `matrix`.
-  void convert(const Matrix& matrix, const float* row, int m) {
-    kernels.convert(matrix.type(), row, matrix.inputs(), operand(matrix), m);
+  // Sets a group of row m of the operand of the next product with `matrix`.
+  void convert(const Matrix& matrix, const float* numbers, int m, int group, const float* gains = nullptr) {
+    const int size = std::min(kGroup, matrix.inputs() - group * kGroup);
+    kernels.convert(matrix.type(), numbers, gains, size, operand(matrix), m, group);
   }
+  // Sets a row.
+  void convert(const Matrix& matrix, const float* row, int m) {
+    for (int group = 0; group < matrix.groups(); group++) convert(matrix, row + group * kGroup, m, group);
+  }
+  // The sum of squares of a group of row m, for a norm of the rows.
+  float& squares(int m, int group) { return squares_.get()[size_t(group) * rows_stride_ + m]; }
 
   void norm(const float* row, const Gains& gains, float epsilon, float* out) {
     kernels.norm(row, gains.data(), int(gains.size()), epsilon, out);
   }
 
   // out[m * stride + n] for `rows` rows of the operand from the first one on, by the whole team.
-  void matmul(Team& team, Part part, const Matrix& matrix, int rows, float* out, int stride) {
-    matmul(team, part, matrix, matrix.outputs(), 0, rows, out, stride);
+  void matmul(Team& team, Part part, const Matrix& matrix, int rows, float* out, int stride, Norm norm = {}) {
+    matmul(team, part, matrix, matrix.outputs(), 0, rows, out, stride, norm);
   }
   // The same for the first outputs only, and rows from any one on.
-  void matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride);
+  void matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride,
+              Norm norm = {});
 
   // out[m * stride + n] = states[m] times output n, plus its bias. Both take the runtime until they return.
   void scores(const Matrix& matrix, const float* states, int rows, float* out, int stride);
@@ -112,11 +130,12 @@ class Runtime {
 
  private:
   Operand operand(const Matrix& matrix) {
-    return {values_.get(), scales_.get(), sums_.get(), round_up(matrix.inputs(), kGroup) / kGroup};
+    return {values_.get(), scales_.get(), sums_.get(), factors_.get(), matrix.groups(), rows_stride_};
   }
+  const float* set_factors(const Team& team, const Matrix& matrix, int rows, Norm norm);
   template <class Work>
   void run_one(Work work, int id, int count) {
-    const Team team{id, count, barrier_, laps_.empty() ? nullptr : &laps_[id]};
+    const Team team{id, count, barrier_, left_.get(), laps_.empty() ? nullptr : &laps_[id]};
     team.lap(Part::team);
     work(team);
   }
@@ -134,10 +153,11 @@ class Runtime {
   int calls_ = 0;  // that hold it, one within the other
   std::vector<Laps> laps_;
   Barrier barrier_;
+  const std::unique_ptr<Left[]> left_{new Left[threads]};
   Scratch<uint8_t> values_;
-  Scratch<float> scales_, rows_;
+  Scratch<float> scales_, rows_, squares_, factors_;
   Scratch<int32_t> sums_;
-  int row_size_ = 0;
+  int row_size_ = 0, rows_stride_ = 0;
 };
 
 // Holds the runtime from a call's first reservation of memory to its end.

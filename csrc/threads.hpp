@@ -1,8 +1,10 @@
 // A team of threads that goes through a forward pass together, phase by phase.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 
 #include "parts.hpp"
@@ -51,10 +53,39 @@ class Barrier {
   std::condition_variable wake_;
 };
 
+// What is left of a thread's consecutive items, on a cache line of its own. Its thread takes them from the front; one
+// that has nothing left takes some from the back, since cores are not equally fast, nor always there.
+class alignas(64) Left {
+ public:
+  struct Items {
+    int begin, end;
+  };
+
+  void set(Items items) { packed_.store(pack(items), std::memory_order_relaxed); }
+
+  // Takes up to `count` items; none where begin and end are the same.
+  Items take(int count, bool front) {
+    uint64_t seen = packed_.load(std::memory_order_relaxed);
+    while (true) {
+      const Items all{int(seen >> 32), int(seen & 0xffffffff)};
+      const int taken = std::min(count, all.end - all.begin);
+      const Items rest = front ? Items{all.begin + taken, all.end} : Items{all.begin, all.end - taken};
+      if (taken == 0 || packed_.compare_exchange_weak(seen, pack(rest), std::memory_order_relaxed))
+        return front ? Items{all.begin, all.begin + taken} : Items{all.end - taken, all.end};
+    }
+  }
+
+ private:
+  static uint64_t pack(Items items) { return uint64_t(items.begin) << 32 | uint32_t(items.end); }
+
+  std::atomic<uint64_t> packed_{0};
+};
+
 // One thread's view of its team.
 struct Team {
   int id, count;
   Barrier& barrier;
+  Left* left;  // by thread
   Laps* laps;  // null while nobody asks where the time goes
 
   // Since the last call this thread has worked on a part.
@@ -76,14 +107,37 @@ struct Team {
     wait(part);
   }
 
+  // Calls work(m, group) for this thread's share of the groups of all rows: neighbouring groups, which come from one
+  // thread and go to one, so that few numbers change cores.
+  template <class Work>
+  void each_group(Part part, int rows, int groups, Work work) const {
+    split(part, rows * groups, [&](int begin, int end) {
+      for (int item = begin; item < end; item++) work(item % rows, item / rows);
+    });
+  }
+
   // Calls work(begin, end) for this thread's contiguous share.
   template <class Work>
   void split(Part part, int items, Work work) const {
-    const long long total = items;
-    const int begin = int(total * id / count), end = int(total * (id + 1) / count);
-    if (begin < end) work(begin, end);
+    const Left::Items own = share(items);
+    if (own.begin < own.end) work(own.begin, own.end);
     wait(part);
   }
+
+  // The same in steps of at most 2 * `step` items; who is done helps the others.
+  template <class Work>
+  void split(Part part, int items, int step, Work work) const {
+    left[id].set(share(items));
+    for (int other = 0; other < count; other++)
+      while (true) {
+        const auto [begin, end] = left[(id + other) % count].take(other ? step : 2 * step, other == 0);
+        if (begin == end) break;
+        work(begin, end);
+      }
+    wait(part);
+  }
+
+  Left::Items share(long long items) const { return {int(items * id / count), int(items * (id + 1) / count)}; }
 };
 
 }  // namespace fastmtp

@@ -16,6 +16,7 @@ constexpr int kHalf = 32;        // inputs that share a scale in int4 (matrix.hp
 constexpr int kPageTokens = 256; // tokens in one page of a cache
 constexpr int kLargestHead = 512;
 constexpr int kTileQueries = 16; // queries that share one pass over keys and values, as many as a tile has rows
+constexpr int kBlocksTogether = 4; // of a matrix, that are computed at once
 constexpr size_t kPeakBytes = 4096; // that the measurements of the arithmetic's speed use
 
 enum class Type { bf16, int8, int4 };
@@ -40,20 +41,24 @@ struct PackedView {
 };
 
 // Rows of inputs in the arithmetic of the weights: bf16, or int8 with a scale and a sum for each group of the weights.
+// Threads that fill neighbouring groups of a row write to different cache lines.
 struct Operand {
-  uint8_t* values;
-  float* scales;   // [M, groups], or [M, 2 groups] for int4
-  int32_t* sums;   // the same
-  int groups;      // of kGroup inputs
+  uint8_t* values;       // [M, groups, kGroup]
+  float* scales;         // [groups, stride], or [2 groups, stride] for int4
+  int32_t* sums;         // the same; in int8 it is what the sum of products with unsigned weights begins with
+  const float* factors;  // [M], of the products with each row
+  int groups;            // of kGroup inputs
+  int stride;            // at least M
 
   int8_t* int8_row(int row) const { return reinterpret_cast<int8_t*>(values) + size_t(row) * groups * kGroup; }
   uint16_t* bf16_row(int row) const { return reinterpret_cast<uint16_t*>(values) + size_t(row) * groups * kGroup; }
 
+  size_t index(int row, int group) const { return size_t(group) * stride + row; }
+
   // Without the rows before one.
   Operand from(Type type, int row) const {
-    const size_t scale = size_t(row) * groups * (type == Type::int4 ? 2 : 1);
     uint8_t* first = type == Type::bf16 ? reinterpret_cast<uint8_t*>(bf16_row(row)) : values + size_t(row) * groups * kGroup;
-    return {first, scales + scale, sums + scale, groups};
+    return {first, scales + row, sums + row, factors + row, groups, stride};
   }
 };
 
@@ -79,26 +84,29 @@ struct Query {
 struct Kernels {
   const char* name;
 
-  // out[m * stride + n] = sum_k x[m, k] w[n, k] + bias[n] for the outputs n of some blocks.
+  // out[m * stride + n] = factor[m] sum_k x[m, k] w[n, k] + bias[n] for the outputs n of some blocks.
   void (*matmul)(const PackedView&, const Operand&, int rows, int first_block, int last_block, float* out,
                  int stride);
-  // Fills one row of an operand from K floats.
-  void (*convert)(Type, const float* x, int size, const Operand&, int row);
+  // Fills one group of a row of an operand from up to kGroup floats, each multiplied by its gain if there are any.
+  void (*convert)(Type, const float* x, const float* gain, int size, const Operand&, int row, int group);
   // out = x / rms(x) * gain
   void (*norm)(const float* x, const float* gain, int size, float epsilon, float* out);
-  // x += y
-  void (*add)(float* x, const float* y, int size);
+  // x += y; returns the sum of the squares of x.
+  float (*add)(float* x, const float* y, int size);
   // out = act(gate) * up, from blocks of sixteen of each in turn
   void (*activate)(const float* gate_up, int size, bool gelu, float* out);
   // Rotates the halves of one head against each other, scales, and rounds to bf16.
   void (*rotate)(const float* x, const float* cosine, const float* sine, int size, float scale, uint16_t* out);
-  // One token's key (bf16) and value of one head into a page.
-  void (*store_token)(const uint16_t* key, const float* value, int size, int slot, uint16_t* keys, uint16_t* values);
+  // One token's key (bf16), or its value, of one head into a page.
+  void (*store_key)(const uint16_t* key, int size, int slot, uint16_t* keys);
+  void (*store_value)(const float* value, int size, int slot, uint16_t* values);
   // Partial attention of up to kTileQueries queries over one page of one head; meanwhile the memory at `next`, as much
   // as a page's, is prefetched.
   void (*attend)(const Query* queries, int count, const PageView&, int size, const void* next);
   // Adds the second partial result to the first.
   void (*merge)(float* total, const float* part, int size);
+  // What a result says of the values: their weighted mean.
+  void (*divide)(const float* total, int size, float* out);
   // The index of the largest number; of equal ones the first.
   int (*argmax)(const float* x, int size);
   // The sum of exp(x - top).

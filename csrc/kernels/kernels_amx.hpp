@@ -66,8 +66,8 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
       const uint8_t* scales = weights + b * w.block_bytes + w.groups * kTile;
       const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales) + g * kLanes);
       for (int m = 0; m < Rows; m++) {
-        const size_t index = size_t(row + m) * x.groups + g;
-        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), dot_start(x.sums[index]));
+        const size_t index = x.index(row + m, g);
+        const Ints sum = _mm512_add_epi32(_mm512_load_si512(sums[g % 2][b][m]), splat_int(x.sums[index]));
         total[b][m] = fma(to_floats(sum), mul(scale, splat(x.scales[index])), total[b][m]);
       }
     }
@@ -78,7 +78,7 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
     accumulate(g - 1);
   }
   accumulate(w.groups - 1);
-  store_totals(total, w, block, out, stride);
+  store_totals(total, w, block, x.factors + row, out, stride);
 }
 
 void amx_matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,

@@ -4,12 +4,12 @@
 
 namespace {
 
-void store_token(const uint16_t* key, const float* value, int size, int slot, uint16_t* keys, uint16_t* values) {
+void store_key(const uint16_t* key, int size, int slot, uint16_t* keys) {
   keys += key_offset(slot, size);
-  for (int d = 0; d < size; d += 2) {
-    keys[d * kLanes] = key[d];
-    keys[d * kLanes + 1] = key[d + 1];
-  }
+  for (int d = 0; d < size; d += 2) __builtin_memcpy(keys + d * kLanes, key + d, 2 * sizeof(uint16_t));
+}
+
+void store_value(const float* value, int size, int slot, uint16_t* values) {
   uint16_t rounded[kLargestHead];
   round_row(value, size, rounded);
   values += value_offset(slot, size);
@@ -213,6 +213,14 @@ void merge(float* total, const float* part, int size) {
   const int width = round_up(size, kLanes);
   for (int i = kPartialHeader; i < kPartialHeader + width; i += kLanes)
     store(total + i, fma(load(total + i), left, mul(load(part + i), right)));
+}
+
+void divide(const float* total, int size, float* out) {
+  const float sum = total[1];
+  total += kPartialHeader;
+  int d = 0;
+  for (; d + kLanes <= size; d += kLanes) store(out + d, div(load(total + d), splat(sum)));
+  for (; d < size; d++) out[d] = total[d] / sum;
 }
 
 }  // namespace

@@ -27,13 +27,14 @@ inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
   return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
 }
 
-// Stores the totals of some blocks with their bias.
+// Stores the totals of some blocks, by the rows' factors and with their bias.
 template <int Rows, int Blocks>
 [[gnu::always_inline]] inline void store_totals(const Floats (&total)[Blocks][Rows], const PackedView& w, int block,
-                                                float* out, int stride) {
+                                                const float* factors, float* out, int stride) {
   for (int b = 0; b < Blocks; b++) {
     const Floats bias = w.bias ? load(w.bias + (block + b) * kLanes) : splat(0.0f);
-    for (int m = 0; m < Rows; m++) store(out + size_t(m) * stride + b * kLanes, add(total[b][m], bias));
+    for (int m = 0; m < Rows; m++)
+      store(out + size_t(m) * stride + b * kLanes, fma(total[b][m], splat(factors[m]), bias));
   }
 }
 
@@ -49,7 +50,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
     const size_t distance = prefetch_distance<Blocks>(w, g, w.groups);
     Ints sums[Blocks][Rows];
     for (int b = 0; b < Blocks; b++)
-      for (int m = 0; m < Rows; m++) sums[b][m] = dot_start(x.sums[(row + m) * x.groups + g]);
+      for (int m = 0; m < Rows; m++) sums[b][m] = splat_int(x.sums[x.index(row + m, g)]);
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
@@ -63,7 +64,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
     for (int b = 0; b < Blocks; b++) {
       const Floats scale = load_bf16(reinterpret_cast<const uint16_t*>(scales + b * w.block_bytes));
       for (int m = 0; m < Rows; m++) {
-        const Floats both = mul(scale, splat(x.scales[(row + m) * x.groups + g]));
+        const Floats both = mul(scale, splat(x.scales[x.index(row + m, g)]));
         total[b][m] = fma(to_floats(sums[b][m]), both, total[b][m]);
       }
     }
@@ -71,7 +72,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
     scales += 2 * kLanes;
     values += kGroup;
   }
-  store_totals(total, w, block, out, stride);
+  store_totals(total, w, block, x.factors + row, out, stride);
 }
 
 template <int Rows>
@@ -98,7 +99,7 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead
     const auto* scales = reinterpret_cast<const uint16_t*>(weights);
     const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
     for (int m = 0; m < Rows; m++) {
-      const int index = (row + m) * groups + g;
+      const size_t index = x.index(row + m, g);
       const Floats all = splat(static_cast<float>(x.sums[index]));
       const Floats product = fma(to_floats(to_ints(sums[m])), step, mul(all, least));
       total[0][m] = fma(product, splat(x.scales[index]), total[0][m]);
@@ -106,7 +107,7 @@ void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead
     weights += 4 * kLanes;
     values += kHalf;
   }
-  store_totals(total, w, block, out, stride);
+  store_totals(total, w, block, x.factors + row, out, stride);
 }
 
 template <int Rows, int Blocks>
@@ -131,7 +132,7 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
     weights += kGroup * kLanes;
     values += kGroup / 2;
   }
-  store_totals(total, w, block, out, stride);
+  store_totals(total, w, block, x.factors + row, out, stride);
 }
 
 template <int Rows, int Blocks>
@@ -224,34 +225,30 @@ void quantize(Floats* lanes, int8_t* values, float& scale, int32_t& sum_of_value
   sum_of_values = static_cast<int32_t>(sum(total));
 }
 
-void convert(Type type, const float* x, int size, const Operand& operand, int row) {
-  for (int g = 0; g < operand.groups; g++) {
-    Floats lanes[kGroup / kLanes];
-    for (int i = 0; i < kGroup / kLanes; i++) {
-      const int start = g * kGroup + i * kLanes, left = size - start;
-      if (left >= kLanes) {
-        lanes[i] = load(x + start);
-      } else {
-        float padded[kLanes] = {};
-        for (int j = 0; j < left; j++) padded[j] = x[start + j];
-        lanes[i] = load(padded);
-      }
-    }
-    if (type == Type::bf16) {
-      for (int i = 0; i < kGroup / kLanes; i++)
-        store_bf16(operand.bf16_row(row) + g * kGroup + i * kLanes, lanes[i]);
-      continue;
-    }
-    int8_t* values = operand.int8_row(row) + g * kGroup;
-    const size_t index = size_t(row) * operand.groups + g;
-    if (type == Type::int8) {
-      spread(lanes);
-      quantize<kGroup / kLanes, room>(lanes, values, operand.scales[index], operand.sums[index]);
-      continue;
-    }
-    for (int half = 0; half < 2; half++)
-      quantize<kHalf / kLanes, abs>(lanes + half * kHalf / kLanes, values + half * kHalf,
-                                    operand.scales[2 * index + half], operand.sums[2 * index + half]);
+void convert(Type type, const float* x, const float* gain, int size, const Operand& operand, int row, int group) {
+  Floats lanes[kGroup / kLanes];
+  for (int i = 0; i < kGroup / kLanes; i++) {
+    const int start = i * kLanes, left = size - start;
+    lanes[i] = load_some(x + start, left);
+    if (gain) lanes[i] = mul(lanes[i], load_some(gain + start, left));
+  }
+  if (type == Type::bf16) {
+    for (int i = 0; i < kGroup / kLanes; i++)
+      store_bf16(operand.bf16_row(row) + group * kGroup + i * kLanes, lanes[i]);
+    return;
+  }
+  int8_t* values = operand.int8_row(row) + group * kGroup;
+  if (type == Type::int8) {
+    const size_t index = operand.index(row, group);
+    spread(lanes);
+    quantize<kGroup / kLanes, room>(lanes, values, operand.scales[index], operand.sums[index]);
+    operand.sums[index] = dot_start(operand.sums[index]);
+    return;
+  }
+  for (int half = 0; half < 2; half++) {
+    const size_t index = operand.index(row, 2 * group + half);
+    quantize<kHalf / kLanes, abs>(lanes + half * kHalf / kLanes, values + half * kHalf, operand.scales[index],
+                                  operand.sums[index]);
   }
 }
 

@@ -43,8 +43,20 @@ void norm(const float* x, const float* gain, int size, float epsilon, float* out
   for (i = 0; i < size; i++) out[i] = x[i] * scale * gain[i];
 }
 
-void add_rows(float* x, const float* y, int size) {
-  for (int i = 0; i < size; i++) x[i] += y[i];
+float add_rows(float* x, const float* y, int size) {
+  Floats squares = splat(0.0f);
+  int i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Floats both = add(load(x + i), load(y + i));
+    store(x + i, both);
+    squares = fma(both, both, squares);
+  }
+  float total = sum(squares);
+  for (; i < size; i++) {
+    x[i] += y[i];
+    total += x[i] * x[i];
+  }
+  return total;
 }
 
 void activate(const float* gate_up, int size, bool gelu, float* out) {
@@ -62,15 +74,21 @@ void activate(const float* gate_up, int size, bool gelu, float* out) {
   }
 }
 
+// The first of sixteen numbers, and zeros.
+inline Floats load_some(const float* p, int count) {
+  if (count >= kLanes) return load(p);
+  float padded[kLanes] = {};
+  for (int i = 0; i < count; i++) padded[i] = p[i];
+  return load(padded);
+}
+
 // Rounds `size` numbers to bf16; out has room for whole lanes.
 inline void round_row(const float* x, int size, uint16_t* out) {
   int i = 0;
   for (; i + kLanes <= size; i += kLanes) store_bf16(out + i, load(x + i));
   if (i == size) return;
-  float padded[kLanes] = {};
   uint16_t rounded[kLanes];
-  for (int j = i; j < size; j++) padded[j - i] = x[j];
-  store_bf16(rounded, load(padded));
+  store_bf16(rounded, load_some(x + i, size - i));
   for (int j = i; j < size; j++) out[j] = rounded[j - i];
 }
 
@@ -111,9 +129,8 @@ float sum_exponentials(const float* x, int size, float top) {
   int i = 0;
   for (; i + kLanes <= size; i += kLanes) total = add(total, exponential(sub(load(x + i), splat(top))));
   if (i < size) {
-    float rest[kLanes] = {};
-    for (int j = i; j < size; j++) rest[j - i] = x[j];
-    total = add(total, keep(exponential(sub(load(rest), splat(top))), 0, size - i, 0.0f));
+    const Floats rest = load_some(x + i, size - i);
+    total = add(total, keep(exponential(sub(rest, splat(top))), 0, size - i, 0.0f));
   }
   return sum(total);
 }

@@ -120,9 +120,10 @@ inline int32_t word_at(const void* p) {
 }
 
 // Weights are multiplied as they are stored, w + 128; starting at -128 * sum(x) subtracts that.
-inline Ints dot_start(int32_t sum_of_x) {
-  const __m256i start = _mm256_set1_epi32(-128 * sum_of_x);
-  return {start, start};
+inline int32_t dot_start(int32_t sum_of_x) { return -128 * sum_of_x; }
+inline Ints splat_int(int32_t x) {
+  const __m256i all = _mm256_set1_epi32(x);
+  return {all, all};
 }
 #ifdef __AVXVNNI__
 inline Floats room(Floats x) { return abs(x); }

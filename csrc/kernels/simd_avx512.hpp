@@ -16,6 +16,7 @@ using Bytes = __m512i;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -76,7 +77,7 @@ inline int32_t word_at(const void* p) {
 
 inline Floats room(Floats x) { return abs(x); }
 // vpdpbusd takes unsigned weights: they are stored as w + 128, and starting at -128 * sum(x) subtracts that.
-inline Ints dot_start(int32_t sum_of_x) { return _mm512_set1_epi32(-128 * sum_of_x); }
+inline int32_t dot_start(int32_t sum_of_x) { return -128 * sum_of_x; }
 inline Ints dot4(Ints total, Bytes weights, const int8_t* x) {
   return _mm512_dpbusd_epi32(total, weights, _mm512_set1_epi32(word_at(x)));
 }

@@ -116,8 +116,13 @@ inline Floats to_floats(Ints x) {
 inline Floats room(Floats x) { return abs(x); }
 
 // Weights are stored as w + 128. dot4 adds, for each of sixteen outputs, four products w * x to `total`, which
-// begins as dot_start(the sum of all x).
-inline Ints dot_start(int32_t) { return {}; }
+// begins as dot_start(the sum of all x) in all lanes.
+inline int32_t dot_start(int32_t) { return 0; }
+inline Ints splat_int(int32_t x) {
+  Ints all;
+  for (int32_t& lane : all.lane) lane = x;
+  return all;
+}
 inline Ints dot4(Ints total, const Bytes& weights, const int8_t* x) {
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 4; j++)

@@ -1,6 +1,7 @@
 #include "mixers/attention.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 namespace fastmtp {
 namespace {
@@ -8,6 +9,9 @@ namespace {
 // Up to this many rows, each page of a segment is an item of work, so that there are items for all threads. With more
 // rows there are enough items without that, and the partial results of every page would take too much memory.
 constexpr int kRowsByPage = 16;
+
+// What a page costs in tokens, before the first one.
+constexpr int kPageCost = 32;
 
 // Pages start at fixed positions, each gives a partial result, and a query's partial results are merged in the order
 // of pages. So a query's result does not depend on the tokens beside it, nor on which thread computes which page.
@@ -30,17 +34,25 @@ class AttentionPass : public Mixer::Pass {
     runtime_.partials.reserve((results + size_t(runtime_.threads) * kTileQueries) * partial_size_);
   }
 
-  void run(Team& team, float* out, int stride) const override {
-    runtime_.matmul(team, Part::query_key_value, attention_.query_key_value, batch_.rows, wide(0), wide_stride_);
-    team.each(Part::rope, 2 * shape_.key_heads, [&](int item) {
-      const int head = item % shape_.key_heads;
-      item < shape_.key_heads ? store_keys_values(team, head) : store_queries(team, head);
+  void run(Team& team, Norm norm, float* out, int stride) const override {
+    runtime_.matmul(team, Part::query_key_value, attention_.query_key_value, batch_.rows, wide(0), wide_stride_, norm);
+    fetch_first(team);
+    // In the order of the product's outputs, so that a head is mostly where it was computed.
+    team.each_group(Part::rope, batch_.rows, shape_.heads + 2 * shape_.key_heads, [&](int m, int head) {
+      const float* numbers = wide(m) + head * shape_.head_size;
+      head < shape_.heads ? rotate(team, numbers, attention_.query_norm, m, shape_.scale, query(m, head))
+                          : store(team, numbers, m, head - shape_.heads);
     });
     attend(team);
-    team.each(Part::convert, batch_.rows, [&](int m) {
-      merge_pages(m, runtime_.own_row(team));
-      team.lap(Part::attention);
-      runtime_.convert(attention_.out, runtime_.own_row(team), m);
+    // The fewest heads that fill whole groups of the operand.
+    const int together = kGroup / std::gcd(kGroup, shape_.head_size);
+    team.each_group(Part::attention, batch_.rows, (shape_.heads - 1) / together + 1, [&](int m, int index) {
+      const int first = index * together, last = std::min(shape_.heads, first + together);
+      float* merged = runtime_.own_row(team);
+      for (int head = first; head < last; head++)
+        merge_pages(m, head, merged + (head - first) * shape_.head_size);
+      const int group = first * shape_.head_size / kGroup, end = ((last * shape_.head_size) - 1) / kGroup + 1;
+      for (int g = group; g < end; g++) runtime_.convert(attention_.out, merged + (g - group) * kGroup, m, g);
     });
     runtime_.matmul(team, Part::out, attention_.out, batch_.rows, out, stride);
   }
@@ -51,9 +63,11 @@ class AttentionPass : public Mixer::Pass {
   struct Tile {
     int segment, first_row, first_query, count;
   };
-  // Work for one thread: some tiles of one segment, one key head, some pages.
+  // Work for one thread: some tiles of one segment, one key head, some pages. `middle` is the cost of all items before
+  // and of half of this one.
   struct Item {
     int first_tile, last_tile, key_head, first_page, last_page;
+    double middle;
   };
 
   void add_items() {
@@ -76,9 +90,19 @@ class AttentionPass : public Mixer::Pass {
     const int first_page = first_seen(*std::min_element(begin, end + 1)) / kPageTokens;
     const int last_page = *std::max_element(begin, end + 1) / kPageTokens;
     const int step = by_page_ ? 1 : last_page - first_page + 1;
+    const int end_token = *std::max_element(begin, end + 1) + 1;
     for (int head = 0; head < shape_.key_heads; head++)
-      for (int page = first_page; page <= last_page; page += step)
-        items_.push_back({first_tile, last_tile, head, page, page + step - 1});
+      for (int page = first_page; page <= last_page; page += step) {
+        const int tokens = std::min(end_token, (page + step) * kPageTokens) - page * kPageTokens;
+        const double cost = double(kPageCost + tokens) * (last_tile - first_tile + 1);
+        items_.push_back({first_tile, last_tile, head, page, page + step - 1, cost_ + cost / 2});
+        cost_ += cost;
+      }
+  }
+  // The first item of a thread: neighbouring items are one thread's, so that few results change cores.
+  int first_item(int thread, int threads) const {
+    const auto before = [](const Item& item, double cost) { return item.middle < cost; };
+    return int(std::lower_bound(items_.begin(), items_.end(), cost_ * thread / threads, before) - items_.begin());
   }
 
   float* wide(int m) const { return runtime_.wide.get() + size_t(m) * wide_stride_; }
@@ -102,27 +126,16 @@ class AttentionPass : public Mixer::Pass {
     runtime_.kernels.rotate(head, angle, angle + shape_.head_size / 2, shape_.head_size, scale, out);
   }
 
-  // The queries that share one key head.
-  void store_queries(const Team& team, int key_head) const {
-    for (int m = 0; m < batch_.rows; m++)
-      for (int head = key_head * shape_.group(); head < (key_head + 1) * shape_.group(); head++)
-        rotate(team, wide(m) + head * shape_.head_size, attention_.query_norm, m, shape_.scale, query(m, head));
-  }
-
-  // The keys and values of one head, into the caches.
-  void store_keys_values(const Team& team, int key_head) const {
-    const int size = shape_.head_size;
-    int m = 0;
-    for (size_t s = 0; s < batch_.segments.size(); s++)
-      for (int i = 0; i < batch_.segments[s].count; i++, m++) {
-        const float* key = wide(m) + (shape_.heads + key_head) * size;
-        const float* value = key + shape_.key_heads * size;
-        uint16_t rotated[kLargestHead];
-        rotate(team, key, attention_.key_norm, m, 1.0f, rotated);
-        const int slot = batch_.segments[s].start + i, page = slot / kPageTokens;
-        runtime_.kernels.store_token(rotated, value, size, slot % kPageTokens, states_[s]->keys(page, key_head),
-                                     states_[s]->values(page, key_head));
-      }
+  // One row's key or value into its cache: first the heads' keys, then their values.
+  void store(const Team& team, const float* numbers, int m, int index) const {
+    const KeyValues& state = *states_[batch_.places[m].segment];
+    const int slot = batch_.places[m].slot, size = shape_.head_size;
+    const int page = slot / kPageTokens, in_page = slot % kPageTokens;
+    if (index >= shape_.key_heads)
+      return runtime_.kernels.store_value(numbers, size, in_page, state.values(page, index - shape_.key_heads));
+    uint16_t rotated[kLargestHead];
+    rotate(team, numbers, attention_.key_norm, m, 1.0f, rotated);
+    runtime_.kernels.store_key(rotated, size, in_page, state.keys(page, index));
   }
 
   PageView page_view(int segment, int page, int head) const {
@@ -138,6 +151,16 @@ class AttentionPass : public Mixer::Pass {
     return view;
   }
 
+  // Begins to fetch the keys and values that this thread reads first.
+  void fetch_first(const Team& team) const {
+    const int index = first_item(team.id, team.count);
+    if (index == first_item(team.id + 1, team.count)) return;
+    const Item& item = items_[index];
+    const uint16_t* keys = states_[tiles_[item.first_tile].segment]->keys(item.first_page, item.key_head);
+    for (size_t number = 0; number < 2 * head_numbers(shape_.head_size); number += 32)
+      __builtin_prefetch(keys + number, 0, 2);
+  }
+
   // Partial results of all queries.
   void attend(Team& team) const {
     // The next product's weights are fetched during a thread's last page: where its share begins (see Team::split).
@@ -146,9 +169,10 @@ class AttentionPass : public Mixer::Pass {
     const auto keys = [&](const Item& item, int page) {
       return states_[tiles_[item.first_tile].segment]->keys(page, item.key_head);
     };
-    team.each(Part::attention, int(items_.size()), [&](int index) {
+    const int end = first_item(team.id + 1, team.count);
+    for (int index = first_item(team.id, team.count); index < end; index++) {
       const Item& item = items_[index];
-      const Item* following = index + team.count < int(items_.size()) ? &items_[index + team.count] : nullptr;
+      const Item* following = index + 1 < end ? &items_[index + 1] : nullptr;
       for (int page = item.first_page; page <= item.last_page; page++) {
         const void* next = page < item.last_page ? keys(item, page + 1)
                            : following           ? keys(*following, following->first_page)
@@ -156,7 +180,8 @@ class AttentionPass : public Mixer::Pass {
         for (int t = item.first_tile; t <= item.last_tile; t++, next = keys(item, page))
           attend_tile(team, tiles_[t], item, page, next);
       }
-    });
+    }
+    team.wait(Part::attention);
   }
 
   void attend_tile(const Team& team, const Tile& tile, const Item& item, int page, const void* next) const {
@@ -184,16 +209,14 @@ class AttentionPass : public Mixer::Pass {
         runtime_.kernels.merge(totals[i], queries[i].partial, shape_.head_size);
   }
 
-  // The heads' outputs of one row, [heads * D].
-  void merge_pages(int row, float* out) const {
+  // One head's outputs of one row, [D].
+  void merge_pages(int row, int head, float* out) const {
     const int size = shape_.head_size, position = batch_.positions[row];
     const int first = by_page_ ? first_seen(position) / kPageTokens : 0;
     const int last = by_page_ ? position / kPageTokens : 0;
-    for (int head = 0; head < shape_.heads; head++) {
-      float* total = partial(row, head, first);
-      for (int page = first + 1; page <= last; page++) runtime_.kernels.merge(total, partial(row, head, page), size);
-      for (int d = 0; d < size; d++) out[head * size + d] = total[kPartialHeader + d] / total[1];
-    }
+    float* total = partial(row, head, first);
+    for (int page = first + 1; page <= last; page++) runtime_.kernels.merge(total, partial(row, head, page), size);
+    runtime_.kernels.divide(total, size, out);
   }
 
   const Attention& attention_;
@@ -206,6 +229,7 @@ class AttentionPass : public Mixer::Pass {
   std::vector<const KeyValues*> states_;  // by segment
   std::vector<Tile> tiles_;
   std::vector<Item> items_;
+  double cost_ = 0;  // of all items
 };
 
 }  // namespace

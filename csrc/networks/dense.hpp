@@ -18,14 +18,15 @@ class Dense : public Network {
     runtime.wide.reserve(size_t(rows) * stride_of(gate_up));
   }
 
-  void run(Runtime& runtime, Team& team, int rows, float* out, int stride) const override {
+  void run(Runtime& runtime, Team& team, Norm norm, int rows, float* out, int stride) const override {
     const int wide_stride = stride_of(gate_up);
     float* wide = runtime.wide.get();
-    runtime.matmul(team, Part::gate_up, gate_up, rows, wide, wide_stride);
-    team.each(Part::convert, rows, [&](int m) {
-      runtime.kernels.activate(wide + size_t(m) * wide_stride, down.inputs(), gelu_, runtime.own_row(team));
-      team.lap(Part::activate);
-      runtime.convert(down, runtime.own_row(team), m);
+    runtime.matmul(team, Part::gate_up, gate_up, rows, wide, wide_stride, norm);
+    team.each_group(Part::activate, rows, down.groups(), [&](int m, int group) {
+      const int start = group * kGroup, size = std::min(kGroup, down.inputs() - start);
+      float active[kGroup];
+      runtime.kernels.activate(wide + size_t(m) * wide_stride + 2 * start, size, gelu_, active);
+      runtime.convert(down, active, m, group);
     });
     runtime.matmul(team, Part::down, down, rows, out, stride);
   }
