@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web check docs prove-vllm clean
+.PHONY: demo test test-web check check-kernels check-arm sanitize docs prove-vllm clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -16,6 +16,33 @@ test-web: .venv/installed .venv/node
 
 .venv/node: .venv/installed
 	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix $@ openai
+
+# All kernels of this processor against the portable ones, on random shapes.
+check-kernels:
+	cmake -S . -B build/check -DFASTMTP_KERNEL_CHECK=ON
+	cmake --build build/check --parallel
+	build/check/kernel_check 1000
+
+# Those of ARM, in an emulator (Debian's g++-aarch64-linux-gnu and qemu-user).
+check-arm:
+	cmake -S . -B build/check-arm -DFASTMTP_KERNEL_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build build/check-arm --parallel
+	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/check-arm/kernel_check 100
+
+# The engine's tests under the compiler's sanitizers, in an environment of their own (Linux, GCC).
+sanitize: .venv-sanitize/installed
+	cmake -S . -B build/check-sanitized -DFASTMTP_KERNEL_CHECK=ON -DFASTMTP_SANITIZE=ON
+	cmake --build build/check-sanitized --parallel
+	build/check-sanitized/kernel_check 100
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 .venv-sanitize/bin/pytest tests/native
+
+.venv-sanitize/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv .venv-sanitize
+	.venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--config-settings=cmake.define.FASTMTP_SANITIZE=ON --config-settings=build-dir=build/sanitized
+	touch $@
 
 check: .venv/installed
 	$(BIN)/ruff check src tests tools
@@ -48,4 +75,4 @@ prove-vllm: .venv-vllm/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm
+	rm -rf .venv .venv-vllm .venv-sanitize build

@@ -10,6 +10,14 @@
 #include <unistd.h>
 #endif
 
+#ifdef FASTMTP_NEON
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
+
 #include "kernels.hpp"
 
 namespace fastmtp {
@@ -23,6 +31,9 @@ extern const Kernels avxvnni_kernels;
 #ifdef FASTMTP_AMX
 extern const Kernels amx_kernels;
 #endif
+#ifdef FASTMTP_NEON
+extern const Kernels i8mm_kernels, dotprod_kernels;
+#endif
 extern const Kernels portable_kernels;
 
 namespace {
@@ -35,6 +46,29 @@ bool may_use_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+#ifdef FASTMTP_NEON
+struct Features {
+  bool dotprod = false, i8mm = false, bf16 = false;
+};
+
+Features features() {
+#if defined(__linux__)
+  // Bits of Linux's <asm/hwcap.h>, named there HWCAP_ASIMDDP, HWCAP2_I8MM and HWCAP2_BF16.
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  return {(first >> 20 & 1) != 0, (second >> 13 & 1) != 0, (second >> 14 & 1) != 0};
+#elif defined(__APPLE__)
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"), has("hw.optional.arm.FEAT_BF16")};
+#else
+  return {};
+#endif
 }
 #endif
 
@@ -56,6 +90,11 @@ std::vector<const Kernels*> find_kernels() {
   if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
 #endif
   if (avx2) found.push_back(&avx2_kernels);
+#endif
+#ifdef FASTMTP_NEON
+  const Features has = features();
+  if (has.dotprod && has.i8mm && has.bf16) found.push_back(&i8mm_kernels);
+  if (has.dotprod) found.push_back(&dotprod_kernels);
 #endif
   found.push_back(&portable_kernels);
   return found;

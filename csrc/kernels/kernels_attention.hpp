@@ -129,7 +129,8 @@ inline void softmax(const Query* queries, int count, int first, int last, const 
       most = max(most, inside(load(scores[i] + block * kLanes), block, -3e38f));
     const float top = largest(most);
     for (int block = first; block < last; block++) {
-      const Floats shifted = sub(load(scores[i] + block * kLanes), splat(top));
+      // A score that the query does not see may be too large for an exponential.
+      const Floats shifted = inside(sub(load(scores[i] + block * kLanes), splat(top)), block, 0.0f);
       const Floats weight = inside(exponential(shifted), block, 0.0f);
       // The sum is that of the rounded weights, so that they add up to one.
       total = add(total, store_factors(weights[i] + block * kLanes, weight));

@@ -172,14 +172,21 @@ void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int
 #ifdef __AMX_INT8__
 #include "kernels_amx.hpp"
 #endif
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#include "kernels_i8mm.hpp"
+#endif
 
 namespace {
 
 void matmul(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out,
             int stride) {
 #ifdef __AMX_INT8__
-  if (w.type == Type::int8 && rows >= kLeastAmxRows)
+  if ((w.type == Type::int8 && rows >= kLeastAmxRows) || (w.type == Type::int4 && rows >= kLeastAmxInt4Rows))
     return amx_matmul(w, x, rows, first_block, last_block, out, stride);
+#endif
+#ifdef __ARM_FEATURE_MATMUL_INT8
+  if (w.type == Type::int8 && rows >= kLeastI8mmRows)
+    return i8mm_matmul(w, x, rows, first_block, last_block, out, stride);
 #endif
   if (w.type == Type::int8)
     tiles<kInt8TileRows>(w, x, rows, first_block, last_block, out, stride);
