@@ -30,13 +30,15 @@ check-arm:
 	cmake --build build/check-arm --parallel
 	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/check-arm/kernel_check 100
 
-# The engine's tests under the compiler's sanitizers, in an environment of their own (Linux, GCC).
+# The engine's tests under the compiler's sanitizers, in an environment of their own (Linux, GCC). The test left out limits
+# the address space, which the sanitizers need terabytes of.
 sanitize: .venv-sanitize/installed
 	cmake -S . -B build/check-sanitized -DFASTMTP_KERNEL_CHECK=ON -DFASTMTP_SANITIZE=ON
 	cmake --build build/check-sanitized --parallel
 	build/check-sanitized/kernel_check 100
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 .venv-sanitize/bin/pytest tests/native
+		ASAN_OPTIONS=detect_leaks=0 .venv-sanitize/bin/pytest tests/native \
+		--deselect tests/native/test_target.py::test_refused_memory_is_an_error_not_a_crash
 
 .venv-sanitize/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv-sanitize

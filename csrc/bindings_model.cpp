@@ -145,7 +145,7 @@ std::vector<std::vector<Candidates>> ask_head(const Head& head, const std::vecto
     for (const Question& other : questions) require(other.drafter != drafter, "a drafter is asked twice");
     require(!tokens.empty(), "a question needs tokens");
     check_tokens(tokens.data(), tokens.size(), head.model);
-    require(width >= 1, "width must be 1 or more");
+    require(width >= 0, "width must be 0 or more");
     questions.push_back({drafter, parents, tokens, start, nullptr, rows_of(head.stack, parts), width});
     require(questions.back().rows[0].matrix->type() == questions[0].rows[0].matrix->type(),
             "the rows of all questions must be of one type");

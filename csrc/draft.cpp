@@ -152,11 +152,11 @@ std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Que
       // Room for all of them now: a thread of a team cannot throw.
       one.tokens.reserve(std::min(question.width, size));
       one.confidences.reserve(std::min(question.width, size));
-      nodes.push_back({&question, next, &one});
+      if (question.width > 0) nodes.push_back({&question, next, &one});
       next += hidden;
     }
   }
-  score(head.model.runtime, nodes);
+  if (!nodes.empty()) score(head.model.runtime, nodes);
   return found;
 }
 

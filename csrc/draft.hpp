@@ -34,7 +34,7 @@ struct Question {
   int start;
   const float* before;
   DraftRows rows;
-  int width;  // candidates to follow each new node; there are fewer if the rows are fewer
+  int width;  // candidates to follow each new node, of which there are fewer if the rows are fewer; 0: nothing is scored
 };
 
 // The tree of one sequence, in its cache after the tokens that it holds.

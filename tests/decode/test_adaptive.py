@@ -303,3 +303,17 @@ def test_the_head_is_tried_again_though_rounds_were_counted_at_once() -> None:
     now.worth[1].value = 0.0
     now.rounds_without_head = now.probe_after + 3
     assert planned(drafter.propose(0, 50, 100), Told(range(100), True, 0.5)).asked == [0]
+
+
+def test_following_is_asking_without_an_answer(engine: Engine, target: Target) -> None:
+    """What the head says of a node is the same whether it was asked about those before or only followed them."""
+    found = []
+    for width in (3, 0):
+        sequence, tree = engine.sequence(target, tuned_head(target)), Tree(7)
+        sequence.prefill([1, 2, 3])
+        for node, token in enumerate((8, 9)):
+            (said,) = sequence.ask(Ask(tree, [node], width))
+            assert len(said.tokens) == width
+            tree.add(node, token)
+        found.append(sequence.ask(Ask(tree, [2], 5)))
+    assert found[0] == found[1]

@@ -39,7 +39,7 @@ SAMPLINGS = [
     SamplingConfig(temperature=1.2, top_k=5, min_p=0.05, repetition_penalty=1.3, presence_penalty=0.5, seed=8),
     SamplingConfig(frequency_penalty=1.5, logit_bias=((12, 9.0), (69, 4.0))),
 ]
-COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, {1: 0.01})
+COSTS = Costs({128: {1: 5.0, 8: 5.001, 32: 6.0}}, {1: 0.01}, 0.1)
 DRAFTERS: dict[str, Callable[[], NewDrafter]] = {
     "trees": lambda: partial(Adaptive, Learned(COSTS)),
     "text": lambda: partial(FromText, Learned(COSTS)),
@@ -167,10 +167,11 @@ class Saying:
     """A head that always says the same."""
 
     def __init__(self, said: Candidates) -> None:
-        self._said, self.asked = said, list[list[int]]()
+        self._said, self.asked, self.widths = said, list[list[int]](), list[int]()
 
     def ask(self, ask: Ask) -> list[Candidates]:
         self.asked.append(list(ask.nodes))
+        self.widths.append(ask.width)
         return [self._said for _ in ask.nodes]
 
 
@@ -181,6 +182,7 @@ def test_the_head_is_asked_after_what_is_forced(llama: Target) -> None:
     sequence = Saying(Candidates([x, y], [0.6, 0.3]))
     tree = planned(Adaptive(Learned(COSTS), [], GREEDY, grammar).propose(5, a, 99), sequence)
     assert sequence.asked[:3] == [[0], [1], [2]]
+    assert sequence.widths[:2] == [0, 0] and sequence.widths[2] > 0
     assert [node.token for node in tree.nodes[1:5]] == [b, c, x, y]
     assert [node.source for node in tree.nodes[1:5]] == ["grammar", "grammar", "head", "grammar"]
     assert tree.forced == 2

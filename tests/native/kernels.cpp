@@ -103,7 +103,7 @@ void check_products(const Kernels& kernels, const Kernels& portable, Type type) 
   // and factors are about 1, so an error of several deviations of the sum is left.
   const float step = std::max(*std::max_element(ours.scales.begin(), ours.scales.end()),
                               *std::max_element(theirs.scales.begin(), theirs.scales.end()));
-  const float error = type == Type::bf16 ? 2e-4f : 5 * step * std::sqrt(float(inputs));
+  const float error = type == Type::bf16 ? 2e-4f : 5 * step * std::sqrt(float(ours.groups * kGroup));
   for (int m = 0; m < rows; m++)
     expect(kernels, "a product", found.data() + size_t(m) * stride, wanted.data() + size_t(m) * stride, outputs, error);
 

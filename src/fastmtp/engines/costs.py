@@ -66,7 +66,7 @@ def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progre
         head: None: nobody is asked, at no cost.
     """
     sequence, target = engine.new_sequence(head, lists), engine.target
-    timed: list[Any] = [TOGETHER, ASKED, CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
+    timed: list[Any] = [TOGETHER, ASKED, "followed", CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
     model = [target.source, target.identity.tokenizer_sha256, sequence.draft_size if head else 0]
     facts = [importlib.metadata.version("fastmtp"), machine(), engine.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -80,7 +80,7 @@ def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progre
             kept = asdict(_timed(engine, head, lists))
         write_json(path, {fingerprint: kept})
     by_context = {int(context): _by_number(times) for context, times in kept["forward_ms"].items()}
-    return Costs(by_context, _by_number(kept["ask_ms"]))
+    return Costs(by_context, _by_number(kept["ask_ms"]), kept["follow_ms"])
 
 
 def _by_number(stored: Mapping[str, float]) -> dict[int, float]:
@@ -106,7 +106,9 @@ def _timed(engine: Engine, head: Head | None, lists: DraftLists | None) -> Costs
         one.share(sequence, CONTEXT)
         one.prefill(ids)
     asking = {count: asking_task(engine, sequences[:count], _RUNS) for count in ASKED}
-    return Costs(by_context, least_ms(asking, _REPEATS))
+    following = asking_task(engine, sequences[:1], _RUNS, width=0)
+    times = least_ms(asking | {0: following}, _REPEATS)
+    return Costs(by_context, {count: times[count] for count in ASKED}, times[0])
 
 
 def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
@@ -144,15 +146,15 @@ def ask_task(sequence: TokenSequence, context: Sequence[int], steps: int = 4, wi
     return lambda: median(run() for _ in range(5))
 
 
-def asking_task(engine: Engine, sequences: Sequence[EngineSequence], runs: int) -> Task:
+def asking_task(engine: Engine, sequences: Sequence[EngineSequence], runs: int, width: int = 4) -> Task:
     """Seconds of asking the head for candidates after a node of each sequence, of four along a path."""
 
     def paths() -> None:
         trees = [Tree(0) for _ in sequences]
         for node in range(4):
-            found = engine.ask_together(sequences, [Ask(tree, [node], 4) for tree in trees])
+            found = engine.ask_together(sequences, [Ask(tree, [node], width) for tree in trees])
             for tree, (own,) in zip(trees, found, strict=True):
-                tree.add(node, own.tokens[0])
+                tree.add(node, own.tokens[0] if own.tokens else 0)
 
     def run() -> float:
         # As above.

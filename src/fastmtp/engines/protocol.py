@@ -34,7 +34,8 @@ class Candidates:
 class Ask:
     """What a drafter asks the head: at most `width` candidates to follow each of these nodes of its tree.
 
-    The root is asked alone and first, any other node after its parent.
+    The root is asked alone and first, any other node after its parent. With width 0 the head only follows the
+    nodes, so that it can be asked of others after them, which costs less.
     """
 
     tree: Tree
@@ -68,11 +69,13 @@ class Floor:
 class Costs:
     """Milliseconds of a forward, by tokens of context and tokens verified, and of asking the head what follows.
 
-    `ask_ms` is of one node each of so many sequences, which are asked together; empty without a head.
+    `ask_ms` is of one node each of so many sequences, which are asked together; empty without a head. `follow_ms`
+    is of a node of one sequence that the head only follows.
     """
 
     forward_ms: dict[int, dict[int, float]]
     ask_ms: dict[int, float]
+    follow_ms: float = 0.0
 
     def forward(self, tokens: int, context: int = 0) -> float:
         """Linear in the context and in the tokens, between what was timed and beyond it."""
@@ -87,6 +90,10 @@ class Costs:
     def ask(self, sequences: int = 1) -> float:
         """Of each of so many sequences its share."""
         return _between(self.ask_ms, sequences) / sequences if self.ask_ms else 0.0
+
+    def follow(self, sequences: int = 1) -> float:
+        """Of each of so many sequences its share, as much less as of asking."""
+        return self.follow_ms * self.ask(sequences) / self.ask() if self.ask_ms else 0.0
 
 
 class DraftingSequence(Protocol):

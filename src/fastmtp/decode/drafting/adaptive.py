@@ -51,6 +51,7 @@ class Adaptive:
         self._lookup.extend([token])
         self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
         self._ask_ms = self._learned.ask_ms(load.sequences)
+        self._follow_ms = self._learned.follow_ms(load.sequences)
         tree = Tree(token)
         self._begin(tree, room)
         forward_ms = self._learned.forward_ms(length, load.tokens + load.prefill + tree.forced)
@@ -61,7 +62,9 @@ class Adaptive:
         tree.select(chosen)
         # As if the others asked as often. Prompts and forced tokens are left out: the rate is that of decoding.
         decoding_ms = self._learned.forward_ms(length, load.tokens)[len(chosen) - tree.forced]
-        tree.expected_ms = decoding_ms + load.sequences * len(tree.asked) * self._ask_ms
+        followed = tree.forced if tree.asked else 0
+        asked_ms = followed * self._follow_ms + (len(tree.asked) - followed) * self._ask_ms
+        tree.expected_ms = decoding_ms + load.sequences * asked_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -114,14 +117,14 @@ class Adaptive:
         while (depth := tree.nodes[node].depth) < MAX_DEPTH + tree.forced:
             open_ = _open(tree, node)
             # Before its first question the head has to follow what is forced, a token at a time.
-            asks = 1 if tree.asked else 1 + tree.forced
-            pays = open_ * now.worth[_level(depth)].value > now.rate.value * self._ask_ms * asks
+            ask_ms = self._ask_ms + (0 if tree.asked else tree.forced * self._follow_ms)
+            pays = open_ * now.worth[_level(depth)].value > now.rate.value * ask_ms
             if not pays and (tree.asked or not probe):
                 break
             if not tree.asked:
                 now.probe_after = PROBE if pays else min(2 * now.probe_after, RAREST_PROBE)
                 for before in range(tree.forced):
-                    yield Ask(tree, [before], 1)
+                    yield Ask(tree, [before], 0)
                     tree.asked.append(before)
             (candidates,) = yield Ask(tree, [node], width)
             tree.asked.append(node)

@@ -82,6 +82,10 @@ class Learned:
         """Milliseconds that asking the head for a node takes, of each of so many sequences that ask together."""
         return self._costs.ask(sequences) + PLANNING_MS
 
+    def follow_ms(self, sequences: int) -> float:
+        """The same of a node that the head only follows; little is planned for it."""
+        return self._costs.follow(sequences)
+
     def forward_ms(self, context: int, beside: int = 0) -> list[float]:
         """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""
         step = round(context / CONTEXT_STEP)

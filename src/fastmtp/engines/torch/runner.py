@@ -62,6 +62,8 @@ class TorchRunner:
         else:
             states_NH = self._head_forward(question.start, question.states_TH, question.tokens)[-1:]
             self._parents, self._states_NH = [-1], states_NH
+        if not question.width:
+            return [Candidates([], []) for _ in states_NH]
         return likeliest(self._draft_logits(states_NH), self._draft_ids(), question.width)
 
     def _extend(self, parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
