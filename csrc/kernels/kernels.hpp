@@ -16,7 +16,7 @@ constexpr int kHalf = 32;        // inputs that share a scale in int4 (matrix.hp
 constexpr int kPageTokens = 256; // tokens in one page of a cache
 constexpr int kLargestHead = 512;
 constexpr int kTileQueries = 16; // queries that share one pass over keys and values, as many as a tile has rows
-constexpr int kBlocksTogether = 4; // of a matrix, that are computed at once
+constexpr int kBlocksTogether = 4;   // of a matrix, that one row is multiplied by at once
 constexpr size_t kPeakBytes = 4096; // that the measurements of the arithmetic's speed use
 
 enum class Type { bf16, int8, int4 };
@@ -41,7 +41,7 @@ struct PackedView {
 };
 
 // Rows of inputs in the arithmetic of the weights: bf16, or int8 with a scale and a sum for each group of the weights.
-// Threads that fill neighbouring groups of a row write to different cache lines.
+// They are stored by group, so that threads with neighbouring groups seldom write to one cache line.
 struct Operand {
   uint8_t* values;       // [M, groups, kGroup]
   float* scales;         // [groups, stride], or [2 groups, stride] for int4

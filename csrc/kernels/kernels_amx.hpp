@@ -1,6 +1,6 @@
-// int8 products in AMX tiles: a group of 64 inputs of sixteen outputs has the layout of a tile, and sixteen rows take
-// the time of one. Sums of integers are exact, and the rest is done in the order of int8_blocks, so a row has the same
-// bits as there. Part of kernels_matmul.hpp.
+// Products in AMX tiles: in int8 a group of 64 inputs of sixteen outputs has the layout of a tile, and sixteen rows take
+// the time of one. Sums of integers are exact, and the rest is done in the order of int8_blocks and int4_block, so a row
+// has the same bits as there. Part of kernels_matmul.hpp.
 #pragma once
 
 namespace {
@@ -82,7 +82,7 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
   store_totals(total, w, block, x.factors + row, out, stride);
 }
 
-// The same for int4: the 32 inputs of a group are half as deep a tile, whose numbers are unpacked in memory first.
+// The same for int4: the 32 inputs of a group make a tile half as deep, whose numbers are unpacked in memory first.
 template <int Rows, int Blocks>
 void amx_int4_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
   constexpr size_t kTile = kHalf * kLanes, kPacked = kTile / 2 + 4 * kLanes;

@@ -148,14 +148,14 @@ void blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahe
 template <int Rows>
 void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int last_block, float* out, int stride) {
   // With few rows several blocks are computed together: more streams from memory at once, in registers that are free.
-  constexpr int kTogether = 4, kFew = (Rows + 1) / kTogether;
+  constexpr int kFew = (Rows + 1) / kBlocksTogether;
   const int passes = (rows - 1) / Rows + 1;
   const size_t share = w.block_bytes / passes, step = share / lines_of(w);
   int block = first_block;
   if (rows <= kFew)
-    for (; block + kTogether <= last_block; block += kTogether)
+    for (; block + kBlocksTogether <= last_block; block += kBlocksTogether)
       with_constant<kFew>(rows, [&](auto count) {
-        blocks<count.value, kTogether>(w, x, 0, block, {kAhead, step}, out + block * kLanes, stride);
+        blocks<count.value, kBlocksTogether>(w, x, 0, block, {kAhead, step}, out + block * kLanes, stride);
       });
   for (; block < last_block; block++)
     for (int pass = 0; pass < passes; pass++) {
