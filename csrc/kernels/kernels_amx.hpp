@@ -1,5 +1,5 @@
 // Products in AMX tiles: in int8 a group of 64 inputs of sixteen outputs has the layout of a tile, and sixteen rows take
-// the time of one. Sums of integers are exact, and the rest is done in the order of int8_blocks and int4_block, so a row
+// the time of one. Sums of integers are exact, and the rest is done in the order of int8_blocks and int4_blocks, so a row
 // has the same bits as there. Part of kernels_matmul.hpp.
 #pragma once
 

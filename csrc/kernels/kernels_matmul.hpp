@@ -75,36 +75,44 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
   store_totals(total, w, block, x.factors + row, out, stride);
 }
 
-template <int Rows>
-void int4_block(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
+template <int Rows, int Blocks>
+void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
+  // Of a group, its scales included.
+  constexpr size_t kLines = kHalf / 8, kBytes = (kLines + 1) * 4 * kLanes, kNear = kGroup * kLanes;
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
   const int groups = 2 * w.groups;
   const uint8_t* next = weights + ahead.start;
-  Floats total[1][Rows] = {};
+  Floats total[Blocks][Rows] = {};
   for (int g = 0; g < groups; g++) {
-    SmallInts sums[Rows] = {};
+    // As prefetch_distance, of blocks whose groups are not a kilobyte.
+    const size_t distance = kNear + (g * kBytes + kNear < w.block_bytes ? 0 : (Blocks - 1) * w.block_bytes);
+    SmallInts sums[Blocks][Rows] = {};
 #pragma GCC unroll kUnroll
-    for (int k = 0; k < kHalf; k += 8) {
-      prefetch(next);
+    for (int k = 0; k < kHalf; k += 8)
+      for (int b = 0; b < Blocks; b++) {
+        const uint8_t* line = weights + b * w.block_bytes + k / 8 * 4 * kLanes;
+        prefetch(Blocks == 1 ? next : line + distance);
+        next += ahead.step;
+        const Bytes eight = load_bytes(line), low = low_nibbles(eight), high = high_nibbles(eight);
+        for (int m = 0; m < Rows; m++) sums[b][m] = dot4_small(sums[b][m], low, values + m * width + k);
+        for (int m = 0; m < Rows; m++) sums[b][m] = dot4_small(sums[b][m], high, values + m * width + k + 4);
+      }
+    for (int b = 0; b < Blocks; b++) {
+      const uint8_t* line = weights + b * w.block_bytes + kLines * 4 * kLanes;
+      prefetch(Blocks == 1 ? next : line + distance);
       next += ahead.step;
-      const Bytes eight = load_bytes(weights), low = low_nibbles(eight), high = high_nibbles(eight);
-      for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], low, values + m * width + k);
-      for (int m = 0; m < Rows; m++) sums[m] = dot4_small(sums[m], high, values + m * width + k + 4);
-      weights += 4 * kLanes;
+      const auto* scales = reinterpret_cast<const uint16_t*>(line);
+      const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
+      for (int m = 0; m < Rows; m++) {
+        const size_t index = x.index(row + m, g);
+        const Floats all = splat(static_cast<float>(x.sums[index]));
+        const Floats product = fma(to_floats(to_ints(sums[b][m])), step, mul(all, least));
+        total[b][m] = fma(product, splat(x.scales[index]), total[b][m]);
+      }
     }
-    prefetch(next);
-    next += ahead.step;
-    const auto* scales = reinterpret_cast<const uint16_t*>(weights);
-    const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
-    for (int m = 0; m < Rows; m++) {
-      const size_t index = x.index(row + m, g);
-      const Floats all = splat(static_cast<float>(x.sums[index]));
-      const Floats product = fma(to_floats(to_ints(sums[m])), step, mul(all, least));
-      total[0][m] = fma(product, splat(x.scales[index]), total[0][m]);
-    }
-    weights += 4 * kLanes;
+    weights += kBytes;
     values += kHalf;
   }
   store_totals(total, w, block, x.factors + row, out, stride);
@@ -142,7 +150,7 @@ void blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahe
   else if (w.type == Type::bf16)
     bf16_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
   else
-    for (int b = 0; b < Blocks; b++) int4_block<Rows>(w, x, row, block + b, ahead, out + b * kLanes, stride);
+    int4_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
 }
 
 template <int Rows>
