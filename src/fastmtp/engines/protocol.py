@@ -91,10 +91,6 @@ class Costs:
         """Of each of so many sequences its share."""
         return _between(self.ask_ms, sequences) / sequences if self.ask_ms else 0.0
 
-    def follow(self, sequences: int = 1) -> float:
-        """Of each of so many sequences its share, as much less as of asking."""
-        return self.follow_ms * self.ask(sequences) / self.ask() if self.ask_ms else 0.0
-
 
 class DraftingSequence(Protocol):
     """What a drafter uses of a sequence: its tokens, and the head."""

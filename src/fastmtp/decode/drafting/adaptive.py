@@ -51,7 +51,6 @@ class Adaptive:
         self._lookup.extend([token])
         self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
         self._ask_ms = self._learned.ask_ms(load.sequences)
-        self._follow_ms = self._learned.follow_ms(load.sequences)
         tree = Tree(token)
         self._begin(tree, room)
         forward_ms = self._learned.forward_ms(length, load.tokens + load.prefill + tree.forced)
@@ -63,8 +62,8 @@ class Adaptive:
         # As if the others asked as often. Prompts and forced tokens are left out: the rate is that of decoding.
         decoding_ms = self._learned.forward_ms(length, load.tokens)[len(chosen) - tree.forced]
         followed = tree.forced if tree.asked else 0
-        asked_ms = followed * self._follow_ms + (len(tree.asked) - followed) * self._ask_ms
-        tree.expected_ms = decoding_ms + load.sequences * asked_ms
+        asked_ms = load.sequences * (len(tree.asked) - followed) * self._ask_ms
+        tree.expected_ms = decoding_ms + asked_ms + followed * self._learned.follow_ms
         return tree
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
@@ -117,7 +116,7 @@ class Adaptive:
         while (depth := tree.nodes[node].depth) < MAX_DEPTH + tree.forced:
             open_ = _open(tree, node)
             # Before its first question the head has to follow what is forced, a token at a time.
-            ask_ms = self._ask_ms + (0 if tree.asked else tree.forced * self._follow_ms)
+            ask_ms = self._ask_ms + (0 if tree.asked else tree.forced * self._learned.follow_ms)
             pays = open_ * now.worth[_level(depth)].value > now.rate.value * ask_ms
             if not pays and (tree.asked or not probe):
                 break

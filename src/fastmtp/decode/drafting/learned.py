@@ -60,6 +60,8 @@ class Learned:
             estimates: those that came with the head.
         """
         self._costs = costs
+        # Of a node that the head only follows. Other sequences seldom do so in the same call, so nobody shares it.
+        self.follow_ms = costs.follow_ms
         self._known = estimates or Estimates()
         self.experiences: dict[tuple[SamplingConfig, int], Experience] = {}
         self._forward_ms: dict[tuple[int, int], list[float]] = {}
@@ -81,10 +83,6 @@ class Learned:
     def ask_ms(self, sequences: int) -> float:
         """Milliseconds that asking the head for a node takes, of each of so many sequences that ask together."""
         return self._costs.ask(sequences) + PLANNING_MS
-
-    def follow_ms(self, sequences: int) -> float:
-        """The same of a node that the head only follows; little is planned for it."""
-        return self._costs.follow(sequences)
 
     def forward_ms(self, context: int, beside: int = 0) -> list[float]:
         """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""
