@@ -55,6 +55,6 @@ class Sampler:
         if self._grammar is None:
             return argmax
         allowed = self._grammar.allowed(path)
-        if argmax in allowed or allowed.only is not None:
-            return argmax if allowed.only is None else allowed.only
-        return self.draw(logits(), path)
+        if allowed.only is not None:
+            return allowed.only
+        return argmax if argmax in allowed else self.draw(logits(), path)
