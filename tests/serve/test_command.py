@@ -58,7 +58,8 @@ def ended(started: subprocess.Popen[str]) -> tuple[int, str]:
 def listens(url: str) -> bool:
     try:
         httpx2.get(url + "/health")
-    except httpx2.ConnectError:
+    except (httpx2.ConnectError, httpx2.RemoteProtocolError, httpx2.ReadError):
+        # A connection that was made as the listener closed ends without an answer.
         return False
     return True
 
