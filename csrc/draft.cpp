@@ -95,9 +95,7 @@ void score(Runtime& runtime, std::vector<Scored>& nodes) {
   float* logits = runtime.logits.reserve(nodes.size() * stride);
   runtime.reserve_operand(int(nodes.size()), any.inputs());
   runtime.run([&](Team team) {
-    team.each_group(Part::convert, int(nodes.size()), any.groups(), [&](int m, int group) {
-      runtime.convert(any, nodes[m].state + group * kGroup, m, group);
-    });
+    runtime.convert_all(team, any, int(nodes.size()), [&](int m) { return nodes[m].state; });
     for (const auto& [part, first, rows, column] : products)
       runtime.matmul(team, Part::lm_head, *part.matrix, part.count, first, rows,
                      logits + size_t(first) * stride + column, stride);

@@ -32,9 +32,6 @@ constexpr float kSmallest = 1e-30f;
 // Rounds a positive number up, so that no weight exceeds 127 steps.
 uint16_t bf16_above(float x) { return uint16_t((bits_of(x) + 0xffff) >> 16); }
 
-// Of one group of int4: words of eight inputs, then steps and least weights.
-constexpr size_t kHalfWords = size_t(kHalf) / 8 * kLanes * 4, kHalfBytes = kHalfWords + 2 * kLanes * sizeof(uint16_t);
-
 size_t bytes_of_block(Type type, int groups) {
   const size_t weights = size_t(groups) * kGroup * kLanes;
   if (type == Type::int4) return 2 * groups * kHalfBytes;

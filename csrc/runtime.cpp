@@ -43,9 +43,7 @@ const float* Runtime::set_factors(const Team& team, const Matrix& matrix, int ro
 }
 
 void Runtime::product(Team& team, const Matrix& matrix, const float* states, int rows, float* out, int stride) {
-  team.each_group(Part::convert, rows, matrix.groups(), [&](int m, int group) {
-    convert(matrix, states + size_t(m) * matrix.inputs() + group * kGroup, m, group);
-  });
+  convert_all(team, matrix, rows, [&](int m) { return states + size_t(m) * matrix.inputs(); });
   matmul(team, Part::lm_head, matrix, rows, out, stride);
 }
 

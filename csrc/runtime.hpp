@@ -95,6 +95,12 @@ class Runtime {
   void convert(const Matrix& matrix, const float* row, int m) {
     for (int group = 0; group < matrix.groups(); group++) convert(matrix, row + group * kGroup, m, group);
   }
+  // Sets all rows, by the whole team; row(m) is where row m's numbers are.
+  template <class Row>
+  void convert_all(const Team& team, const Matrix& matrix, int rows, Row row) {
+    team.each_group(Part::convert, rows, matrix.groups(),
+                    [&](int m, int group) { convert(matrix, row(m) + group * kGroup, m, group); });
+  }
   // The sum of squares of a group of row m, for a norm of the rows.
   float& squares(int m, int group) { return squares_.get()[size_t(group) * rows_stride_ + m]; }
 

@@ -13,6 +13,8 @@ namespace fastmtp {
 constexpr int kLanes = 16;       // outputs in one block of a packed matrix; tokens in one block of keys
 constexpr int kGroup = 64;       // inputs that share a scale in int8; inputs are padded to a multiple of it
 constexpr int kHalf = 32;        // inputs that share a scale in int4 (matrix.hpp says more)
+// Of an int4 group of sixteen outputs: the bytes of its numbers, and with its steps and least weights.
+constexpr size_t kHalfWords = size_t(kHalf) / 8 * kLanes * 4, kHalfBytes = kHalfWords + 2 * kLanes * sizeof(uint16_t);
 constexpr int kPageTokens = 256; // tokens in one page of a cache
 constexpr int kLargestHead = 512;
 constexpr int kTileQueries = 16; // queries that share one pass over keys and values, as many as a tile has rows

@@ -52,9 +52,7 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
     _tile_loadd(0, values + size_t(g) * kGroup, width);
     for (int b = 0; b < Blocks; b++) {
       const uint8_t* tile = weights + b * w.block_bytes + g * kTile;
-      // At a block's end, the blocks after those that are computed together.
-      const bool within = g * kTile + kTileAhead < w.block_bytes;
-      const uint8_t* next = tile + kTileAhead + (within ? 0 : (Blocks - 1) * w.block_bytes);
+      const uint8_t* next = tile + prefetch_distance<Blocks>(w, g * kTile, kTileAhead);
       for (size_t line = 0; line < kTile; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
       int32_t* const to = sums[g % 2][b][0];
@@ -85,7 +83,7 @@ void amx_blocks(const PackedView& w, const Operand& x, int row, int block, float
 // The same for int4: the 32 inputs of a group make a tile half as deep, whose numbers are unpacked in memory first.
 template <int Rows, int Blocks>
 void amx_int4_blocks(const PackedView& w, const Operand& x, int row, int block, float* out, int stride) {
-  constexpr size_t kTile = kHalf * kLanes, kPacked = kTile / 2 + 4 * kLanes;
+  constexpr size_t kTile = kHalf * kLanes;
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
@@ -97,9 +95,10 @@ void amx_int4_blocks(const PackedView& w, const Operand& x, int row, int block, 
 
   const auto unpack = [&](int g) {
     for (int b = 0; b < Blocks; b++) {
-      const uint8_t* packed = weights + b * w.block_bytes + g * kPacked;
-      for (size_t line = 0; line < kPacked; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(packed + kTileAhead + line), _MM_HINT_T0);
+      const uint8_t* packed = weights + b * w.block_bytes + g * kHalfBytes;
+      const uint8_t* next = packed + prefetch_distance<Blocks>(w, g * kHalfBytes, kTileAhead);
+      for (size_t line = 0; line < kHalfBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
       for (size_t line = 0; line < kTile / 128; line++) {
         const Bytes eight = load_bytes(packed + 64 * line);
         _mm512_store_si512(unpacked[g % 2][b] + 128 * line, low_nibbles(eight));
@@ -119,8 +118,8 @@ void amx_int4_blocks(const PackedView& w, const Operand& x, int row, int block, 
   };
   const auto accumulate = [&](int g) {
     for (int b = 0; b < Blocks; b++) {
-      const uint8_t* packed = weights + b * w.block_bytes + g * kPacked;
-      const auto* scales = reinterpret_cast<const uint16_t*>(packed + kTile / 2);
+      const uint8_t* packed = weights + b * w.block_bytes + g * kHalfBytes;
+      const auto* scales = reinterpret_cast<const uint16_t*>(packed + kHalfWords);
       const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
       for (int m = 0; m < Rows; m++) {
         const size_t index = x.index(row + m, g);

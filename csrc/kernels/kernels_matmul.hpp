@@ -27,6 +27,12 @@ inline size_t prefetch_distance(const PackedView& w, int part, int parts) {
   return part + 1 < parts ? kPart : Blocks * w.block_bytes - (parts - 1) * kPart;
 }
 
+// The same, at an offset in a block, for what is read `ahead` bytes before.
+template <int Blocks>
+inline size_t prefetch_distance(const PackedView& w, size_t offset, size_t ahead) {
+  return ahead + (offset + ahead < w.block_bytes ? 0 : (Blocks - 1) * w.block_bytes);
+}
+
 // Stores the totals of some blocks, by the rows' factors and with their bias.
 template <int Rows, int Blocks>
 [[gnu::always_inline]] inline void store_totals(const Floats (&total)[Blocks][Rows], const PackedView& w, int block,
@@ -77,8 +83,7 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 
 template <int Rows, int Blocks>
 void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
-  // Of a group, its scales included.
-  constexpr size_t kLines = kHalf / 8, kBytes = (kLines + 1) * 4 * kLanes, kNear = kGroup * kLanes;
+  constexpr size_t kNear = kGroup * kLanes;
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
@@ -86,8 +91,7 @@ void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
   const uint8_t* next = weights + ahead.start;
   Floats total[Blocks][Rows] = {};
   for (int g = 0; g < groups; g++) {
-    // As prefetch_distance, of blocks whose groups are not a kilobyte.
-    const size_t distance = kNear + (g * kBytes + kNear < w.block_bytes ? 0 : (Blocks - 1) * w.block_bytes);
+    const size_t distance = prefetch_distance<Blocks>(w, g * kHalfBytes, kNear);
     SmallInts sums[Blocks][Rows] = {};
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kHalf; k += 8)
@@ -100,7 +104,7 @@ void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4_small(sums[b][m], high, values + m * width + k + 4);
       }
     for (int b = 0; b < Blocks; b++) {
-      const uint8_t* line = weights + b * w.block_bytes + kLines * 4 * kLanes;
+      const uint8_t* line = weights + b * w.block_bytes + kHalfWords;
       prefetch(Blocks == 1 ? next : line + distance);
       next += ahead.step;
       const auto* scales = reinterpret_cast<const uint16_t*>(line);
@@ -112,7 +116,7 @@ void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
         total[b][m] = fma(product, splat(x.scales[index]), total[b][m]);
       }
     }
-    weights += kBytes;
+    weights += kHalfBytes;
     values += kHalf;
   }
   store_totals(total, w, block, x.factors + row, out, stride);
