@@ -176,6 +176,12 @@ void bind_model(nb::module_& m) {
            "embedding"_a, "lm_head"_a, "embedding_scale"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
            nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def("new_cache", [](const Model& model) { return model.stack.new_cache(); })
+      .def("spare_page",
+           [](const Model& model) {
+             const Cache cache = model.stack.new_cache();
+             nb::gil_scoped_release release;
+             return cache.memory().prepare();
+           })
       .def("forward", &forward, "caches"_a, "starts"_a, "counts"_a, "tokens"_a, "states"_a.noconvert(),
            "parents"_a = Numbers(), "last_inputs"_a.noconvert() = nb::none(), WithoutGil())
       .def("logits", [](const Model& model, const Input& states,

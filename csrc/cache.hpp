@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -26,25 +27,75 @@ class State {
   virtual void commit(int start, const std::vector<int32_t>& slots) = 0;
 };
 
+using Page = std::shared_ptr<uint16_t[]>;  // holds a page of every layer, in order
+
+// Memory for the pages of one stack's caches. New memory is slow to write to first, so some that was written to is kept.
+class Pages : public std::enable_shared_from_this<Pages> {
+ public:
+  explicit Pages(size_t numbers) : numbers(numbers) {}
+
+  // With any contents. Throws std::bad_alloc.
+  Page take() {
+    Buffer<uint16_t> memory = spare();
+    if (!memory) memory = allocate<uint16_t>(numbers);
+    const Free free = memory.get_deleter();
+    return Page(memory.release(), [pool = shared_from_this(), free](uint16_t* page) {
+      pool->give(Buffer<uint16_t>(page, free));
+    });
+  }
+
+  // Has one more page for later, written to; false if there are enough. Throws std::bad_alloc.
+  bool prepare() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (spare_.size() >= kSpare) return false;
+    }
+    Buffer<uint16_t> memory = allocate<uint16_t>(numbers);
+    std::fill_n(memory.get(), numbers, uint16_t(0));
+    give(std::move(memory));
+    return true;
+  }
+
+  const size_t numbers;  // bf16 numbers of a page
+
+ private:
+  // For the copy of a shared page, and the one after it.
+  static constexpr size_t kSpare = 2;
+
+  Buffer<uint16_t> spare() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (spare_.empty()) return nullptr;
+    Buffer<uint16_t> memory = std::move(spare_.back());
+    spare_.pop_back();
+    return memory;
+  }
+
+  void give(Buffer<uint16_t> memory) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (spare_.size() < kSpare) spare_.push_back(std::move(memory));
+  }
+
+  std::mutex mutex_;
+  std::vector<Buffer<uint16_t>> spare_;
+};
+
 class Cache {
  public:
-  explicit Cache(std::vector<std::unique_ptr<State>> layers) : layers_(std::move(layers)) {}
+  Cache(std::vector<std::unique_ptr<State>> layers, std::shared_ptr<Pages> memory)
+      : layers_(std::move(layers)), memory_(std::move(memory)) {}
   Cache(const Cache&) = delete;
   Cache(Cache&&) = default;
 
   int capacity() const { return int(pages_.size()) * kPageTokens; }
   const std::vector<std::unique_ptr<State>>& layers() const { return layers_; }
+  Pages& memory() const { return *memory_; }
 
-  size_t page_numbers() const {
-    size_t numbers = 0;
-    for (const auto& layer : layers_) numbers += layer->page_numbers();
-    return numbers;
-  }
+  size_t page_numbers() const { return memory_->numbers; }
 
   // Room for this many tokens; the contents stay. Throws std::bad_alloc before the capacity changes.
   void reserve(int tokens) {
     while (capacity() < tokens) {
-      pages_.push_back(new_page());
+      pages_.push_back(memory_->take());
       set_page(int(pages_.size()) - 1);
     }
   }
@@ -54,7 +105,7 @@ class Cache {
     reserve(start + count);
     for (int index = start / kPageTokens; index * kPageTokens < start + count; index++) {
       if (pages_[index].use_count() == 1) continue;
-      Page copy = new_page();
+      Page copy = memory_->take();
       std::copy_n(pages_[index].get(), page_numbers(), copy.get());
       pages_[index] = std::move(copy);
       set_page(index);
@@ -83,10 +134,6 @@ class Cache {
   }
 
  private:
-  using Page = std::shared_ptr<uint16_t[]>;  // holds a page of every layer, in order
-
-  Page new_page() const { return allocate<uint16_t>(page_numbers()); }
-
   void set_page(int index) {
     uint16_t* part = pages_[index].get();
     for (const auto& layer : layers_) {
@@ -96,6 +143,7 @@ class Cache {
   }
 
   std::vector<std::unique_ptr<State>> layers_;
+  std::shared_ptr<Pages> memory_;
   std::vector<Page> pages_;
 };
 

@@ -7,8 +7,13 @@ namespace fastmtp {
 
 Cache Stack::new_cache() const {
   std::vector<std::unique_ptr<State>> states;
-  for (const Layer& layer : layers) states.push_back(layer.mixer->new_state());
-  return Cache(std::move(states));
+  size_t numbers = 0;
+  for (const Layer& layer : layers) {
+    states.push_back(layer.mixer->new_state());
+    numbers += states.back()->page_numbers();
+  }
+  if (!pages_ || pages_->numbers != numbers) pages_ = std::make_shared<Pages>(numbers);
+  return Cache(std::move(states), pages_);
 }
 
 bool Stack::fits(const Cache& cache) const {

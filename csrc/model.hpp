@@ -24,6 +24,9 @@ struct Stack {
   std::vector<Rope> ropes;
   std::list<Layer> layers;  // a list, since Python holds references to its items
   Gains final_norm;
+
+ private:
+  mutable std::shared_ptr<Pages> pages_;  // of its caches, which may live longer
 };
 
 // One forward pass through a stack, for a team. What a phase does to a row (or a head, or a block of outputs) is done

@@ -102,6 +102,8 @@ class Model:
         self, runtime: Runtime, stack: Stack, embedding: Matrix, lm_head: Matrix, embedding_scale: float
     ) -> None: ...
     def new_cache(self) -> Cache: ...
+    def spare_page(self) -> bool:
+        """Have one more page for caches to come, in memory that was written to; False if there are enough."""
     def forward(
         self,
         caches: Sequence[Cache],

@@ -165,6 +165,28 @@ def test_tokens_taken_back_leave_no_trace(target: Target, weight_type: WeightTyp
     assert np.array_equal(forward(native, [cache], [250], [text[250:]]), states(native, text)[250:])
 
 
+def test_memory_of_other_texts_leaves_no_trace(target: Target, weight_type: WeightType) -> None:
+    """Pages that were another cache's, and pages prepared beforehand, which are taken, give what new ones give."""
+    native = convert(target, weight_type)
+    text, other = random_ids(300), random_ids(300, seed=5)
+    expected = states(native, text)
+    states(native, other)
+    assert np.array_equal(states(native, text), expected)
+    held = [native.model.new_cache() for _ in range(3)]
+    while native.model.spare_page():
+        pass
+    assert not native.model.spare_page()
+    for one in held:
+        assert np.array_equal(forward(native, [one], [0], [text]), expected)
+    assert native.model.spare_page()
+    used = {page for one in held for page in one.pages}
+    assert len(used) == 6
+    del held, one
+    again = native.model.new_cache()
+    forward(native, [again], [0], [text])
+    assert used.intersection(again.pages)
+
+
 def test_draft_logits_are_the_full_vocabularys(llama: Target, weight_type: WeightType) -> None:
     """A gathered draft vocabulary scores its tokens as the whole LM head does, to the bit."""
     native, head = native_target(llama, weight_type), MTPHead(llama.model)

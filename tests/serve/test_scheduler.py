@@ -7,6 +7,7 @@ import time
 import weakref
 from functools import partial
 from itertools import pairwise, product
+from threading import Event as Signal
 from typing import Any
 
 import numpy as np
@@ -446,6 +447,29 @@ def test_in_its_own_thread(drafting: Drafting) -> None:
     assert dict(scheduler.stats.finished)["cancelled"] == 1
     with pytest.raises(Stopping):
         scheduler.submit(asked[0])
+
+
+def test_prepares_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the engine has nothing more to do, and again after an answer."""
+    drafting = drafting_of("llama", WAYS[0])
+    left, done = 3, Signal()
+
+    def prepare() -> bool:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            done.set()
+        return left > 0
+
+    monkeypatch.setattr(drafting.engine, "prepare", prepare)
+    scheduler = Scheduler(drafting, slots=1)
+    scheduler.start()
+    assert done.wait(30)
+    done.clear()
+    left = 2
+    ended(scheduler.submit(request([1, 2], 3)))
+    assert done.wait(30)
+    scheduler.stop(grace=60)
 
 
 def test_stopping_ends_answers_with_an_error(drafting: Drafting) -> None:

@@ -225,6 +225,10 @@ class Engine(Protocol):
         """
         ...
 
+    def prepare(self) -> bool:
+        """Do a little beforehand for sequences to come, while nobody waits; False if there is nothing to do."""
+        ...
+
     def verify_together(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[Logits]:

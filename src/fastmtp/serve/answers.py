@@ -85,8 +85,9 @@ class Answers:
                 if event.reason == "error":
                     raise stopping() if event.error == STOPPED else ApiError(500, f"decoding failed: {event.error}")
             yield index, event
-            # Where many wait already, nothing else would come to its turn: other answers, and that the client left.
-            await asyncio.sleep(0)
+            if not self._events.empty():
+                # Otherwise nothing else would come to its turn: other answers, and that the client left.
+                await asyncio.sleep(0)
 
     def _tell(self, index: int, event: Event) -> None:
         if isinstance(event, Finish):

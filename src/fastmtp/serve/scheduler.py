@@ -181,8 +181,10 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
+            while self._is_idle() and self._drafting.engine.prepare():
+                pass
             with self._changed:
-                while not (self._waiting or self._running or self._deadline is not None):
+                while self._is_idle():
                     self._changed.wait()
                 if self._deadline is not None:
                     over = time.monotonic() >= self._deadline
@@ -195,6 +197,9 @@ class Scheduler:
                 log.exception("a step failed")
                 self._end_all(f"{type(error).__name__}: {error}")
         self._end_all(STOPPED)
+
+    def _is_idle(self) -> bool:
+        return not (self._waiting or self._running or self._deadline is not None)
 
     def _admit(self) -> None:
         """Fill the free slots, and begin in them, but for prompts whose beginning another slot is computing."""

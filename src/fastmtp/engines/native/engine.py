@@ -59,6 +59,9 @@ class NativeEngine:
         runner = NativeRunner(self.target, head.weights if head else None, vocabulary)
         return TextSequence(runner, self.target, vocabulary)
 
+    def prepare(self) -> bool:
+        return self.target.model.spare_page()
+
     def verify_together(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[Logits]:

@@ -67,6 +67,10 @@ class TorchEngine:
         runner = TorchRunner(self.target, head.weights if head else None, vocabulary)
         return TextSequence(runner, self.target, vocabulary)
 
+    def prepare(self) -> bool:
+        """Nothing: PyTorch keeps the memory of earlier sequences."""
+        return False
+
     def verify_together(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[Logits]:
