@@ -65,26 +65,37 @@ def open_grammar(target: TargetInfo, text: str) -> Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A set of tokens: bit `token % 8` of byte `token // 8` is set for those in it.
-
-    Attributes:
-        count: how many there are.
-        only: the token, if there is just one.
-    """
+    """A set of tokens: bit `token % 8` of byte `token // 8` is set for those in it."""
 
     packed: bytes
-    count: int
-    only: int | None
 
     @classmethod
-    def of(cls, bits: int, vocabulary_size: int) -> Tokens:
-        """Of the bits `1 << token`."""
-        count = bits.bit_count()
-        packed = bits.to_bytes((vocabulary_size + 7) // 8, "little")
-        return cls(packed, count, bits.bit_length() - 1 if count == 1 else None)
+    def of(cls, mask: bytes, vocabulary_size: int) -> Tokens:
+        """Those of a mask that are in the vocabulary."""
+        size, bits = divmod(vocabulary_size, 8)
+        if not bits:
+            return cls(mask[:size])
+        return cls(mask[:size] + bytes([mask[size] & (1 << bits) - 1]))
 
     def __contains__(self, token: int) -> bool:
         return bool(self.packed[token >> 3] >> (token & 7) & 1)
+
+    def __bool__(self) -> bool:
+        return self.packed != bytes(len(self.packed))
+
+    @property
+    def count(self) -> int:
+        return int.from_bytes(self.packed, "little").bit_count()
+
+    @property
+    def only(self) -> int | None:
+        """The token, if there is just one."""
+        packed = np.frombuffer(self.packed, np.uint8)
+        place = int(packed.argmax())
+        byte = self.packed[place]
+        if byte.bit_count() != 1 or np.count_nonzero(packed) != 1:
+            return None
+        return 8 * place + byte.bit_length() - 1
 
 
 class Grammar:
@@ -93,7 +104,8 @@ class Grammar:
     def __init__(self, compiled: LLMatcher, end_ids: Collection[int], vocabulary_size: int) -> None:
         self._compiled, self._matcher = compiled, compiled.deep_copy()
         self._end_ids, self.vocabulary_size = end_ids, vocabulary_size
-        self._ends = Tokens.of(sum(1 << token for token in end_ids), vocabulary_size)
+        ends = sum(1 << token for token in end_ids)
+        self._ends = Tokens(ends.to_bytes((vocabulary_size + 7) // 8, "little"))
         self._text: list[int] = []
         # What the matcher has taken after the text.
         self._path: list[int] = []
@@ -144,7 +156,7 @@ class Grammar:
     def _computed(self, path: Sequence[int]) -> Tokens:
         self._go(path)
         # Tokens beyond the vocabulary are special ones that the model has no embedding for.
-        found = int.from_bytes(self._matcher.compute_bitmask(), "little") & ((1 << self.vocabulary_size) - 1)
+        found = Tokens.of(self._matcher.compute_bitmask(), self.vocabulary_size)
         if self._matcher.is_error():
             message = _one_line(self._matcher.get_error())
             # It stays in error, so the text begins again with a fresh one.
@@ -153,7 +165,7 @@ class Grammar:
             self._path.clear()
             if not message.startswith("NoExtension"):
                 raise ValueError(f"the grammar cannot be followed: {message}")
-        return Tokens.of(found, self.vocabulary_size) if found else self._ends
+        return found or self._ends
 
     def _go(self, path: Sequence[int]) -> None:
         """Move the matcher to the end of `path`."""
