@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Task
 
-from fastmtp.cli.terminal import Terminal
+from fastmtp.cli.terminal import Terminal, results
+from fastmtp.report.grid import Grid
 
 
 def test_a_usual_terminal_shows_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +21,28 @@ def test_a_usual_terminal_shows_every_figure(monkeypatch: pytest.MonkeyPatch) ->
         bar.advance(118, 20_000, "213 truncated")
     figures = ("1118/100000", "200 tokens/s", "0:01:40", "213 truncated")
     assert any(all(figure in line for figure in figures) for line in shown.getvalue().splitlines())
+
+
+def test_elapsed_and_left_are_two_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time left is in brackets and says what it is, so that the two are not read as one."""
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, width=100, force_terminal=True, color_system=None))
+    monkeypatch.setattr(Task, "elapsed", 63.0)
+    monkeypatch.setattr(Task, "time_remaining", 15.0)
+    with terminal.bar("train", 100) as bar:
+        bar.advance(80, 1)
+    assert "0:01:03 (0:00:15 left)" in shown.getvalue()
+
+
+def test_a_file_keeps_all_of_a_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stdout, cut to no terminal's width, and texts as they are: none is read as markup."""
+    monkeypatch.setenv("COLUMNS", "40")
+    names = [f"a competitor with a long name [bold]{number}[/x] :smile:" for number in range(3)]
+    results(Grid("speeds", ["", *names], [["mean", *map(str, range(3))]]), "a remark " * 30)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    words = " ".join(shown.out.split())
+    assert all(f"with a long name [bold]{number}[/x] :smile:" in words for number in range(3))
+    assert "a remark " * 30 in shown.out
+    results("beside a document", to_stderr=True)
+    assert capsys.readouterr() == ("", "beside a document\n")

@@ -16,7 +16,7 @@ from fastmtp.cli.export import exported
 from fastmtp.cli.fetching import yes_option
 from fastmtp.cli.head import tell_imported
 from fastmtp.cli.options import OUT_DIRECTORY, finish, json_option
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.cli.train import trained
 from fastmtp.cli.vocab import tell_written
 from fastmtp.export.registry import MODULES
@@ -106,8 +106,7 @@ def _end(target: str, out: Path, engine: str, as_json: bool, minutes: float) -> 
 
     document = read_document(out / "bench" / "bench.json")
     if not as_json:
-        TERMINAL.console.print()
-        TERMINAL.console.print(table(bench_report.by_benchmark(document)))
+        results("", bench_report.by_benchmark(document))
         click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
         click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
         click.echo(f"all figures:    {out / 'bench' / 'report.html'}")

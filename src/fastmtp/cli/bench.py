@@ -18,7 +18,7 @@ from fastmtp.cli.options import (
     json_option,
     settings_options,
 )
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
@@ -104,9 +104,6 @@ def show(document: Document, as_json: bool, *, short: bool = False) -> None:
     from fastmtp.report import bench as tables
 
     if not as_json:
-        click.echo()
-        for grid in [tables.by_benchmark(document)] if short else tables.grids(document):
-            TERMINAL.console.print(table(grid))
-        for said in [] if short else tables.remarks(document):
-            TERMINAL.say(f"- {said}")
+        results("", *([tables.by_benchmark(document)] if short else tables.grids(document)))
+        results(*(f"- {said}" for said in ([] if short else tables.remarks(document))))
     finish(as_json, document.as_json(), tables.headline(document))

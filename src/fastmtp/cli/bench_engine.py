@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fastmtp.cli.options import finish, head_option, json_option, target_option
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, open_engine
-from fastmtp.report.grid import Grid
 
 
 @click.command("bench-engine")
@@ -50,7 +48,7 @@ def bench_engine(
     engine: Any = open_engine(target, EngineOptions("native", dtype, None, threads), progress=TERMINAL)
     report = measure(engine, None if directory is None else engine.load_head(directory), TERMINAL)
     if not as_json:
-        _show(engine_report(report))
+        results(*engine_report(report))
     finish(
         as_json,
         report.as_json(),
@@ -66,7 +64,7 @@ def _bench_parts(target: str, options: EngineOptions, context: int | None, as_js
     engine: Any = open_engine(target, options, progress=TERMINAL)
     report = measure_parts(engine, context or CONTEXT, TERMINAL)
     if not as_json:
-        _show(parts_report(report))
+        results(*parts_report(report))
     ratio = report.forward_ms[8] / report.forward_ms[1]
     shares = (f"{100 * report.whole_floor_ms(count) / report.forward_ms[count]:.0f}%" for count in (1, 8))
     finish(
@@ -75,8 +73,3 @@ def _bench_parts(target: str, options: EngineOptions, context: int | None, as_js
         f"{report.forward_ms[1]:.2f} ms a forward, 8 tokens {ratio:.2f} times that; of what the machine can do "
         + " and ".join(shares),
     )
-
-
-def _show(report: Iterable[Grid | str]) -> None:
-    for part in report:
-        TERMINAL.console.print(table(part) if isinstance(part, Grid) else part)

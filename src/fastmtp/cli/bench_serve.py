@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from fastmtp.cli.options import OUT_DIRECTORY, decoding_options, engine_options, finish, json_option
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, choose_engine
 from fastmtp.extras import require
@@ -110,11 +110,7 @@ def bench_serve(
     if out is not None:
         tables.write_serving(found, out)
     if not as_json:
-        click.echo()
-        for grid in tables.grids(found):
-            TERMINAL.console.print(table(grid))
-        for said in tables.remarks(found):
-            TERMINAL.say(f"- {said}")
+        results("", *tables.grids(found), *(f"- {said}" for said in tables.remarks(found)))
     finish(as_json, found.as_json(), tables.headline(found))
     if found.breaks_promise:
         sys.exit(1)

@@ -6,11 +6,10 @@ from datetime import datetime
 from typing import Any
 
 import click
-from rich.console import Console
 
 from fastmtp.cached import KINDS, Cached, clear, contents
 from fastmtp.cli.options import finish, json_option
-from fastmtp.cli.terminal import table
+from fastmtp.cli.terminal import results
 from fastmtp.files import cache_directory
 from fastmtp.report.grid import Grid
 
@@ -30,7 +29,7 @@ def show(as_json: bool) -> None:
     files = contents()
     total = sum(file.size for file in files)
     if not as_json and files:
-        Console().print(table(_grid(files)))
+        results(_grid(files))
     summary = f"{cache_directory()}: {size_of(total)} in {len(files)} files"
     finish(as_json, {"directory": str(cache_directory()), "files": [_facts(file) for file in files]}, summary)
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -21,13 +20,16 @@ from fastmtp.cli.options import (
     large_option,
     settings_options,
 )
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results_console, table
 from fastmtp.config import CleanConfig, load_config
 from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
     from fastmtp.distill.clean import CleanReport
     from fastmtp.distill.statistics import Statistics
+
+# Columns of the line between samples, where the terminal has as many.
+_RULE = 80
 
 
 @click.group()
@@ -49,7 +51,7 @@ def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **sett
 
     report = run(directory, out, chosen, TERMINAL)
     if not as_json:
-        draw_cleaning(report, Console())
+        draw_cleaning(report, results_console())
     finish(as_json, {**vars(report), "out": str(out)}, f"{report.kept} exchanges kept, {told(report)}, in {out}")
 
 
@@ -70,7 +72,7 @@ def show(directories: tuple[Path, ...], target: str | None, samples: int, as_jso
     described = describe(target or target_of(directories[0]))
     found = measure(directories, described, samples, TERMINAL)
     if not as_json:
-        draw_statistics(found, Console())
+        draw_statistics(found, results_console())
     finish(
         as_json,
         found.as_json(),
@@ -85,7 +87,7 @@ def draw_statistics(found: Statistics, console: Console) -> None:
     for part in statistics_report(found):
         console.print(table(part) if isinstance(part, Grid) else part, markup=False)
     for sample in samples(found):
-        console.print(Rule())
+        console.print("─" * min(console.width, _RULE))
         console.print(Text.assemble(*((span.text, "bold" if span.is_answer else "dim") for span in sample)))
 
 

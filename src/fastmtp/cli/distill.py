@@ -15,7 +15,7 @@ from fastmtp.cli.options import (
     json_option,
     settings_options,
 )
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.config import DistillConfig, load_config
 from fastmtp.engines.open import EngineOptions, open_engine
 
@@ -86,7 +86,7 @@ def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:
 
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
     if summary.exchanges and not as_json:
-        TERMINAL.say(f"came out as {shares(summary.domains)}; languages {shares(summary.languages)}")
+        results(f"came out as {shares(summary.domains)}; languages {shares(summary.languages)}")
     told = [f"{summary.truncated} truncated"]
     if summary.refused:
         told.append(f"{summary.refused} refused")

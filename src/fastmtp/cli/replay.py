@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fastmtp.cli.options import PATH, engine_options, finish, head_option, json_option
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.engines.open import EngineOptions, open_engine
 
 
@@ -59,7 +59,7 @@ def replay(
     compared = replays.compare(answers, costs, estimates.load(directory) if fit else known)
     means = {name: tables.mean_speedup(by_benchmark) for name, by_benchmark in compared.items()}
     if not as_json:
-        TERMINAL.console.print(table(tables.replay_grid(compared)))
+        results(tables.replay_grid(compared))
     best = max((name for name in means if name.startswith("chain")), key=means.__getitem__)
     finish(
         as_json,

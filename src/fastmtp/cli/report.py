@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fastmtp.cli.options import OUT_FILE, PATH
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import results
 
 
 @click.command()
@@ -28,7 +28,4 @@ def report(files: tuple[Path, ...], html: Path | None, markdown: Path | None) ->
         write_text(html, page(documents))
     if markdown is not None:
         write_text(markdown, "\n".join(map(tables.markdown, documents)))
-    for grid in grids:
-        TERMINAL.console.print(table(grid))
-    for document in documents:
-        click.echo(tables.headline(document))
+    results(*grids, *map(tables.headline, documents))

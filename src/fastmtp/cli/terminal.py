@@ -1,4 +1,4 @@
-"""What the commands show on a terminal: progress on stderr, and tables."""
+"""What the commands show: results on stdout, progress and remarks on stderr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
@@ -29,6 +28,8 @@ from fastmtp.report.grid import Grid
 
 # Where the terminal is narrow the bar gives way, not the figures.
 _WHOLE = Column(no_wrap=True)
+# Columns of a file, which has no edge.
+_UNLIMITED = 10_000
 
 
 class Terminal:
@@ -45,9 +46,7 @@ class Terminal:
             BarColumn(bar_width=None, table_column=Column(max_width=24)),
             MofNCompleteColumn(table_column=_WHOLE),
             _Rate(table_column=_WHOLE),
-            TimeElapsedColumn(table_column=_WHOLE),
-            TextColumn("left"),
-            _Left(seconds),
+            _Times(seconds),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console) as progress:
@@ -62,8 +61,7 @@ class Terminal:
             BarColumn(bar_width=None, table_column=Column(max_width=24)),
             DownloadColumn(table_column=_WHOLE),
             TransferSpeedColumn(table_column=_WHOLE),
-            _Left(None),
-            TextColumn("left"),
+            _Left(),
         )
         with Progress(*columns, console=self.console) as progress:
             yield _Bar(progress, progress.add_task(title, total=total, completed=done))
@@ -87,15 +85,29 @@ class _Rate(ProgressColumn):
 class _Left(ProgressColumn):
     """Time left, by the rate so far, but no more than `most` seconds from the start."""
 
-    def __init__(self, most: float | None) -> None:
+    def __init__(self, most: float | None = None) -> None:
         super().__init__(table_column=_WHOLE)
         self._most = most
 
     def render(self, task: Task) -> Text:
+        return Text(self.left(task))
+
+    def left(self, task: Task) -> str:
         left = [] if task.time_remaining is None else [task.time_remaining]
         if self._most is not None:
             left.append(max(0.0, self._most - (task.elapsed or 0.0)))
-        return Text(str(timedelta(seconds=int(min(left)))) if left else "-:--:--")
+        return f"{_clock(min(left)) if left else '-:--:--'} left"
+
+
+class _Times(_Left):
+    """The time since the start, and behind it in brackets the time left."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{_clock(task.elapsed or 0.0)} ({self.left(task)})")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
 
 
 class _Bar:
@@ -109,18 +121,37 @@ class _Bar:
         self._progress.update(self._task, advance=units, tokens=self._tokens, **fields)
 
 
+def results(*parts: Grid | str, to_stderr: bool = False) -> None:
+    """Print results on stdout, grids as tables.
+
+    Args:
+        to_stderr: where stdout is for a JSON document alone.
+    """
+    console = results_console(to_stderr)
+    for part in parts:
+        drawn = table(part) if isinstance(part, Grid) else part
+        console.print(drawn, markup=False, emoji=False, soft_wrap=isinstance(part, str))
+
+
+def results_console(to_stderr: bool = False) -> Console:
+    """Stdout. In a file or a pipe nothing is cut to a terminal's width."""
+    console = Console(stderr=to_stderr)
+    return console if console.is_terminal else Console(stderr=to_stderr, width=_UNLIMITED)
+
+
 def table(grid: Grid) -> Table:
     """A grid for a terminal of 80 columns: long heads of columns on two lines."""
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     if grid.title:
-        drawn.title, drawn.title_justify, drawn.title_style = grid.title, "left", "italic"
-    drawn.add_column(grid.head[0])
+        drawn.title, drawn.title_justify, drawn.title_style = Text(grid.title), "left", "italic"
+    # `Text`: names and texts of models and data are no markup.
+    drawn.add_column(Text(grid.head[0]))
     for head in grid.head[1:]:
-        drawn.add_column(head.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        drawn.add_column(Text(head.replace(" ", "\n", 1)), justify="right", no_wrap=True)
     for row in grid.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))
     if grid.totals:
         drawn.add_section()
     for row in grid.totals:
-        drawn.add_row(*row, style="bold")
+        drawn.add_row(*map(Text, row), style="bold")
     return drawn

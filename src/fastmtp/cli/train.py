@@ -109,11 +109,11 @@ def train(
     if vanilla:
         for name, found in (("one step only", one_step), (f"K = {chosen.draft_steps}", summary)):
             accepted = percentages(found.acceptance)
-            click.echo(f"trained for {name}: held-out tau {found.tau:.3f}, acceptance {accepted}", err=True)
+            click.echo(f"trained for {name}: held-out tau {found.tau:.3f}, acceptance {accepted}", err=as_json)
     if profile:
         total = sum(summary.seconds.values())
         for part, seconds in sorted(summary.seconds.items(), key=lambda item: -item[1]):
-            click.echo(f"{part:18} {seconds:8.1f} s  {100 * seconds / total:3.0f} %", err=True)
+            click.echo(f"{part:18} {seconds:8.1f} s  {100 * seconds / total:3.0f} %", err=as_json)
     finish(as_json, {**facts, "out": str(out)}, trained(summary, out))
 
 

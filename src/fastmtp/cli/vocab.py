@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from fastmtp.cli.options import (
     OUT_FILE,
@@ -18,7 +17,7 @@ from fastmtp.cli.options import (
     target_option,
     text_options,
 )
-from fastmtp.cli.terminal import TERMINAL, table
+from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.config import VocabularyConfig, load_config
 from fastmtp.report.grid import Grid
 
@@ -77,18 +76,19 @@ def tell_written(found: WrittenLists, as_json: bool) -> None:
     """Print the compared sizes, the lists and the summary."""
     from fastmtp.evaluate.lists import fastest
 
-    built, console = found.built, Console(stderr=as_json)
+    built = found.built
     for label, points in found.curves.items():
         head = ["size", "covers", "tau", "ms a draft step", "speed"]
         title = f"{label}: speed against all tokens, and the best"
-        console.print(table(Grid(title, head, list(map(_point, points)), [_point(fastest(points))])))
+        grid = Grid(title, head, list(map(_point, points)), [_point(fastest(points))])
+        results(grid, to_stderr=as_json)
     sizes = {name: len(ids) for name, ids in built.lists.lists.items()}
     if not as_json:
         rows = [
             [name, f"{built.tokens[name]:,}", f"{size:,}", f"{100 * built.coverage[name]:.2f} %"]
             for name, size in sizes.items()
         ]
-        console.print(table(Grid("", ["list", "tokens counted", "size", "covers of text kept aside"], rows)))
+        results(Grid("", ["list", "tokens counted", "size", "covers of text kept aside"], rows))
     finish(
         as_json,
         {"sizes": sizes, "tokens": built.tokens, "coverage": built.coverage, "out": str(found.path)},
@@ -145,23 +145,22 @@ def show(
         for label, tokens in found.left_out.items()
     }
     if not as_json:
-        console = Console()
         overlaps = [
             [name, f"{size:,}", *(f"{100 * share:.0f} %" for share in found.overlap[name].values())]
             for name, size in found.sizes.items()
         ]
         title = "how many of a list's tokens the others have:"
-        console.print(table(Grid(title, ["list", "size", *found.sizes], overlaps)))
+        results(Grid(title, ["list", "size", *found.sizes], overlaps))
         if found.coverage:
             covers = [
                 [label, f"{totals[label].total():,}", *(f"{100 * share:.2f} %" for share in by_list.values())]
                 for label, by_list in found.coverage.items()
             ]
             title = "how much of a text the lists cover:"
-            console.print(table(Grid(title, ["text", "tokens", *found.sizes, "all lists"], covers)))
+            results(Grid(title, ["text", "tokens", *found.sizes, "all lists"], covers))
         for label, left_out in words.items():
             if left_out:
-                console.print(f"{label}, in no list: " + " ".join(map(repr, left_out)), markup=False)
+                results(f"{label}, in no list: " + " ".join(map(repr, left_out)))
     finish(
         as_json,
         {"sizes": found.sizes, "overlap": found.overlap, "coverage": found.coverage, "left_out": words},
