@@ -17,8 +17,10 @@ def check_settings(path: Path, settings: Json) -> None:
         return
     with path.open() as stream:
         first = stream.readline()
-    before = json.loads(first) if first.endswith("\n") else settings
-    if differing := [key for key in settings if before.get(key) != settings[key]]:
+    # As JSON has them: a tuple comes back as a list.
+    now = json.loads(json.dumps(settings))
+    before = json.loads(first) if first.endswith("\n") else now
+    if differing := [key for key in now if before.get(key) != now[key]]:
         raise ValueError(
             f"{path}: holds a run with other settings ({', '.join(differing)}); give another --out, or the same "
             "settings to go on with it"
