@@ -18,6 +18,7 @@ from fastmtp.cli.options import (
     json_option,
     settings_options,
 )
+from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
@@ -88,6 +89,7 @@ def bench(
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
     chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target))
     chosen.check(target, options, out, records=record is not None)
+    on_stop(lambda: _kept(out))
     engine = open_engine(target, options, progress=TERMINAL)
     found, journal = chosen.run(engine, out, TERMINAL)
     if out is not None:
@@ -97,6 +99,19 @@ def bench(
     show(found, as_json)
     if found.summary.failed_cells or found.breaks_promise or any(name in against for name in found.run.missing):
         sys.exit(1)
+
+
+def _kept(out: Path | None) -> str:
+    from fastmtp.evaluate.journal import JOURNAL
+
+    if out is None:
+        return "nothing is kept, and the same command begins again; with --out DIR a run goes on where it stopped"
+    path = out / JOURNAL
+    # After the line of settings one for each turn.
+    turns = max(0, path.read_bytes().count(b"\n") - 1) if path.is_file() else 0
+    if not turns:
+        return "nothing was measured yet, and the same command begins again"
+    return f"{out} keeps {turns} answered turns, and the same command goes on from them"
 
 
 def show(document: Document, as_json: bool, *, short: bool = False) -> None:

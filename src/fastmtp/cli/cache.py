@@ -9,6 +9,7 @@ import click
 
 from fastmtp.cached import KINDS, Cached, clear, contents
 from fastmtp.cli.options import finish, json_option
+from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import results
 from fastmtp.files import cache_directory
 from fastmtp.report.grid import Grid
@@ -39,6 +40,7 @@ def show(as_json: bool) -> None:
 @json_option
 def clear_kinds(kinds: tuple[str, ...], as_json: bool) -> None:
     """Remove files of some KINDS, or all."""
+    on_stop(lambda: "what was removed is gone, and the same command removes the rest")
     freed = clear(KINDS if "all" in kinds else kinds)
     finish(as_json, {"directory": str(cache_directory()), "freed_bytes": freed}, f"cleared {size_of(freed)}")
 

@@ -15,6 +15,7 @@ from fastmtp.cli.options import (
     json_option,
     settings_options,
 )
+from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.config import DistillConfig, load_config
 from fastmtp.engines.open import EngineOptions, open_engine
@@ -65,6 +66,7 @@ def distill(
 
     check(chosen, out, prompts)
     check_addresses(endpoints)
+    on_stop(lambda: kept_answers(out))
     engine: Any = (
         Endpoints(
             describe(target),
@@ -78,6 +80,16 @@ def distill(
         else open_engine(target, options, for_throughput=True, progress=TERMINAL)
     )
     tell_distilled(run(engine, chosen, out, prompts, TERMINAL), out, as_json)
+
+
+def kept_answers(out: Path) -> str:
+    """What is left of a run that was stopped."""
+    from fastmtp.distill.dataset import finished_indices
+
+    count = len(finished_indices(out))
+    if not count:
+        return "no exchange was finished yet, and the same command begins again"
+    return f"{out} keeps {count} exchanges, and the same command goes on from them"
 
 
 def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:

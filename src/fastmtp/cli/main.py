@@ -25,6 +25,7 @@ from fastmtp.cli.import_ import import_
 from fastmtp.cli.replay import replay
 from fastmtp.cli.report import report
 from fastmtp.cli.serve import serve
+from fastmtp.cli.stopping import Stoppable
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
@@ -61,13 +62,12 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "\nfastmtp: stopped; the same command goes on from here (bench: with --out; bench-serve: not)", err=True
-        )
+        # Before a command began; stopping.py knows what to say of one.
+        click.echo("\nfastmtp: stopped", err=True)
         sys.exit(130)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Stoppable, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fastmtp")
 def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastmtp.cli.options import (
     settings_options,
     target_option,
 )
+from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import TrainConfig, load_config
 from fastmtp.engines.open import TORCH_DTYPES, EngineName, open_states_engine, open_torch
@@ -81,8 +83,10 @@ def train(
     from fastmtp.distill.dataset import DataSet
 
     beside = out.with_name(out.name + "-vanilla")
-    for one in (out, beside) if vanilla else (out,):
+    outs = (out, beside) if vanilla else (out,)
+    for one in outs:
         check_run(data, one, init, lists)
+    on_stop(lambda: _kept(outs, states, chosen.checkpoint_every))
     # Before the target is loaded: under torchrun it chooses this process's GPU.
     processes = Processes()
     placed = "cpu" if shard_target else device
@@ -115,6 +119,17 @@ def train(
         for part, seconds in sorted(summary.seconds.items(), key=lambda item: -item[1]):
             click.echo(f"{part:18} {seconds:8.1f} s  {100 * seconds / total:3.0f} %", err=as_json)
     finish(as_json, {**facts, "out": str(out)}, trained(summary, out))
+
+
+def _kept(outs: Sequence[Path], states: Path | None, every: int) -> str:
+    paths = [out.with_name(out.name + ".training") / "checkpoint.pt" for out in outs]
+    kept = [str(path) for path in paths if path.is_file()]
+    if kept:
+        return f"{' and '.join(kept)} (one every {every} steps) is kept, and the same command goes on from there"
+    said = f"there is no checkpoint yet (one every {every} steps), and the same command begins again"
+    if states is not None and any(states.glob("states-*.safetensors")):
+        said += f", with the hidden states that {states} keeps"
+    return said
 
 
 def trained(summary: TrainSummary, out: Path) -> str:

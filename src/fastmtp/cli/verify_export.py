@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,4 +33,4 @@ def verify_export(directory: Path, as_json: bool) -> None:
     summary = how if found.replayed_by else f"files read back, nothing replayed{without}"
     finish(as_json, asdict(found), "\n".join([summary, *(f"  {problem}" for problem in found.problems)]))
     if found.problems:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)

