@@ -6,7 +6,7 @@ import click
 
 from fastmtp.cli.bench import show
 from fastmtp.cli.options import json_option
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.terminal import TERMINAL, show_piece
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import open_engine
@@ -50,4 +50,4 @@ class _Stream:
     def show(self, piece: str) -> None:
         # Nothing is shown of the warm-up, which comes before the first headline.
         if self._started:
-            click.echo(piece, nl=False)
+            show_piece(piece)

@@ -19,7 +19,7 @@ from fastmtp.cli.options import (
     verbose_option,
 )
 from fastmtp.cli.stopping import on_stop
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.terminal import TERMINAL, show_piece
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
@@ -72,7 +72,7 @@ def generate(
     )
     for piece in generation:
         if not as_json:
-            click.echo(piece, nl=False)
+            show_piece(piece)
     result = generation.result
     facts = {
         "text": result.text,

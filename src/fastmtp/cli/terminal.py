@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
+import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
@@ -74,6 +76,16 @@ class Terminal:
 
 
 TERMINAL = Terminal()
+
+# Control characters but tab and newline, as visible ones; carriage returns go. A terminal would obey an escape
+# sequence, and may answer one as if the user had typed.
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}
+_VISIBLE |= {13: "", 127: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+
+
+def show_piece(piece: str) -> None:
+    """Print a part of an answer on stdout; what a terminal would obey is shown there instead."""
+    click.echo(piece.translate(_VISIBLE) if sys.stdout.isatty() else piece, nl=False)
 
 
 class _Rate(ProgressColumn):
