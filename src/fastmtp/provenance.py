@@ -16,11 +16,13 @@ from typing import Any
 
 import psutil
 
+from fastmtp.addresses import without_secrets
+
 
 def provenance(config: Any = None, **facts: Any) -> dict[str, Any]:
     """A JSON object: command, settings (a dataclass), versions, commit, machine, and the facts given."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {} if config is None else dataclasses.asdict(config),
         "versions": {**_versions("fastmtp", "torch", "transformers"), "python": platform.python_version()},

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastmtp.addresses import without_secrets
 from fastmtp.files import read_json
 from fastmtp.models.config import FULL, ModelConfig, check_supported, ids_of
 from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH
@@ -186,8 +187,8 @@ def locate(name: str) -> Source:
         return Source(name, str(path))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
-            f"{name}: no such model; give {' or '.join(MODELS)}, a Hugging Face directory, a .gguf file, "
-            "or a hub id such as Qwen/Qwen3-0.6B"
+            f"{without_secrets(name)}: no such model; give {' or '.join(MODELS)}, a Hugging Face directory, a "
+            ".gguf file, or a hub id such as Qwen/Qwen3-0.6B"
         )
     return Source(name, name)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
+from fastmtp.addresses import address
 from fastmtp.decode.drafting.options import LOOKUP, PLAIN, DraftOptions
 from fastmtp.engines.open import EngineOptions, open_engine
 from fastmtp.evaluate.drift import Steadiness
@@ -46,10 +47,10 @@ def bench_url(settings: Settings, url: str, progress: Progress = QUIET) -> Servi
     Args:
         url: its address, with or without /v1 at its end.
     Raises:
-        ValueError: it does not answer as OpenAI's API does.
+        ValueError: it is no http address, or does not answer as OpenAI's API does.
     """
-    url = url.rstrip("/").removesuffix("/v1")
-    model, is_own = described(url)
+    server = address(url, "--url")
+    model, is_own = described(server)
     more = {"model": model, **({"timings": True} if is_own else {})}
     asking = ways("server", url, more, schemas=settings.schemas)
     measured = measure(settings, Lineup(asking), progress=progress)
@@ -59,7 +60,7 @@ def bench_url(settings: Settings, url: str, progress: Progress = QUIET) -> Servi
         engine="",
         machine=machine(),
         floor=None,
-        versions={way.name: url for way in asking},
+        versions={way.name: server.shown for way in asking},
         settings=asdict(settings),
         levels=by_level(measured.passes),
         identical=None,

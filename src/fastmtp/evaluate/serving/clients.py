@@ -11,12 +11,14 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
 import h11
 import httpx2
 
+from fastmtp.addresses import Address, address, without_secrets
 from fastmtp.evaluate.records import Json
 from fastmtp.evaluate.serving.figures import Pass, Reply
 from fastmtp.progress import Bar
@@ -36,10 +38,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Server:
-    """One that listens at `url`, without /v1; `name` is how errors call it."""
+    """One that listens at `url`; `name` is how errors call it."""
 
     name: str
     url: str
+
+    @cached_property
+    def address(self) -> Address:
+        return address(self.url, "--url")
 
     def ask_all(self, requests: Sequence[Request], concurrency: int, turn: int, bar: Bar) -> Pass:
         """Send requests, `concurrency` at once, in their order.
@@ -69,7 +75,7 @@ class Server:
                 found[index] = await self._ask(request)
             except (OSError, h11.RemoteProtocolError) as error:
                 reason = str(error) or type(error).__name__
-                raise ValueError(f"{self.name} at {self.url}: the connection broke: {reason}") from error
+                raise ValueError(f"{self.name} at {self.address.shown}: the connection broke: {reason}") from error
             bar.advance(1, found[index].tokens)
 
     async def _ask(self, request: Request) -> Reply:
@@ -92,16 +98,19 @@ class Server:
     def _sent(self, connection: h11.Connection, request: Request) -> bytes:
         """A request on the wire; the server closes the connection after its answer, as llama.cpp's always does."""
         body = {**request.body, "stream": True, "stream_options": {"include_usage": True}}
-        data, url = json.dumps(body).encode(), urlsplit(self.url)
+        data, url = json.dumps(body).encode(), urlsplit(self.address.url("/v1/chat/completions"))
         headers = {"Host": url.netloc, "Content-Type": "application/json", "Content-Length": str(len(data))}
         headers |= {"Accept-Encoding": "identity", "Connection": "close"}
-        head = h11.Request(method="POST", target=f"{url.path}/v1/chat/completions", headers=list(headers.items()))
+        if self.address.authorization is not None:
+            headers["Authorization"] = self.address.authorization
+        asked = url.path + (f"?{url.query}" if url.query else "")
+        head = h11.Request(method="POST", target=asked, headers=list(headers.items()))
         events = [head, h11.Data(data), h11.EndOfMessage()]
         return b"".join(connection.send(event) or b"" for event in events)
 
     async def _exchange(self, sent: bytes) -> list[tuple[float, bytes]]:
         """The parts of what comes back, and when each came."""
-        url = urlsplit(self.url)
+        url = urlsplit(self.address.shown)
         secure = url.scheme == "https"
         async with asyncio.timeout(_LONGEST_SECONDS):
             reader, writer = await asyncio.open_connection(
@@ -117,22 +126,23 @@ class Server:
                 writer.close()
 
     def _failed(self, why: str) -> ValueError:
-        return ValueError(f"{self.name} at {self.url} failed: {why}")
+        return ValueError(f"{self.name} at {self.address.shown} failed: {why}")
 
 
-def described(url: str) -> tuple[str, bool]:
+def described(server: Address) -> tuple[str, bool]:
     """The name of a running server's first model, and whether the server is fastmtp's.
 
     Raises:
-        ValueError: it is no http address, or there is no such server.
+        ValueError: there is no such server.
     """
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"--url {url}: must be an address such as http://localhost:8000/v1")
+    own = {} if server.authorization is None else {"Authorization": server.authorization}
     try:
-        found = httpx2.get(f"{url}/v1/models", trust_env=False).raise_for_status().json()["data"][0]
+        reply = httpx2.get(server.url("/v1/models"), headers=own, trust_env=False)
+        found = reply.raise_for_status().json()["data"][0]
         return str(found["id"]), found.get("owned_by") == "fastmtp"
     except (httpx2.HTTPError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"--url {url}: no server that tells its models answers there: {error}") from error
+        why = without_secrets(str(error))
+        raise ValueError(f"--url {server.shown}: no server that tells its models answers there: {why}") from error
 
 
 class _Answer:
