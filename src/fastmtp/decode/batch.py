@@ -17,6 +17,7 @@ from fastmtp.config import SamplingConfig
 from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.sampling import derived_seed
 from fastmtp.engines.protocol import Engine
+from fastmtp.models.info import TargetInfo
 
 PREFILL_TOKENS = 8192
 LOOP_TOKENS = 64
@@ -39,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens of a request, the end token included; not finished if cut at the limit or in a loop."""
+    """The tokens of a request, the end token included; not finished if cut at a limit or in a loop."""
 
     request: Request
     tokens: list[int]
@@ -49,6 +50,7 @@ class Completion:
 @dataclass
 class _Row:
     request: Request
+    room: int
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class _Row:
         """True: at its end token; False: cut; None: goes on."""
         if self.tokens[-1] in self.request.end_ids:
             return True
-        cut = len(self.tokens) >= self.request.max_new_tokens or is_looping(self.tokens)
+        cut = len(self.tokens) >= self.room or is_looping(self.tokens)
         return False if cut else None
 
 
@@ -70,7 +72,10 @@ def decode_batch(engine: Engine, queue: deque[Request], slots: int) -> Iterator[
     """Decode every request in the queue, `slots` at a time, in order of completion.
 
     The caller may append to the queue whenever a completion comes out. What a request gives does not depend on its
-    neighbours but through an engine's rounding.
+    neighbours but through an engine's rounding. An answer is cut where the context ends.
+
+    Raises:
+        ValueError: a prompt leaves no room for an answer.
     """
     batch = engine.batch(slots)
     rows: dict[int, _Row] = {}
@@ -78,7 +83,7 @@ def decode_batch(engine: Engine, queue: deque[Request], slots: int) -> Iterator[
         free = [slot for slot in range(slots) if slot not in rows]
         # Prompts are prefilled several at a time: a forward of one short prompt wastes most of its cost.
         if queue and (not rows or len(free) >= min(len(queue), max(1, slots // 16))):
-            fresh = _admit(queue, free)
+            fresh = _admit(engine.target, queue, free)
             rows |= fresh
             logits_RV = batch.prefill({slot: row.request.prompt for slot, row in fresh.items()})
             active = list(fresh)
@@ -102,12 +107,14 @@ def is_looping(tokens: list[int]) -> bool:
     return any(tail[period:] == tail[:-period] for period in range(1, LOOP_TOKENS // 2 + 1))
 
 
-def _admit(queue: deque[Request], free: list[int]) -> dict[int, _Row]:
+def _admit(target: TargetInfo, queue: deque[Request], free: list[int]) -> dict[int, _Row]:
     fresh: dict[int, _Row] = {}
     longest = 0
     while queue and len(fresh) < len(free):
         longest = max(longest, len(queue[0].prompt))
         if fresh and longest * (len(fresh) + 1) > PREFILL_TOKENS:
             break
-        fresh[free[len(fresh)]] = _Row(queue.popleft())
+        request = queue.popleft()
+        room = target.room(len(request.prompt), request.max_new_tokens)
+        fresh[free[len(fresh)]] = _Row(request, room)
     return fresh

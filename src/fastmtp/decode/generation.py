@@ -73,12 +73,7 @@ class Generation:
             MissingExtraError: there is a grammar, and llguidance is not installed.
             ValueError: the prompt is empty or fills the context, a limit is below 1, or the grammar is wrong.
         """
-        if not prompt:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(prompt) >= target.context_limit:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and the context ends at {target.context_limit}; shorten it"
-            )
+        room = target.room(len(prompt), max_new_tokens)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         if any(not text for text in stop):
@@ -88,7 +83,9 @@ class Generation:
         self._lend: Lend = sequence if callable(sequence) else lambda _: nullcontext(sequence)
         self._target, self._prompt = target, list(prompt)
         self._new_drafter, self._sampling = new_drafter, sampling
-        self._max_new_tokens, self._stop, self._grammar = max_new_tokens, tuple(stop), grammar
+        self._room, self._stop, self._grammar = room, tuple(stop), grammar
+        # Where the answer stops at its length.
+        self._full: StopReason = "length" if room == max_new_tokens else "context"
 
     def __iter__(self) -> Iterator[str]:
         with self._lend(self._prompt) as sequence:
@@ -96,7 +93,7 @@ class Generation:
 
     def _answer(self, sequence: TokenSequence) -> Iterator[str]:
         special = self._grammar is not None
-        answer = Transcript(self._target, self._max_new_tokens, self._stop, self._target.end_ids, special=special)
+        answer = Transcript(self._target, self._room, self._stop, self._target.end_ids, special=special)
         rounds: list[int] = []
         verified, planned = 0, []
         started = first = time.perf_counter()
@@ -122,7 +119,7 @@ class Generation:
         self.result = Result(
             tokens=answer.tokens,
             text=answer.text,
-            stopped=answer.stopped or "context",
+            stopped=self._full if answer.stopped in (None, "length") else answer.stopped,
             acceptance=Acceptance.of((settled - 1 for settled in rounds), drafter.depth if drafter else 0),
             rounds=rounds,
             verified=verified,

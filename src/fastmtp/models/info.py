@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from fastmtp.models.config import ids_of
 from fastmtp.models.tokenizer import Tokenizer
+from fastmtp.rows import not_unicode
 
 # How many sets of gathered LM head rows a target caches; a head's lists give a few unions.
 GATHERED = 16
@@ -134,13 +135,30 @@ class TargetInfo:
         """Token ids of a text; `special` adds what the tokenizer puts around every text, as a first token.
 
         Raises:
-            ValueError: the text holds a token for which the model has no embedding.
+            ValueError: the text is not valid Unicode, or holds a token for which the model has no embedding.
         """
+        if reason := not_unicode(text):
+            raise ValueError(f"the text {reason}")
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         if ids and max(ids) >= self.vocabulary_size:
             word = self.tokenizer.decode([max(ids)])
             raise ValueError(f"{self.source}: the text holds {word!r}, for which the model has no embedding")
         return ids
+
+    def room(self, length: int, wanted: int, context: int | None = None) -> int:
+        """How many tokens an answer to a prompt of `length` tokens may have, at most `wanted`.
+
+        Args:
+            context: most tokens of both together; None, and at most, what the model can.
+        Raises:
+            ValueError: the prompt is empty, or leaves no room for an answer.
+        """
+        limit = self.context_limit if context is None else min(context, self.context_limit)
+        if length == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if length >= limit:
+            raise ValueError(f"the prompt has {length} tokens and the context ends at {limit}; shorten it")
+        return min(wanted, limit - length)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -140,7 +140,7 @@ def _requests(
         Request(
             prompt=tuple(prompt),
             sampling=sampling[choice],
-            max_new_tokens=min(longest, service.context - len(prompt)),
+            max_new_tokens=service.target.room(len(prompt), longest, service.context),
             stop=tuple(body.stop),
             top_logprobs=logprobs,
             draft=body.draft,

@@ -47,13 +47,14 @@ class Running:
         target = drafting.engine.target
         self.request, self.sequence = request, sequence
         self.verified, self.accepted = 1, list[int]()
-        self._drafting, self._context = drafting, context
+        self._drafting = drafting
         self._drafter: Drafter | None = None
         self._grammar = grammar
         self._sampler = Sampler(request.sampling, request.prompt, self._grammar)
         ends = frozenset[int]() if request.ignore_end else target.end_ids
         special = self._grammar is not None and not request.ignore_end
-        self._transcript = Transcript(target, request.max_new_tokens, request.stop, ends, special=special)
+        self._room = target.room(len(request.prompt), request.max_new_tokens, context)
+        self._transcript = Transcript(target, self._room, request.stop, ends, special=special)
         self._cached = sequence.begin(request.prompt)
         self._token: int | None = None  # the next one, which is not in the sequence yet
         self._rounds = self._drafted = self._forced = 0
@@ -72,9 +73,8 @@ class Running:
     @property
     def reason(self) -> Reason | None:
         """Why the answer has ended; None: it goes on."""
-        if self._transcript.stopped is not None:
-            return "length" if self._transcript.stopped == "length" else "stop"
-        return "length" if self._token is not None and len(self.sequence.tokens) >= self._context else None
+        stopped = self._transcript.stopped
+        return stopped if stopped in (None, "length") else "stop"
 
     def next_of_prompt(self, count: int) -> tuple[Tree, Sequence[int]]:
         """The next `count` tokens of the prompt, and the rows whose values are wanted: of its last token."""
@@ -87,7 +87,7 @@ class Running:
         assert self._token is not None
         tree, drafter, length = Tree(self._token), self._new_drafter(), len(self.sequence.tokens)
         if drafter is not None:
-            room = min(self._context - length, self.request.max_new_tokens - len(self._transcript.tokens))
+            room = self._room - len(self._transcript.tokens)
             tree = yield from drafter.propose(length, self._token, room, load)
         self.verified = len(tree.verified)
         return tree

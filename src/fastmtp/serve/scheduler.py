@@ -241,11 +241,9 @@ class Scheduler:
             self._finish(answer, "error", why)
 
     def _check(self, request: Request) -> None:
-        size, vocabulary = len(request.prompt), self._drafting.engine.target.vocabulary_size
-        if not size:
-            raise ValueError("the prompt is empty; give at least one token")
-        if size >= self.context:
-            raise ValueError(f"the prompt has {size} tokens and the context ends at {self.context}; shorten it")
+        target = self._drafting.engine.target
+        vocabulary = target.vocabulary_size
+        target.room(len(request.prompt), request.max_new_tokens, self.context)
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise ValueError(f"a token of the prompt is outside the vocabulary of {vocabulary}")
         if request.max_new_tokens < 1:
