@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
+import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from fastmtp.addresses import address
 from fastmtp.cli.main import commands
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import DistillConfig
@@ -22,7 +28,8 @@ from fastmtp.distill.dataset import Exchange, iter_exchanges
 from fastmtp.distill.endpoints import Endpoints
 from tests.conftest import tiny_target
 
-Reply = Callable[[dict[str, Any]], tuple[int, Any]]
+# The status, the content, and headers if there are any.
+Reply = Callable[[dict[str, Any]], tuple[Any, ...]]
 TARGET = tiny_target("llama")
 END = 257
 CONFIG = DistillConfig(count=6, max_new_tokens=20, concurrency=4, shard_rows=2)
@@ -37,16 +44,21 @@ class Server(ThreadingHTTPServer):
     def __init__(self, reply: Reply) -> None:
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+        self.queries: set[str] = set()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                assert self.path == "/v1/completions"
+                path, _, query = self.path.partition("?")
+                assert path == "/v1/completions"
+                server.queries.add(query)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append(body)
                 server.keys.add(self.headers["Authorization"])
-                status, content = reply(body)
+                status, content, *headers = reply(body)
                 text = (content if isinstance(content, str) else json.dumps(content)).encode()
                 self.send_response(status)
+                for name, value in dict(*headers).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
@@ -272,7 +284,7 @@ def test_all_refused_is_an_error(tmp_path: Path, serve: Any) -> None:
 
 
 def test_another_models_ids_are_an_error(tmp_path: Path, serve: Any) -> None:
-    with pytest.raises(ValueError, match="beyond the vocabulary of tiny-llama"):
+    with pytest.raises(ConnectionError, match=r"no endpoint is left .*beyond the vocabulary of tiny-llama"):
         distill(
             endpoints(serve(lambda _: said("a", token_ids=[5, 999])).url), CONFIG, tmp_path / "d", written(tmp_path)
         )
@@ -333,6 +345,144 @@ def test_the_command(tmp_path: Path, serve: Any) -> None:
     assert (summary["exchanges"], summary["refused"], summary["retokenised"]) == (5, 0, 10)
     assert set(summary["kinds"]) <= {"code", "french"}
     assert sum(summary["domains"].values()) == sum(summary["languages"].values()) == 5
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_respected(tmp_path: Path, serve: Any, as_date: bool) -> None:
+    """Nothing is sent before the time that a server asks for, by none of the requests, and that costs no try."""
+    told: list[float] = []
+
+    def reply(_: dict[str, Any]) -> tuple[Any, ...]:
+        now = time.time()
+        if not told:
+            told.append(now)
+        if now < told[0] + 1:
+            early.append(now)
+            until = formatdate(told[0] + 2, usegmt=True) if as_date else "1"
+            return 429, "slow down", {"Retry-After": until}
+        return said("fine")
+
+    early: list[float] = []
+    engine = endpoints(serve(reply).url, retries=1)
+    summary = distill(engine, CONFIG, tmp_path / "data", written(tmp_path))
+    assert (summary.exchanges, summary.refused) == (6, 0)
+    # Only those that were on their way already.
+    assert len(early) <= CONFIG.concurrency
+
+
+def test_a_busy_server_is_not_given_up(tmp_path: Path, serve: Any) -> None:
+    """It answers two at a time and sends the others away; all are answered in the end, none is left out."""
+    free = threading.Semaphore(2)
+    sent_away: list[str] = []
+
+    def reply(body: dict[str, Any]) -> tuple[Any, ...]:
+        if not free.acquire(blocking=False):
+            sent_away.append(asked_for(body))
+            return 429, "slow down"
+        time.sleep(0.05)
+        free.release()
+        return said("fine")
+
+    config = replace(CONFIG, concurrency=12)
+    engine = Endpoints(TARGET, [serve(reply).url], retries=3, wait=0.05)
+    summary = distill(engine, config, tmp_path / "data", written(tmp_path, 24))
+    assert (summary.exchanges, summary.refused) == (24, 0)
+    assert len(sent_away) > 6
+
+
+def test_a_server_that_asks_for_too_long_a_wait_is_given_up(tmp_path: Path, serve: Any) -> None:
+    engine = endpoints(serve(lambda _: (503, "down", {"Retry-After": "86400"})).url, timeout=5)
+    with pytest.raises(ConnectionError, match="HTTP 503: down; it asks to wait 86400 s"):
+        distill(engine, CONFIG, tmp_path / "data", written(tmp_path))
+
+
+MALFORMED: dict[str, tuple[Any, ...]] = {
+    "no JSON": (200, "<html>"),
+    "other JSON": (200, {"choices": []}),
+    "deep JSON": (200, "[" * 100_000),
+    "other types": (200, {"choices": [{"text": 7, "finish_reason": "stop"}]}),
+    "ids of another model": said("a", token_ids=[5, 999]),
+    "negative ids": said("a", token_ids=[-1]),
+    "words for ids": said("a", token_ids=["a"]),
+    "half a character": (200, '{"choices": [{"text": "\\ud83d", "finish_reason": "stop"}]}'),
+    "nothing": said("", "length"),
+    "broken off": said("half an ans", "abort"),
+    "a wrong key, once": (401, "who are you?"),
+}
+
+
+@pytest.mark.parametrize("way", MALFORMED)
+def test_one_bad_reply_is_not_the_end_of_an_endpoint(tmp_path: Path, serve: Any, way: str) -> None:
+    """It is counted and asked again; nothing of it is stored, nothing of the run is lost."""
+    bad: list[str] = []
+
+    def reply(body: dict[str, Any]) -> tuple[Any, ...]:
+        if asked_for(body) == "say 3" and not bad:
+            bad.append(way)
+            return MALFORMED[way]
+        return said("fine")
+
+    engine = endpoints(serve(reply).url)
+    summary = distill(engine, replace(CONFIG, concurrency=1), tmp_path / "data", written(tmp_path))
+    assert (summary.exchanges, summary.refused) == (6, 0)
+    assert summary.malformed == (way != "a wrong key, once")
+    assert {exchange.answer for exchange in stored(tmp_path / "data").values()} == {"fine"}
+
+
+def test_an_answer_longer_than_asked_is_cut(tmp_path: Path, serve: Any) -> None:
+    """Also where the server knows no limit: the context ends for its answers as for ours."""
+    config = replace(CONFIG, max_new_tokens=5)
+    distill(endpoints(serve(lambda _: said("a long answer")).url), config, tmp_path / "data", written(tmp_path))
+    for exchange in stored(tmp_path / "data").values():
+        assert (exchange.answer, exchange.finished) == ("a lon", False)
+
+
+def test_what_is_asked_has_room_in_the_context(tmp_path: Path, serve: Any) -> None:
+    """No more tokens are asked for than the target can, and a prompt without room is not asked."""
+    server = serve(lambda _: said("a"))
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in (500, 600)))
+    summary = distill(endpoints(server.url), CONFIG, tmp_path / "data", str(path))
+    (body,) = server.asked
+    assert len(body["prompt"]) + body["max_tokens"] == TARGET.context_limit
+    assert (summary.exchanges, summary.skipped) == (1, 1)
+
+
+SECRETS = ("hunter%40two", "hunter@two", "tok3n")
+
+
+def test_credentials_are_sent_but_never_stored_or_shown(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in what is written nor in what is said, when it works and when it does not."""
+    monkeypatch.setenv("OPENAI_API_KEY", "of-all")
+    healthy = [False]
+    server = serve(lambda _: said("fine") if healthy[0] else (401, "who are you?"))
+    given = server.url.replace("http://", "http://user:hunter%40two@") + "/v1?token=tok3n"
+    monkeypatch.setattr(sys, "argv", ["fastmtp", "distill", "--endpoint", given, f"--endpoint={given}"])
+    with pytest.raises(ConnectionError, match=r"no endpoint is left \(http://127\.0\.0\.1:\d+: HTTP 401") as raised:
+        distill(endpoints(given), CONFIG, tmp_path / "data", written(tmp_path))
+    healthy[0] = True
+    distill(endpoints(given), CONFIG, tmp_path / "data", written(tmp_path))
+    assert server.keys == {"Basic " + b64encode(b"user:hunter@two").decode()}
+    assert server.queries == {"token=tok3n"}
+    kept = (tmp_path / "data" / "provenance.json").read_text()
+    assert json.loads(kept)["endpoints"] == [server.url + "/v1/completions"]
+    shown = "".join(capsys.readouterr())
+    assert "is given up" in shown
+    for secret in SECRETS:
+        assert secret not in kept + shown + str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["user:hunter@two@host:8000", "ftp://user:hunter@two@host", "http://u:hunter/@two@h"]
+)
+def test_an_address_that_is_none_shows_no_secret(given: str) -> None:
+    try:
+        found = address(given, "--endpoint").shown
+    except ValueError as error:
+        found = str(error)
+    assert "hunter" not in found and "two" not in found
 
 
 def test_an_address_must_be_one() -> None:

@@ -13,36 +13,63 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 # Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
 
+from fastmtp.addresses import Address, address
 from fastmtp.decode.batch import Completion, Request
 from fastmtp.distill.prompts import user
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
+from fastmtp.rows import not_unicode
 
-# Wrong key, address or model: another try does not help.
+_OK, _PATH = 200, "/v1/completions"
+# Wrong key, address or model: another try does not help, unless the endpoint has answered before.
 _HOPELESS = (401, 403, 404, 405)
 # Client errors that are worth another try: timeout, too early, too many requests.
 _AGAIN = (408, 425, 429)
+# The endpoint works but wants fewer requests.
+_BUSY = (429, 503)
+# How often one request may be told so by an endpoint that answers others.
+_BUSY_TRIES = 100
+# Longer waits are told.
+_TOLD_SECONDS = 5.0
+# Of answers that were not written to an end or to the limit.
+_BROKEN_OFF = ("abort", "error", "content_filter")
 
 
 @dataclass
 class _Endpoint:
-    url: str
+    """`ready_at`: it asked to be left alone until then."""
+
+    address: Address
     running: int = 0
     answered_at: float = 0.0
+    ready_at: float = 0.0
     dead: str = ""
 
 
 class _FailedError(Exception):
-    """The endpoint does not work, for now or for good."""
+    """The endpoint does not work, for now or for good.
 
-    def __init__(self, reason: str, *, worth_another_try: bool) -> None:
+    Attributes:
+        busy: it works, but not now.
+        seconds: how long it asks to wait.
+    """
+
+    def __init__(
+        self, reason: str, *, worth_another_try: bool = True, busy: bool = False, seconds: float = 0.0
+    ) -> None:
         super().__init__(reason)
-        self.worth_another_try = worth_another_try
+        self.worth_another_try, self.busy, self.seconds = worth_another_try, busy, seconds
+
+
+class _MalformedError(_FailedError):
+    """A reply that is no completion of the target's."""
 
 
 class _RefusedError(Exception):
@@ -52,12 +79,17 @@ class _RefusedError(Exception):
 def check_addresses(urls: Sequence[str]) -> None:
     """Raises ValueError if one is no http address."""
     for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--endpoint {url}: must be an address such as http://localhost:8000/v1")
+        address(url, "--endpoint")
 
 
 class Endpoints:
-    """Servers of one target; counts `refused` requests, and completions `retokenised` and `mismatched`."""
+    """Servers of one target.
+
+    Attributes:
+        urls: where they are, without user names, passwords and queries.
+        refused, malformed, retokenised, mismatched: counts of requests, of replies, and of completions.
+        refusal: what the first refused request was told.
+    """
 
     def __init__(
         self,
@@ -73,23 +105,22 @@ class Endpoints:
         """Check the addresses; nothing is sent yet.
 
         Args:
-            urls: the servers' addresses, with or without `/v1`.
+            urls: the servers' addresses, with or without `/v1`; a user name and password in one are sent to it.
             model: the name the servers know the target by; None where each serves only one.
-            timeout: seconds to wait for a reply.
+            timeout: seconds to wait for a reply, and the longest that a server may ask to wait.
             retries: further tries after a failed one, before an endpoint is given up.
             wait: seconds before the first retry; the wait doubles with each further one.
             progress: told of a refused request and of endpoints that are given up.
         Raises:
             ValueError: a url is no http address.
         """
-        check_addresses(urls)
         self.target = target
-        self.urls = [url.rstrip("/").removesuffix("/v1") + "/v1/completions" for url in urls]
-        self.refused = 0
+        self._addresses = [address(url, "--endpoint") for url in urls]
+        self.urls = [one.shown + _PATH for one in self._addresses]
+        self.refused = self.malformed = self.retokenised = self.mismatched = 0
         self.refusal = ""
-        self.retokenised = 0
-        self.mismatched = 0
         self._model = model
+        self._seconds = timeout
         self._timeout = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
         self._retries = retries
         self._wait = wait
@@ -105,7 +136,7 @@ class Endpoints:
         Raises:
             ConnectionError: no endpoint is left.
         """
-        pool = [_Endpoint(url) for url in self.urls]
+        pool = [_Endpoint(one) for one in self._addresses]
         key = os.environ.get("OPENAI_API_KEY")
         with asyncio.Runner() as runner:
             client = httpx2.AsyncClient(
@@ -127,12 +158,11 @@ class Endpoints:
                 runner.run(_close(client, running))
 
     async def _complete(self, client: httpx2.AsyncClient, pool: list[_Endpoint], request: Request) -> Completion:
-        body = self._body(request)
         while True:
             endpoint = _least_busy(pool)
             endpoint.running += 1
             try:
-                choice = await self._ask(client, endpoint, body)
+                completion = await self._ask(client, endpoint, request)
             except _RefusedError as error:
                 self.refused += 1
                 self.refusal = self.refusal or str(error)
@@ -141,37 +171,55 @@ class Endpoints:
                 return Completion(request, [], False)
             finally:
                 endpoint.running -= 1
-            if choice is not None:
-                return self._completion(request, choice)
+            if completion is not None:
+                return completion
 
-    async def _ask(
-        self, client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """The reply's one choice, after retries if need be; None if the endpoint is given up."""
-        clock = asyncio.get_running_loop().time
-        failed_at, reason = math.inf, ""
-        for attempt in range(self._retries + 1):
-            if attempt:
+    async def _ask(self, client: httpx2.AsyncClient, endpoint: _Endpoint, request: Request) -> Completion | None:
+        """The endpoint's answer, after retries if need be; None if the endpoint is given up."""
+        clock, shown = asyncio.get_running_loop().time, endpoint.address.shown
+        alive_at, failed_at, reason = clock(), math.inf, ""
+        tries = busy = 0
+        while tries <= self._retries and busy < _BUSY_TRIES:
+            if tries or busy:
                 # Jitter keeps requests that failed together from coming back together.
-                await asyncio.sleep(self._wait * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+                await asyncio.sleep(self._wait * 2 ** max(0, tries - 1) * random.uniform(0.5, 1.5))
+            while not endpoint.dead and (left := endpoint.ready_at - clock()) > 0:
+                await asyncio.sleep(left)
             if endpoint.dead:
                 return None
             try:
-                choice = await _post(client, endpoint.url, body)
+                choice = await _post(client, endpoint, self._body(request))
+                completion = self._completion(request, choice)
             except _FailedError as error:
                 failed_at, reason = min(failed_at, clock()), str(error)
+                self.malformed += isinstance(error, _MalformedError)
+                if error.seconds > self._seconds:
+                    reason = f"{reason}; it asks to wait {error.seconds:.0f} s"
+                    break
                 if not error.worth_another_try:
                     break
+                self._leave_alone(endpoint, clock(), error.seconds)
+                # An endpoint that answers others meanwhile will answer this one too.
+                if error.busy and endpoint.answered_at > alive_at:
+                    tries, busy, alive_at = 0, busy + 1, clock()
+                else:
+                    tries += 1
             else:
                 endpoint.answered_at = clock()
-                return choice
+                return completion
         # It has answered others since, so the cause is this request.
         if endpoint.answered_at > failed_at:
-            raise _RefusedError(f"{endpoint.url}: {reason}")
+            raise _RefusedError(f"{shown}: {reason}")
         if not endpoint.dead:
             endpoint.dead = reason
-            self._progress.say(f"fastmtp: {endpoint.url} is given up: {reason}")
+            self._progress.say(f"fastmtp: {shown} is given up: {reason}")
         return None
+
+    def _leave_alone(self, endpoint: _Endpoint, now: float, seconds: float) -> None:
+        """Send an endpoint nothing for some seconds."""
+        if endpoint.ready_at <= now and seconds > _TOLD_SECONDS:
+            self._progress.say(f"fastmtp: {endpoint.address.shown} asks to wait {seconds:.0f} s")
+        endpoint.ready_at = max(endpoint.ready_at, now + seconds)
 
     def _body(self, request: Request) -> dict[str, Any]:
         sampling = request.sampling
@@ -194,45 +242,69 @@ class Endpoints:
         return body if self._model is None else body | {"model": self._model}
 
     def _completion(self, request: Request, choice: dict[str, Any]) -> Completion:
+        """Raises _MalformedError if it cannot be the target's."""
         tokens: list[int] | None = choice["token_ids"]
+        reason = choice["finish_reason"]
+        if reason in _BROKEN_OFF:
+            raise _MalformedError(f"its answer was broken off: {reason}")
+        retokenised = tokens is None
         if tokens is None:
-            tokens = self._retokenise(choice["text"])
-        elif any(not 0 <= token < self.target.vocabulary_size for token in tokens):
-            raise ValueError(
-                f"an endpoint gave token ids beyond the vocabulary of {self.target.source}; serve the same target"
+            if wrong := not_unicode(choice["text"]):
+                raise _MalformedError(f"its text {wrong}")
+            tokens = self.target.tokenizer.encode(choice["text"], add_special_tokens=False)
+        elif not all(type(token) is int and 0 <= token < self.target.vocabulary_size for token in tokens):
+            raise _MalformedError(
+                f"it gave token ids beyond the vocabulary of {self.target.source}; serve the same target"
             )
+        tokens = tokens[: request.max_new_tokens]
         ends = [length for length, token in enumerate(tokens, 1) if token in request.end_ids]
         if ends:
             tokens = tokens[: ends[0]]
-        elif choice["finish_reason"] == "stop":
+        elif reason == "stop" and len(tokens) < request.max_new_tokens:
             # Some servers leave out the end token.
             tokens = [*tokens, self._end]
-        return Completion(request, tokens, bool(tokens) and tokens[-1] in request.end_ids)
+        if not tokens:
+            raise _MalformedError("its answer is empty")
+        if retokenised:
+            self.retokenised += 1
+            self.mismatched += self.target.decode(tokens) != choice["text"]
+        return Completion(request, tokens, tokens[-1] in request.end_ids)
 
-    def _retokenise(self, text: str) -> list[int]:
-        ids: list[int] = self.target.tokenizer.encode(text, add_special_tokens=False)
-        self.retokenised += 1
-        self.mismatched += self.target.decode(ids) != text
-        return ids
 
-
-async def _post(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> dict[str, Any]:
+async def _post(client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str, Any]) -> dict[str, Any]:
     """The reply's one choice: `text`, `finish_reason`, and `token_ids` (None where only text came)."""
+    own = endpoint.address.authorization
+    headers = {"Authorization": own} if own is not None else {}
     try:
-        response = await client.post(url, json=body)
-    except httpx2.TransportError as error:
-        raise _FailedError(f"{type(error).__name__} {error}".strip(), worth_another_try=True) from error
+        response = await client.post(endpoint.address.url(_PATH), json=body, headers=headers)
+    except httpx2.HTTPError as error:
+        raise _FailedError(f"{type(error).__name__} {error}".strip()) from error
     status = response.status_code
-    if status == 200:
+    if status == _OK:
         choice = _choice(response)
         if choice is None:
-            reason = "its reply is not that of an OpenAI-compatible completions server"
-            raise _FailedError(reason, worth_another_try=False)
+            raise _MalformedError("its reply is not that of an OpenAI-compatible completions server")
         return choice
-    reason = f"HTTP {status}: {response.text.strip()[:200]}"
+    reason = f"HTTP {status}: {' '.join(response.text.split())[:200]}"
     if 400 <= status < 500 and status not in (*_HOPELESS, *_AGAIN):
-        raise _RefusedError(f"{url}: {reason}")
-    raise _FailedError(reason, worth_another_try=status not in _HOPELESS)
+        raise _RefusedError(f"{endpoint.address.shown}: {reason}")
+    raise _FailedError(
+        reason,
+        worth_another_try=status not in _HOPELESS or endpoint.answered_at > 0,
+        busy=status in _BUSY,
+        seconds=_retry_after(response.headers.get("Retry-After", "")),
+    )
+
+
+def _retry_after(value: str) -> float:
+    """Seconds to wait, of a number or a date; 0 if there is neither."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        until = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _choice(response: httpx2.Response) -> dict[str, Any] | None:
@@ -242,7 +314,7 @@ def _choice(response: httpx2.Response) -> dict[str, Any] | None:
         choice = reply["choices"][0]
         text, finish_reason = choice["text"], choice["finish_reason"]
         token_ids = choice.get("token_ids") or (reply.get("__verbose") or {}).get("tokens") or None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(text, str) or not isinstance(token_ids, list | None):
         return None
@@ -252,11 +324,12 @@ def _choice(response: httpx2.Response) -> dict[str, Any] | None:
 def _least_busy(pool: list[_Endpoint]) -> _Endpoint:
     living = [endpoint for endpoint in pool if not endpoint.dead]
     if not living:
-        reasons = "; ".join(f"{endpoint.url}: {endpoint.dead}" for endpoint in pool)
+        reasons = "; ".join(f"{endpoint.address.shown}: {endpoint.dead}" for endpoint in pool)
         raise ConnectionError(
             f"no endpoint is left ({reasons}); what is answered is kept, the same command goes on"
         )
-    return min(living, key=lambda endpoint: endpoint.running)
+    now = asyncio.get_running_loop().time()
+    return min(living, key=lambda endpoint: (endpoint.ready_at > now, endpoint.running))
 
 
 def _end_token(target: TargetInfo) -> int:
