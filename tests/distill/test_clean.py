@@ -56,7 +56,7 @@ def test_every_reason_is_counted_with_its_example(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     report = clean(source, tmp_path / "clean", CONFIG)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-    assert read_exchanges(DataSet([tmp_path / "clean"]), tokenizer_sha256(TARGET.tokenizer)) == good
+    assert read_exchanges(DataSet([tmp_path / "clean"]), TARGET) == good
     assert (report.kept, report.dropped) == (10, dict.fromkeys(bad, 1))
     assert {reason: example["index"] for reason, example in report.examples.items()} == {
         reason: one.index for reason, one in bad.items()
@@ -134,6 +134,6 @@ def test_masks_that_cannot_be_right(tmp_path: Path, flag: bool | None, message: 
     with pytest.raises(ValueError, match=message):
         list(iter_exchanges(source))
     with pytest.raises(ValueError, match=message):
-        read_exchanges(DataSet([source]), tokenizer_sha256(TARGET.tokenizer))
+        read_exchanges(DataSet([source]), TARGET)
     with pytest.raises(ValueError, match=message):
         clean(source, tmp_path / "clean", CONFIG)

@@ -10,8 +10,10 @@ import sys
 import time
 from collections import deque
 from copy import copy, deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,13 +22,13 @@ import torch
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Request, decode_batch, is_looping
 from fastmtp.decode.plain import plain
-from fastmtp.distill import answers
+from fastmtp.distill import answers, requests
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import DataSet, Exchange, finished_indices, read_exchanges, shards
 from fastmtp.distill.own_prompts import KINDS, opening
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
-from fastmtp.models.info import tokenizer_sha256
+from fastmtp.progress import QUIET
 from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
 
@@ -42,6 +44,14 @@ def talkative() -> Target:
     with torch.no_grad():
         model.lm_head.weight[257] *= 3
     return Target(model, source.tokenizer, source.source)
+
+
+def other_words() -> Target:
+    """A target with another tokenizer."""
+    source = tiny_target("llama")
+    tokenizer = deepcopy(source.tokenizer)
+    tokenizer.add_tokens(["another word"])
+    return Target(source.model, tokenizer, source.source)
 
 
 def rows(directory: Path) -> dict[int, Exchange]:
@@ -138,9 +148,8 @@ def test_own_prompts(tmp_path: Path) -> None:
         assert row.answer_mask == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
         assert row.finished == (row.ids[-1] == 257)
         assert row.prompt.startswith(opening(CONFIG.seed, row.index, {}).words.strip())
-    sha256 = tokenizer_sha256(target.tokenizer)
-    assert len(read_exchanges(DataSet([tmp_path / "data"]), sha256)) == 12
-    kept = read_exchanges(DataSet([tmp_path / "data"]), sha256, finished_only=True)
+    assert len(read_exchanges(DataSet([tmp_path / "data"]), target)) == 12
+    kept = read_exchanges(DataSet([tmp_path / "data"]), target, finished_only=True)
     assert len(kept) == 12 - summary.truncated
     assert 0 < len(kept) < 12
     assert all(row.finished for row in kept)
@@ -214,6 +223,70 @@ def test_other_settings_do_not_mix(tmp_path: Path) -> None:
         distill(TorchEngine(target), CONFIG, tmp_path / "notes", None)
 
 
+def silent(weight: float) -> Target:
+    """A tiny target that writes an end token as rarely as its weight makes it."""
+    source = tiny_target("llama")
+    model = deepcopy(source.model)
+    with torch.no_grad():
+        model.lm_head.weight[257] *= weight
+    return Target(model, source.tokenizer, source.source)
+
+
+class Said:
+    """Progress that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.bar, self.status, self.transfer = QUIET.bar, QUIET.status, QUIET.transfer
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_target_that_never_ends_its_prompts_is_noticed(tmp_path: Path) -> None:
+    """It is said after a dozen, and the run stops instead of beginning prompts for ever."""
+    config = replace(CONFIG, count=24, prompt_top_k=3, max_prompt_tokens=5)
+    said = Said()
+    with pytest.raises(ValueError, match=r"ended none of the first 20 prompts .*5 tokens; give --prompts"):
+        distill(TorchEngine(silent(0)), config, tmp_path / "data", None, said)
+    (line,) = said.lines
+    assert "ended none of the first 12 prompts" in line and line.endswith("still trying")
+
+
+def test_one_prompt_that_never_ends_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out after so many tries and counted; nothing is said of a target that ends others."""
+    again, said = Request.again, Said()
+    monkeypatch.setattr(requests, "_TRIES", 7)
+    tried: list[int] = []
+
+    def never(self: Request) -> Request:
+        tried.append(self.key.index)
+        return again(self)
+
+    monkeypatch.setattr(Request, "again", never)
+    own = answers.prompt_request
+
+    def endless(target: Target, config: DistillConfig, turn: Any, task: Any) -> Request:
+        made = own(target, config, turn, task)
+        return replace(made, end_ids=frozenset(), max_new_tokens=3) if task.index == 5 else made
+
+    monkeypatch.setattr(answers, "prompt_request", endless)
+    summary = distill(TorchEngine(talkative()), CONFIG, tmp_path / "data", None, said)
+    assert (summary.exchanges, summary.unended) == (11, 1)
+    assert finished_indices(tmp_path / "data") == set(range(12)) - {5}
+    assert tried.count(5) == 6
+    assert said.lines == []
+
+
+def test_greedy_prompts_are_begun_once(tmp_path: Path) -> None:
+    """The same draws would not end either."""
+    config = replace(CONFIG, count=3, prompt_temperature=0.0, max_prompt_tokens=5)
+    with pytest.raises(ValueError, match="ended none of the first 3 prompts"):
+        distill(TorchEngine(silent(0)), config, tmp_path / "data", None)
+
+
 def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
     target = copy(tiny_target("llama"))
     target.tokenizer = copy(target.tokenizer)
@@ -225,12 +298,12 @@ def test_no_chat_template_needs_a_prompt_file(tmp_path: Path) -> None:
 def test_reading_bad_data(tmp_path: Path) -> None:
     target = talkative()
     distill(TorchEngine(target), CONFIG, tmp_path / "data", None)
-    with pytest.raises(ValueError, match="of another tokenizer"):
-        read_exchanges(DataSet([tmp_path / "data"]), "0")
+    with pytest.raises(ValueError, match="its token ids are not those of"):
+        read_exchanges(DataSet([tmp_path / "data"]), other_words())
     path = shards(tmp_path / "data")[0]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=f"{path.name}: cannot be read"):
-        read_exchanges(DataSet([tmp_path / "data"]), tokenizer_sha256(target.tokenizer))
+        read_exchanges(DataSet([tmp_path / "data"]), target)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])

@@ -71,14 +71,19 @@ def test_rows_and_chat_logs(tmp_path: Path, form: str) -> None:
     ("content", "message"),
     [
         ("{", "line 1: not valid JSON"),
-        ("[]", "line 1: must be a JSON object"),
+        ("7", "line 1: must be a JSON object"),
+        ("[]\n[]", "line 1: must be a JSON object"),
+        ("[]", "holds no prompt$"),
         ('{"prompt": "a"}\n{"text": "b"}', "line 2: needs a text `prompt`"),
         ('{"prompt": "  "}', "line 1: needs a text `prompt`"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: needs a text `prompt`"),
         ('{"messages": [{"role": "user", "content": ["x"]}]}', "line 1: needs a text `prompt`"),
         ('{"conversations": ["x"]}', "line 1: needs a text `prompt`"),
         ('{"prompt": "a", "answer_ids": "bc"}', "line 1: `answer_ids` must be a list of token ids"),
-        ("", "holds no prompt"),
+        ('{"prompt": "a", "answer_ids": [1, true]}', "line 1: `answer_ids` must be a list of token ids"),
+        ('{"prompt": "a", "answer_ids": [1], "finished": "no"}', "line 1: `finished` must be true or false"),
+        ('{"messages": [{"role": "usr", "content": "x"}, {"role": "user", "content": "x"}]}', "no role 'usr'"),
+        ("", "holds no prompt$"),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, content: str, message: str) -> None:
@@ -94,7 +99,7 @@ def test_bad_parquet_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         read_prompts(str(path))
     pq.write_table(pa.table({"text": ["a"]}), path)
-    with pytest.raises(ValueError, match=r"bad\.parquet, row 1: needs a text `prompt`"):
+    with pytest.raises(ValueError, match=r"bad\.parquet: has no column `prompt` or .*; it has text"):
         read_prompts(str(path))
     with pytest.raises(FileNotFoundError, match="no such prompt file"):
         read_prompts("nowhere.jsonl")

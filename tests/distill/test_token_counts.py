@@ -51,10 +51,10 @@ def test_texts(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"words": "x"}\n')
+    (tmp_path / "a.jsonl").write_text('{"words": "x"}\n')
     pq.write_table(pa.table({"words": ["x"]}), tmp_path / "b.parquet")
     for name, message in {
-        "a.jsonl": "a.jsonl, line 2: must be a JSON object with a string `text`",
+        "a.jsonl": "a.jsonl, line 1: must be a JSON object with a string `text`",
         "b.parquet": "b.parquet: has no column `text`; it has words",
     }.items():
         with pytest.raises(ValueError, match=message):

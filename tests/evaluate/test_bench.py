@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
 import types
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ from fastmtp.evaluate.summary import summarize
 from fastmtp.others.transformers_process import start
 from fastmtp.report import bench as bench_report
 from fastmtp.report.page import page
-from tests.conftest import tiny_target
+from fastmtp.rows import Skipped
+from tests.conftest import CHAT_TEMPLATE, tiny_target
 from tests.engines import Engine
 from tests.models.test_head import trained_looking_head
 
@@ -177,6 +180,21 @@ def test_a_run_goes_on_where_it_stopped(pair: list[Own], llama: Target, tmp_path
         Journal(path, {"max_new_tokens": 9})
 
 
+def test_a_conversation_that_the_template_refuses_costs_itself_only(pair: list[Own], llama: Target) -> None:
+    """Nobody is asked it, everybody's cell says why, and the others come out."""
+    refusing = copy(llama)
+    refusing.tokenizer = copy(llama.tokenizer)
+    refusing.tokenizer.chat_template = (
+        "{% if 'three' in messages[-1]['content'] %}{{ raise_exception('not this') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    journal = Journal(None, {})
+    run(pair, refusing, CONVERSATIONS, GREEDY, journal)
+    cells = {turn.id: turn.cells["plain"] for turn in journal}
+    assert cells["a-2"] == Failure("cannot be asked: not this")
+    assert isinstance(cells["a-1"], Answer) and isinstance(cells["b-1"], Answer)
+    assert all(isinstance(turn.cells["chain:3"], Failure) == (turn.id == "a-2") for turn in journal)
+
+
 @pytest.fixture(scope="module")
 def written(pair: list[Own]) -> dict[str, Any]:
     """The document of a small run, as it comes back from a file."""
@@ -291,6 +309,29 @@ def test_builtin_suite() -> None:
     assert min(map(kinds.count, kinds)) >= 6
     assert len({conversation.id for conversation in found}) == len(found)
     assert len(suite("builtin", 2)) == 14
+
+
+def test_a_suite_of_the_users_own(tmp_path: Path) -> None:
+    """Whatever its files are called and packed; what does not fit is left out and named, or an error."""
+    (tmp_path / "first.JSONL").write_text(
+        '\ufeff{"turns": ["one", "two"]}\n{"turns": "x"}\n{"turns": ["a\u2028b"]}'
+    )
+    (tmp_path / "second.json").write_text(json.dumps([{"turns": ["three"], "answer": 4, "benchmark": "own"}]))
+    (tmp_path / "third.jsonl.gz").write_bytes(gzip.compress(b'{"turns": ["five"], "id": "five"}'))
+    (tmp_path / "README.md").write_text("about it")
+    skipped = Skipped()
+    assert suite(str(tmp_path), None, skipped) == [
+        Conversation("first", "first-1", ["one", "two"]),
+        Conversation("first", "first-3", ["a\u2028b"]),
+        Conversation("own", "second-1", ["three"], "4"),
+        Conversation("third", "five", ["five"]),
+    ]
+    assert str(skipped).startswith(f"1 row is left out: {tmp_path / 'first.JSONL'}, line 2: needs `turns`")
+    with pytest.raises(ValueError, match="line 2: needs `turns`"):
+        suite(str(tmp_path), None)
+    (tmp_path / "bad.txt").write_text("a prompt\n")
+    with pytest.raises(ValueError, match=r"bad\.txt: holds no row that can be used; .* needs `turns`"):
+        suite(str(tmp_path / "bad.txt"), None, Skipped())
 
 
 def test_the_papers_benchmarks_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

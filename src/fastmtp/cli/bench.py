@@ -17,6 +17,7 @@ from fastmtp.cli.options import (
     finish,
     json_option,
     settings_options,
+    strict_option,
 )
 from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL, results
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     help="builtin; fastmtp7, the paper's seven benchmarks (fetched, extra `datasets`); or a JSONL file, or a "
     "directory of them, with `turns` on each line",
 )
+@strict_option
 @click.option("--limit", type=click.IntRange(1), help="prompts of each benchmark  [default: all]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="for each answer")
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="of the whole suite")
@@ -66,6 +68,7 @@ def bench(
     options: EngineOptions,
     drafting: DraftOptions,
     suite: str,
+    strict: bool,
     limit: int | None,
     max_new_tokens: int,
     repeats: int,
@@ -87,7 +90,7 @@ def bench(
     from fastmtp.report.page import write_run
 
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
-    chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target))
+    chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target), strict)
     chosen.check(target, options, out, records=record is not None)
     on_stop(lambda: _kept(out))
     engine = open_engine(target, options, progress=TERMINAL)

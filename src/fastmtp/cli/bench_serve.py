@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from fastmtp.cli.options import OUT_DIRECTORY, decoding_options, engine_options, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, decoding_options, engine_options, finish, json_option, strict_option
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, choose_engine
@@ -53,6 +53,7 @@ class _Levels(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="the questions of text, as in `bench`: the first turns of builtin, fastmtp7, or your own files",
 )
+@strict_option
 @click.option(
     "--prompts",
     type=click.IntRange(1),
@@ -97,13 +98,13 @@ def bench_serve(
             if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} is of a server that is started here; leave it out, or --url")
-        chosen.check()
+        chosen.check(TERMINAL)
         found = bench_url(chosen, url, TERMINAL)
     else:
         require("serve")
         choose_engine(options)
         check_target(target, drafting, against_llama=against is not None)
-        chosen.check()
+        chosen.check(TERMINAL)
         found = bench_target(
             chosen, target, options, drafting, against_llama=against is not None, progress=TERMINAL
         )

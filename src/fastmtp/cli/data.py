@@ -19,6 +19,7 @@ from fastmtp.cli.options import (
     json_option,
     large_option,
     settings_options,
+    strict_option,
 )
 from fastmtp.cli.terminal import TERMINAL, results_console, table
 from fastmtp.config import CleanConfig, load_config
@@ -40,16 +41,17 @@ def data() -> None:
 @data.command()
 @click.argument("directory", type=PATH)
 @click.option("--out", type=OUT_DIRECTORY, required=True, help="data directory to write")
+@strict_option
 @config_option
 @json_option
 @settings_options(CleanConfig)
-def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **settings: Any) -> None:
+def clean(directory: Path, out: Path, strict: bool, config: Path | None, as_json: bool, **settings: Any) -> None:
     """Copy DIRECTORY without what should not be trained on: unfinished answers, loops, near-duplicates, ..."""
     chosen = load_config(CleanConfig, config, settings)
     from fastmtp.distill.clean import clean as run
     from fastmtp.distill.clean import told
 
-    report = run(directory, out, chosen, TERMINAL)
+    report = run(directory, out, chosen, TERMINAL, strict=strict)
     if not as_json:
         draw_cleaning(report, results_console())
     finish(as_json, {**vars(report), "out": str(out)}, f"{report.kept} exchanges kept, {told(report)}, in {out}")
@@ -60,8 +62,9 @@ def clean(directory: Path, out: Path, config: Path | None, as_json: bool, **sett
 @click.option("--target", help="whose tokenizer it is  [default: the target it was distilled from]")
 @large_option
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="exchanges to print")
+@strict_option
 @json_option
-def show(directories: tuple[Path, ...], target: str | None, samples: int, as_json: bool) -> None:
+def show(directories: tuple[Path, ...], target: str | None, samples: int, strict: bool, as_json: bool) -> None:
     """What data directories hold: counts, domains, languages, lengths, frequent tokens, samples."""
     from fastmtp.distill.dataset import check_data, target_of
     from fastmtp.distill.domains import shares
@@ -70,7 +73,7 @@ def show(directories: tuple[Path, ...], target: str | None, samples: int, as_jso
 
     check_data(directories)
     described = describe(target or target_of(directories[0]))
-    found = measure(directories, described, samples, TERMINAL)
+    found = measure(directories, described, samples, TERMINAL, strict=strict)
     if not as_json:
         draw_statistics(found, results_console())
     finish(

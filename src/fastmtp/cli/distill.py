@@ -14,6 +14,7 @@ from fastmtp.cli.options import (
     finish,
     json_option,
     settings_options,
+    strict_option,
 )
 from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL, results
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=OUT_DIRECTORY, required=True, help="data directory to fill")
 @click.option(
     "--prompts",
-    help="JSONL, Parquet or text file, or hf:owner/name[:split]  [default: the model writes its own prompts]",
+    help="JSONL, JSON, Parquet or text file, or hf:owner/name[:split]  [default: the model writes its own prompts]",
 )
 @click.option(
     "--endpoint",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     "its key is taken from OPENAI_API_KEY",
 )
 @click.option("--endpoint-model", help="the name the servers know the target by  [default: the one they serve]")
+@strict_option
 @config_option
 @json_option
 @settings_options(DistillConfig)
@@ -49,6 +51,7 @@ def distill(
     prompts: str | None,
     endpoints: tuple[str, ...],
     endpoint_model: str | None,
+    strict: bool,
     config: Path | None,
     as_json: bool,
     **settings: Any,
@@ -64,7 +67,7 @@ def distill(
     from fastmtp.distill.endpoints import Endpoints, check_addresses
     from fastmtp.models.source import describe
 
-    check(chosen, out, prompts)
+    check(chosen, out, prompts, strict=strict)
     check_addresses(endpoints)
     on_stop(lambda: kept_answers(out))
     engine: Any = (
@@ -79,7 +82,7 @@ def distill(
         if endpoints
         else open_engine(target, options, for_throughput=True, progress=TERMINAL)
     )
-    tell_distilled(run(engine, chosen, out, prompts, TERMINAL), out, as_json)
+    tell_distilled(run(engine, chosen, out, prompts, TERMINAL, strict=strict), out, as_json)
 
 
 def kept_answers(out: Path) -> str:
@@ -99,9 +102,17 @@ def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
     if summary.exchanges and not as_json:
         results(f"came out as {shares(summary.domains)}; languages {shares(summary.languages)}")
+    if summary.skipped:
+        TERMINAL.say(f"fastmtp: {summary.skipped} rows left out, the first: {summary.first_skipped}")
     told = [f"{summary.truncated} truncated"]
+    if summary.skipped:
+        told.append(f"{summary.skipped} rows left out")
+    if summary.unended:
+        told.append(f"{summary.unended} prompts without an end")
     if summary.refused:
         told.append(f"{summary.refused} refused")
+    if summary.malformed:
+        told.append(f"{summary.malformed} malformed replies")
     if summary.retokenised:
         told.append(f"{100 * summary.mismatched / summary.retokenised:.1f}% of the texts differ once tokenised")
     finish(

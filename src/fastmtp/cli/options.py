@@ -38,6 +38,9 @@ class _OutPath(click.Path):
 OUT_FILE, OUT_DIRECTORY = _OutPath(dir_okay=False), _OutPath(file_okay=False)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+strict_option = click.option(
+    "--strict", is_flag=True, help="stop at the first row that cannot be used  [default: leave it out and say so]"
+)
 config_option = click.option("--config", type=PATH, help="TOML file with the settings below")
 large_option = yes_option("fetch a model of more than 1 GB without asking")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
@@ -67,7 +70,7 @@ def text_options(command: Command) -> Command:
         "--text",
         "texts",
         multiple=True,
-        help="text to count, FILE or LABEL=FILE: .txt, .jsonl, .parquet; may be repeated",
+        help="text to count, FILE or LABEL=FILE: text, or JSONL, JSON or Parquet with `text`; may be repeated",
     )(command)
     return click.option("--data", type=PATH, multiple=True, help="data directory; may be repeated")(command)
 

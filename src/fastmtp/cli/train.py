@@ -18,6 +18,7 @@ from fastmtp.cli.options import (
     finish,
     json_option,
     settings_options,
+    strict_option,
     target_option,
 )
 from fastmtp.cli.stopping import on_stop
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     "--vanilla", is_flag=True, help="train the same head for one step only as well (OUT-vanilla), and compare"
 )
 @click.option("--profile", is_flag=True, help="print where the time went")
+@strict_option
 @config_option
 @json_option
 @settings_options(TrainConfig)
@@ -68,6 +70,7 @@ def train(
     shard_target: bool,
     vanilla: bool,
     profile: bool,
+    strict: bool,
     config: Path | None,
     as_json: bool,
     **settings: Any,
@@ -95,7 +98,7 @@ def train(
     run = partial(
         train_head,
         own.target,
-        DataSet(data, keep=vanilla),
+        DataSet(data, keep=vanilla, strict=strict),
         init=init,
         processes=processes,
         engine=states_engine,

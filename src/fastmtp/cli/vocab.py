@@ -14,6 +14,7 @@ from fastmtp.cli.options import (
     finish,
     json_option,
     settings_options,
+    strict_option,
     target_option,
     text_options,
 )
@@ -36,6 +37,7 @@ def vocab() -> None:
 @click.option("--head", type=PATH, help="head directory to write the lists into")
 @click.option("--out", type=OUT_FILE, help="file to write them to instead, for `fastmtp train`")
 @text_options
+@strict_option
 @config_option
 @json_option
 @settings_options(VocabularyConfig)
@@ -45,6 +47,7 @@ def build(
     out: Path | None,
     data: tuple[Path, ...],
     texts: tuple[str, ...],
+    strict: bool,
     config: Path | None,
     as_json: bool,
     **settings: Any,
@@ -69,7 +72,10 @@ def build(
         check_head(head)
     check_data(data)
     check_texts(texts)
-    tell_written(build_lists(target, path, chosen, DataSet(data), texts, head=head, progress=TERMINAL), as_json)
+    tell_written(
+        build_lists(target, path, chosen, DataSet(data, strict=strict), texts, head=head, progress=TERMINAL),
+        as_json,
+    )
 
 
 def tell_written(found: WrittenLists, as_json: bool) -> None:
@@ -105,6 +111,7 @@ def _point(point: SizePoint) -> list[str]:
 @target_option
 @click.option("--head", type=PATH, required=True, help="head directory")
 @text_options
+@strict_option
 @click.option("--missing", type=click.IntRange(0), default=10, show_default=True, help="left-out tokens to print")
 @click.option("--plot", type=OUT_FILE, help="draw coverage against size there: .png, .svg or .html")
 @json_option
@@ -113,6 +120,7 @@ def show(
     head: Path,
     data: tuple[Path, ...],
     texts: tuple[str, ...],
+    strict: bool,
     missing: int,
     plot: Path | None,
     as_json: bool,
@@ -135,7 +143,7 @@ def show(
     check_texts(texts)
     described = describe(target)
     vocabulary, _ = read_description(head, described)
-    labelled = count(described, DataSet(data), texts, TERMINAL) if data or texts else {}
+    labelled = count(described, DataSet(data, strict=strict), texts, TERMINAL) if data or texts else {}
     totals = {label: counts.total for label, counts in labelled.items()}
     found = compare(vocabulary, totals, missing)
     if plot is not None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastmtp.config import DistillConfig, SamplingConfig
+from fastmtp.config import DistillConfig
 from fastmtp.decode.batch import Completion, Request, decode_batch
-from fastmtp.decode.sampling import derived_seed
 from fastmtp.distill.dataset import Exchange, ShardWriter, check_claim, claim_directory, finished_indices
 from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
+from fastmtp.distill.requests import Endings, answer_request, exchange_of, prompt_ids, prompt_request
 from fastmtp.engines.protocol import Engine
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
+from fastmtp.rows import RowError, Skipped
 
 # These may change between a run and its continuation without changing any exchange.
 FREE_SETTINGS = ("count", "minutes", "slots", "shard_rows", "concurrency", "timeout", "retries")
@@ -32,8 +34,12 @@ Decode = Callable[[deque[Request], int], Iterator[Completion]]
 class DistillSummary(Mix):
     """What one run added to a data directory, and the mix that resulted.
 
+    `skipped` counts rows of prompts that were left out (`first_skipped` is what the first one's error says), and
+    `unended` the target's own prompts that never came to an end.
+
     For endpoints only: `refused` counts requests that a later run tries again, `retokenised` completions that came
-    as text without token ids and were tokenised here, and `mismatched` those of them that decode to another text.
+    as text without token ids and were tokenised here, `mismatched` those of them that decode to another text, and
+    `malformed` replies that were no completion.
     """
 
     exchanges: int = 0
@@ -43,6 +49,10 @@ class DistillSummary(Mix):
     refused: int = 0
     retokenised: int = 0
     mismatched: int = 0
+    malformed: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
+    unended: int = 0
 
     def add(self, exchange: Exchange) -> None:
         self.exchanges += 1
@@ -51,14 +61,14 @@ class DistillSummary(Mix):
         self.count(exchange.kind, exchange.prompt, exchange.answer)
 
 
-def check(config: DistillConfig, out: Path, prompts: str | None) -> None:
+def check(config: DistillConfig, out: Path, prompts: str | None, *, strict: bool = False) -> None:
     """What can be said of a run before the target is loaded; arguments and errors as for `distill`."""
     mix = config.mix_weights()
     check_mix(mix)
     if mix and prompts is not None:
         raise ValueError("--mix is of the model's own prompts; leave out --mix or --prompts")
     if prompts is not None:
-        read_prompts(prompts)
+        read_prompts(prompts, Skipped(strict=strict))
     check_claim(out, vars(config), FREE_SETTINGS, vars(DistillConfig()))
 
 
@@ -68,20 +78,29 @@ def distill(
     out: Path,
     prompts: str | None,
     progress: Progress = QUIET,
+    *,
+    strict: bool = False,
 ) -> DistillSummary:
     """Fill the data directory `out`, continuing an earlier run that stopped.
 
     Args:
         engine: decodes in this process, or by endpoints.
         prompts: a prompt file or a data set on the hub; None lets the target write `config.count` prompts itself.
+        strict: a prompt that cannot be used is an error before anything is answered; else it is left out.
     Raises:
-        FileNotFoundError, ValueError: the prompts, the target or the directory do not fit; the message says how.
+        FileNotFoundError, ValueError: the prompts, the target or the directory do not fit, or the target ends none
+            of its own prompts; the message says how. The answers so far are on disk.
         ConnectionError: no endpoint is left; the answers so far are on disk.
     """
     target = engine.target
     mix = config.mix_weights()
-    listed = None if prompts is None else read_prompts(prompts)
+    skipped = Skipped(strict=strict)
+    listed = None if prompts is None else read_prompts(prompts, skipped)
     turn = UserTurn(target) if listed is None else None
+    if strict:
+        with progress.status("checking the prompts"):
+            for prompt in listed or []:
+                prompt_ids(target, prompt)
     facts = provenance(
         config,
         target=target.source,
@@ -91,20 +110,24 @@ def distill(
     )
     claim_directory(out, facts, FREE_SETTINGS, vars(DistillConfig()))
     done = finished_indices(out)
-    total = config.count if listed is None else len(listed)
-    remaining = [index for index in range(total) if index not in done]
+    indices = range(config.count) if listed is None else [prompt.index for prompt in listed]
+    remaining = [index for index in indices if index not in done]
     in_time = _InTime(remaining, config.minutes)
-    work = (opening(config.seed, i, mix) if listed is None else listed[i] for i in in_time)
+    by_index = {prompt.index: prompt for prompt in listed or []}
+    work = (opening(config.seed, i, mix) if listed is None else by_index[i] for i in in_time)
     writer = ShardWriter(out, config.shard_rows)
     if isinstance(engine, Endpoints):
         decode, width = engine.decode, config.concurrency
     else:
         decode, width = partial(decode_batch, engine), config.slots
+    endings = Endings(target, config, len(done), min(width, len(remaining)), progress)
+    asking = _Asking(target, config, width, work, turn, endings, skipped)
     summary = DistillSummary()
     started = time.monotonic()
-    with progress.bar("distill", total, total - len(remaining), seconds=60 * config.minutes or None) as bar:
+    before = len(indices) - len(remaining)
+    with progress.bar("distill", len(indices), before, seconds=60 * config.minutes or None) as bar:
         try:
-            for exchange in _exchanges(target, decode, width, config, work, turn):
+            for exchange in asking.exchanges(decode):
                 in_time.end(exchange.index)
                 writer.add(exchange)
                 summary.add(exchange)
@@ -112,11 +135,18 @@ def distill(
         finally:
             writer.flush()
     summary.seconds = time.monotonic() - started
+    summary.skipped, summary.first_skipped, summary.unended = skipped.count, skipped.first, endings.given_up
     if isinstance(engine, Endpoints):
         summary.refused, summary.retokenised = engine.refused, engine.retokenised
         summary.mismatched = engine.mismatched
+        summary.malformed = engine.malformed
         if engine.refused and not summary.exchanges:
             raise ValueError(f"every request was refused: {engine.refusal}")
+    if not summary.exchanges and not done:
+        if summary.unended:
+            raise endings.error()
+        if summary.skipped:
+            raise skipped.nothing(f"{prompts}: holds no prompt")
     return summary
 
 
@@ -152,79 +182,70 @@ class _InTime:
         self._ended += 1
 
 
-def _exchanges(
-    target: TargetInfo,
-    decode: Decode,
-    width: int,
-    config: DistillConfig,
-    work: Iterator[Opening | Prompt],
-    turn: UserTurn | None,
-) -> Iterator[Exchange]:
-    """Exchanges in order of completion. A prompt that the target has finished writing is queued for its answer."""
-    queue: deque[Request] = deque()
+@dataclass
+class _Asking:
+    """Lets the target write prompts, and answer them or those of a file.
 
-    def refill() -> Iterator[Exchange]:
+    Attributes:
+        width: how many requests are decoded together.
+        work: what to begin with.
+        turn: where the target writes its prompts; None if it writes none.
+        skipped: told of prompts that cannot be asked.
+    """
+
+    target: TargetInfo
+    config: DistillConfig
+    width: int
+    work: Iterator[Opening | Prompt]
+    turn: UserTurn | None
+    endings: Endings
+    skipped: Skipped
+
+    def __post_init__(self) -> None:
+        self._queue: deque[Request] = deque()
+
+    def exchanges(self, decode: Decode) -> Iterator[Exchange]:
+        """In order of completion. A prompt that the target has finished writing is queued for its answer."""
+        yield from self._refill()
+        if not self._queue:
+            return
+        for completion in decode(self._queue, len(self._queue)):
+            request = completion.request
+            if not completion.tokens:
+                pass  # Refused: it is not written to disk, so the next run asks again.
+            elif isinstance(request.key, Prompt):
+                made = (completion.tokens, completion.finished)
+                yield exchange_of(self.target, request.key, request.prompt, *made)
+            else:
+                self._take_prompt(completion)
+            yield from self._refill()
+
+    def _refill(self) -> Iterator[Exchange]:
         """Fill the queue; prompts that have an answer already come out at once."""
-        while len(queue) < width and (item := next(work, None)) is not None:
+        while len(self._queue) < self.width and (item := next(self.work, None)) is not None:
             if isinstance(item, Opening):
-                assert turn is not None
-                queue.append(_prompt_request(config, turn, item))
-            elif item.answer_ids is not None:
-                yield _exchange(target, item, item.answer_ids, item.finished)
-            else:
-                queue.append(_answer_request(target, config, item))
+                assert self.turn is not None
+                self._queue.append(prompt_request(self.target, self.config, self.turn, item))
+                continue
+            try:
+                if item.answer_ids is None:
+                    self._queue.append(answer_request(self.target, self.config, item))
+                else:
+                    ids = prompt_ids(self.target, item)
+                    yield exchange_of(self.target, item, ids, item.answer_ids, item.finished)
+            except RowError as error:
+                self.skipped.add(error)
 
-    yield from refill()
-    for completion in decode(queue, len(queue)):
+    def _take_prompt(self, completion: Completion) -> None:
+        """Queue a prompt of the target's own for its answer, or one that did not end to be written anew."""
         task = completion.request.key
-        if not completion.tokens:
-            pass  # Refused: it is not written to disk, so the next run asks again.
-        elif isinstance(task, Prompt):
-            yield _exchange(target, task, completion.tokens, completion.finished)
-        else:
-            text = (task.words + target.decode(completion.tokens)).strip()
-            if completion.finished and text:
-                prompt = Prompt(task.index, task.kind, user(text))
-                queue.appendleft(_answer_request(target, config, prompt))
-            else:
-                # A prompt that did not end is written again, with other draws.
-                queue.append(completion.request.again())
-        yield from refill()
-
-
-def _prompt_request(config: DistillConfig, turn: UserTurn, task: Opening) -> Request:
-    return Request(
-        key=task,
-        prompt=turn.open(task),
-        max_new_tokens=config.max_prompt_tokens,
-        sampling=_seeded(config.prompt_sampling(), 2 * task.index),
-        end_ids=turn.end_ids,
-    )
-
-
-def _answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -> Request:
-    return Request(
-        key=prompt,
-        prompt=target.encode_chat(prompt.messages),
-        max_new_tokens=config.max_new_tokens,
-        sampling=_seeded(config.answer_sampling(prompt.index), 2 * prompt.index + 1),
-        end_ids=target.end_ids,
-    )
-
-
-def _seeded(sampling: SamplingConfig, stream: int) -> SamplingConfig:
-    """A seed for each request, so that a resumed run draws what an uninterrupted one would have drawn."""
-    return replace(sampling, seed=derived_seed(sampling.seed, stream))
-
-
-def _exchange(target: TargetInfo, prompt: Prompt, answer_ids: list[int], finished: bool) -> Exchange:
-    prompt_ids = target.encode_chat(prompt.messages)
-    return Exchange(
-        index=prompt.index,
-        kind=prompt.kind,
-        prompt=prompt.messages[-1]["content"],
-        answer=target.decode(answer_ids),
-        finished=finished,
-        ids=prompt_ids + answer_ids,
-        answer_mask=[False] * len(prompt_ids) + [True] * len(answer_ids),
-    )
+        text = (task.words + self.target.decode(completion.tokens)).strip()
+        if completion.finished and text:
+            prompt = Prompt(task.index, task.kind, user(text))
+            # It may fill the context, or hold what the template refuses.
+            with suppress(RowError):
+                self._queue.appendleft(answer_request(self.target, self.config, prompt))
+                self.endings.ended()
+                return
+        if (request := self.endings.again(completion.request)) is not None:
+            self._queue.append(request)

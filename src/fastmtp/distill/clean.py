@@ -16,6 +16,7 @@ from fastmtp.distill.dataset import Exchange, ShardWriter, data_sha256, exchange
 from fastmtp.files import read_json, replacing, write_json
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
+from fastmtp.rows import Skipped
 
 REASONS = ("unfinished", "too short", "too long", "loop", "near-duplicate")
 # Characters in one shingle: long enough that two texts on one subject share few, in any script.
@@ -43,22 +44,27 @@ class CleanReport:
         self.examples.setdefault(reason, example)
 
 
-def clean(directory: Path, out: Path, config: CleanConfig, progress: Progress = QUIET) -> CleanReport:
+def clean(
+    directory: Path, out: Path, config: CleanConfig, progress: Progress = QUIET, *, strict: bool = False
+) -> CleanReport:
     """Write the exchanges of `directory` that are fit to train on to the data directory `out`, in order.
 
+    Args:
+        strict: a row that cannot be right is an error; else it is left out as damaged.
     Raises:
         FileNotFoundError: `directory` is no data directory.
-        ValueError: `out` exists, a shard is damaged, an answer mask cannot be right, or nothing is left.
+        ValueError: `out` exists, a shard is damaged, or nothing is left.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out")
     before = read_json(directory / "provenance.json")
     report = CleanReport()
+    skipped = Skipped(strict=strict)
     seen = Seen(config.max_similarity)
     with replacing(out) as temporary, progress.bar("clean", exchange_count(directory)) as bar:
         temporary.mkdir(parents=True)
         writer = ShardWriter(temporary, _SHARD_ROWS)
-        for exchange in iter_exchanges(directory):
+        for exchange in iter_exchanges(directory, skipped):
             reason = unfit(exchange, config)
             if reason is None and config.max_similarity < 1 and seen.before(exchange):
                 reason = "near-duplicate"
@@ -69,8 +75,12 @@ def clean(directory: Path, out: Path, config: CleanConfig, progress: Progress = 
                 report.drop(reason, exchange)
             bar.advance(1, len(exchange.ids))
         writer.flush()
+        if skipped.count:
+            report.dropped["damaged"] = skipped.count
+            report.examples["damaged"] = {"index": None, "prompt": "", "answer": skipped.first}
         if not report.kept:
-            raise ValueError(f"{directory}: nothing is left of it ({told(report)}); allow more, or distill more")
+            why = f"{told(report)}; {skipped}" if skipped.count else told(report)
+            raise ValueError(f"{directory}: nothing is left of it ({why}); allow more, or distill more")
         facts = {key: before.get(key) for key in ("target", "tokenizer_sha256", "prompts_sha256", "endpoints")}
         sources = data_sha256([directory])
         record = provenance(config, **facts, cleaned_from=sources, distilled_with=before.get("settings"))

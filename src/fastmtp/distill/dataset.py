@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.models.info import TargetInfo
+from fastmtp.rows import RowError, Skipped
 
 SCHEMA = pa.schema(
     [
@@ -81,13 +81,32 @@ def finished_indices(directory: Path) -> set[int]:
 class DataSet:
     """The exchanges of data directories, in order.
 
-    Args:
-        keep: hold them for the next reader; else each reads the shards, with one in memory at a time.
+    Attributes:
+        skipped: those that cannot be right, which are left out.
     """
 
-    def __init__(self, directories: Iterable[Path], *, keep: bool = False) -> None:
+    def __init__(self, directories: Iterable[Path], *, keep: bool = False, strict: bool = False) -> None:
+        """
+        Args:
+            keep: hold them for the next reader; else each reads the shards, with one in memory at a time.
+            strict: one that cannot be right is an error.
+        """
         self.directories, self._keep = list(directories), keep
+        self.skipped = Skipped(strict=strict)
         self._kept: list[Exchange] | None = None
+        self._vocabulary_size: int | None = None
+
+    def fit(self, target: TargetInfo) -> None:
+        """Leave out token ids beyond the vocabulary from now on.
+
+        Raises:
+            FileNotFoundError: a directory is no data directory.
+            ValueError: the ids are not of the target's tokenizer.
+        """
+        for directory in self.directories:
+            if tokenizer_of(directory) != target.identity.tokenizer_sha256:
+                raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")
+        self._vocabulary_size = target.vocabulary_size
 
     def __len__(self) -> int:
         return sum(map(exchange_count, self.directories))
@@ -96,18 +115,27 @@ class DataSet:
         """
         Raises:
             FileNotFoundError: a directory holds no shard.
-            ValueError: a shard is damaged, or an answer mask cannot be right.
+            ValueError: a shard is damaged, or none of the exchanges can be right.
         """
         if self._kept is not None:
             return iter(self._kept)
-        read = chain.from_iterable(map(iter_exchanges, self.directories))
+        read = self._read()
         if not self._keep:
             return read
         self._kept = list(read)
         return iter(self._kept)
 
+    def _read(self) -> Iterator[Exchange]:
+        found = False
+        for directory in self.directories:
+            for exchange in iter_exchanges(directory, self.skipped, self._vocabulary_size):
+                found = True
+                yield exchange
+        if self.skipped.count and not found:
+            raise self.skipped.nothing("the data holds no exchange")
 
-def read_exchanges(data: DataSet, tokenizer_sha256: str, *, finished_only: bool = False) -> list[Exchange]:
+
+def read_exchanges(data: DataSet, target: TargetInfo, *, finished_only: bool = False) -> list[Exchange]:
     """
     Args:
         finished_only: leave out answers that were cut.
@@ -115,9 +143,7 @@ def read_exchanges(data: DataSet, tokenizer_sha256: str, *, finished_only: bool 
         FileNotFoundError: a directory is missing or holds no shard.
         ValueError: a shard is damaged, or the data is of another tokenizer, or no answer is finished.
     """
-    for directory in data.directories:
-        if tokenizer_of(directory) != tokenizer_sha256:
-            raise ValueError(f"{directory}: its token ids are of another tokenizer; distill from this target")
+    data.fit(target)
     exchanges = [exchange for exchange in data if exchange.finished or not finished_only]
     if not exchanges:
         raise ValueError("the data holds no finished answer; distill more, or raise max_new_tokens")
@@ -127,14 +153,6 @@ def read_exchanges(data: DataSet, tokenizer_sha256: str, *, finished_only: bool 
 def tokenizer_of(directory: Path) -> str | None:
     """Hash of the tokenizer of a data directory's ids."""
     return read_json(directory / "provenance.json").get("tokenizer_sha256")
-
-
-def check_tokenizer(directories: Iterable[Path], target: TargetInfo) -> None:
-    """Raises ValueError if the ids of a data directory are not of the target's tokenizer."""
-    expected = target.identity.tokenizer_sha256
-    for directory in directories:
-        if tokenizer_of(directory) != expected:
-            raise ValueError(f"{directory}: its token ids are not those of {target.source}; give its --target")
 
 
 def target_of(directory: Path) -> str:
@@ -154,20 +172,27 @@ def token_count(directory: Path) -> int:
     return sum(group.column(column).num_values for group in groups)
 
 
-def iter_exchanges(directory: Path) -> Iterator[Exchange]:
+def iter_exchanges(
+    directory: Path, skipped: Skipped | None = None, vocabulary_size: int | None = None
+) -> Iterator[Exchange]:
     """Every exchange of a data directory, unfinished ones too, with one shard in memory at a time.
 
+    Args:
+        skipped: told of those that cannot be right; without it the first one is an error.
+        vocabulary_size: larger token ids cannot be right.
     Raises:
         FileNotFoundError: it holds no shard.
-        ValueError: a shard is damaged, or an answer mask cannot be right.
+        ValueError: a shard is damaged.
     """
+    skipped = Skipped(strict=True) if skipped is None else skipped
     if not shards(directory):
         raise FileNotFoundError(f"{directory}: holds no shard-*.parquet; run `fastmtp distill` first")
     for path in shards(directory):
-        for row in _read(path, SCHEMA.names).to_pylist():
-            exchange = Exchange(**row)
-            _check_mask(exchange, path)
-            yield exchange
+        for number, row in enumerate(_rows(path), 1):
+            if (wrong := _wrong(row, vocabulary_size)) is None:
+                yield Exchange(**row)
+            else:
+                skipped.add(RowError(f"{path}, row {number}: {wrong}"))
 
 
 def data_sha256(directories: Iterable[Path]) -> dict[str, str]:
@@ -238,18 +263,32 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
         raise ValueError(f"{path}: cannot be read, it may be damaged ({error}); remove it and go on") from error
 
 
-def _check_mask(exchange: Exchange, path: Path) -> None:
-    """A mask of only ones would train on the prompt; one of only zeros has nothing to train on."""
-    mask = exchange.answer_mask
-    if len(mask) != len(exchange.ids):
-        wrong = f"has {len(mask)} flags for {len(exchange.ids)} tokens"
+def _rows(path: Path) -> list[dict[str, Any]]:
+    table = _read(path, SCHEMA.names)
+    try:
+        rows: list[dict[str, Any]] = table.cast(SCHEMA).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: its columns are not those of self-distilled data: {error}") from error
+    return rows
+
+
+def _wrong(row: dict[str, Any], vocabulary_size: int | None) -> str | None:
+    """What cannot be right in a row; None if all can.
+
+    A mask of only ones would train on the prompt; one of only zeros has nothing to train on.
+    """
+    empty = next((name for name, value in row.items() if value is None), None)
+    if empty is not None:
+        return f"has no `{empty}`"
+    ids, mask = row["ids"], row["answer_mask"]
+    if None in ids or (ids and (min(ids) < 0 or max(ids) >= (vocabulary_size or 2**31))):
+        return "`ids` holds what is no token id of the target"
+    if None in mask or len(mask) != len(ids):
+        wrong = f"has {len(mask)} flags for {len(ids)} tokens"
     elif all(mask):
         wrong = "is all ones: no token is the prompt's"
     elif not any(mask):
         wrong = "is all zeros: no token is the answer's"
     else:
-        return
-    raise ValueError(
-        f"{path}: the answer mask of exchange {exchange.index} {wrong}; "
-        "check the target's chat template, and distill again"
-    )
+        return None
+    return f"the answer mask of exchange {row['index']} {wrong}"

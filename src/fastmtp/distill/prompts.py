@@ -9,48 +9,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmtp.distill.rows import file_rows
 from fastmtp.files import file_sha256
+from fastmtp.rows import Row, RowError, Skipped, file_rows
 
 HUB = "hf:"
 COLUMNS = ("prompt", "user", "messages", "conversations", "kind", "answer_ids", "finished")
 # ShareGPT's names of the speakers.
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_KNOWN_ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to the user's last turn, with the answer if there already is one."""
+    """A conversation up to the user's last turn, with the answer if there already is one.
+
+    `where` is its file and line; empty if the model wrote it.
+    """
 
     index: int
     kind: str
     messages: list[dict[str, str]]
     answer_ids: list[int] | None = None
     finished: bool = True
+    where: str = ""
 
 
-def read_prompts(source: str) -> list[Prompt]:
+def read_prompts(source: str, skipped: Skipped | None = None) -> list[Prompt]:
     """Prompts from a file or from the hub (`hf:owner/name` or `hf:owner/name:split`).
 
-    The file's name gives its format: Parquet, JSONL, or else text with one prompt a line; `.gz` is unpacked.
-    A row has a text `prompt` (or `user`), or a conversation: `messages` of `role` and `content`, or ShareGPT's
+    A file is Parquet, a JSON array, JSONL, or else text with one prompt a line, each also gzipped (rows.py). A row
+    has a text `prompt` (or `user`), or a conversation: `messages` of `role` and `content`, or ShareGPT's
     `conversations` of `from` and `value`. Turns after the user's last one are dropped. Optional are `kind`, and
     `answer_ids` with `finished` where the target has already answered.
 
+    Args:
+        skipped: told of rows that do not fit; without it the first one is an error.
+    Returns:
+        Each with the number of its row as its index.
     Raises:
         FileNotFoundError: no such file, or the data set cannot be loaded.
-        ValueError: a row does not fit (it is named), or there is no prompt at all, or `datasets` is missing.
+        ValueError: the file cannot be read, or no row fits (the first is named), or `datasets` is missing.
     """
+    skipped = Skipped(strict=True) if skipped is None else skipped
     if source.startswith(HUB):
         rows = _hub_rows(source)
     else:
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such prompt file")
-        rows = file_rows(path, COLUMNS)
-    prompts = [_prompt(index, row, where) for index, (where, row) in enumerate(rows)]
+        rows = file_rows(path, COLUMNS, skipped)
+    prompts = []
+    for row in rows:
+        try:
+            prompts.append(_prompt(row))
+        except RowError as error:
+            skipped.add(error)
     if not prompts:
-        raise ValueError(f"{source}: holds no prompt")
+        raise skipped.nothing(f"{source}: holds no prompt")
     return prompts
 
 
@@ -66,7 +81,7 @@ def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: str) -> Iterator[Row]:
     name, _, split = source.removeprefix(HUB).partition(":")
     if name.count("/") != 1:
         raise ValueError(f"{source}: must be {HUB}owner/name or {HUB}owner/name:split")
@@ -80,33 +95,37 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileNotFoundError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{source}, row {number}", row
+    for number, row in enumerate(rows):
+        yield Row(number, f"{source}, row {number + 1}", row)
 
 
-def _prompt(index: int, row: Any, where: str) -> Prompt:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be a JSON object")
+def _prompt(row: Row) -> Prompt:
     # Parquet fills the columns that a row lacks with None.
-    row = {key: value for key, value in row.items() if value is not None}
-    text = row.get("prompt", row.get("user"))
-    messages = user(text) if isinstance(text, str) else _to_last_user_turn(_conversation(row))
+    value = {name: value for name, value in row.value.items() if value is not None}
+    text = value.get("prompt", value.get("user"))
+    messages = user(text) if isinstance(text, str) else _to_last_user_turn(_conversation(value))
+    unknown = next((message["role"] for message in messages if message["role"] not in _KNOWN_ROLES), None)
+    if unknown is not None:
+        raise RowError(f"{row.where}: there is no role {unknown!r}; roles: {', '.join(_KNOWN_ROLES)}")
     if not messages or not messages[-1]["content"].strip():
-        raise ValueError(
-            f"{where}: needs a text `prompt` or `user`, or a conversation with a user's turn: `messages` of `role` "
-            "and `content`, or `conversations` of `from` and `value`"
+        raise RowError(
+            f"{row.where}: needs a text `prompt` or `user`, or a conversation with a user's turn: `messages` of "
+            "`role` and `content`, or `conversations` of `from` and `value`"
         )
-    answer_ids = row.get("answer_ids") or None
+    answer_ids = value.get("answer_ids") or None
     if answer_ids is not None and not (
         isinstance(answer_ids, list) and all(type(token) is int for token in answer_ids)
     ):
-        raise ValueError(f"{where}: `answer_ids` must be a list of token ids")
-    return Prompt(index, str(row.get("kind", "file")), messages, answer_ids, bool(row.get("finished", True)))
+        raise RowError(f"{row.where}: `answer_ids` must be a list of token ids")
+    finished = value.get("finished", True)
+    if not isinstance(finished, bool):
+        raise RowError(f"{row.where}: `finished` must be true or false")
+    return Prompt(row.number, str(value.get("kind", "file")), messages, answer_ids, finished, row.where)
 
 
-def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
+def _conversation(value: dict[str, Any]) -> list[dict[str, str]]:
     """The turns of a chat log, with the field names of a chat template; empty if it holds none."""
-    turns = row.get("messages", row.get("conversations"))
+    turns = value.get("messages", value.get("conversations"))
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return []
     named = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmtp.distill.dataset import DataSet, Exchange, check_tokenizer
+from fastmtp.distill.dataset import DataSet, Exchange
 from fastmtp.distill.domains import Mix
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
@@ -30,7 +30,10 @@ class Span:
 
 @dataclass
 class Statistics(Mix):
-    """Lengths are in tokens. Frequent tokens are of the answers, each with its share of the answers' tokens."""
+    """Lengths are in tokens. Frequent tokens are of the answers, each with its share of the answers' tokens.
+
+    `skipped` counts rows that cannot be right; `first_skipped` is what is wrong with the first.
+    """
 
     exchanges: int = 0
     finished: int = 0
@@ -41,30 +44,38 @@ class Statistics(Mix):
     distinct_tokens: int = 0
     frequent_tokens: list[tuple[str, float]] = field(default_factory=list)
     samples: list[list[Span]] = field(default_factory=list)
+    skipped: int = 0
+    first_skipped: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return vars(self) | {"samples": [[vars(span) for span in sample] for sample in self.samples]}
 
 
 def measure(
-    directories: Sequence[Path], target: TargetInfo, samples: int, progress: Progress = QUIET
+    directories: Sequence[Path],
+    target: TargetInfo,
+    samples: int,
+    progress: Progress = QUIET,
+    *,
+    strict: bool = False,
 ) -> Statistics:
     """Read data directories once, a shard in memory at a time.
 
     Args:
         target: whose tokenizer the ids are of.
         samples: how many exchanges to keep as samples, of as many kinds as possible.
+        strict: a row that cannot be right is an error.
     Raises:
         FileNotFoundError: a directory is no data directory.
-        ValueError: a shard is damaged, an answer mask cannot be right, or the ids are of another tokenizer.
+        ValueError: a shard is damaged, no row can be right, or the ids are of another tokenizer.
     """
-    check_tokenizer(directories, target)
     found = Statistics()
     prompt_lengths: list[int] = []
     answer_lengths: list[int] = []
     tokens: Counter[int] = Counter()
     kept: dict[tuple[int, str], Exchange] = {}
-    data = DataSet(directories)
+    data = DataSet(directories, strict=strict)
+    data.fit(target)
     with progress.bar("read", len(data)) as bar:
         for exchange in data:
             answer = list(compress(exchange.ids, exchange.answer_mask))
@@ -78,7 +89,11 @@ def measure(
                 kept[rank] = exchange
             found.count(exchange.kind, exchange.prompt, exchange.answer)
             bar.advance(1, len(exchange.ids))
-    found.exchanges = len(answer_lengths)
+    found.exchanges, found.skipped, found.first_skipped = (
+        len(answer_lengths),
+        data.skipped.count,
+        data.skipped.first,
+    )
     found.prompt_tokens, found.answer_tokens = sum(prompt_lengths), sum(answer_lengths)
     found.prompt_lengths, found.answer_lengths = _quantiles(prompt_lengths), _quantiles(answer_lengths)
     found.distinct_tokens = len(tokens)

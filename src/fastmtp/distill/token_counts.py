@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from fastmtp.distill.dataset import DataSet, check_tokenizer
+from fastmtp.distill.dataset import DataSet
 from fastmtp.distill.domains import domain, language
-from fastmtp.distill.rows import file_rows, is_jsonl
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
+from fastmtp.rows import RowError, Skipped, file_rows, form_of, text_lines
 from fastmtp.vocabulary.builder import LabelledCounts
 
 # Domains with a vocabulary of their own, whatever the language.
@@ -33,10 +31,11 @@ def count(
 
     Args:
         data: its answers are counted.
-        texts: files of text (`.txt`), rows with `text` (`.jsonl`, `.parquet`), each as FILE or LABEL=FILE.
+        texts: files of text, or of rows with `text` (JSON, JSONL, Parquet), each as FILE or LABEL=FILE. What cannot
+            be used of them is left out, and counted in the data's `skipped`.
     Raises:
         FileNotFoundError: no such directory or file.
-        ValueError: one cannot be read, or its token ids are of another tokenizer.
+        ValueError: one cannot be read or has nothing to count, or its token ids are of another tokenizer.
     """
     found: dict[str, LabelledCounts] = defaultdict(lambda: LabelledCounts(Counter(), Counter()))
     numbers: Counter[str] = Counter()
@@ -53,18 +52,20 @@ def count(
         return len(own)
 
     check_texts(texts)
-    check_tokenizer(data.directories, target)
+    data.fit(target)
     with progress.bar("count", len(data) + len(texts)) as bar:
         for exchange in data:
             label = _label(exchange.prompt, exchange.answer)
             bar.advance(1, add(label, exchange.ids, exchange.answer_mask))
         for text in texts:
             label, _, name = text.rpartition("=")
-            for piece in _pieces(Path(name)):
+            for piece in _pieces(Path(name), data.skipped):
                 ids = target.tokenizer.encode(piece, add_special_tokens=False)
                 if ids:
                     add(label or _label("", piece), ids, [True] * len(ids))
             bar.advance(1, 0)
+    if data.skipped.count:
+        progress.say(f"fastmtp: {data.skipped}")
     return dict(found)
 
 
@@ -81,26 +82,27 @@ def _label(prompt: str, answer: str) -> str:
     return about if about in DOMAINS else language(answer)
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    is_parquet = path.suffix == ".parquet"
-    if not is_parquet and not is_jsonl(path):
-        yield from _cut(path.read_text())
+def _pieces(path: Path, skipped: Skipped) -> Iterator[str]:
+    if (form := form_of(path)) == "lines":
+        yield from _cut(text_lines(path, skipped))
         return
-    for where, row in file_rows(path, ["text"]):
-        if is_parquet and "text" not in row:
-            raise ValueError(f"{path}: has no column `text`; it has {', '.join(pq.read_schema(path).names)}")
-        text = row.get("text") if isinstance(row, dict) else None
+    found = False
+    for row in file_rows(path, ["text"], skipped):
+        text = row.value.get("text")
         if isinstance(text, str):
+            found = True
             yield text
         # A row of Parquet may lack its text.
-        elif not is_parquet:
-            raise ValueError(f"{where}: must be a JSON object with a string `text`")
+        elif form != "parquet":
+            skipped.add(RowError(f"{row.where}: must be a JSON object with a string `text`"))
+    if not found:
+        raise skipped.nothing(f"{path}: holds no text")
 
 
-def _cut(text: str) -> Iterator[str]:
+def _cut(lines: Iterable[str]) -> Iterator[str]:
     """Pieces of whole lines, up to _PIECE characters each."""
     piece = ""
-    for line in text.splitlines(keepends=True):
+    for line in lines:
         if piece and len(piece) + len(line) > _PIECE:
             yield piece
             piece = ""

@@ -27,6 +27,7 @@ from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
+from fastmtp.rows import Skipped
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Settings:
 class Benchmark:
     """What is measured: the first prompts of each of a suite's benchmarks, and the competitors (names.KINDS).
 
-    `vanilla` is a head trained for one step, for the competitor of that name.
+    `vanilla` is a head trained for one step, for the competitor of that name. With `strict` a row of the suite that
+    does not fit is an error; else it is left out, and that is said.
     """
 
     options: DraftOptions
@@ -51,6 +53,7 @@ class Benchmark:
     limit: int | None = None
     against: tuple[str, ...] = ()
     vanilla: Path | None = None
+    strict: bool = False
 
     def check(self, target: str, engine: EngineOptions, out: Path | None = None, *, records: bool = False) -> None:
         """What can be said before the target is loaded.
@@ -62,7 +65,7 @@ class Benchmark:
         """
         has_head = (self.options.head or shipped_head(target)) is not None
         check_names(self.against, self.vanilla, engine, has_head=has_head)
-        suite(self.suite, self.limit)
+        suite(self.suite, self.limit, Skipped(strict=self.strict))
         if self.options.draft not in (PLAIN, LOOKUP) and not has_head:
             raise ValueError(no_head(target))
         if records and self.options.draft in (PLAIN, LOOKUP):
@@ -93,7 +96,10 @@ class Benchmark:
             versions = [[competitor.name, competitor.version] for competitor in competitors]
             stated = self._stated(engine.target.source) | {"competitors": versions}
             journal = Journal(out / JOURNAL if out else None, stated)
-            conversations = suite(self.suite, self.limit)
+            skipped = Skipped(strict=self.strict)
+            conversations = suite(self.suite, self.limit, skipped)
+            if skipped.count:
+                progress.say(f"fastmtp: {skipped}")
             run(competitors, engine.target, conversations, self.settings, journal, progress=progress)
         finally:
             for competitor in competitors:
@@ -138,8 +144,11 @@ def run(
                     key = f"{repeat}/{number}/{index}"
                     messages.append({"role": "user", "content": text})
                     if key not in journal:
-                        prompt = target.encode_chat(messages)
-                        cells = _cells(competitors, prompt, settings, conversation, key, announce)
+                        prompt, refused = _prompt(target, messages)
+                        if refused is None:
+                            cells = _cells(competitors, prompt, settings, conversation, key, announce)
+                        else:
+                            cells = {competitor.name: refused for competitor in competitors}
                         if conversation.answer is not None and index == len(conversation.turns) - 1:
                             cells = {name: _judged(cell, conversation.answer) for name, cell in cells.items()}
                         which = (key, conversation.benchmark, conversation.id, index, repeat)
@@ -150,6 +159,15 @@ def run(
                     if plain is None:
                         break
                     messages.append({"role": "assistant", "content": plain.text})
+
+
+def _prompt(target: TargetInfo, messages: list[dict[str, str]]) -> tuple[list[int], Failure | None]:
+    """A conversation's token ids; why there are none."""
+    try:
+        return target.encode_chat(messages), None
+    # A chat template is a program, and may fail in any way.
+    except Exception as error:
+        return [], Failure(f"cannot be asked: {error or type(error).__name__}")
 
 
 def _head_sha256(target: str, head: Path | None) -> str | None:

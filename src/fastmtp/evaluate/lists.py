@@ -64,7 +64,13 @@ def build_lists(
     else:
         size_of = _fastest(target, head, len(always), curves, progress)
     built = build(labelled, always, described.vocabulary_size, size_of)
-    record = provenance(config, data=data_sha256(data.directories), texts=list(texts), tokens=built.tokens)
+    record = provenance(
+        config,
+        data=data_sha256(data.directories),
+        texts=list(texts),
+        tokens=built.tokens,
+        skipped=data.skipped.count,
+    )
     built.lists.save(path, described.identity.tokenizer_sha256, record)
     return WrittenLists(path, built, curves)
 

@@ -19,6 +19,8 @@ def statistics_report(found: Statistics) -> Iterator[Grid | str]:
         f"{found.exchanges} exchanges, {found.finished} finished; "
         f"{found.prompt_tokens} prompt tokens, {found.answer_tokens} answer tokens"
     )
+    if found.skipped:
+        yield f"{found.skipped} rows left out, which cannot be right; the first: {found.first_skipped}"
     for title, counts in (("kind", found.kinds), ("domain", found.domains), ("language", found.languages)):
         yield _counts(title, counts)
     lengths = (("prompt", found.prompt_lengths), ("answer", found.answer_lengths))
@@ -43,7 +45,9 @@ def samples(found: Statistics) -> Iterator[list[Span]]:
 def clean_report(report: CleanReport) -> Grid:
     """How many exchanges were left out for each reason, with an example."""
     examples = {
-        reason: f"{example['index']}: {example['prompt']!r} → {example['answer']!r}"
+        reason: example["answer"]
+        if example["index"] is None
+        else f"{example['index']}: {example['prompt']!r} → {example['answer']!r}"
         for reason, example in report.examples.items()
     }
     rows = [[reason, str(count), examples.get(reason, "")] for reason, count in report.dropped.items()]

@@ -96,7 +96,9 @@ def train_head(
     # The target's distribution is as good after the tokens of a cut answer, but cross-entropy on these tokens would
     # teach the head that answers do not end.
     finished_only = config.objective == "cross_entropy"
-    exchanges = read_exchanges(data, target.identity.tokenizer_sha256, finished_only=finished_only)
+    exchanges = read_exchanges(data, target, finished_only=finished_only)
+    if data.skipped.count:
+        shown.say(f"fastmtp: {data.skipped}")
     if lists is None:
         vocabulary = _counted(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
     else:
@@ -128,6 +130,7 @@ def train_head(
     head, measured = trainer.best()
     held_out = measured.acceptance
     facts = {
+        "skipped": data.skipped.count,
         "target": target.source,
         "init": None if init is None else str(init),
         "data": data_sha256(data.directories),

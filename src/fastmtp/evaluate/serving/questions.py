@@ -10,6 +10,7 @@ from itertools import chain, zip_longest
 
 from fastmtp.evaluate.prompts import suite
 from fastmtp.evaluate.records import Json
+from fastmtp.rows import Skipped
 
 TEXT, JSON = "text", "json"
 WORKLOADS = (TEXT, JSON)
@@ -24,16 +25,15 @@ class Question:
     schema: Json | None = None
 
 
-def questions(workload: str, suite_name: str) -> list[Question]:
+def questions(workload: str, suite_name: str, skipped: Skipped | None = None) -> list[Question]:
     """Those of a workload: the first turns of a suite, a benchmark after the other in turns; or the records.
 
-    Raises:
-        FileNotFoundError, ValueError: as `suite`.
+    `skipped` and errors are `suite`'s.
     """
     if workload == JSON:
         return _records()
     kinds = defaultdict[str, list[Question]](list)
-    for one in suite(suite_name, None):
+    for one in suite(suite_name, None, skipped):
         kinds[one.benchmark].append(Question(one.id, one.turns[0]))
     return [question for question in chain(*zip_longest(*kinds.values())) if question is not None]
 

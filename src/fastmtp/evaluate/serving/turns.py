@@ -18,6 +18,7 @@ from fastmtp.evaluate.serving.questions import JSON, TEXT, Question, questions
 from fastmtp.models.source import locate
 from fastmtp.others import llama_cpp
 from fastmtp.progress import QUIET, Progress
+from fastmtp.rows import Skipped
 
 LLAMA_SERVER = "llama-server"
 # llama.cpp's type that has as many bits as our weights.
@@ -36,6 +37,7 @@ class Settings:
         prompts: requests at each level, but two of each client at least.
         turns: how often everybody's turn comes at each level; figures are medians over them.
         suite, workload: as `questions` takes them.
+        strict: a row of the suite that does not fit is an error; else it is left out.
     """
 
     concurrency: tuple[int, ...]
@@ -44,22 +46,30 @@ class Settings:
     turns: int
     suite: str
     workload: str
+    strict: bool = False
 
     @property
     def schemas(self) -> bool:
         return self.workload == JSON
 
-    def check(self) -> None:
-        """Raises FileNotFoundError or ValueError if there are no such questions, or fewer than clients."""
+    def check(self, progress: Progress = QUIET) -> None:
+        """Tell what is left out of the suite.
+
+        Raises FileNotFoundError or ValueError if there are no such questions, or fewer than clients.
+        """
         if self.schemas and self.suite != BUILTIN:
             raise ValueError(f"--suite is of --workload {TEXT}; --workload {JSON} has questions of its own")
+        skipped = Skipped(strict=self.strict)
+        questions(self.workload, self.suite, skipped)
+        if skipped.count:
+            progress.say(f"fastmtp: {skipped}")
         count, most = len(self.questions()), max(self.concurrency)
         if most > count:
             raise ValueError(f"--concurrency {most}: each client needs a question of its own; there are {count}")
 
     def questions(self) -> list[Question]:
         """All that are asked."""
-        return questions(self.workload, self.suite)[: max(map(self.count, self.concurrency))]
+        return questions(self.workload, self.suite, Skipped())[: max(map(self.count, self.concurrency))]
 
     def asked(self, level: int) -> list[Question]:
         """Those of a level; if there are fewer they come again."""
