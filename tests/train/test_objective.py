@@ -24,7 +24,7 @@ def test_losses_and_gradients_are_the_formulas(
     """Each step's mean KL over the tokens of both texts that it predicts, and autograd's gradients of it."""
     monkeypatch.setattr(objective, "CHUNK", chunk)
     texts = [random_ids(14), random_ids(9, seed=1)]
-    batch = make_batch(texts, [[True] * len(text) for text in texts], llama.device)
+    batch = make_batch(texts, [[True] * len(text) for text in texts])
     draft_ids = list(range(0, 300, 2))
     states = text_states(llama, batch.ids_BT)
     chains = recursion(MTPHead(llama.model), llama, batch.ids_BT, states, 3, starts_S=torch.tensor(starts))

@@ -81,7 +81,7 @@ def test_a_step_follows_the_gradient_of_the_weighted_loss(
     """Of sum alpha_k L_k, the L_k written out, by autograd (FastMTP, equations 2 and 3)."""
     trainer = Trainer(llama, exchanges(llama), None, CONFIG, tmp_path)
     head = deepcopy(trainer.head)
-    batch, states = trainer._batch(trainer._order[0])
+    batch, _, states = trainer._batch(trainer._order[0])
     found: list[torch.Tensor] = []
     monkeypatch.setattr(
         torch.nn.utils,
@@ -250,7 +250,7 @@ def test_batches_cover_the_data_once_an_epoch() -> None:
 
 
 def test_batch_is_filled_on_the_right() -> None:
-    batch = make_batch([[1, 2], [3]], [[False, True], [True]], torch.device("cpu"))
+    batch = make_batch([[1, 2], [3]], [[False, True], [True]])
     assert batch.ids_BT.tolist() == [[1, 2], [3, 0]]
     assert batch.inside_BT.tolist() == [[True, True], [True, False]]
     assert batch.answer_BT.tolist() == [[False, True], [True, False]]

@@ -104,8 +104,11 @@ def _check_device(name: str | None) -> None:
 def open_states_engine(
     trained: TorchEngine, engine: EngineName | None = None, device: str | None = None, progress: Progress = QUIET
 ) -> Engine:
-    """The fastest engine for the states of a target that is loaded in PyTorch already (`trained`)."""
-    if engine is None and trained.target.config.model_type in ONLY_TORCH:
+    """The fastest engine for the states of a target that is loaded in PyTorch already (`trained`).
+
+    On a GPU that is the target itself: nothing reads whole texts faster.
+    """
+    if engine is None and (trained.target.config.model_type in ONLY_TORCH or trained.target.device.type != "cpu"):
         engine = "torch"
     options = EngineOptions(engine, device=device)
     if choose_engine(options) == "torch":

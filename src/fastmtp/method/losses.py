@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 # Positions whose logits are in memory together; few enough to stay in the processor's cache.
 CHUNK = 128
@@ -32,7 +31,9 @@ def token_loss(logits_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the answer's tokens (FastMTP, equation 2)."""
     log_q_ND = log_probabilities(logits_ND)
     loss_N = -log_q_ND.gather(-1, labels_N[:, None])[:, 0]
-    return loss_N, log_q_ND.exp() - one_hot(labels_N, log_q_ND.shape[-1])
+    gradient_ND = log_q_ND.exp_()
+    gradient_ND.scatter_add_(-1, labels_N[:, None], gradient_ND.new_full((len(labels_N), 1), -1.0))
+    return loss_N, gradient_ND
 
 
 def kl_loss(logits_ND: Tensor, log_p_ND: Tensor) -> tuple[Tensor, Tensor]:

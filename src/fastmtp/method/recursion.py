@@ -73,7 +73,7 @@ def recursion(
     state_BTH = states_BTH
     for step in range(1, draft_steps + 1):
         if step == 2 and starts_S is not None:
-            starts, state_BTH = starts_S, state_BTH[:, starts_S]
+            starts, state_BTH = starts_S, state_BTH.index_select(1, starts_S)
         # Step 1 has attention's default mask, the causal one.
         mask = None if step == 1 or per_step else chain_mask(starts, tokens, step)
         rotation = target.rotations((starts + step - 1)[None])

@@ -19,9 +19,13 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
+from fastmtp.train.pace import pace_of, to_device
+from fastmtp.train.states import padded, stacked
 
-# Positions whose logits are in memory together.
+# Positions whose logits are in memory together on a CPU.
 CHUNK = 256
+# Tensors of the draft logits' size that are held at once, in float32.
+_TENSORS = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Reference:
     @torch.no_grad()
     def of(cls, target: Target, ids: Sequence[int], states_TH: Tensor) -> Reference:
         argmaxes, log_totals = [], []
-        for part_NH in torch.split(states_TH, CHUNK):
+        together = pace_of(target.device).positions(target.vocabulary_size, CHUNK)
+        for part_NH in torch.split(states_TH, together):
             logits_NV = target.logits(part_NH).float()
             argmaxes.append(logits_NV.argmax(-1))
             log_totals.append(logits_NV.logsumexp(-1))
@@ -85,7 +90,6 @@ class Measured:
         }
 
 
-@torch.no_grad()
 def agreement(
     head: MTPHead,
     target: Target,
@@ -95,25 +99,56 @@ def agreement(
     answer_start: int = 1,
 ) -> Agreement:
     """Compare the head with the target along a text, from the answer's start on."""
-    ids, states_TH = text.ids, text.states_TH
-    ids_1T = torch.tensor([list(ids)], device=target.device)
-    outputs = recursion(head, target, ids_1T, states_TH[None], draft_steps)
+    return agreements(head, target, [text], draft_ids_D, draft_steps, [answer_start])[0]
+
+
+@torch.no_grad()
+def agreements(
+    head: MTPHead,
+    target: Target,
+    texts: Sequence[Reference],
+    draft_ids_D: Tensor | None,
+    draft_steps: int,
+    answer_starts: Sequence[int],
+) -> list[Agreement]:
+    """`agreement` of several texts in one batch."""
+    device, pace = target.device, pace_of(target.device)
+    ids_BT = padded([text.ids for text in texts], pace)
+    count, length = ids_BT.shape
+    states_BTH = stacked([text.states_TH for text in texts], length)
+    states_NH = states_BTH.flatten(0, 1)
+    argmax_N = stacked([text.argmax_T for text in texts], length).flatten()
+    log_totals_N = stacked([text.log_totals_T for text in texts], length).flatten()
+    outputs = recursion(head, target, to_device(ids_BT, device), states_BTH, draft_steps)
     rows = None if draft_ids_D is None else target.lm_head.weight[draft_ids_D]
-    same_TK = torch.zeros(len(ids), draft_steps, dtype=torch.bool)
-    overlap_TK = torch.zeros(len(ids), draft_steps)
-    for seen in torch.split(torch.arange(answer_start, len(ids), device=target.device), CHUNK):
+    same_NK = torch.zeros(count * length, draft_steps, dtype=torch.bool, device=device)
+    overlap_NK = torch.zeros(count * length, draft_steps, device=device)
+    columns = target.vocabulary_size if draft_ids_D is None else len(draft_ids_D)
+    compared = torch.cat(
+        [
+            torch.arange(start, len(text.ids)) + number * length
+            for number, (text, start) in enumerate(zip(texts, answer_starts, strict=True))
+        ]
+    )
+    for seen in torch.split(compared, pace.positions(columns * _TENSORS, CHUNK)):
         # Rows are aligned by the last token read: t + k for draft k of the chain at t.
-        argmax_N = text.argmax_T[seen]
-        p_ND = (target.logits(states_TH[seen], rows).float() - text.log_totals_T[seen, None]).exp()
+        at = to_device(seen, device)
+        p_ND = (target.logits(states_NH[at], rows).float() - log_totals_N[at, None]).exp()
         for k, out in enumerate(outputs, 1):
-            inside = seen >= k
-            starts = seen[inside] - k
-            logits_ND = target.logits(out[0, starts], rows).float()
+            inside = seen % length >= k
+            starts = to_device(seen[inside] - k, device)
+            own = slice(None) if inside.all() else to_device(inside.nonzero()[:, 0], device)
+            logits_ND = target.logits(out.flatten(0, 1)[starts], rows).float()
             drafted_N = logits_ND.argmax(-1)
             drafted_N = drafted_N if draft_ids_D is None else draft_ids_D[drafted_N]
-            same_TK[starts, k - 1] = (drafted_N == argmax_N[inside]).cpu()
-            overlap_TK[starts, k - 1] = torch.minimum(logits_ND.softmax(-1), p_ND[inside]).sum(-1).cpu()
-    return Agreement(same_TK, overlap_TK)
+            same_NK[starts, k - 1] = drafted_N == argmax_N[at][own]
+            overlap_NK[starts, k - 1] = torch.minimum(logits_ND.softmax(-1), p_ND[own]).sum(-1)
+    same_BTK = same_NK.view(count, length, -1).cpu()
+    overlap_BTK = overlap_NK.view(count, length, -1).cpu()
+    return [
+        Agreement(same_TK[: len(text.ids)], overlap_TK[: len(text.ids)])
+        for text, same_TK, overlap_TK in zip(texts, same_BTK, overlap_BTK, strict=True)
+    ]
 
 
 def replay(same_TK: Tensor, prompt_length: int) -> Acceptance:

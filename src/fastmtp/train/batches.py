@@ -36,7 +36,10 @@ def batch_order(lengths: Sequence[int], batch_tokens: int, epochs: float, seed: 
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts [B, T], padded on the right: `inside` is true on their tokens, `answer` on those of the answer."""
+    """Texts [B, T], padded on the right: `inside` is true on their tokens, `answer` on those of the answer.
+
+    On the host, which so knows without asking the device which positions count.
+    """
 
     ids_BT: Tensor
     inside_BT: Tensor
@@ -44,15 +47,24 @@ class Batch:
 
 
 def make_batch(
-    texts: Sequence[Sequence[int]], answer_masks: Sequence[Sequence[bool]], device: torch.device
+    texts: Sequence[Sequence[int]], answer_masks: Sequence[Sequence[bool]], length: int | None = None
 ) -> Batch:
+    """
+    Args:
+        length: T; None is that of the longest text.
+    """
     lengths = torch.tensor([len(text) for text in texts])
-    inside_BT = torch.arange(int(lengths.max())) < lengths[:, None]
+    inside_BT = torch.arange(length or int(lengths.max())) < lengths[:, None]
     ids_BT = torch.zeros(inside_BT.shape, dtype=torch.long)
     answer_BT = torch.zeros(inside_BT.shape, dtype=torch.bool)
     ids_BT[inside_BT] = torch.tensor([token for text in texts for token in text])
     answer_BT[inside_BT] = torch.tensor([flag for mask in answer_masks for flag in mask])
-    return Batch(ids_BT.to(device), inside_BT.to(device), answer_BT.to(device))
+    return Batch(ids_BT, inside_BT, answer_BT)
+
+
+def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of all texts in groups of similar length, each of at most so many tokens when padded, or one text."""
+    return _fill(sorted(range(len(lengths)), key=lambda index: lengths[index]), lengths, batch_tokens)
 
 
 def _fill(window: list[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -64,4 +76,4 @@ def _fill(window: list[int], lengths: Sequence[int], batch_tokens: int) -> list[
             batches.append(batch)
             batch = []
         batch.append(index)
-    return [*batches, batch]
+    return [*batches, batch] if batch else batches

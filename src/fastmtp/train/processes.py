@@ -69,3 +69,4 @@ class Processes:
             fully_shard(layer, reshard_after_forward=True)
         if torch.cuda.is_available():
             target.model.cuda()
+            target.device = target.lm_head.weight.device

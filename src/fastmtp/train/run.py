@@ -148,6 +148,7 @@ def train_head(
             vocabulary=vocabulary,
             provenance=record | facts,
         )
+    trainer.clock.settle()
     return TrainSummary(
         steps=trainer.steps,
         tau=held_out.tau,

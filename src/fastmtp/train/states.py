@@ -16,11 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.progress import QUIET, Progress
+from fastmtp.train.pace import Pace, steady_attention
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256
@@ -29,6 +32,28 @@ SHARD_TEXTS = 256
 def states_of(engine: Engine, texts: Sequence[Sequence[int]], target: Target) -> list[Tensor]:
     """The states [T, H] of each text by any engine, on the target's device and in its dtype."""
     return [torch.as_tensor(states).to(target.device, target.dtype) for states in engine.forward(texts)]
+
+
+def padded(texts: Sequence[Sequence[int]], pace: Pace) -> Tensor:
+    """Ids [B, T] of texts, padded on the right with zeros; on the host."""
+    ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True)
+    return pad(ids_BT, (0, pace.padded(ids_BT.shape[1]) - ids_BT.shape[1]))
+
+
+def padded_states(engine: Engine, texts: Sequence[Sequence[int]], ids_BT: Tensor, target: Target) -> Tensor:
+    """The states [B, T, H] of texts that are padded to `ids_BT`, on the target's device and in its dtype.
+
+    What they are on the padding differs from engine to engine, and counts nowhere.
+    """
+    if engine.target is target:
+        return target.whole(ids_BT)
+    return stacked(states_of(engine, texts, target), ids_BT.shape[1])
+
+
+def stacked(parts: Sequence[Tensor], length: int) -> Tensor:
+    """Tensors [T', ...] of several texts as one [B, length, ...], with zeros on the padding."""
+    whole = pad_sequence(list(parts), batch_first=True)
+    return torch.cat([whole, whole.new_zeros(len(whole), length - whole.shape[1], *whole.shape[2:])], 1)
 
 
 class StateCache:
@@ -69,7 +94,8 @@ class StateCache:
         missing = [start for start in shards if not self._is_whole(start)]
         # No process writes a shard before all of them have listed the same missing ones.
         processes.wait()
-        with progress.bar("hidden states", len(shards), len(shards) - len(missing)) as bar:
+        bar_of_all = progress.bar("hidden states", len(shards), len(shards) - len(missing))
+        with bar_of_all as bar, steady_attention():
             for start in processes.share_of_forwards(missing):
                 # One text at a time, so that a state does not depend on its neighbours in a batch.
                 states = [states_of(engine, [text], target)[0] for text in texts[start : start + SHARD_TEXTS]]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import Exchange
@@ -27,15 +26,16 @@ from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.progress import QUIET, Progress
-from fastmtp.train.agreement import Measured, Reference, agreement, replay
-from fastmtp.train.batches import Batch, batch_order, make_batch
+from fastmtp.train.agreement import Measured, Reference, agreements, replay
+from fastmtp.train.batches import Batch, batch_order, by_length, make_batch
 from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
+from fastmtp.train.pace import pace_of, steady_attention, to_device
 from fastmtp.train.processes import Processes
-from fastmtp.train.states import StateCache, states_of
+from fastmtp.train.states import StateCache, padded_states, stacked, states_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Trainer:
         if shard_target:
             self._processes.shard(target)
             self.head.to(target.device)
+        self._pace = pace_of(target.device)
         self.clock = Stopwatch(target.device)
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
         kept_aside = min(config.held_out, max(1, len(shuffled) // 10))
@@ -116,7 +117,7 @@ class Trainer:
         self._states = (
             StateCache(states, target, self._engine, self._texts, self._processes, progress) if states else None
         )
-        self._texts_measured: dict[bool, list[tuple[Reference, int]]] = {}
+        self._texts_measured: dict[bool, list[list[tuple[Reference, int]]]] = {}
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
             facts.append(file_sha256(init / "model.safetensors"))
@@ -124,7 +125,7 @@ class Trainer:
         self.best_tau = self.start_tau = 0.0
         self.step = 0
         if not self._resume() and init is None:
-            with self.clock("first weights"):
+            with steady_attention(), self.clock("first weights"):
                 fit_input_projection(self.head, target, self._texts, self._engine)
 
     @property
@@ -137,43 +138,56 @@ class Trainer:
             # The head at the start is the first candidate for the best.
             start = self.measure()
             self.start_tau = start.acceptance.tau
-            self._evaluate([], start)
+            self._evaluate(0, [], start)
+        pending: list[tuple[int, int, Tensor]] = []
         while self.step < self.steps:
-            losses, tokens = self._optimize()
+            with steady_attention():
+                losses_K, tokens = self._optimize()
             self.step += 1
+            pending.append((self.step, tokens, losses_K))
             last = self.step == self.steps
             measures = last or self.step % self.config.evaluate_every == 0
+            saves = last or self.step % self.config.checkpoint_every == 0
+            if not measures and not saves and len(pending) < self._pace.report_steps:
+                continue
             held_out = self.measure() if measures else None
-            self._evaluate(losses, held_out)
-            if last or self.step % self.config.checkpoint_every == 0:
+            done = self._report(pending, held_out)
+            pending = []
+            if saves:
                 self._save()
-            yield Step(self.step, tokens, losses, held_out)
+            yield from done
 
     def measure(self, *, trained: bool = False) -> Measured:
         """Acceptance on the answers of the held-out exchanges, or of equally many training exchanges."""
         parts, expected = [], []
-        with self._autocast(), self.clock("measuring"):
-            for text, start in self._references(trained):
-                found = agreement(
-                    self.head, self.target, text, self._objective.draft_ids_D, self._measure_steps, start
-                )
-                parts.append(replay(found.same_TK, start))
-                expected.append(found.expected(start))
+        with steady_attention(), self._autocast(), self.clock("measuring"):
+            for group in self._references(trained):
+                texts, starts = zip(*group, strict=True)
+                draft_ids_D = self._objective.draft_ids_D
+                found = agreements(self.head, self.target, texts, draft_ids_D, self._measure_steps, starts)
+                for one, start in zip(found, starts, strict=True):
+                    parts.append(replay(one.same_TK, start))
+                    expected.append(one.expected(start))
         shares = [sum(share) / len(expected) for share in zip(*expected, strict=True)]
         return Measured(Acceptance.total(parts), shares)
 
-    def _references(self, trained: bool) -> list[tuple[Reference, int]]:
-        """The texts for `measure`, each with its answer's start; the target reads them once."""
+    def _references(self, trained: bool) -> list[list[tuple[Reference, int]]]:
+        """The texts for `measure`, in groups, each with its answer's start; the target reads them once."""
         if trained not in self._texts_measured:
             texts = [(exchange.ids[: self.config.max_length], exchange.answer_mask) for exchange in self._held_out]
             if trained:
                 texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
-            self._texts_measured[trained] = [
-                (Reference.of(self.target, ids, states_of(self._engine, [ids], self.target)[0]), mask.index(True))
-                for ids, mask in texts
-                if True in mask[: len(ids)]
-            ]
+            texts = [(ids, mask) for ids, mask in texts if True in mask[: len(ids)]]
+            groups = by_length([len(ids) for ids, _ in texts], self._pace.tokens)
+            self._texts_measured[trained] = [self._referred([texts[index] for index in group]) for group in groups]
         return self._texts_measured[trained]
+
+    def _referred(self, texts: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> list[tuple[Reference, int]]:
+        states = states_of(self._engine, [ids for ids, _ in texts], self.target)
+        return [
+            (Reference.of(self.target, ids, states_TH), mask.index(True))
+            for (ids, mask), states_TH in zip(texts, states, strict=True)
+        ]
 
     def best(self) -> tuple[MTPHead, Measured]:
         """The head with the highest held-out acceptance length so far, and its measurement."""
@@ -181,20 +195,24 @@ class Trainer:
         self.head.load_state_dict(best["head"])
         return self.head, Measured(Acceptance(best["rounds"], tuple(best["kept"])), best["expected"])
 
-    def _optimize(self) -> tuple[list[float], int]:
-        """One optimiser step; returns the mean loss of each draft step, and the number of tokens."""
-        batch, states_BTH = self._batch(self._order[self.step])
+    def _optimize(self) -> tuple[Tensor, int]:
+        """One optimiser step; returns the mean loss of each draft step [K], and the number of tokens.
+
+        Nothing here waits for the device; the losses stay there.
+        """
+        chosen = self._order[self.step]
+        batch, ids_BT, states_BTH = self._batch(chosen)
         draft_steps, per_step = self.config.draft_steps, self.config.pattern == "per_step"
-        length, device = batch.ids_BT.shape[1], self.target.device
-        starts_S = torch.arange(length, device=device) if per_step else trained_starts(length, self.step, device)
+        length, host = ids_BT.shape[1], torch.device("cpu")
+        starts_S = torch.arange(length) if per_step else trained_starts(length, self.step, host)
         with self._autocast(), self.clock("head"):
             outputs = self._recursion(
                 self.head,
                 self.target,
-                batch.ids_BT,
+                ids_BT,
                 states_BTH,
                 draft_steps,
-                starts_S=starts_S,
+                starts_S=to_device(starts_S, ids_BT.device),
                 per_step=per_step,
             )
         with self.clock("losses"):
@@ -204,11 +222,9 @@ class Trainer:
             torch.autograd.backward(
                 outputs, [alpha * gradient for alpha, gradient in zip(alphas, gradients, strict=True)]
             )
-        tokens = batch.inside_BT.sum()
         with self.clock("between processes"):
             gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
             self._processes.sum([losses_K, *gradients])
-            self._processes.sum([tokens])
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         factor = rate_factor(self.step, self.steps, self.config.warmup)
         with self.clock("optimizer"):
@@ -217,26 +233,25 @@ class Trainer:
                     group["lr"] = factor * self.config.learning_rate
                 optimizer.step()
                 optimizer.zero_grad()
-        return losses_K.tolist(), int(tokens)
+        return losses_K, sum(len(self._texts[index]) for index in chosen)
 
-    def _batch(self, chosen: Sequence[int]) -> tuple[Batch, Tensor]:
-        """This process's part of a batch, and the target's states over it [B, T, H]."""
+    def _batch(self, chosen: Sequence[int]) -> tuple[Batch, Tensor, Tensor]:
+        """This process's part of a batch, and on the device its ids [B, T] and the target's states [B, T, H]."""
         device = self.target.device
         # Every process must take the same steps: one without a text of its own runs one whose mask is empty.
         own = self._processes.share(chosen)
         indices = own or chosen[:1]
-        batch = make_batch(
-            [self._texts[index] for index in indices], [self._masks[index] for index in indices], device
-        )
+        texts = [self._texts[index] for index in indices]
+        length = self._pace.padded(max(map(len, texts)))
+        batch = make_batch(texts, [self._masks[index] for index in indices], length)
         if not own:
             batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
+        ids_BT = to_device(batch.ids_BT, device)
         with torch.no_grad(), self.clock("target"):
-            states = (
-                states_of(self._engine, [self._texts[index] for index in indices], self.target)
-                if self._states is None
-                else [self._states[index] for index in indices]
-            )
-            return batch, pad_sequence(states, batch_first=True).to(device, self.target.dtype)
+            if self._states is None:
+                return batch, ids_BT, padded_states(self._engine, texts, ids_BT, self.target)
+            kept_BTH = stacked([self._states[index] for index in indices], length)
+            return batch, ids_BT, to_device(kept_BTH, device).to(self.target.dtype)
 
     def _autocast(self) -> AbstractContextManager[None]:
         # If the target runs in half precision, that is fast here.
@@ -247,7 +262,19 @@ class Trainer:
     def _best_path(self) -> Path:
         return self._directory / "best.pt"
 
-    def _evaluate(self, losses: list[float], held_out: Measured | None) -> None:
+    def _report(self, pending: Sequence[tuple[int, int, Tensor]], held_out: Measured | None) -> list[Step]:
+        """Read and log the losses of some steps; acceptance was measured after the last of them, if it was."""
+        losses_SK = torch.stack([losses_K for _, _, losses_K in pending]).tolist()
+        self.clock.settle()
+        found = [
+            Step(step, tokens, losses, held_out if step == self.step else None)
+            for (step, tokens, _), losses in zip(pending, losses_SK, strict=True)
+        ]
+        for one in found:
+            self._evaluate(one.step, one.losses, one.held_out)
+        return found
+
+    def _evaluate(self, step: int, losses: list[float], held_out: Measured | None) -> None:
         """Log a step, and save the head if it is the best so far."""
         figures: dict[str, float | list[float]] = {"losses": losses} if losses else {}
         if held_out is not None:
@@ -258,7 +285,7 @@ class Trainer:
                     found = {**asdict(held_out.acceptance), "expected": held_out.expected}
                     save_checkpoint(self._best_path, {"head": self.head.state_dict(), **found})
         if self._metrics is not None:
-            self._metrics.write(self.step, figures)
+            self._metrics.write(step, figures)
 
     def _save(self) -> None:
         if not self._processes.first:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.method.head import MTPHead, shapes_of
-from fastmtp.models.layers import causal_masks
 from fastmtp.models.torch_tensors import as_tensor
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
@@ -87,26 +85,14 @@ class TorchEngine:
         return [one.ask(ask) for one, ask in zip(sequences, asks, strict=True)]
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """All texts in one batch; padding on the right does not change the states before it."""
-        target = self.target
-        ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True).to(target.device)
-        positions = torch.arange(ids_BT.shape[1], device=target.device)[None]
-        masks = causal_masks(target.config, 0, ids_BT.shape[1], target.device)
-        states_BTH = target.states(ids_BT, positions, masks, None)
-        target.check_states(states_BTH)
+        """All texts in one batch."""
+        ids_BT = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True)
+        states_BTH = self.target.whole(ids_BT.to(self.target.device))
         return [states_TH[: len(text)] for states_TH, text in zip(states_BTH, texts, strict=True)]
 
     def forward_with_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
-        given: list[Tensor] = []
-
-        def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-            given.append(positional[0] if positional else named["hidden_states"])
-
-        hook = self.target.model.model.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            return self.forward([text])[0], given[0][0]
-        finally:
-            hook.remove()
+        states_1TH, given_1TH = self.target.whole_with_inputs(torch.tensor([list(text)], device=self.target.device))
+        return states_1TH[0], given_1TH[0]
 
     def batch(self, slots: int) -> TorchBatch:
         return TorchBatch(self.target, slots)

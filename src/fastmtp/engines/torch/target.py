@@ -81,6 +81,27 @@ class Target(TargetInfo):
         hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
         return cast(Tensor, self.model.model.norm(hidden_BTH))
 
+    def whole(self, ids_BT: Tensor) -> Tensor:
+        """States [B, T, H] of whole texts; padding on the right does not change the states before it."""
+        positions = torch.arange(ids_BT.shape[1], device=self.device)[None]
+        masks = causal_masks(self.config, 0, ids_BT.shape[1], self.device)
+        states_BTH = self.states(ids_BT, positions, masks, None)
+        self.check_states(states_BTH)
+        return states_BTH
+
+    def whole_with_inputs(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """`whole`, and what the last layer was given [B, T, H]."""
+        given: list[Tensor] = []
+
+        def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+            given.append(positional[0] if positional else named["hidden_states"])
+
+        hook = self.model.model.layers[-1].register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return self.whole(ids_BT), given[0]
+        finally:
+            hook.remove()
+
     def check_states(self, states: Tensor) -> None:
         """Raises ValueError if they are beyond float16's range, as those of a model made for bfloat16 may be."""
         if self.dtype == torch.float16:

@@ -1,0 +1,74 @@
+"""How training is cut into pieces for a device, and what keeps a GPU from waiting.
+
+A CPU takes small pieces, which stay in its cache, and text by text, without padding. A GPU takes large ones of few
+shapes, and nothing of a step is read by the host: reading waits until all that was launched is done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Pace:
+    """
+    Attributes:
+        bucket: lengths are padded to multiples of it, so that there are few shapes.
+        logits: so many are in memory together where the caller's own least number of positions has fewer.
+        tokens: of texts that are read together beside the steps, with padding; 1 is one text at a time.
+        report_steps: losses are read once in so many steps.
+        fused: the KL objective is one kernel (kernels.py).
+    """
+
+    bucket: int
+    logits: int
+    tokens: int
+    report_steps: int
+    fused: bool
+
+    def positions(self, columns: int, least: int) -> int:
+        """How many rows of so many logits are computed together."""
+        return max(least, self.logits // columns)
+
+    def padded(self, length: int) -> int:
+        return -(-length // self.bucket) * self.bucket
+
+
+CPU = Pace(bucket=1, logits=0, tokens=1, report_steps=1, fused=False)
+# Multiples of 24: a third of the positions begins longer chains (recursion.py), and that too is a multiple of the 8
+# that attention kernels want of a mask.
+GPU = Pace(bucket=24, logits=1 << 28, tokens=8192, report_steps=16, fused=True)
+
+
+PACES = {"cpu": CPU, "cuda": GPU}
+
+
+def pace_of(device: torch.device) -> Pace:
+    return PACES.get(device.type, CPU)
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def steady_attention() -> AbstractContextManager[None]:
+    """Attention without cuDNN, which makes a plan for every new shape: batches are of many.
+
+    Flash and memory-efficient kernels where they can, otherwise (float32 with grouped heads) the plain formula.
+    """
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(kernels)
+    return context
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host there, without waiting for what the device still does."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
