@@ -203,7 +203,9 @@ class TrainConfig:
     warmup: float = setting(0.05, "share of the steps with rising learning rate; cosine afterwards")
     clip: float = setting(1.0, "largest norm of the gradient")
     epochs: float = setting(2.0, "passes over the data; 0.5 is half of it")
-    batch_tokens: int = setting(2048, "tokens in one optimiser step")
+    batch_tokens: int | Literal["auto"] = setting(
+        "auto", "tokens in one optimiser step; auto: 2048 on a CPU, on a GPU what its memory holds, at most 16384"
+    )
     max_length: int = setting(768, "longer exchanges are cut here")
     held_out: int = setting(64, "exchanges kept aside to measure acceptance on, at most a tenth of all")
     evaluate_every: int = setting(200, "steps between two measurements on the held-out exchanges")
@@ -212,8 +214,10 @@ class TrainConfig:
     seed: int = setting(0, "seed of the order of the data")
 
     def __post_init__(self) -> None:
-        for name in ("draft_steps", "batch_tokens", "held_out", "evaluate_every", "checkpoint_every"):
+        for name in ("draft_steps", "held_out", "evaluate_every", "checkpoint_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        tokens = self.batch_tokens
+        _check(tokens == "auto" or tokens >= 1, "batch_tokens", tokens, "auto, or 1 or more")
         for name in ("learning_rate", "epochs", "clip"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _check(0 < self.beta <= 1, "beta", self.beta, "above 0 and at most 1")

@@ -19,13 +19,11 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
-from fastmtp.train.pace import pace_of, to_device
+from fastmtp.train.pace import FORMULA_TENSORS, pace_of, to_device
 from fastmtp.train.states import padded, stacked
 
 # Positions whose logits are in memory together on a CPU.
 CHUNK = 256
-# Tensors of the draft logits' size that are held at once, in float32.
-_TENSORS = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Reference:
     @torch.no_grad()
     def of(cls, target: Target, ids: Sequence[int], states_TH: Tensor) -> Reference:
         argmaxes, log_totals = [], []
-        together = pace_of(target.device).positions(target.vocabulary_size, CHUNK)
+        together = pace_of(target.device).positions(target.vocabulary_size * FORMULA_TENSORS, CHUNK)
         for part_NH in torch.split(states_TH, together):
             logits_NV = target.logits(part_NH).float()
             argmaxes.append(logits_NV.argmax(-1))
@@ -130,7 +128,7 @@ def agreements(
             for number, (text, start) in enumerate(zip(texts, answer_starts, strict=True))
         ]
     )
-    for seen in torch.split(compared, pace.positions(columns * _TENSORS, CHUNK)):
+    for seen in torch.split(compared, pace.positions(columns * FORMULA_TENSORS, CHUNK)):
         # Rows are aligned by the last token read: t + k for draft k of the chain at t.
         at = to_device(seen, device)
         p_ND = (target.logits(states_NH[at], rows).float() - log_totals_N[at, None]).exp()

@@ -14,10 +14,7 @@ from torch import Tensor
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.losses import CHUNK, DISTRIBUTION_LOSSES, log_probabilities, token_loss
 from fastmtp.train.batches import Batch
-from fastmtp.train.pace import has_triton, pace_of, to_device
-
-# float32 tensors of the logits' size that a formula of method/losses.py holds at once.
-_FORMULA_TENSORS = 8
+from fastmtp.train.pace import FORMULA_TENSORS, has_triton, pace_of, to_device
 
 
 class Objective:
@@ -35,8 +32,7 @@ class Objective:
         self.draft_ids_D = None if draft_ids is None else torch.tensor(draft_ids, device=target.device)
         rows = target.lm_head.weight
         self._rows_DH = rows if self.draft_ids_D is None else rows[self.draft_ids_D]
-        # The formulas hold several float32 tensors of that size at once.
-        self._positions = pace.positions(len(self._rows_DH) * (1 if self._fused else _FORMULA_TENSORS), CHUNK)
+        self._positions = pace.positions(len(self._rows_DH) * (1 if self._fused else FORMULA_TENSORS), CHUNK)
         # From token id to its index in the draft vocabulary, -1 outside it; on the host, as the batches are.
         self._index_V = torch.arange(target.vocabulary_size)
         if draft_ids is not None:

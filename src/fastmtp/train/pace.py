@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# float32 tensors of the logits' size that a formula of method/losses.py, or a measurement, holds at once.
+FORMULA_TENSORS = 8
+
 
 @dataclass(frozen=True)
 class Pace:

@@ -17,6 +17,7 @@ from fastmtp.heads.format import check_free, check_head, read_vocabulary, save_h
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 from fastmtp.train.agreement import Measured
+from fastmtp.train.memory import planned
 from fastmtp.train.metrics import peak_memory_gb
 from fastmtp.train.processes import Processes
 from fastmtp.train.trainer import Trainer
@@ -91,8 +92,6 @@ def train_head(
     """
     check_free(out)
     shown = progress if processes.first else QUIET
-    # Before the training, during which the code may change.
-    record = provenance(config)
     # The target's distribution is as good after the tokens of a cut answer, but cross-entropy on these tokens would
     # teach the head that answers do not end.
     finished_only = config.objective == "cross_entropy"
@@ -103,11 +102,16 @@ def train_head(
         vocabulary = _counted(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
     else:
         vocabulary = read_vocabulary(lists, target)
+    draft_ids = vocabulary.union() or None
+    columns = len(draft_ids) if draft_ids else target.vocabulary_size
+    config = planned(target, config, columns, processes.count, shard_target, shown)
+    # Before the training, during which the code may change.
+    record = provenance(config)
     directory = out.with_name(out.name + ".training")
     trainer = Trainer(
         target,
         exchanges,
-        vocabulary.union() or None,
+        draft_ids,
         config,
         directory,
         init=init,

@@ -83,6 +83,7 @@ class Trainer:
         """
         if len(exchanges) < 2:
             raise ValueError("the data has a single exchange, and one is kept aside to measure on; distill more")
+        assert config.batch_tokens != "auto", "memory.planned says how many"
         self.target = target
         self.config = config
         self._measure_steps = measure_steps or config.draft_steps

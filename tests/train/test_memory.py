@@ -1,0 +1,152 @@
+"""Memory is planned as it is taken: counted on tiny models of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastmtp.config import TrainConfig
+from fastmtp.engines.torch.target import Target
+from fastmtp.method.head import MTPHead
+from fastmtp.method.recursion import recursion, trained_starts
+from fastmtp.models.config import ModelConfig
+from fastmtp.train import memory
+from fastmtp.train.memory import BATCHES, USABLE, MemoryPlan, fitting, plan_memory
+from fastmtp.train.optimizers import make_optimizers
+from tests.conftest import random_ids
+from tests.engines import text_states
+
+LLAMA_8B = ModelConfig.from_json(
+    {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+    },
+    "Llama-3.1-8B",
+)
+
+
+def plan(target: Target, config: TrainConfig, tokens: int, dtype: torch.dtype = torch.float32) -> MemoryPlan:
+    model = ModelConfig.from_json(target.config.to_dict(), target.source)
+    return plan_memory(model, config, tokens, dtype, columns=target.vocabulary_size)
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum({one.data_ptr(): one.numel() * one.element_size() for one in tensors}.values())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weights_and_optimizer(optimizer: str, target: Target) -> None:
+    """All but norms and biases, which are small, and what exists only within an update."""
+    config = TrainConfig(optimizer=optimizer)
+    parts = plan(target, config, 1024).parts
+    assert parts["target"] == size(list(target.model.parameters()))
+    head = MTPHead(target.model)
+    for parameter in head.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers = make_optimizers(head, config)
+    for one in optimizers:
+        one.step()
+    gradients = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
+    assert size([*head.parameters(), *gradients]) == pytest.approx(parts["head"], rel=0.03)
+    kept = [value for one in optimizers for state in one.state.values() for value in state.values()]
+    within = 8 * max(parameter.numel() for parameter in head.parameters()) if optimizer == "muon" else 0
+    assert size([one for one in kept if one.ndim]) == pytest.approx(parts["optimiser"] - within, rel=0.06)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_activations(steps: int, half: bool, target: Target) -> None:
+    """What autograd keeps for the backward pass, without the weights and the states, which are counted apart."""
+    texts, length = 8, 48
+    ids = torch.tensor([random_ids(length, seed=seed) for seed in range(texts)])
+    head, states = MTPHead(target.model).float(), text_states(target, ids)
+    apart = {one.untyped_storage().data_ptr() for one in [*head.parameters(), *target.model.parameters(), states]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Held, so that no other takes its place.
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+    ):
+        starts = trained_starts(length, 0, ids.device)
+        recursion(head, target, ids, states, steps, starts_S=starts)
+    found = sum(one.untyped_storage().nbytes() for at, one in kept.items() if at not in apart)
+    # The weights as the products take them are planned with the head.
+    found -= sum(2 * one.numel() for one in head.parameters() if one.ndim == 2) if half else 0
+    dtype = torch.bfloat16 if half else torch.float32
+    states_bytes = 3 * dtype.itemsize * target.config.hidden_size * texts * length
+    reckoned = plan(target, TrainConfig(draft_steps=steps), texts * length, dtype).parts["activations"]
+    assert reckoned - states_bytes == pytest.approx(found, rel=0.1)
+
+
+def test_an_8b_target_fits_on_80_gb() -> None:
+    """Weights, head, Muon and 16,384 tokens a step in bfloat16; in half of that memory with a smaller batch."""
+    plans = [plan_memory(LLAMA_8B, TrainConfig(), tokens, torch.bfloat16, columns=32768) for tokens in BATCHES]
+    large = fitting(80_000_000_000, plans)
+    assert large.batch_tokens == 16384
+    assert large.parts["target"] == pytest.approx(2 * 8.03e9 + 2 * 32768 * 4096, rel=1e-3)
+    assert 25e9 < large.total < 50e9
+    small = fitting(24_000_000_000, plans)
+    assert small.batch_tokens < large.batch_tokens
+    assert fitting(1, plans).batch_tokens == min(BATCHES)
+    assert "likely too little" in small.line(20_000_000_000)
+    assert "likely" not in large.line(80_000_000_000)
+
+
+def test_processes_share_a_batch_and_a_sharded_target() -> None:
+    arguments = (LLAMA_8B, TrainConfig(), 16384, torch.bfloat16)
+    alone = plan_memory(*arguments, columns=8192).parts
+    four = plan_memory(*arguments, columns=8192, processes=4).parts
+    sharded = plan_memory(*arguments, columns=8192, processes=4, sharded=True).parts
+    assert four["activations"] == pytest.approx(alone["activations"] / 4, rel=0.01)
+    assert four["target"] == alone["target"]
+    assert sharded["target"] < 0.5 * alone["target"]
+
+
+class Said:
+    """A progress that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.say: Callable[[str], None] = self.lines.append
+
+
+def test_the_batch_is_the_devices(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU 2,048 tokens; on a device with memory the largest that fits, said before anything starts."""
+    said = Said()
+
+    def chosen(config: TrainConfig) -> TrainConfig:
+        return memory.planned(llama, config, 100, 1, False, said)  # type: ignore[arg-type]
+
+    assert chosen(TrainConfig()).batch_tokens == memory.CPU_BATCH
+    assert chosen(TrainConfig(batch_tokens=77)).batch_tokens == 77
+    assert said.lines == []
+    for tokens in (16384, 4096):
+        most = int(plan_with(llama, 100, tokens).total / USABLE) + 1
+        monkeypatch.setattr(memory, "device_memory", lambda device, most=most: most)
+        assert chosen(TrainConfig()).batch_tokens == tokens
+        assert said.lines[-1].startswith(f"memory at {tokens:,} tokens a step")
+    assert chosen(TrainConfig(batch_tokens=77)).batch_tokens == 77
+    assert said.lines[-1].startswith("memory at 77 tokens a step")
+    monkeypatch.setattr(llama.config, "model_type", "glm4_moe")
+    assert chosen(TrainConfig()).batch_tokens == memory.CPU_BATCH
+    assert "not planned for glm4_moe" in said.lines[-1]
+
+
+def plan_with(target: Target, columns: int, tokens: int) -> MemoryPlan:
+    model = ModelConfig.from_json(target.config.to_dict(), target.source)
+    return plan_memory(model, TrainConfig(), tokens, target.dtype, columns=columns)
