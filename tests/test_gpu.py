@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
 from fastmtp.decode.drafting.drafter import chains
@@ -16,6 +18,8 @@ from fastmtp.distill.answers import distill
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
+from fastmtp.method.losses import kl_loss, log_probabilities
+from fastmtp.train.pace import steady_attention
 from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids, tiny_target
@@ -58,3 +62,45 @@ def test_distilling_and_training_run(tmp_path: Path) -> None:
         Trainer(target, exchanges(tiny_target("llama")), [257, *range(200)], TrainConfig(**vars(CONFIG)), tmp_path)
     )
     assert history[-1][0] < history[0][0]
+
+
+def test_training_is_the_cpus(tmp_path: Path) -> None:
+    """Losses of the first steps, and first weights, in float32."""
+    cpu, gpu = (
+        Trainer(target, exchanges(tiny_target("llama")), [*range(200)], CONFIG, tmp_path / target.device.type)
+        for target in (tiny_target("llama"), on_gpu("llama"))
+    )
+    torch.testing.assert_close(gpu.head.input_proj.weight.cpu(), cpu.head.input_proj.weight, rtol=1e-3, atol=1e-4)
+    gpu.head.load_state_dict(cpu.head.state_dict())
+    found, expected = (losses(trainer, 2) for trainer in (gpu, cpu))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [300, 8192, 151936])
+def test_the_kl_kernel_is_the_formula(columns: int, dtype: torch.dtype) -> None:
+    from fastmtp.train.kernels import fused_kl_
+
+    reference = 4 * torch.randn(3, columns, device="cuda", dtype=dtype)
+    logits = 4 * torch.randn(5, columns, device="cuda", dtype=dtype)
+    at = torch.tensor([0, 1, 1, 2, 0], device="cuda")
+    loss, gradient = kl_loss(logits, log_probabilities(reference)[at])
+    found, replaced = fused_kl_(logits.clone(), reference, at)
+    torch.testing.assert_close(found, loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(replaced.float(), gradient.to(dtype).float(), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["kl", "lk", "cross_entropy"])
+def test_a_step_never_waits(objective: str, tmp_path: Path) -> None:
+    """CUDA's own check: an operation that waits for the device is an error."""
+    config = replace(CONFIG, objective=objective)
+    trainer = Trainer(on_gpu("llama"), exchanges(tiny_target("llama")), [*range(200)], config, tmp_path)
+    with steady_attention():
+        trainer._optimize()
+        trainer.step += 1
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer._optimize()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
