@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fastmtp.config import DistillConfig, SamplingConfig
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
 from fastmtp.decode.batch import Request, decode_batch
 from fastmtp.decode.generation import Generation
 from fastmtp.distill.answers import distill
-from fastmtp.distill.dataset import DataSet
+from fastmtp.distill.dataset import DataSet, Exchange
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.serve.scheduler import Scheduler
+from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids
 from tests.serve.conftest import drafting_of, request, run
 
@@ -81,3 +82,14 @@ def test_distilled_exchanges_fit_the_context(tmp_path: Path, endless: Target) ->
         f"{path}, line 3: cannot be asked: the prompt has {CONTEXT} tokens and the context ends at {CONTEXT}; "
         "shorten it"
     )
+
+
+def test_training_reads_no_further_than_the_context(tmp_path: Path, llama: Target) -> None:
+    """Also where more is allowed: the target's positions mean nothing beyond it."""
+    ids, mask = random_ids(CONTEXT + 90), [False] * 5 + [True] * (CONTEXT + 85)
+    data = [Exchange(index, "file", "", "", True, ids, mask) for index in range(3)]
+    config = TrainConfig(max_length=4096, batch_tokens=CONTEXT, draft_vocabulary=0)
+    trainer = Trainer(llama, data, None, config, tmp_path)
+    assert {len(text) for text in trainer._texts} == {CONTEXT}
+    (measured,) = trainer._references(False)
+    assert len(measured[0].ids) == CONTEXT

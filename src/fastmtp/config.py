@@ -206,7 +206,7 @@ class TrainConfig:
     batch_tokens: int | Literal["auto"] = setting(
         "auto", "tokens in one optimiser step; auto: 2048 on a CPU, on a GPU what its memory holds, at most 16384"
     )
-    max_length: int = setting(768, "longer exchanges are cut here")
+    max_length: int = setting(768, "longer exchanges are cut here, and at the end of the context")
     held_out: int = setting(64, "exchanges kept aside to measure acceptance on, at most a tenth of all")
     evaluate_every: int = setting(200, "steps between two measurements on the held-out exchanges")
     checkpoint_every: int = setting(100, "steps between two checkpoints")

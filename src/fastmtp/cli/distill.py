@@ -102,8 +102,6 @@ def tell_distilled(summary: DistillSummary, out: Path, as_json: bool) -> None:
     rate = summary.answer_tokens / summary.seconds if summary.seconds else 0.0
     if summary.exchanges and not as_json:
         results(f"came out as {shares(summary.domains)}; languages {shares(summary.languages)}")
-    if summary.skipped:
-        TERMINAL.say(f"fastmtp: {summary.skipped} rows left out, the first: {summary.first_skipped}")
     told = [f"{summary.truncated} truncated"]
     if summary.skipped:
         told.append(f"{summary.skipped} rows left out")

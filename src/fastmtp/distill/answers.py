@@ -135,6 +135,8 @@ def distill(
         finally:
             writer.flush()
     summary.seconds = time.monotonic() - started
+    if skipped.count:
+        progress.say(f"fastmtp: {skipped}")
     summary.skipped, summary.first_skipped, summary.unended = skipped.count, skipped.first, endings.given_up
     if isinstance(engine, Endpoints):
         summary.refused, summary.retokenised = engine.refused, engine.retokenised

@@ -102,8 +102,9 @@ class Trainer:
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
         kept_aside = min(config.held_out, max(1, len(shuffled) // 10))
         self._held_out, trained = shuffled[:kept_aside], shuffled[kept_aside:]
-        self._texts = [exchange.ids[: config.max_length] for exchange in trained]
-        self._masks = [exchange.answer_mask[: config.max_length] for exchange in trained]
+        self._longest = min(config.max_length, target.context_limit)
+        self._texts = [exchange.ids[: self._longest] for exchange in trained]
+        self._masks = [exchange.answer_mask[: self._longest] for exchange in trained]
         self._objective = Objective(config.objective, target, draft_ids)
         self._optimizers = make_optimizers(self.head, config)
         # Sizes differ from batch to batch, so the compiled code must not depend on them.
@@ -175,7 +176,7 @@ class Trainer:
     def _references(self, trained: bool) -> list[list[tuple[Reference, int]]]:
         """The texts for `measure`, in groups, each with its answer's start; the target reads them once."""
         if trained not in self._texts_measured:
-            texts = [(exchange.ids[: self.config.max_length], exchange.answer_mask) for exchange in self._held_out]
+            texts = [(exchange.ids[: self._longest], exchange.answer_mask) for exchange in self._held_out]
             if trained:
                 texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
             texts = [(ids, mask) for ids, mask in texts if True in mask[: len(ids)]]
