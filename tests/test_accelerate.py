@@ -50,7 +50,7 @@ def test_the_last_answers_end_in_time(rate: float) -> None:
     config = planning.distill_config(30.0, Facts(rate, 1))
     seconds = config.slots * (config.max_prompt_tokens + config.max_new_tokens) / (planning._ANSWERED * rate)
     assert seconds <= 0.25 * 60 * 30.0
-    assert config.slots == 96 or seconds > 0.2 * 60 * 30.0
+    assert config.slots == 0 or seconds > 0.2 * 60 * 30.0
     assert planning.distill_config(1.0, Facts(rate, 1)).slots >= 8
 
 

@@ -54,7 +54,7 @@ def test_missing_file(tmp_path: Path) -> None:
         (SamplingConfig, {"seed": -1}),
         (SamplingConfig, {"top_p": 0.0}),
         (SamplingConfig, {"top_k": -1}),
-        (DistillConfig, {"slots": 0}),
+        (DistillConfig, {"slots": -1}),
         (DistillConfig, {"top_p": 1.5}),
         (DistillConfig, {"mix": "code"}),
         (DistillConfig, {"greedy_share": 1.5}),

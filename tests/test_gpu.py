@@ -15,6 +15,9 @@ from fastmtp.decode.drafting.drafter import chains
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.plain import plain
 from fastmtp.distill.answers import distill
+from fastmtp.distill.slots.machine import SlotMachine
+from fastmtp.distill.slots.memory import MOST_SLOTS
+from fastmtp.distill.speed import distillation_speed
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
@@ -23,6 +26,8 @@ from fastmtp.train.pace import steady_attention
 from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids, tiny_target
+from tests.distill.test_distill import rows
+from tests.distill.test_slots import SHORT, talking
 from tests.engines import Engine
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
@@ -52,6 +57,31 @@ def test_speculative_is_plain_is_the_cpus(family: str) -> None:
     tokens = [answer.run().tokens for answer in answers]
     cpu = plain(Engine().sequence(tiny_target(family)), prompt, SamplingConfig())
     assert tokens[0] == tokens[1] == list(islice(cpu, len(tokens[0])))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_slots_make_what_the_cpu_makes_one_by_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph a step, attention by the kernel, slots from free memory: the data is that of decode_batch."""
+    replayed: list[int] = []
+    advance = SlotMachine.advance
+    monkeypatch.setattr(SlotMachine, "advance", lambda self: replayed.append(self.slots) or advance(self))
+    cpu = talking(family)
+    gpu = Target(deepcopy(cpu.model).cuda(), cpu.tokenizer, cpu.source)
+    config = DistillConfig(**{**vars(SHORT), "slots": 0})
+    for name, target in (("gpu", gpu), ("cpu", cpu)):
+        distill(TorchEngine(target), config, tmp_path / name, None)
+    assert replayed and set(replayed) == {config.count}
+    assert rows(tmp_path / "gpu") == rows(tmp_path / "cpu")
+
+
+def test_the_speed_of_distillation_in_bfloat16() -> None:
+    """Thousands of slots, as many as the free memory has room for."""
+    cpu = talking("llama", letters=True)
+    engine = TorchEngine(Target(deepcopy(cpu.model).cuda().bfloat16(), cpu.tokenizer, cpu.source))
+    found = distillation_speed(engine, 2.0)
+    assert found["slots"] == MOST_SLOTS and found["drawn_tokens_per_second"] > 10_000, found
 
 
 def test_distilling_and_training_run(tmp_path: Path) -> None:

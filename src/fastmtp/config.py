@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+# Sequences that are decoded together where no GPU's memory limits them.
+BATCH_SLOTS = 96
+
 _T = TypeVar("_T")
 
 
@@ -97,15 +100,18 @@ class DistillConfig:
     prompt_top_k: int = setting(100, "top-k of the prompts that the model writes")
     prompt_top_p: float = setting(0.95, "top-p of the prompts that the model writes")
     seed: int = setting(0, "seed; exchange number i draws from (seed, i)")
-    slots: int = setting(96, "sequences decoded together")
+    slots: int = setting(
+        0, "sequences decoded together; 0: on a GPU as many as its free memory has room for, elsewhere 96"
+    )
     shard_rows: int = setting(256, "exchanges in one shard; at most this many are lost by a kill")
     concurrency: int = setting(64, "requests under way at once, over all endpoints")
     timeout: float = setting(600.0, "seconds to wait for an endpoint's reply")
     retries: int = setting(5, "tries after a failed one, each after twice the wait, before an endpoint is given up")
 
     def __post_init__(self) -> None:
-        for name in ("count", "max_new_tokens", "max_prompt_tokens", "slots", "shard_rows", "concurrency"):
+        for name in ("count", "max_new_tokens", "max_prompt_tokens", "shard_rows", "concurrency"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check(self.slots >= 0, "slots", self.slots, "0 (by the machine) or more")
         _check(self.minutes >= 0, "minutes", self.minutes, "0 (no limit) or more")
         _check(0 <= self.greedy_share <= 1, "greedy_share", self.greedy_share, "from 0 to 1")
         _check(self.timeout > 0, "timeout", self.timeout, "above 0")

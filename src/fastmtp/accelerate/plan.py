@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastmtp.accelerate.facts import Facts
 from fastmtp.accelerate.stages import Bench, Distill, Export, Native, Settings, Train, Vocabulary
-from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.config import BATCH_SLOTS, DistillConfig, TrainConfig, VocabularyConfig
 from fastmtp.distill.dataset import DataSet
 from fastmtp.models.source import locate
 
@@ -66,7 +66,9 @@ def distill_config(minutes: float, facts: Facts) -> DistillConfig:
     most = DistillConfig()
     tokens = _LAST_ANSWERS * 60 * minutes * _ANSWERED * facts.prefill_per_second
     fitting = int(tokens / (most.max_prompt_tokens + most.max_new_tokens))
-    return DistillConfig(count=1_000_000, minutes=minutes, slots=min(most.slots, max(_FEWEST_SLOTS, fitting)))
+    # As many as usual, where they fit.
+    slots = 0 if fitting >= BATCH_SLOTS else max(_FEWEST_SLOTS, fitting)
+    return DistillConfig(count=1_000_000, minutes=minutes, slots=slots)
 
 
 def plan(

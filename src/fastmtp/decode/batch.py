@@ -21,6 +21,17 @@ from fastmtp.models.info import TargetInfo
 
 PREFILL_TOKENS = 8192
 LOOP_TOKENS = 64
+# Tokens between two looks whether a text loops.
+LOOP_EVERY = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What the caller is likely to ask next when a request has ended: an engine may begin it beforehand."""
+
+    max_new_tokens: int
+    sampling: SamplingConfig
+    end_ids: frozenset[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,7 @@ class Request:
     max_new_tokens: int
     sampling: SamplingConfig
     end_ids: frozenset[int]
+    then: Continuation | None = None
 
     def again(self) -> Request:
         """The same with another seed."""
@@ -101,7 +113,7 @@ def decode_batch(engine: Engine, queue: deque[Request], slots: int) -> Iterator[
 
 def is_looping(tokens: list[int]) -> bool:
     """Whether the last tokens repeat with a short period; looked at now and then only."""
-    if len(tokens) < LOOP_TOKENS or len(tokens) % 16:
+    if len(tokens) < LOOP_TOKENS or len(tokens) % LOOP_EVERY:
         return False
     tail = tokens[-LOOP_TOKENS:]
     return any(tail[period:] == tail[:-period] for period in range(1, LOOP_TOKENS // 2 + 1))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fastmtp.config import DistillConfig
+from fastmtp.config import BATCH_SLOTS, DistillConfig
 from fastmtp.decode.batch import Completion, Request, decode_batch
 from fastmtp.distill.dataset import Exchange, ShardWriter, check_claim, claim_directory, finished_indices
 from fastmtp.distill.domains import Mix
@@ -116,12 +116,14 @@ def distill(
     by_index = {prompt.index: prompt for prompt in listed or []}
     work = (opening(config.seed, i, mix) if listed is None else by_index[i] for i in in_time)
     writer = ShardWriter(out, config.shard_rows)
+    decode: Decode
     if isinstance(engine, Endpoints):
         decode, width = engine.decode, config.concurrency
     else:
-        decode, width = partial(decode_batch, engine), config.slots
+        left = [by_index[index] for index in remaining if index in by_index]
+        decode, width = open_decoder(engine, config, left, turn, len(remaining), progress)
     endings = Endings(target, config, len(done), min(width, len(remaining)), progress)
-    asking = _Asking(target, config, width, work, turn, endings, skipped)
+    asking = Asking(target, config, width, work, turn, endings, skipped)
     summary = DistillSummary()
     started = time.monotonic()
     before = len(indices) - len(remaining)
@@ -150,6 +152,35 @@ def distill(
         if summary.skipped:
             raise skipped.nothing(f"{prompts}: holds no prompt")
     return summary
+
+
+def runs_in_slots(engine: Engine) -> bool:
+    """Whether the engine is where decoding in slots pays off: on a GPU."""
+    return engine.device.startswith("cuda")
+
+
+def open_decoder(
+    engine: Engine,
+    config: DistillConfig,
+    prompts: Sequence[Prompt],
+    turn: UserTurn | None,
+    count: int,
+    progress: Progress = QUIET,
+) -> tuple[Decode, int]:
+    """What decodes the requests of a run, and how many of them together.
+
+    Args:
+        prompts: those that are left to answer, if they are given.
+        turn: for those that the target writes.
+        count: exchanges to make.
+    """
+    if runs_in_slots(engine) and count:
+        from fastmtp.distill.slots.open import open_slots
+
+        slots = open_slots(engine, config, prompts, turn, count, progress)
+        if slots is not None:
+            return slots, slots.machine.slots
+    return partial(decode_batch, engine), config.slots or BATCH_SLOTS
 
 
 class _InTime:
@@ -185,7 +216,7 @@ class _InTime:
 
 
 @dataclass
-class _Asking:
+class Asking:
     """Lets the target write prompts, and answer them or those of a file.
 
     Attributes:
@@ -206,7 +237,7 @@ class _Asking:
     def __post_init__(self) -> None:
         self._queue: deque[Request] = deque()
 
-    def exchanges(self, decode: Decode) -> Iterator[Exchange]:
+    def exchanges(self, decode: Decode) -> Generator[Exchange, None, None]:
         """In order of completion. A prompt that the target has finished writing is queued for its answer."""
         yield from self._refill()
         if not self._queue:

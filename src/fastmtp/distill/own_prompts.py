@@ -162,22 +162,27 @@ class UserTurn:
             raise ValueError(
                 f"{target.source}: has no chat template, so it cannot write its own prompts; give --prompts FILE"
             )
-        self._target = target
+        self.target = target
         _, after = self._around("")
-        ends = target.tokenizer.encode(after, add_special_tokens=False)[:1]
-        self.end_ids = target.end_ids | frozenset(ends)
+        # What follows the user's words up to the answer, from the end of the turn on.
+        self.after_ids: list[int] = target.tokenizer.encode(after, add_special_tokens=False)
+        self.end_ids = target.end_ids | frozenset(self.after_ids[:1])
+        self._opened: dict[tuple[str, str], list[int]] = {}
 
     def open(self, opening: Opening) -> list[int]:
         """Token ids up to and including the opening words of the user's turn."""
-        before, _ = self._around(opening.system)
-        ids: list[int] = self._target.tokenizer.encode(before + opening.words, add_special_tokens=False)
-        return ids
+        key = opening.system, opening.words
+        if key not in self._opened:
+            before, _ = self._around(opening.system)
+            text = before + opening.words
+            self._opened[key] = self.target.tokenizer.encode(text, add_special_tokens=False)
+        return self._opened[key]
 
     def _around(self, system: str) -> tuple[str, str]:
         """The template's text before and after the user's words."""
         marker = "user-turn-goes-here"
         messages = [{"role": "system", "content": system}] if system else []
-        template = self._target.tokenizer.apply_chat_template
+        template = self.target.tokenizer.apply_chat_template
         try:
             text = template(messages + user(marker), tokenize=False, add_generation_prompt=True)
         except TemplateError:

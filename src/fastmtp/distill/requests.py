@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from fastmtp.config import DistillConfig, SamplingConfig
-from fastmtp.decode.batch import Request
+from fastmtp.decode.batch import Continuation, Request
 from fastmtp.decode.sampling import derived_seed
 from fastmtp.distill.dataset import Exchange
 from fastmtp.distill.own_prompts import Opening, UserTurn
@@ -54,17 +54,23 @@ def prompt_request(target: TargetInfo, config: DistillConfig, turn: UserTurn, ta
         max_new_tokens=target.room(len(ids), config.max_prompt_tokens),
         sampling=_seeded(config.prompt_sampling(), 2 * task.index),
         end_ids=turn.end_ids,
+        # The answer is given without the system message.
+        then=None if task.system else _continuation(target, config, task.index, config.max_new_tokens),
     )
 
 
 def answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -> Request:
     """Let the target answer; raises as `prompt_ids`."""
     ids = prompt_ids(target, prompt)
-    return Request(
-        key=prompt,
-        prompt=ids,
-        max_new_tokens=target.room(len(ids), config.max_new_tokens),
-        sampling=_seeded(config.answer_sampling(prompt.index), 2 * prompt.index + 1),
+    room = target.room(len(ids), config.max_new_tokens)
+    return Request(key=prompt, prompt=ids, **vars(_continuation(target, config, prompt.index, room)))
+
+
+def _continuation(target: TargetInfo, config: DistillConfig, index: int, most: int) -> Continuation:
+    """How prompt number `index` is answered, in at most so many tokens."""
+    return Continuation(
+        max_new_tokens=most,
+        sampling=_seeded(config.answer_sampling(index), 2 * index + 1),
         end_ids=target.end_ids,
     )
 

@@ -1,0 +1,278 @@
+"""Slots as state machines on the device: known tokens, a text of the target's own, and the one that follows it.
+
+A step appends a token to every slot: a known one, or one drawn from (seed, position), so that a text depends on
+neither its slot nor its neighbours. When the first text of a slot has ended (a user's turn, say), known tokens and
+a second text (its answer) may follow without the host. Texts are told, and slots filled again, every few steps.
+
+Shapes: S slots, R slots that are filled, L room for tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmtp.decode.batch import LOOP_EVERY, LOOP_TOKENS, Request
+from fastmtp.engines.torch.draws import Sampling, choose, signed
+from fastmtp.engines.torch.graph import captured
+from fastmtp.engines.torch.slots import CHUNK, PREFILL_KEYS, PREFILL_TOKENS, SlotModel
+from fastmtp.engines.torch.target import Target
+
+RUNS, ENDED, CUT, IDLE = range(4)
+# Sets of end tokens that a run may have: those of user's turns and those of answers.
+_END_SETS = 4
+_SHORTEST_BEGINNING = 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the target wrote, the end token included; not finished if cut at the limit or in a loop."""
+
+    tokens: list[int]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A slot's first text, and the second one if the slot went on to it, with all tokens before it."""
+
+    slot: int
+    first: Text
+    prompt: list[int]
+    second: Text | None
+
+
+class SlotMachine:
+    """`slots` texts of at most `length` tokens each."""
+
+    @torch.no_grad()
+    def __init__(self, target: Target, slots: int, length: int, most: int, between: Sequence[int]) -> None:
+        """
+        Args:
+            most: the largest top_k of all requests to come; the size of the vocabulary if one keeps all.
+            between: the tokens between a first and a second text, from the end token of the first on.
+        """
+        device = target.device
+        self.slots, self.length, self.most, self._device = slots, length, most, device
+        self.steps = 0
+        # A text that reaches the model's context is cut there; one that would reach a smaller length does not fit.
+        self._is_context = length == target.context_limit
+        self._model = SlotModel(target, slots, room(length))
+        self._tokens = torch.zeros(slots, self._model.room, dtype=torch.long, device=device)
+        # One row for each number that describes a slot, so that slots are filled by one copy.
+        self._numbers = torch.zeros(15, slots, dtype=torch.long, device=device)
+        self._state, self._newest, self._given, self._part, self._goes_on = self._numbers[:5]
+        parts = self._numbers[5:].view(5, 2, slots)
+        self._starts, self._limits, self._seeds, self._top_k, self._end_sets = parts
+        self._factors = torch.ones(4, slots, device=device)
+        self._temperatures, self._top_p = self._factors.view(2, 2, slots)
+        self._is_end = torch.zeros(_END_SETS, target.vocabulary_size, dtype=torch.bool, device=device)
+        self._known_sets: dict[frozenset[int], int] = {}
+        self._between = torch.tensor(list(between), dtype=torch.long, device=device)
+        self._drawn = torch.zeros((), dtype=torch.long, device=device)
+        self._beginning: list[int] | None = None
+        self._state.fill_(IDLE)
+        self._run = captured(self._step, device)
+
+    def fits(self, request: Request) -> bool:
+        """Whether a slot has room for a request, and the step for its sampling."""
+        top_k = request.sampling.top_k
+        return (
+            len(request.prompt) < self.length
+            and (self._is_context or len(request.prompt) + request.max_new_tokens <= self.length)
+            and (self.most == self._is_end.shape[1] or 0 < top_k <= self.most or request.sampling.temperature == 0)
+            and not request.sampling.adjusts
+            and request.sampling.min_p == 0
+        )
+
+    @torch.inference_mode()
+    def fill(self, requests: Mapping[int, Request]) -> None:
+        """Begin requests that fit in the slots named: their prompts are read, all but the last token of each."""
+        if not requests:
+            return
+        slots = sorted(requests, key=lambda slot: len(requests[slot].prompt))
+        prompts = [requests[slot].prompt for slot in slots]
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ids = np.zeros((len(slots), lengths.max()), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        slots_R, ids_RL = (torch.from_numpy(np.asarray(part)).to(self._device) for part in (slots, ids))
+        self._tokens[slots_R, : ids_RL.shape[1]] = ids_RL
+        self._prefill(slots_R, ids_RL, lengths, prompts)
+        described = [self._described(requests[slot]) for slot in slots]
+        self._numbers[:, slots_R] = torch.tensor([numbers for numbers, _ in described]).T.to(self._device)
+        self._factors[:, slots_R] = torch.tensor([factors for _, factors in described]).T.to(self._device)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """As many steps as there are between two looks for loops; on a GPU they are only begun."""
+        for _ in range(LOOP_EVERY):
+            self._run()
+        self.steps += LOOP_EVERY
+        self._end_loops()
+
+    @torch.inference_mode()
+    def finished(self) -> list[Finished]:
+        """What has ended since the last call, in order of slots; its slots are free then. Waits for the device."""
+        numbers = self._numbers[:, :].cpu()
+        state, newest, _, part, _ = numbers[:5].tolist()
+        first, second = numbers[5:7].tolist()
+        ended = [slot for slot, own in enumerate(state) if own in (ENDED, CUT)]
+        if not ended:
+            return []
+        at = torch.tensor(ended, device=self._device)
+        texts = self._tokens[at].cpu().numpy()
+        self._state[at] = IDLE
+        found = []
+        for slot, ids in zip(ended, texts, strict=True):
+            start = second[slot] if part[slot] else first[slot]
+            last = Text(ids[start : newest[slot] + 1].tolist(), state[slot] == ENDED)
+            if not part[slot]:
+                found.append(Finished(slot, last, [], None))
+                continue
+            end = second[slot] - len(self._between) + 1
+            whole = Text(ids[first[slot] : end].tolist(), True)
+            found.append(Finished(slot, whole, ids[: second[slot]].tolist(), last))
+        return found
+
+    def drawn(self) -> int:
+        """How many tokens were drawn so far, those of texts that were given up included. Waits for the device."""
+        return int(self._drawn)
+
+    def _described(self, request: Request) -> tuple[list[int], list[float]]:
+        """The numbers and factors of a slot that begins a request."""
+        length, then = len(request.prompt), request.then
+        # A second text begins where the first ends.
+        parts = [request, request if then is None else then]
+        numbers = [
+            *(RUNS, length - 1, length, 0, int(then is not None)),
+            *(length, 0),
+            *(part.max_new_tokens for part in parts),
+            *(signed(part.sampling.seed) for part in parts),
+            *(part.sampling.top_k for part in parts),
+            *(self._end_set(part.end_ids) for part in parts),
+        ]
+        factors = [part.sampling.temperature for part in parts] + [part.sampling.top_p for part in parts]
+        return numbers, factors
+
+    def _end_set(self, end_ids: frozenset[int]) -> int:
+        number = self._known_sets.setdefault(end_ids, len(self._known_sets))
+        assert number < _END_SETS
+        if number == len(self._known_sets) - 1:
+            self._is_end[number, torch.tensor(sorted(end_ids), dtype=torch.long, device=self._device)] = True
+        return number
+
+    def _prefill(
+        self, slots_R: Tensor, ids_RL: Tensor, lengths: NDArray[np.int64], prompts: list[list[int]]
+    ) -> None:
+        """Read prompts, which ascend in length, several at a time; their common beginning only once in a run."""
+        if self._beginning is None:
+            self._beginning = _common(prompts)
+            if self._beginning:
+                self._model.prefill(slots_R[:1], ids_RL[:1, : len(self._beginning)], 0)
+                self._model.keep_beginning(int(slots_R[0]), len(self._beginning))
+        common = len(self._beginning)
+        begins = np.array([common if prompt[:common] == self._beginning else 0 for prompt in prompts])
+        for start in {0, common}:
+            own = np.flatnonzero(begins == start)
+            if start and len(own):
+                self._model.begin_alike(slots_R[torch.from_numpy(own).to(self._device)])
+            own = own[lengths[own] - 1 > start]
+            while len(own):
+                rows = own[-max(1, min(PREFILL_TOKENS // CHUNK, PREFILL_KEYS // int(lengths[own[-1]]))) :]
+                own = own[: -len(rows)]
+                at = torch.from_numpy(rows).to(self._device)
+                self._model.prefill(slots_R[at], ids_RL[at, start : lengths[rows[-1]] - 1], start)
+
+    def _step(self) -> None:
+        """Append a token to every text that runs; the others stay as they are."""
+        tokens, newest = self._tokens, self._newest
+        logits_SV = self._model.logits(tokens.gather(1, newest[:, None])[:, 0], newest)
+        next_S = newest + 1
+        # A full slot does not run.
+        cells_S1 = next_S.clamp(max=self._model.room - 1)[:, None]
+        known_S = tokens.gather(1, cells_S1)[:, 0]
+        runs_S = self._state == RUNS
+        own_S = runs_S & (next_S >= self._given)
+        sampling = Sampling(*map(self._of_part, (self._seeds, self._temperatures, self._top_k, self._top_p)))
+        token_S = choose(logits_SV, sampling, next_S, self.most).where(own_S, known_S)
+        tokens.scatter_(1, cells_S1, token_S[:, None])
+        self._drawn += own_S.sum()
+
+        ended_S = own_S & self._is_end[self._of_part(self._end_sets), token_S]
+        length_S = next_S - self._of_part(self._starts) + 1
+        full_S = (length_S >= self._of_part(self._limits)) | (next_S + 1 >= self.length)
+        goes_on_S = self._go_on(ended_S, next_S, token_S)
+        self._newest.copy_(next_S.where(runs_S, newest))
+        self._state.masked_fill_(ended_S & ~goes_on_S, ENDED)
+        self._state.masked_fill_(own_S & ~ended_S & full_S, CUT)
+
+    def _go_on(self, ended_S: Tensor, next_S: Tensor, token_S: Tensor) -> Tensor:
+        """Which slots go on to their second text; the tokens between are written there."""
+        if not len(self._between):
+            return torch.zeros_like(ended_S)
+        start_S = next_S + len(self._between)
+        has_room_S = start_S < self.length
+        if not self._is_context:
+            has_room_S &= start_S + self._limits[1] <= self.length
+        goes_on_S: Tensor = (
+            ended_S & (self._part == 0) & (self._goes_on > 0) & (token_S == self._between[0]) & has_room_S
+        )
+        cells_SB = next_S[:, None] + torch.arange(len(self._between), device=self._device)
+        cells_SB = cells_SB.clamp(max=self._model.room - 1)
+        known_SB = self._tokens.gather(1, cells_SB)
+        self._tokens.scatter_(1, cells_SB, self._between.where(goes_on_S[:, None], known_SB))
+        self._given.copy_(start_S.where(goes_on_S, self._given))
+        self._starts[1].copy_(start_S.where(goes_on_S, self._starts[1]))
+        self._part.masked_fill_(goes_on_S, 1)
+        return goes_on_S
+
+    def _end_loops(self) -> None:
+        """Cut texts that loop where decode_batch would have cut them; at most one place to look at came by."""
+        ends = (self._starts[1] - len(self._between)).where(self._part == 1, self._newest), self._newest
+        for part, end_S in enumerate(ends):
+            length_S = end_S - self._starts[part] + 1
+            looked_S = length_S // LOOP_EVERY * LOOP_EVERY
+            # What ends with its end token there has ended.
+            has_ended_S = (self._state == ENDED) | (self._part > part)
+            looks_S = (looked_S >= LOOP_TOKENS) & ~(has_ended_S & (looked_S == length_S))
+            looks_S &= (self._part >= part) & (self._state != IDLE)
+            last_S = self._starts[part] + looked_S - 1
+            tail = torch.arange(LOOP_TOKENS, device=self._device)
+            cells_ST = (last_S[:, None] - LOOP_TOKENS + 1 + tail).clamp(0, self._model.room - 1)
+            loops_S = looks_S & _is_looping(self._tokens.gather(1, cells_ST))
+            self._state.masked_fill_(loops_S, CUT)
+            self._newest.copy_(last_S.where(loops_S, self._newest))
+            self._part.masked_fill_(loops_S, part)
+
+    def _of_part(self, values: Tensor) -> Tensor:
+        """Of two rows, each slot's own."""
+        own: Tensor = values[1].where(self._part == 1, values[0])
+        return own
+
+
+def room(length: int) -> int:
+    """A slot's room for a text of so many tokens."""
+    return -(-length // CHUNK) * CHUNK
+
+
+def _is_looping(tails_ST: Tensor) -> Tensor:
+    """`is_looping` of decode/batch.py for many texts."""
+    place_T = torch.arange(LOOP_TOKENS, device=tails_ST.device)
+    earlier_PT = place_T - torch.arange(1, LOOP_TOKENS // 2 + 1, device=tails_ST.device)[:, None]
+    before_SPT = tails_ST[:, earlier_PT.clamp(min=0)]
+    return ((tails_ST[:, None] == before_SPT) | (earlier_PT < 0)).all(-1).any(-1)
+
+
+def _common(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens with which several prompts begin; none if they are few. Some token of each prompt follows them."""
+    first, last = min(prompts), max(prompts)
+    same = 0
+    while same < min(map(len, prompts)) - 1 and first[same] == last[same]:
+        same += 1
+    return list(first[:same]) if len(prompts) > 1 and same >= _SHORTEST_BEGINNING else []

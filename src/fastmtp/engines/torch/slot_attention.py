@@ -1,0 +1,69 @@
+"""Attention of many texts of different lengths over static caches.
+
+Shapes: S slots, R slots of a prefill, C tokens of a chunk, L room for tokens, Q query heads, K key/value heads,
+D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Of a layer's number, and its queries, keys and values.
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# cuDNN would make a plan for each new shape.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class StepAttention(Protocol):
+    """One query of each slot attends to the slot's keys up to its position, or to the last ones of a window."""
+
+    def __call__(
+        self,
+        queries_SQD: Tensor,
+        keys_SKLD: Tensor,
+        values_SKLD: Tensor,
+        positions_S: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor: ...
+
+
+def step_attention(device: torch.device) -> StepAttention:
+    """On a GPU the kernel that reads each slot up to its own length only."""
+    if device.type != "cpu":
+        from fastmtp.engines.torch.slot_kernels import attend_slots
+
+        return attend_slots
+    return attend_slots_by_mask
+
+
+def attend_slots_by_mask(
+    queries_SQD: Tensor,
+    keys_SKLD: Tensor,
+    values_SKLD: Tensor,
+    positions_S: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """`StepAttention` in plain PyTorch: reads the whole room of every slot."""
+    keys_L, newest_S1 = torch.arange(keys_SKLD.shape[2], device=positions_S.device), positions_S[:, None]
+    mask_SL = keys_L <= newest_S1
+    if window is not None:
+        mask_SL &= keys_L > newest_S1 - window
+    mask_S11L = mask_SL[:, None, None]
+    return attend_many(queries_SQD[:, :, None], keys_SKLD, values_SKLD, mask_S11L, scale)[:, :, 0]
+
+
+def attend_many(queries_RQCD: Tensor, keys_RKLD: Tensor, values_RKLD: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention with a mask of bool that broadcasts to [R, Q, C, L]; [R, Q, C, D]."""
+    group = queries_RQCD.shape[1] // keys_RKLD.shape[1]
+    # With masks, the fast kernels take as many key heads as query heads.
+    keys, values = (part.repeat_interleave(group, 1) for part in (keys_RKLD, values_RKLD))
+    with sdpa_kernel(_BACKENDS):
+        return nn.functional.scaled_dot_product_attention(queries_RQCD, keys, values, attn_mask=mask, scale=scale)

@@ -1,0 +1,223 @@
+"""A target's forward over fixed slots: static tensors, so that a step can be captured as one CUDA graph.
+
+Each slot holds one text. A step appends one token to every slot, each at its own position; a prefill appends chunks
+to some slots. Nothing is allocated or resized between steps.
+
+Shapes: S slots, R slots of a prefill, C tokens of a chunk, N rows (S, or R * C), L room for tokens, Q query heads,
+K key/value heads, D size of a head, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmtp.engines.torch.slot_attention import Attention, attend_many, step_attention
+from fastmtp.engines.torch.target import Target
+from fastmtp.models.families import FAMILIES
+from fastmtp.models.info import head_size
+from fastmtp.models.layers import norm_offset
+from fastmtp.models.tensors import windows
+
+# Tokens of a chunk, of which texts are read; the room of a slot is a multiple of it.
+CHUNK = 64
+# Tokens, padding included, and keys and values of one forward of a prefill, which bound its memory.
+PREFILL_TOKENS, PREFILL_KEYS = 8192, 65536
+
+
+def is_supported(target: Target) -> bool:
+    """Whether `SlotModel` computes the layers of the target's family, with a kernel for its device."""
+    has_kernel = target.device.type == "cpu" or importlib.util.find_spec("triton") is not None
+    return has_kernel and target.config.model_type in FAMILIES
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's weights, those that are applied to the same input in one matrix."""
+
+    kind: str
+    scale: float
+    norm: _Norm
+    query_key_value: tuple[Tensor, Tensor | None]
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    output: tuple[Tensor, Tensor | None]
+    output_norm: _Norm | None
+    second_norm: _Norm
+    gate_up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+    down_norm: _Norm | None
+    activation: Callable[[Tensor], Tensor]
+
+
+class _Norm:
+    """An RMSNorm of transformers, in fewer kernels where its gains are its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._is_plain = module, norm_offset(module) == 0
+        self._weight = cast(Tensor, module.weight)
+        self._epsilon = float(cast("Any", getattr(module, "variance_epsilon", getattr(module, "eps", None))))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self._is_plain:
+            return nn.functional.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
+        return cast(Tensor, self._module(hidden))
+
+
+class SlotModel:
+    """The layers of a target over `slots` texts of at most `room` tokens, a multiple of CHUNK."""
+
+    @torch.no_grad()
+    def __init__(self, target: Target, slots: int, room: int) -> None:
+        """The target's modules share the memory of the fused weights from now on."""
+        assert is_supported(target) and room % CHUNK == 0
+        config, device = target.config, target.device
+        self.slots, self.room, self._target = slots, room, target
+        self._heads, self._key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._size = head_size(config)
+        self._layers = [
+            _fused(layer, kind) for layer, kind in zip(target.model.model.layers, target.kinds, strict=True)
+        ]
+        self._norm = _Norm(target.model.model.norm)
+        positions = torch.arange(room, device=device)
+        self._rotations = {
+            kind: (cosines[0], sines[0])
+            for kind, (cosines, sines) in target.rotations(positions[None], target.kinds).items()
+        }
+        self._windows = windows(config)
+        shape = (slots, self._key_heads, room, self._size)
+        self._caches = [
+            tuple(torch.zeros(shape, dtype=target.dtype, device=device) for _ in "kv") for _ in self._layers
+        ]
+        self._beginning: list[tuple[Tensor, ...]] = []
+        self._every = torch.arange(slots, device=device)
+        self._attend_step = step_attention(device)
+
+    def logits(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
+        """Append a token to every slot, at its position; logits [S, V] of what follows it."""
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            held_keys, held_values = self._caches[layer]
+            held_keys[self._every, :, positions_S] = keys
+            held_values[self._every, :, positions_S] = values
+            own = self._layers[layer]
+            window = self._windows[own.kind]
+            return self._attend_step(queries, held_keys, held_values, positions_S, own.scale, window)
+
+        hidden_SH = self._forward(self._target.embed(ids_S), positions_S, attend)
+        return self._target.logits(self._norm(hidden_SH))
+
+    def prefill(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
+        """Append tokens to some slots from position `start` on.
+
+        A row may end with padding: what is appended at a position replaces what was there, and nothing attends to a
+        later position.
+        """
+        for begin in range(start, start + ids_RC.shape[1], CHUNK):
+            self._prefill_chunk(slots_R, ids_RC[:, begin - start :][:, :CHUNK], begin)
+
+    def keep_beginning(self, slot: int, tokens: int) -> None:
+        """Remember the keys and values of a slot's first tokens, for `begin_alike`."""
+        self._beginning = [tuple(part[slot, :, :tokens].clone() for part in held) for held in self._caches]
+
+    def begin_alike(self, slots_R: Tensor) -> None:
+        """Give slots the tokens of `keep_beginning`, as if they had been prefilled."""
+        for held, kept in zip(self._caches, self._beginning, strict=True):
+            for part, own in zip(held, kept, strict=True):
+                part[slots_R, :, : own.shape[1]] = own
+
+    def _prefill_chunk(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
+        rows, tokens = ids_RC.shape
+        end = start + tokens
+        positions_C = torch.arange(start, end, device=ids_RC.device)
+        keys_L = torch.arange(end, device=ids_RC.device)
+        causal = keys_L <= positions_C[:, None]
+        masks = {
+            kind: causal if size is None else causal & (keys_L > positions_C[:, None] - size)
+            for kind, size in self._windows.items()
+        }
+
+        def by_row(part: Tensor) -> Tensor:
+            return part.reshape(rows, tokens, *part.shape[1:])
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            own, (held_keys, held_values) = self._layers[layer], self._caches[layer]
+            held_keys[slots_R[:, None], :, positions_C] = by_row(keys)
+            held_values[slots_R[:, None], :, positions_C] = by_row(values)
+            queries_RQCD = by_row(queries).transpose(1, 2)
+            held = held_keys[slots_R, :, :end], held_values[slots_R, :, :end]
+            found_RQCD = attend_many(queries_RQCD, *held, masks[own.kind], own.scale)
+            return found_RQCD.transpose(1, 2).flatten(0, 1)
+
+        hidden_NH = self._forward(self._target.embed(ids_RC).flatten(0, 1), positions_C.repeat(rows), attend)
+        if start == 0:
+            self._target.check_states(hidden_NH)
+
+    def _forward(self, hidden_NH: Tensor, positions_N: Tensor, attend: Attention) -> Tensor:
+        """The residual stream after all layers."""
+        rotations = {
+            kind: (cosines[positions_N][:, None], sines[positions_N][:, None])
+            for kind, (cosines, sines) in self._rotations.items()
+        }
+        heads = [self._heads, self._key_heads]
+        for index, layer in enumerate(self._layers):
+            joint = nn.functional.linear(layer.norm(hidden_NH), *layer.query_key_value)
+            turned, values = torch.split(joint.view(len(joint), -1, self._size), [sum(heads), heads[1]], 1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                queries, keys = torch.split(turned, heads, 1)
+                turned = torch.cat([layer.query_norm(queries), layer.key_norm(keys)], 1)
+            queries, keys = torch.split(_rotated(turned, rotations[layer.kind]), heads, 1)
+            found_NQD = attend(index, queries, keys, values)
+            output_NH = nn.functional.linear(found_NQD.flatten(1), *layer.output)
+            hidden_NH = hidden_NH + (layer.output_norm(output_NH) if layer.output_norm else output_NH)
+            gate, up = nn.functional.linear(layer.second_norm(hidden_NH), *layer.gate_up).chunk(2, -1)
+            down_NH = nn.functional.linear(layer.activation(gate) * up, *layer.down)
+            hidden_NH = hidden_NH + (layer.down_norm(down_NH) if layer.down_norm else down_NH)
+        return hidden_NH
+
+
+def _rotated(heads_NQD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosines, sines = rotation
+    first, second = heads_NQD.chunk(2, -1)
+    return heads_NQD * cosines + torch.cat([-second, first], -1) * sines
+
+
+def _fused(layer: Any, kind: str) -> _Layer:
+    attention, network = layer.self_attn, layer.mlp
+
+    def norm(module: Any, name: str) -> _Norm | None:
+        own = getattr(module, name, None)
+        return None if own is None else _Norm(own)
+
+    # With norms after attention and network, the second norm has another name.
+    outer = hasattr(layer, "pre_feedforward_layernorm")
+    return _Layer(
+        kind=kind,
+        scale=float(attention.scaling),
+        norm=_Norm(layer.input_layernorm),
+        query_key_value=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        query_norm=norm(attention, "q_norm"),
+        key_norm=norm(attention, "k_norm"),
+        output=(attention.o_proj.weight, attention.o_proj.bias),
+        output_norm=norm(layer, "post_attention_layernorm") if outer else None,
+        second_norm=_Norm(layer.pre_feedforward_layernorm if outer else layer.post_attention_layernorm),
+        gate_up=_joined(network.gate_proj, network.up_proj),
+        down=(network.down_proj.weight, network.down_proj.bias),
+        down_norm=norm(layer, "post_feedforward_layernorm"),
+        activation=network.act_fn,
+    )
+
+
+def _joined(*modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of linear modules as one; theirs become views of it, and take no more memory."""
+    sizes = [module.out_features for module in modules]
+    weight = torch.cat([module.weight.data for module in modules])
+    for module, own in zip(modules, torch.split(weight, sizes), strict=True):
+        module.weight.data = own
+    biases = [module.bias.data for module in modules if module.bias is not None]
+    return weight, torch.cat(biases) if biases else None

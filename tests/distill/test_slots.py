@@ -1,0 +1,352 @@
+"""Decoding in slots: whatever the number of slots and the order, the data is what decoding one by one makes.
+
+On the CPU the same steps run that a GPU captures as a graph.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from fastmtp.config import DistillConfig, SamplingConfig
+from fastmtp.decode import sampling as one_by_one
+from fastmtp.decode.batch import Completion, Continuation, Request, decode_batch
+from fastmtp.distill import answers
+from fastmtp.distill.answers import distill
+from fastmtp.distill.dataset import Exchange, finished_indices
+from fastmtp.distill.slots import decode
+from fastmtp.distill.slots.decode import decode_slots
+from fastmtp.distill.slots.machine import SlotMachine
+from fastmtp.distill.slots.memory import MOST_SLOTS, fitting_slots, prefill_bytes, slot_bytes
+from fastmtp.distill.speed import distillation_speed
+from fastmtp.engines.torch.draws import Sampling, choose, signed
+from fastmtp.engines.torch.engine import TorchEngine
+from fastmtp.engines.torch.slots import SlotModel
+from fastmtp.engines.torch.target import Target
+from fastmtp.models.families import FAMILIES as SUPPORTED
+from tests.conftest import VOCABULARY, random_ids, tiny_target
+from tests.distill.test_distill import CONFIG, rows
+
+SHORT = DistillConfig(**{**vars(CONFIG), "count": 6, "max_new_tokens": 12, "max_prompt_tokens": 100, "slots": 3})
+
+
+def talking(family: str, *, letters: bool = False) -> Target:
+    """A tiny target that ends its turns now and then; with `letters` it writes what tokenises to itself."""
+    source = tiny_target(family)
+    model = deepcopy(source.model)
+    with torch.no_grad():
+        model.lm_head.weight[257] *= 3
+        if letters:
+            words = source.tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz"))
+            others = sorted(set(range(VOCABULARY)) - {*words, 257})
+            model.lm_head.weight[others] = 0
+    return Target(model, source.tokenizer, source.source)
+
+
+@pytest.fixture
+def in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distillation goes the way that it goes on a GPU."""
+    monkeypatch.setattr(answers, "runs_in_slots", lambda engine: True)
+
+
+def made(target: Target, out: Path, prompts: Path | None = None, **settings: object) -> dict[int, Exchange]:
+    config = DistillConfig(**{**vars(SHORT), **settings})
+    distill(TorchEngine(target), config, out, None if prompts is None else str(prompts))
+    return rows(out)
+
+
+def test_draws_are_those_of_decoding_one_by_one() -> None:
+    """Every kind of sampling, the same random numbers: the token is a function of logits, seed and position."""
+    count, seeds = 240, np.random.default_rng(0).integers(0, 2**64 - 1, 240, np.uint64)
+    logits = 3 * torch.randn(count, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    kinds = list(product((0.0, 0.6, 1.0, 1.7), (0, 1, 20, 100), (1.0, 0.9, 0.3))) * 5
+    settings = [
+        SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=int(seed))
+        for (temperature, top_k, top_p), seed in zip(kinds, seeds, strict=True)
+    ]
+    positions = torch.arange(count) + 3
+    sampling = Sampling(
+        torch.tensor([signed(own.seed) for own in settings]),
+        torch.tensor([own.temperature for own in settings]),
+        torch.tensor([own.top_k for own in settings]),
+        torch.tensor([own.top_p for own in settings]),
+    )
+    drawn = choose(logits, sampling, positions, VOCABULARY)
+    for row, own in enumerate(settings):
+        assert drawn[row] == one_by_one.choose(logits[row].numpy(), own, int(positions[row]))
+
+
+def test_slots_make_what_decoding_one_by_one_makes(target: Target, tmp_path: Path, in_slots: None) -> None:
+    """Every family: own prompts and answers, sampled, with windows shorter than the texts."""
+    target = talking(target.source.removeprefix("tiny-"))
+    got = made(target, tmp_path / "slots", max_new_tokens=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "runs_in_slots", lambda engine: False)
+        assert made(target, tmp_path / "batch", max_new_tokens=40) == got
+
+
+def test_slots_and_order_do_not_matter(tmp_path: Path, in_slots: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1, 3 and 16 slots, and requests in another order; greedy ones among sampled ones."""
+    target = talking("llama", letters=True)
+    first = made(target, tmp_path / "1", slots=1, greedy_share=0.5)
+    for slots in (3, 16):
+        assert made(target, tmp_path / str(slots), slots=slots, greedy_share=0.5) == first
+    forwards = answers._InTime.__iter__
+    monkeypatch.setattr(answers._InTime, "__iter__", lambda self: iter(list(forwards(self))[::-1]))
+    assert made(target, tmp_path / "backwards", greedy_share=0.5) == first
+
+
+def test_a_slot_goes_on_from_a_prompt_to_its_answer(
+    tmp_path: Path, in_slots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it foresaw is used where the prompt tokenises to itself; the data is the same as without."""
+    target = talking("llama", letters=True)
+    foreseen: list[bool] = []
+    judge = decode._is_foreseen
+    monkeypatch.setattr(decode, "_is_foreseen", lambda *given: foreseen.append(judge(*given)) or foreseen[-1])
+    got = made(target, tmp_path / "foreseen")
+    assert sum(foreseen) > len(got) // 2
+    monkeypatch.setattr(decode, "_is_foreseen", lambda *given: False)
+    assert made(target, tmp_path / "asked again") == got
+
+
+def test_given_prompts_are_read_in_chunks(tmp_path: Path, in_slots: None) -> None:
+    """Longer ones than a chunk and shorter, with a common beginning and without; given answers are kept."""
+    target = talking("qwen2")
+    texts = ["".join(map(chr, 97 + np.array(random_ids(size, size)) % 26)) for size in (1, 150, 64, 20, 90, 3)]
+    given = [{"prompt": text} for text in texts] + [{"prompt": "b", "answer_ids": [1, 2, 257]}]
+    given.append({"messages": [{"role": "system", "content": "x" * 70}, {"role": "user", "content": "y"}]})
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, given)))
+    got = made(target, tmp_path / "slots", path)
+    assert len(got) == len(given) and got[6].ids[-3:] == [1, 2, 257]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "runs_in_slots", lambda engine: False)
+        assert made(target, tmp_path / "batch", path) == got
+
+
+def requests(prompts: list[list[int]], **settings: object) -> deque[Request]:
+    common = {"max_new_tokens": 100, "sampling": SamplingConfig(), "end_ids": frozenset({257}), **settings}
+    return deque(Request(key=key, prompt=prompt, **common) for key, prompt in enumerate(prompts))
+
+
+Decode = Callable[[deque[Request]], Iterator[Completion]]
+
+
+def batch(target: Target) -> Decode:
+    return lambda queue: decode_batch(TorchEngine(target), queue, 4)
+
+
+def slots(machine: SlotMachine, target: Target) -> Decode:
+    return lambda queue: decode_slots(machine, TorchEngine(target), queue)
+
+
+def completions(decode: Decode, asked: deque[Request], between: list[int]) -> dict[object, tuple[list[int], bool]]:
+    """What comes out, of requests with a second text also that, asked as distillation asks for it."""
+    found, queue = {}, deque(asked)
+    for done in decode(queue):
+        request = done.request
+        found[request.key] = done.tokens, done.finished
+        if request.then is not None and done.finished:
+            prompt = [*request.prompt, *done.tokens[:-1], *between]
+            queue.appendleft(Request(key=(request.key, "then"), prompt=prompt, **vars(request.then)))
+    return found
+
+
+def repeating() -> Target:
+    """A target whose greedy token depends on the last one only, so that every greedy text loops soon."""
+    source = tiny_target("llama")
+    model = deepcopy(source.model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    return Target(model, source.tokenizer, source.source)
+
+
+def test_loops_are_cut_where_decode_batch_cuts_them() -> None:
+    """In first and in second texts, which begin at any step."""
+    target = repeating()
+    prompts = [random_ids(size, size) for size in range(3, 11)]
+    (path, _), *_ = completions(batch(target), requests(prompts[:1], max_new_tokens=5), []).values()
+    between = [path[-1], 7, 8]
+    then = Continuation(max_new_tokens=150, sampling=SamplingConfig(), end_ids=frozenset())
+    for ends, least in ((frozenset[int](), 6), (frozenset(path[-1:]), 7)):
+        asked = requests(prompts, max_new_tokens=150, end_ids=ends, then=then)
+        expected = completions(batch(target), asked, between)
+        machine = SlotMachine(target, 3, 400, 1, between)
+        assert completions(slots(machine, target), asked, between) == expected
+        assert sum(64 <= len(tokens) < 150 for tokens, _ in expected.values()) >= least
+    assert any(isinstance(key, tuple) for key in expected)
+
+
+def test_the_context_is_the_limit() -> None:
+    """Texts that reach it are cut there, first and second ones, as if each had been asked by itself."""
+    target = repeating()
+    limit = target.context_limit
+    prompts = [random_ids(limit - left) for left in (20, 1)]
+    machine = SlotMachine(target, 2, limit, 1, [])
+    found = completions(slots(machine, target), requests(prompts, end_ids=frozenset()), [])
+    assert [(len(found[key][0]), found[key][1]) for key in (0, 1)] == [(20, False), (1, False)]
+    ((end,), _), *_ = completions(batch(target), requests([[65]], max_new_tokens=1), []).values()
+    then = Continuation(max_new_tokens=100, sampling=SamplingConfig(), end_ids=frozenset())
+    asked = requests([[*random_ids(limit - left), 65] for left in (20, 4)], end_ids=frozenset({end}), then=then)
+    machine = SlotMachine(target, 2, limit, 1, [end, 259])
+    found = completions(slots(machine, target), asked, [end, 259])
+    assert [len(found[key, "then"][0]) for key in (0, 1)] == [17, 1]
+    assert machine.drawn() == 2 + 17 + 1
+
+
+def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that only begin so, one that is hardly more than it, and one that begins otherwise."""
+    target = talking("gemma3")
+    common, lengths = random_ids(40), []
+    asked = requests(
+        [[*common, *random_ids(more, more)] for more in (1, 30, 2, 90)] + [[5, 6, 7]], max_new_tokens=20
+    )
+    expected = completions(batch(target), asked, [])
+    prefill = SlotModel.prefill
+    monkeypatch.setattr(
+        SlotModel,
+        "prefill",
+        lambda self, at, ids, start: lengths.append(ids.numel()) or prefill(self, at, ids, start),
+    )
+    # The first two are begun together.
+    assert completions(slots(SlotMachine(target, 2, 192, 1, []), target), asked, []) == expected
+    assert sorted(lengths) == [1, 2, 29, 40, 89]
+
+
+def test_what_fits_no_slot_is_decoded_without(llama: Target) -> None:
+    """A prompt that is too long for the slots, and a top-k beyond the step's."""
+    asked = requests([random_ids(100), random_ids(5)], max_new_tokens=20)
+    asked.append(Request(**{**vars(asked[1]), "key": 2, "sampling": SamplingConfig(temperature=1.0, top_k=50)}))
+    expected = completions(batch(llama), asked, [])
+    machine = SlotMachine(llama, 2, 64, 20, [])
+    assert [machine.fits(request) for request in asked] == [False, True, False]
+    assert completions(slots(machine, llama), asked, []) == expected
+
+
+def test_stopped_and_resumed_equals_uninterrupted(
+    tmp_path: Path, in_slots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at any moment keeps what was made; the next run, with other slots, makes the rest."""
+    target = talking("llama", letters=True)
+    whole = made(target, tmp_path / "whole", count=10)
+
+    def stopped_after(steps: int) -> None:
+        advance = SlotMachine.advance
+
+        def stops(self: SlotMachine) -> None:
+            if self.steps >= steps:
+                raise KeyboardInterrupt
+            advance(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SlotMachine, "advance", stops)
+            with pytest.raises(KeyboardInterrupt):
+                made(target, tmp_path / "parts", count=10)
+
+    stopped_after(64)
+    some = finished_indices(tmp_path / "parts")
+    assert 0 < len(some) < 10
+    stopped_after(16)
+    assert finished_indices(tmp_path / "parts") == some
+    assert made(target, tmp_path / "parts", count=10, slots=16) == whole
+
+
+def test_weights_are_shared_with_the_target(llama: Target) -> None:
+    """A slot model takes no second copy of them, and leaves the target as it was."""
+    target = Target(deepcopy(llama.model), llama.tokenizer, llama.source)
+    before = TorchEngine(target).forward([random_ids(9)])[0]
+    machine = SlotMachine(target, 1, 64, 1, [])
+    assert torch.equal(TorchEngine(target).forward([random_ids(9)])[0], before)
+    joint = machine._model._layers[0].query_key_value[0]
+    assert target.model.model.layers[0].self_attn.k_proj.weight.untyped_storage() is not None
+    assert target.model.model.layers[0].self_attn.k_proj.weight.data_ptr() > joint.data_ptr()
+    held = {own.untyped_storage().data_ptr() for own in target.model.model.layers[0].self_attn.parameters()}
+    assert joint.untyped_storage().data_ptr() in held and len(held) == 2
+
+
+def test_slots_from_free_memory(llama: Target) -> None:
+    """The formula holds what a machine has, and its slots fit; the embedded model's are as many as were run."""
+    machine, config = SlotMachine(llama, 8, 128, 20, []), llama.config
+    held = sum(part.nbytes for pair in machine._model._caches for part in pair) + machine._tokens.nbytes
+    assert held <= 8 * slot_bytes(config, 128, 20, 4) <= 10 * held
+    each = slot_bytes(config, 128, 20, 4)
+    free = 300 * each + prefill_bytes(config, 4) + (1 << 30)
+    assert fitting_slots(int(free / 0.95) + 1, config, 128, 20, 4) == 256
+    with pytest.raises(ValueError, match="a smaller --max-new-tokens"):
+        fitting_slots(1 << 30, config, 128, 20, 4)
+    smollm2 = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    # An H200's and an H100's memory, with the weights loaded.
+    assert fitting_slots(139 * 10**9, smollm2, 880, 100, 2) == MOST_SLOTS
+    assert 2304 <= fitting_slots(79 * 10**9, smollm2, 880, 100, 2) < MOST_SLOTS
+
+
+def test_others_are_distilled_without_slots(
+    tmp_path: Path, in_slots: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that the slots do not compute goes the usual way, after one line that says so."""
+    target, said = talking("llama"), []
+    monkeypatch.setattr("fastmtp.engines.torch.slots.FAMILIES", {"qwen2": SUPPORTED["qwen2"]})
+    monkeypatch.setattr("fastmtp.progress._Quiet.say", lambda self, line: said.append(line))
+    assert len(made(target, tmp_path / "data")) == 6
+    (line,) = said
+    assert "without slots" in line and line.endswith("not llama")
+
+
+def test_speed_is_measured_over_the_whole_path(in_slots: None) -> None:
+    """With slots and without: what was made in the seconds given, as numbers that JSON holds."""
+    engine = TorchEngine(talking("llama", letters=True))
+    found = distillation_speed(engine, 0.2, SHORT)
+    assert json.loads(json.dumps(found)) == found
+    assert found["slots"] == 3 and found["seconds"] >= 0.2 and found["exchanges"] > 0
+    assert found["drawn_tokens_per_second"] > found["answer_tokens_per_second"] > 0 < found["step_ms"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "runs_in_slots", lambda engine: False)
+        usual = distillation_speed(engine, 0.2, SHORT)
+    assert usual["drawn_tokens_per_second"] is None and usual["tokens_per_second"] > 0
+
+
+KERNEL = """
+import torch
+from fastmtp.engines.torch.slot_attention import attend_slots_by_mask
+from fastmtp.engines.torch.slot_kernels import attend_slots
+
+generator = torch.Generator().manual_seed(0)
+shapes = [(4, 2, 8, 128, None), (9, 3, 64, 128, None), (4, 4, 24, 192, 70), (8, 1, 16, 64, 1)]
+for heads, key_heads, size, room, window in shapes:
+    positions = torch.tensor([0, room - 1, 63, 17])
+    queries = torch.randn(4, heads + key_heads, size, generator=generator)[:, :heads]
+    keys, values = (torch.randn(4, key_heads, room, size, generator=generator) for _ in "kv")
+    want = attend_slots_by_mask(queries, keys, values, positions, size**-0.5, window)
+    # What lies beyond a slot's length is never read.
+    for slot, position in enumerate(positions.tolist()):
+        keys[slot, :, position + 1 :] = values[slot, :, position + 1 :] = torch.nan
+    got = attend_slots(queries, keys, values, positions, size**-0.5, window)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_the_kernel_is_attention() -> None:
+    """Triton's interpreter, for groups, sizes that are no power of 2, and windows; as PyTorch computes it."""
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-c", KERNEL], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
