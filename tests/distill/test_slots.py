@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from fastmtp.config import DistillConfig, SamplingConfig
@@ -180,7 +181,8 @@ def test_loops_are_cut_where_decode_batch_cuts_them() -> None:
     target = repeating()
     prompts = [random_ids(size, size) for size in range(3, 11)]
     (path, _), *_ = completions(batch(target), requests(prompts[:1], max_new_tokens=5), []).values()
-    between = [path[-1], 7, 8]
+    # The places to look at are the same in the second text as they would be in the first.
+    between = [path[-1], *random_ids(11)]
     then = Continuation(max_new_tokens=150, sampling=SamplingConfig(), end_ids=frozenset())
     for ends, least in ((frozenset[int](), 6), (frozenset(path[-1:]), 7)):
         asked = requests(prompts, max_new_tokens=150, end_ids=ends, then=then)
@@ -212,19 +214,20 @@ def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """Prompts that only begin so, one that is hardly more than it, and one that begins otherwise."""
     target = talking("gemma3")
     common, lengths = random_ids(40), []
-    asked = requests(
-        [[*common, *random_ids(more, more)] for more in (1, 30, 2, 90)] + [[5, 6, 7]], max_new_tokens=20
-    )
+    alike = [[*common, *random_ids(more, more)] for more in (30, 90, 1, 2)]
+    # The slot of the one that begins otherwise is the next one's.
+    asked = requests([*alike[:2], [5, 6, 7], alike[3], alike[2]], max_new_tokens=20)
     expected = completions(batch(target), asked, [])
     prefill = SlotModel.prefill
-    monkeypatch.setattr(
-        SlotModel,
-        "prefill",
-        lambda self, at, ids, start: lengths.append(ids.numel()) or prefill(self, at, ids, start),
-    )
+
+    def counted(self: SlotModel, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
+        lengths.append(ids_RC.numel())
+        prefill(self, slots_R, ids_RC, start)
+
+    monkeypatch.setattr(SlotModel, "prefill", counted)
     # The first two are begun together.
     assert completions(slots(SlotMachine(target, 2, 192, 1, []), target), asked, []) == expected
-    assert sorted(lengths) == [1, 2, 29, 40, 89]
+    assert sorted(lengths) == [1, 2, 40, 2 * 89]
 
 
 def test_what_fits_no_slot_is_decoded_without(llama: Target) -> None:

@@ -238,10 +238,8 @@ class SlotMachine:
         for part, end_S in enumerate(ends):
             length_S = end_S - self._starts[part] + 1
             looked_S = length_S // LOOP_EVERY * LOOP_EVERY
-            # What ends with its end token there has ended.
-            has_ended_S = (self._state == ENDED) | (self._part > part)
-            looks_S = (looked_S >= LOOP_TOKENS) & ~(has_ended_S & (looked_S == length_S))
-            looks_S &= (self._part >= part) & (self._state != IDLE)
+            # An end token is no part of a loop: it comes once.
+            looks_S = (looked_S >= LOOP_TOKENS) & (self._part >= part) & (self._state != IDLE)
             last_S = self._starts[part] + looked_S - 1
             tail = torch.arange(LOOP_TOKENS, device=self._device)
             cells_ST = (last_S[:, None] - LOOP_TOKENS + 1 + tail).clamp(0, self._model.room - 1)

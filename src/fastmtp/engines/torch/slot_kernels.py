@@ -12,7 +12,8 @@ from torch import Tensor
 
 # Tensor cores multiply tiles of at least 16 x 16.
 _TILE = 16
-_KEYS = 64
+# A block of keys: so many, or as many bytes, for the pipeline of a small GPU's shared memory.
+_KEYS, _KEY_BYTES = 64, 1 << 14
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -77,6 +78,8 @@ def attend_slots(
     group = queries_SQD.shape[1] // key_heads
     # The heads of a slot lie together; keys that were computed with them may lie between slots.
     assert queries_SQD.stride()[1:] == (size, 1)
+    columns = max(_TILE, triton.next_power_of_2(size))
+    block = max(_TILE, min(_KEYS, _KEY_BYTES // (columns * keys_SKLD.element_size())))
     output_SQD = torch.empty(queries_SQD.shape, dtype=queries_SQD.dtype, device=queries_SQD.device)
     _attention[(slots * key_heads,)](
         queries_SQD,
@@ -92,7 +95,7 @@ def attend_slots(
         group,
         max(_TILE, triton.next_power_of_2(group)),
         size,
-        max(_TILE, triton.next_power_of_2(size)),
-        _KEYS,
+        columns,
+        block,
     )
     return output_SQD
