@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmtp import _native
+from fastmtp.engines import forks
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
 from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, logits, parts
@@ -101,5 +102,6 @@ class NativeEngine:
         return costs_of(self, head, lists, progress)
 
     def floor(self) -> Floor:
+        forks.enter()
         seconds = _native.read_seconds(self.target.runtime, _READ_BYTES, 5)
         return Floor(self.target.forward_bytes, _READ_BYTES / seconds / 1e9)

@@ -41,8 +41,8 @@ class NativeRunner:
         self.cache = target.model.new_cache()
         self.no_states = np.empty((0, hidden), np.float32) if head else None
         if head:
-            self.head, self._draft_cache = head.native, head.native.new_cache()
-            self._drafter = _native.Drafter(self.head, self._draft_cache)
+            self.head, self._draft_cache = head, head.native.new_cache()
+            self._drafter = _native.Drafter(head.native, self._draft_cache)
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
         return forward(self._target, [self.cache], [start], [tokens], parents or ())
@@ -57,7 +57,7 @@ class NativeRunner:
         return self._target.model.argmax(states_TH)
 
     def ask(self, question: Question[States]) -> list[Candidates]:
-        return _candidates(self.head.ask([self.prepared(question)])[0])
+        return _candidates(self.head.native.ask([self.prepared(question)])[0])
 
     def prepared(self, question: Question[States]) -> _native.Question:
         """A question as the native head takes it: with room in the cache, and of a long input the last chunk."""
@@ -68,7 +68,7 @@ class NativeRunner:
             for begin, end in _chunks(many):
                 after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
                 part = tokens[begin:end], states_TH[begin:end]
-                self.head.forward(self._draft_cache, start + begin, *part, after_TH)
+                self.head.native.forward(self._draft_cache, start + begin, *part, after_TH)
             start, tokens, states_TH = start + many, tokens[many:], states_TH[many:]
         return self._drafter, question.parents, tokens, start, states_TH, self._draft_rows(), question.width
 
@@ -150,7 +150,7 @@ def forward_many(
 def ask_many(runners: Sequence[NativeRunner], questions: Sequence[Question[States]]) -> list[list[Candidates]]:
     """The candidates that each runner's question is about, all from one forward of the head."""
     asked = [runner.prepared(question) for runner, question in zip(runners, questions, strict=True)]
-    return list(map(_candidates, runners[0].head.ask(asked)))
+    return list(map(_candidates, runners[0].head.native.ask(asked)))
 
 
 def parts(rows_M: NDArray[np.float32], like: Sequence[Sized]) -> list[NDArray[np.float32]]:

@@ -14,6 +14,7 @@ import psutil
 from numpy.typing import NDArray
 
 from fastmtp import _native
+from fastmtp.engines import forks
 from fastmtp.engines.native import packed
 from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, gains, interleaved, pack, rows_from
 from fastmtp.models import tensors
@@ -72,7 +73,9 @@ class NativeTarget(TargetInfo):
         Raises:
             ValueError: the rotary embeddings are not supported.
             MemoryError: the converted weights would not fit; nothing was converted.
+            RuntimeError: this process was forked from one that runs a model.
         """
+        forks.enter()
         self.family = tensors.family(config)
         super().__init__(config, end_ids, tokenizer, self.family.model_class, source)
         self._gathered = lru_cache(GATHERED)(self._gather)
@@ -94,7 +97,13 @@ class NativeTarget(TargetInfo):
                 if kept:
                     memories = {name: matrix.memory for name, matrix in self._matrices().items()}
                     packed.write(kept, memories, runtime.threads)
-        self.model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
+        self._model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
+
+    @property
+    def model(self) -> _native.Model:
+        """Raises RuntimeError in a process that was forked after the target was loaded."""
+        forks.enter()
+        return self._model
 
     def _build(self, weights: Weights) -> None:
         """The model with all its norms, and matrices of zeros."""
@@ -234,7 +243,13 @@ class NativeHead:
         modules += target.add_layer(self.stack, target.outer_type, FULL, None, weights, "layer.")
         pack(modules, weights, target.runtime.threads)
         self.stack.final_norm = gains(weights, "final_norm", offset)
-        self.native = _native.Head(target.model, self.stack, self.projection)
+        self._native = _native.Head(target.model, self.stack, self.projection)
+
+    @property
+    def native(self) -> _native.Head:
+        """Raises RuntimeError in a process that was forked after the head was loaded."""
+        forks.enter()
+        return self._native
 
 
 def _layer_matrices(layer: _native.Layer) -> dict[str, _native.Matrix]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from fastmtp.engines import forks
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
 from fastmtp.models.config import FULL, ModelConfig, ids_of
@@ -51,6 +52,9 @@ class Target(TargetInfo):
         self.dtype: torch.dtype = model.lm_head.weight.dtype
 
     def embed(self, ids_BT: Tensor) -> Tensor:
+        """Raises RuntimeError in a process that was forked after the target was used on several threads."""
+        if self.device.type == "cpu" and torch.get_num_threads() > 1:
+            forks.enter()
         return cast(Tensor, self.model.model.embed_tokens(ids_BT))
 
     def rotations(self, positions_BT: Tensor, kinds: Iterable[str] = (FULL,)) -> Rotations:
