@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +246,23 @@ def test_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert default_threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert 1 <= default_threads() <= (psutil.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("asked", [10**6, None])
+def test_threads_beyond_the_processors_are_left_out_and_said(
+    asked: int | None,
+    tmp_path: Path,
+    llama: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They would only wait for one another, and ever so many of them end the process."""
+    llama.model.save_pretrained(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000000")
+    loaded = load_native_target(str(tmp_path), threads=asked)
+    assert loaded.runtime.threads == len(os.sched_getaffinity(0))
+    assert "1000000 threads are more than the" in caplog.text
+    caplog.clear()
+    assert load_native_target(str(tmp_path), threads=1).runtime.threads == 1
+    assert caplog.text == ""
