@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastmtp.errors import reason
 
 _BEGINNING, _SAMPLES = 1 << 23, 500
 
@@ -46,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,12 +62,45 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {reason(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return value
+
+
+def parse_json(text: str) -> Any:
+    """JSON whose numbers are finite and whose strings are Unicode, as the standard wants them.
+
+    Raises:
+        ValueError: `text` is something else.
+        RecursionError: it is nested too deeply.
+    """
+    infinite = []
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            infinite.append(digits)
+        return value
+
+    value = json.loads(text, parse_constant=number, parse_float=number)
+    if infinite:
+        raise ValueError(f"{_infinite_at(value)} is {infinite[0]:.20}; it must be a finite number")
+    # Only an escape can stand for half of a character.
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _infinite_at(value: Any) -> str | None:
+    """Where the first number is that is infinite or not a number: keys and indices, with points between."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = ((key, _infinite_at(one)) for key, one in items)
+    return next((f"{key}.{inner}".rstrip(".") for key, inner in found if inner is not None), None)
 
 
 def file_sha256(path: Path) -> str:

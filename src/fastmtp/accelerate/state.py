@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,29 @@ from fastmtp.accelerate.facts import Facts, measure_facts
 from fastmtp.accelerate.plan import Stage
 from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import DataSet, token_count
+from fastmtp.errors import parsing
+from fastmtp.evaluate.records import from_json
 from fastmtp.files import read_json, remove, write_json
 from fastmtp.progress import QUIET, Progress
 
 STATE = "accelerate.json"
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Raises a parser's error unless the fields are those that `State` writes."""
+    for stage in state["stages"].values():
+        from_json(_Done, stage)
+    from_json(str, state["target"])
+    if "facts" in state:
+        facts = from_json(Facts, state["facts"])
+        if not (facts.prefill_per_second > 0 and facts.target_bytes > 0):
+            raise ValueError(f"facts are {state['facts']}; rates and sizes must be above 0")
+
+
+@dataclass(frozen=True)
+class _Done:
+    command: list[str]
+    done: bool
 
 
 class State:
@@ -28,6 +47,8 @@ class State:
         self._data = DataSet([out / "data"], keep=True)
         if self._path.is_file():
             self._state: dict[str, Any] = read_json(self._path)
+            with parsing(self._path, "remove it to plan again, or choose another --out"):
+                _check(self._state)
             if self._state["target"] != target:
                 raise ValueError(f"{out}: was made for {self._state['target']}; choose another --out for {target}")
         elif out.is_dir() and any(out.iterdir()):

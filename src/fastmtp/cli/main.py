@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import traceback
+from dataclasses import dataclass
 
 import click
 
@@ -17,6 +20,7 @@ from fastmtp.cli.chat import chat
 from fastmtp.cli.data import data
 from fastmtp.cli.demo import demo
 from fastmtp.cli.distill import distill
+from fastmtp.cli.errors import fault, foreseen
 from fastmtp.cli.export import export
 from fastmtp.cli.fetching import permit
 from fastmtp.cli.generate import generate
@@ -30,7 +34,6 @@ from fastmtp.cli.terminal import TERMINAL
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
 from fastmtp.cli.vocab import vocab
-from fastmtp.extras import MissingExtraError, remedy
 from fastmtp.models.packaged import fetching
 
 
@@ -44,20 +47,21 @@ class _Remarks(logging.Handler):
 _REMARKS = _Remarks()
 
 
+@dataclass
+class _Shown:
+    """What is shown of an error."""
+
+    traceback: bool = False
+
+
 def main() -> None:
     """Entry point: every expected error is one line, without a traceback."""
     # SIGTERM, which stops services and background jobs, acts like Ctrl-C, so that finished work is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    shown = _Shown()
     try:
-        commands.main(standalone_mode=False)
-    except (ValueError, OSError, MemoryError, MissingExtraError) as error:
-        click.echo(f"fastmtp: {error or 'out of memory'}", err=True)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        if (said := remedy(error.name)) is None:
-            raise
-        click.echo(f"fastmtp: {said}", err=True)
-        sys.exit(2)
+        commands.main(standalone_mode=False, obj=shown)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -65,10 +69,37 @@ def main() -> None:
         # Before a command began; stopping.py knows what to say of one.
         click.echo("\nfastmtp: stopped", err=True)
         sys.exit(130)
+    except Exception as error:
+        if shown.traceback:
+            traceback.print_exc()
+        said = foreseen(error)
+        click.echo(f"fastmtp: {fault(error) if said is None else said}", err=True)
+        _drop_output()
+        sys.exit(1 if said is None else 2)
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written, do not let the interpreter try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_tracebacks(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and isinstance(context.obj, _Shown):
+        context.obj.traceback = True
 
 
 @click.group(cls=Stoppable, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fastmtp")
+@click.option(
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    callback=_show_tracebacks,
+    help="show where in the code an error came from, as a report of a fault needs",
+)
 def commands() -> None:
     """Faster decoding of an open-weight LLM with its own multi-token-prediction head; same output."""
     logging.getLogger("fastmtp").addHandler(_REMARKS)

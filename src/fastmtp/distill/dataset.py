@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastmtp.errors import parsing, reason, writing
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.models.info import TargetInfo
 from fastmtp.rows import RowError, Skipped
@@ -51,7 +52,7 @@ class ShardWriter:
         self._directory = directory
         self._shard_rows = shard_rows
         self._pending: list[Exchange] = []
-        self._next = 1 + max((int(path.stem.split("-")[1]) for path in shards(directory)), default=-1)
+        self._next = 1 + max(map(_number, shards(directory)), default=-1)
 
     def add(self, exchange: Exchange) -> None:
         self._pending.append(exchange)
@@ -63,10 +64,16 @@ class ShardWriter:
         if not self._pending:
             return
         table = pa.Table.from_pylist([vars(exchange) for exchange in self._pending], schema=SCHEMA)
-        with replacing(self._directory / f"shard-{self._next:05d}.parquet") as temporary:
+        path = self._directory / f"shard-{self._next:05d}.parquet"
+        with replacing(path) as temporary, writing(path, pa.ArrowException):
             pq.write_table(table, temporary, compression="zstd")
         self._next += 1
         self._pending.clear()
+
+
+def _number(shard: Path) -> int:
+    with parsing(shard, "a shard is named shard-00000.parquet"):
+        return int(shard.stem.split("-")[1])
 
 
 def shards(directory: Path) -> list[Path]:
@@ -167,9 +174,13 @@ def exchange_count(directory: Path) -> int:
 
 def token_count(directory: Path) -> int:
     """How many tokens the exchanges on disk have together, from the shards' metadata alone."""
-    files, column = map(pq.read_metadata, shards(directory)), SCHEMA.names.index("ids")
-    groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
-    return sum(group.column(column).num_values for group in groups)
+    return sum(map(_tokens_of, shards(directory)))
+
+
+def _tokens_of(shard: Path) -> int:
+    with parsing(shard, "remove it and go on"):
+        file, column = pq.read_metadata(shard), SCHEMA.names.index("ids")
+        return sum(file.row_group(number).column(column).num_values for number in range(file.num_row_groups))
 
 
 def iter_exchanges(
@@ -228,7 +239,9 @@ def check_claim(
         before = read_json(path)
         if "cleaned_from" in before:
             raise ValueError(f"{directory}: is a cleaned copy, which distill does not add to; choose another --out")
-        made_with = defaults | before["settings"]
+        with parsing(path, "choose another --out"):
+            known = defaults | before["settings"]
+            made_with = {name: known[name] for name in settings}
         for name, value in settings.items():
             if name not in free and made_with[name] != value:
                 raise ValueError(
@@ -259,16 +272,15 @@ def claim_directory(
 def _read(path: Path, columns: list[str]) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read, it may be damaged ({error}); remove it and go on") from error
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read, it may be damaged ({reason(error)}); remove it and go on"
+        ) from error
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    table = _read(path, SCHEMA.names)
-    try:
-        rows: list[dict[str, Any]] = table.cast(SCHEMA).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: its columns are not those of self-distilled data: {error}") from error
+    with parsing(path, "remove it and go on"):
+        rows: list[dict[str, Any]] = _read(path, SCHEMA.names).cast(SCHEMA).to_pylist()
     return rows
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.engines.protocol import Floor
+from fastmtp.errors import PARSING, reason
 from fastmtp.evaluate.audit import Divergence
 from fastmtp.evaluate.drift import Steadiness
 from fastmtp.evaluate.figures import Facts, Figures, Summary, nested
@@ -112,5 +113,5 @@ def read_document(path: Path) -> Document:
         raise ValueError(f"{path}: not a document of `fastmtp bench` of this version (format {FORMAT!r})")
     try:
         return document_from_json(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole document of `fastmtp bench`: {error}") from error
+    except PARSING as error:
+        raise ValueError(f"{path}: not a whole document of `fastmtp bench`: {reason(error)}") from error

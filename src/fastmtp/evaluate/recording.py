@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import DRAWN_AMONG
@@ -19,8 +20,9 @@ from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.sampling import race
 from fastmtp.engines.protocol import Ask, Candidates, TokenSequence
 from fastmtp.engines.tree import Tree
+from fastmtp.errors import PARSING, reason
 from fastmtp.evaluate.records import PLAIN, Turn
-from fastmtp.files import replacing
+from fastmtp.files import parse_json, replacing
 from fastmtp.progress import QUIET, Progress
 
 FORMAT = "fastmtp recording 1"
@@ -141,15 +143,18 @@ def load(path: Path) -> Iterator[Recording]:
     """Raises FileNotFoundError if there is no file, ValueError if it is no recording."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recording; `fastmtp bench --record` makes one")
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        try:
-            if json.loads(stream.readline()).get("format") != FORMAT:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            if parse_json(stream.readline()).get("format") != FORMAT:
                 raise ValueError("another format")
-            rows = [json.loads(line) for line in stream]
-        except (OSError, ValueError, AttributeError, EOFError) as error:
-            raise ValueError(
-                f"{path}: is no recording of `fastmtp bench --record` of this version: {error}"
-            ) from error
-    for row in rows:
-        said = [{tuple(path): Candidates(tokens, shares) for path, tokens, shares in tree} for tree in row["said"]]
-        yield Recording(**{**row, "sampling": SamplingConfig(**row["sampling"]), "said": said})
+            found = [_recording(parse_json(line)) for line in stream]
+    except (OSError, *PARSING) as error:
+        raise ValueError(
+            f"{path}: is no recording of `fastmtp bench --record` of this version: {reason(error)}"
+        ) from error
+    yield from found
+
+
+def _recording(row: dict[str, Any]) -> Recording:
+    said = [{tuple(path): Candidates(tokens, shares) for path, tokens, shares in tree} for tree in row["said"]]
+    return Recording(**{**row, "sampling": SamplingConfig(**row["sampling"]), "said": said})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from math import isfinite
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -108,4 +109,7 @@ def _read(kind: Any, value: Any) -> Any:
         raise TypeError(f"{value!r:.60} is not a list")
     if origin is dict:
         return {inner[0](key): _read(inner[1], one) for key, one in value.items()}
+    right = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(kind)
+    if right is not None and (type(value) not in right or (kind is float and not isfinite(value))):
+        raise TypeError(f"{value!r:.60} is not {kind.__name__}")
     return value

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target, load_target
+from fastmtp.errors import parsing, writing
 from fastmtp.export import generate_script
 from fastmtp.export.engines import Verification
 from fastmtp.export.generate_script import FILE
@@ -49,7 +50,8 @@ def write(job: Job, directory: Path) -> None:
         "hidden_size": str(job.config.hidden_size),
         "vocab_size": str(job.config.vocab_size),
     }
-    save_file(tensors, directory / FILE, metadata=facts)
+    with writing(directory / FILE):
+        save_file(tensors, directory / FILE, metadata=facts)
     (directory / "custom_generate").mkdir()
     # transformers runs a copy of the script, which cannot find the export's directory by itself.
     script = inspect.getsource(generate_script).replace(
@@ -84,7 +86,8 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = directory / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the export is not whole")
-    return {name: tensor for name, tensor in load_file(path).items() if name != _IDS}
+    with parsing(path):
+        return {name: tensor for name, tensor in load_file(path).items() if name != _IDS}
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fastmtp.errors import writing
 from fastmtp.export.job import Job
 from fastmtp.files import write_json
 from fastmtp.models.safetensors_file import INDEX
@@ -67,7 +68,8 @@ def write_target(job: Job, export: Path) -> None:
     for number, names in enumerate(_shards(job, dtype.itemsize), 1):
         file = f"model-{number:05}.safetensors"
         tensors = {name: as_tensor(job.weights, name, dtype, job.target.source) for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        with writing(directory / file):
+            save_file(tensors, directory / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)
     write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
 

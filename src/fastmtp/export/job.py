@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target
+from fastmtp.errors import parsing
 from fastmtp.heads.format import read_head
 from fastmtp.method.head import shapes
 from fastmtp.models.layers import skeleton
@@ -74,5 +75,6 @@ def open_job(name: str, head: Path, out: Path, options: Mapping[str, str | bool]
         config = source.read_any_config().get_text_config()
         target = Target(skeleton(config), source.read_tokenizer(), name, source.end_ids())
     stored = read_head(head, target, shapes(target.model))
-    tensors = load_file(head / "model.safetensors")
+    with parsing(head / "model.safetensors"):
+        tensors = load_file(head / "model.safetensors")
     return Job(target, source, head, tensors, stored.lists, stored.draft_steps, out, options)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmtp.errors import PARSING, reason
 from fastmtp.evaluate.records import from_json
 from fastmtp.files import read_json
 from fastmtp.method.acceptance import Acceptance
@@ -90,5 +91,5 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}")
     try:
         return from_json(Manifest, values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+    except PARSING as error:
+        raise ValueError(f"{path}: damaged or incomplete: {reason(error)}") from error

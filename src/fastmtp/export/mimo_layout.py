@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from fastmtp.errors import parsing
 from fastmtp.export.job import Job
 from fastmtp.export.manifest import Manifest
 from fastmtp.heads.layouts import MIMO, State, all_keys, from_head, key_map, to_head
@@ -78,10 +78,8 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = directory / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the export is not whole")
-    try:
+    with parsing(path):
         stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or incomplete: {error}") from error
     keys = key_map(MIMO, dict.fromkeys(manifest.head.dtypes, (0,)), ())
     raise_problems(
         f"{path}: is not whole:", [f"missing tensor {key}" for key in all_keys(keys) if key not in stored]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.decode.drafting import estimates
+from fastmtp.errors import writing
 from fastmtp.export.engines import Engine
 from fastmtp.export.job import Job, open_job
 from fastmtp.export.manifest import (
@@ -133,7 +134,10 @@ def import_export(directory: Path, out: Path) -> Manifest:
     with replacing(out) as temporary:
         temporary.mkdir()
         _copy(directory / "head", temporary)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
+        with writing(out / "model.safetensors"):
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors"
+            )
     return manifest
 
 

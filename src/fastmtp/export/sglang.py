@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fastmtp.errors import writing
 from fastmtp.export import hugging_face, mimo_layout
 from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
@@ -37,10 +38,12 @@ def check(job: Job) -> None:
 
 
 def write(job: Job, directory: Path) -> None:
-    save_file(mimo_layout.tensors(job), directory / mimo_layout.FILE, metadata={"format": "pt"})
+    with writing(directory / mimo_layout.FILE):
+        save_file(mimo_layout.tensors(job), directory / mimo_layout.FILE, metadata={"format": "pt"})
     write_json(directory / "config.json", mimo_layout.config(job))
     for name, ids in _maps(job).items():
-        torch.save(ids, directory / _file(name))
+        with writing(directory / _file(name), RuntimeError):
+            torch.save(ids, directory / _file(name))
     hugging_face.write_target(job, directory)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from fastmtp.errors import writing
 from fastmtp.export import hugging_face, mimo_layout
 from fastmtp.export.engines import Verification
 from fastmtp.export.job import Job
@@ -38,7 +39,8 @@ def write(job: Job, directory: Path) -> None:
     tensors = mimo_layout.tensors(job)
     for name, ids in job.vocabulary.lists.items():
         tensors[LISTS + name] = torch.tensor(ids, dtype=torch.int64)
-    save_file(tensors, directory / mimo_layout.FILE, metadata={"format": "pt"})
+    with writing(directory / mimo_layout.FILE):
+        save_file(tensors, directory / mimo_layout.FILE, metadata={"format": "pt"})
     write_json(directory / "config.json", {**mimo_layout.config(job), MARK: 1})
     hugging_face.write_target(job, directory)
 

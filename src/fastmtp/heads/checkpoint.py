@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastmtp.errors import parsing
 from fastmtp.files import file_sha256
 from fastmtp.heads.format import check_free, check_head, read_head, write_head
 from fastmtp.heads.layouts import KeyMap, Layout, all_keys, from_head, key_map, layout_of, to_head
@@ -144,7 +145,9 @@ def write_back(name: str, head: Path, out: Path) -> Overlay:
     own = find_head(name)
     read_head(head, own.target, own.shapes)  # raises if the head does not fit
     path = head / "model.safetensors"
-    tensors = from_head(own.layout, own.keys, load_file(path))
+    with parsing(path):
+        stored = load_file(path)
+    tensors = from_head(own.layout, own.keys, stored)
     record = provenance(target=name, head=str(head), head_sha256=file_sha256(path))
     return Overlay(len(tensors), write_overlay(own.checkpoint, tensors, out, record))
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmtp.errors import writing
 from fastmtp.files import replacing, write_json
 from fastmtp.models.safetensors_file import INDEX, SINGLE, no_weights, read_index
 
@@ -89,7 +90,8 @@ def write_overlay(
                 (temporary / path.name).symlink_to(path.resolve())
         for name in set(kept.values()):
             (temporary / _shard(name)).symlink_to((checkpoint.directory / name).resolve())
-        save_file(dict(tensors), temporary / new, metadata={"format": "pt"})
+        with writing(out / new):
+            save_file(dict(tensors), temporary / new, metadata={"format": "pt"})
         weight_map = {key: _shard(name) for key, name in kept.items()} | dict.fromkeys(tensors, new)
         size = sum(os.path.getsize(temporary / name) for name in set(weight_map.values()))
         write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

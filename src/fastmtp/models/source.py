@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.addresses import without_secrets
+from fastmtp.errors import PARSING, reason
 from fastmtp.files import read_json
 from fastmtp.models.config import FULL, ModelConfig, check_supported, ids_of
 from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH
@@ -224,14 +225,15 @@ def reading(source: Source) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+    except (OSError, RuntimeError, *PARSING) as error:
         raise _explained(source.name, error) from error
 
 
 def _explained(name: str, error: Exception) -> Exception:
     if isinstance(error, ValueError) and str(error).startswith(name):
         return error
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if Path(name).expanduser().exists() or name in MODELS:
-        return ValueError(f"{name}: the model cannot be read, its files may be damaged or incomplete: {reason}")
-    return FileNotFoundError(f"{name}: cannot be loaded from the hub: {reason}")
+        return ValueError(
+            f"{name}: the model cannot be read, its files may be damaged or incomplete: {reason(error)}"
+        )
+    return FileNotFoundError(f"{name}: cannot be loaded from the hub: {reason(error)}")

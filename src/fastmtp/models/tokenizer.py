@@ -36,7 +36,13 @@ class Tokenizer:
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError as error:
+            lone = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+            if lone is None:
+                raise
+            raise ValueError(f"the text holds {lone!r}, half of a character; it must be valid Unicode") from error
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         several = [ids] if isinstance(ids, int) else list(ids)

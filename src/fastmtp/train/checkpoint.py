@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from fastmtp.errors import PARSING, reason, writing
 from fastmtp.files import replacing
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, writing(path, RuntimeError):
         torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """Raises ValueError if the file is damaged."""
-    try:
+    with checkpointed(path):
         return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({error}); remove it to start again") from error
+
+
+@contextmanager
+def checkpointed(path: Path) -> Iterator[None]:
+    """Around code that reads a checkpoint or takes what it holds; raises ValueError if it is damaged."""
+    try:
+        yield
+    except (RuntimeError, pickle.UnpicklingError, OSError, *PARSING) as error:
+        raise ValueError(f"{path}: damaged checkpoint ({reason(error)}); remove it to start again") from error

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
+from fastmtp.errors import writing
 from fastmtp.files import file_sha256, read_json, replacing, write_json
 from fastmtp.progress import QUIET, Progress
 from fastmtp.train.pace import Pace, steady_attention
@@ -87,7 +88,7 @@ class StateCache:
             if processes.first:
                 write_json(index, {"fingerprint": fingerprint})
         processes.wait()
-        if read_json(index)["fingerprint"] != fingerprint:
+        if read_json(index).get("fingerprint") != fingerprint:
             raise ValueError(
                 f"{directory}: holds the states of another target or other data; choose another directory"
             )
@@ -130,13 +131,14 @@ class StateCache:
         path = self._path(start)
         if not path.is_file():
             return False
-        if file_sha256(path) != read_json(path.with_suffix(".json"))["sha256"]:
+        if file_sha256(path) != read_json(path.with_suffix(".json")).get("sha256"):
             raise ValueError(f"{path}: damaged; remove it, and it is made again")
         return True
 
     def _write(self, start: int, states_TH: Tensor) -> None:
         path = self._path(start)
         with replacing(path) as temporary:
-            save_file({"states": states_TH}, temporary)
+            with writing(path):
+                save_file({"states": states_TH}, temporary)
             # The hash first: a hash without its shard is ignored, a shard without its hash would be an error.
             write_json(path.with_suffix(".json"), {"sha256": file_sha256(temporary)})

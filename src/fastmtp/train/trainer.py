@@ -28,7 +28,7 @@ from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.progress import QUIET, Progress
 from fastmtp.train.agreement import Measured, Reference, agreements, replay
 from fastmtp.train.batches import Batch, batch_order, by_length, make_batch
-from fastmtp.train.checkpoint import load_checkpoint, save_checkpoint
+from fastmtp.train.checkpoint import checkpointed, load_checkpoint, save_checkpoint
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
@@ -194,8 +194,9 @@ class Trainer:
     def best(self) -> tuple[MTPHead, Measured]:
         """The head with the highest held-out acceptance length so far, and its measurement."""
         best = load_checkpoint(self._best_path, self.target.device)
-        self.head.load_state_dict(best["head"])
-        return self.head, Measured(Acceptance(best["rounds"], tuple(best["kept"])), best["expected"])
+        with checkpointed(self._best_path):
+            self.head.load_state_dict(best["head"])
+            return self.head, Measured(Acceptance(best["rounds"], tuple(best["kept"])), best["expected"])
 
     def _optimize(self) -> tuple[Tensor, int]:
         """One optimiser step; returns the mean loss of each draft step [K], and the number of tokens.
@@ -308,13 +309,14 @@ class Trainer:
         if not path.is_file():
             return False
         state = load_checkpoint(path, self.target.device)
-        if state["fingerprint"] != self._fingerprint:
+        if not isinstance(state, dict) or state.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{path}: is of a run with other settings or data, or from another first head; choose another "
                 f"--out, or remove {self._directory} to start again"
             )
-        self.head.load_state_dict(state["head"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.best_tau, self.start_tau = state["step"], state["best_tau"], state["start_tau"]
+        with checkpointed(path):
+            self.head.load_state_dict(state["head"])
+            for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.best_tau, self.start_tau = state["step"], state["best_tau"], state["start_tau"]
         return True
