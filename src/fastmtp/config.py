@@ -14,10 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from fastmtp.errors import reason
+
 # Sequences that are decoded together where no GPU's memory limits them.
 BATCH_SLOTS = 96
 
 _T = TypeVar("_T")
+
+# Draft steps; acceptance falls with each, and nobody uses more than a few.
+MOST_STEPS = 64
+# Tokens and their ids are 32-bit integers.
+_MOST = 2**31 - 1
+# Sequences and requests under way, each with memory of its own.
+_MOST_TOGETHER = 4096
+_MOST_SECONDS = 10**6
 
 
 class _SettingError(ValueError):
@@ -61,9 +71,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         # Hashable, also when it was read from JSON.
         object.__setattr__(self, "logit_bias", tuple((token, bias) for token, bias in self.logit_bias))
-        drawn = 1e-4 <= self.temperature < math.inf
-        _check(self.temperature == 0 or drawn, "temperature", self.temperature, "0 (greedy), or 0.0001 or more")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        drawn = 1e-4 <= self.temperature <= 1000
+        _check(self.temperature == 0 or drawn, "temperature", self.temperature, "0 (greedy), or 0.0001 to 1000")
+        _check(0 <= self.top_k <= _MOST, "top_k", self.top_k, f"0 (all tokens), or up to {_MOST}")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (all tokens) to 1")
@@ -73,7 +83,10 @@ class SamplingConfig:
             _check(-100 <= getattr(self, name) <= 100, name, getattr(self, name), "from -100 to 100 (0: none)")
         for token, bias in self.logit_bias:
             _check(
-                token >= 0 and -100 <= bias <= 100, "logit_bias", {token: bias}, "of token ids, from -100 to 100"
+                0 <= token <= _MOST and -100 <= bias <= 100,
+                "logit_bias",
+                {token: bias},
+                "of token ids, from -100 to 100",
             )
 
     @property
@@ -109,13 +122,15 @@ class DistillConfig:
     retries: int = setting(5, "tries after a failed one, each after twice the wait, before an endpoint is given up")
 
     def __post_init__(self) -> None:
-        for name in ("count", "max_new_tokens", "max_prompt_tokens", "shard_rows", "concurrency"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        _check(self.slots >= 0, "slots", self.slots, "0 (by the machine) or more")
-        _check(self.minutes >= 0, "minutes", self.minutes, "0 (no limit) or more")
+        for name in ("count", "max_new_tokens", "max_prompt_tokens", "shard_rows"):
+            _check_count(self, name)
+        _check_count(self, "concurrency", most=_MOST_TOGETHER)
+        allowed = f"0 (by the machine), or up to {_MOST_TOGETHER}"
+        _check(0 <= self.slots <= _MOST_TOGETHER, "slots", self.slots, allowed)
+        _check(0 <= self.minutes <= _MOST, "minutes", self.minutes, f"0 (no limit), or up to {_MOST}")
         _check(0 <= self.greedy_share <= 1, "greedy_share", self.greedy_share, "from 0 to 1")
-        _check(self.timeout > 0, "timeout", self.timeout, "above 0")
-        _check(self.retries >= 0, "retries", self.retries, "0 or more")
+        _check(0 < self.timeout <= _MOST_SECONDS, "timeout", self.timeout, f"above 0 and at most {_MOST_SECONDS}")
+        _check(0 <= self.retries <= 100, "retries", self.retries, "from 0 to 100")
         self.mix_weights()
         self.answer_sampling(0)
         try:
@@ -162,8 +177,8 @@ class CleanConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("min_answer_tokens", "repeat_tokens"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("min_answer_tokens", "max_answer_tokens", "repeat_tokens"):
+            _check_count(self, name)
         least = f"min_answer_tokens ({self.min_answer_tokens}) or more"
         _check(self.max_answer_tokens >= self.min_answer_tokens, "max_answer_tokens", self.max_answer_tokens, least)
         _check(0 <= self.max_repeated <= 1, "max_repeated", self.max_repeated, "from 0 to 1")
@@ -182,7 +197,7 @@ class VocabularyConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self.size == "auto" or self.size >= 1, "size", self.size, "auto, or 1 or more")
+        _check(self.size == "auto" or 1 <= self.size <= _MOST, "size", self.size, f"auto, or from 1 to {_MOST}")
         _check(0 <= self.coverage < 1, "coverage", self.coverage, "above 0 (0: by size) and below 1")
 
 
@@ -220,15 +235,19 @@ class TrainConfig:
     seed: int = setting(0, "seed of the order of the data")
 
     def __post_init__(self) -> None:
-        for name in ("draft_steps", "held_out", "evaluate_every", "checkpoint_every"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _check_count(self, "draft_steps", most=MOST_STEPS)
+        for name in ("max_length", "held_out", "evaluate_every", "checkpoint_every"):
+            _check_count(self, name)
         tokens = self.batch_tokens
-        _check(tokens == "auto" or tokens >= 1, "batch_tokens", tokens, "auto, or 1 or more")
+        _check(tokens == "auto" or 1 <= tokens <= _MOST, "batch_tokens", tokens, f"auto, or from 1 to {_MOST}")
         for name in ("learning_rate", "epochs", "clip"):
-            _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            _check(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "above 0 and at most 1000000")
+        _check(0 <= self.weight_decay <= 1e6, "weight_decay", self.weight_decay, "from 0 to 1000000")
+        _check(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2^64 - 1")
         _check(0 < self.beta <= 1, "beta", self.beta, "above 0 and at most 1")
         _check(0 <= self.warmup < 1, "warmup", self.warmup, "0 or more and below 1")
-        _check(self.draft_vocabulary >= 0, "draft_vocabulary", self.draft_vocabulary, "0 (all) or more")
+        sized = 0 <= self.draft_vocabulary <= _MOST
+        _check(sized, "draft_vocabulary", self.draft_vocabulary, f"0 (all), or up to {_MOST}")
         _check(self.max_length > self.draft_steps + 1, "max_length", self.max_length, "above draft_steps + 1")
         for name in ("objective", "pattern", "optimizer"):
             choices = choices_of(type(self), name)
@@ -273,9 +292,9 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid TOML: {reason(error)}") from error
     hints = typing.get_type_hints(kind)
     known = {item.name for item in dataclasses.fields(kind)}
     for key, value in values.items():
@@ -288,6 +307,11 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
             right = " or ".join([f"of type {expected.__name__}", *words])
             raise ValueError(f"{path}: {key} must be {right}, not {value!r}")
     return values
+
+
+def _check_count(config: object, name: str, most: int = _MOST) -> None:
+    value = getattr(config, name)
+    _check(1 <= value <= most, name, value, f"from 1 to {most}")
 
 
 def _check(holds: bool, name: str, value: object, right: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -269,8 +271,34 @@ def test_costs_are_timed_once(tmp_path: Path, llama: Target, monkeypatch: pytest
         elsewhere.setattr(costs, "machine", lambda: {"another": "machine"})
         assert engine.costs(head, None) == FLAT
     assert engine.costs(head, DraftLists(VocabularyLists.of([5]), 300)) == FLAT
+    kept = json.loads(path.read_text())
+    (facts,) = kept.values()
+    for wrong in (
+        {"ask_ms": {"1": -1.0}},
+        {"ask_ms": {"1": "fast"}},
+        {"forward_ms": {"128": {}}},
+        {"forward_ms": {"128": {"0": 1.0}}},
+        {"follow_ms": math.inf},
+        {"follow_ms": None},
+        {"forward_ms": [[1, 2]]},
+    ):
+        path.write_text(json.dumps(dict.fromkeys(kept, facts | wrong)))
+        assert engine.costs(head, None) == FLAT
+        path.write_text(json.dumps(kept))
+        assert engine.costs(head, None) == timed
     path.write_text("{")
     assert engine.costs(head, None) == FLAT
+
+
+@pytest.mark.parametrize("where", ["a file/cache", "a file"])
+def test_a_cache_that_cannot_be_written_only_loses_the_timings(
+    where: str, tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path / where))
+    monkeypatch.setattr(costs, "_timed", lambda *_: FLAT)
+    assert Engine().open(llama).costs(None, None) == FLAT
+    assert "cannot be written" in caplog.text and "timed again next time" in caplog.text
 
 
 def test_costs_without_a_head(tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:

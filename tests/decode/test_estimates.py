@@ -89,10 +89,14 @@ def test_what_comes_with_a_head_is_believed_up_to_a_limit(tmp_path: Path) -> Non
         ('{"format_version": 2}', "format_version must be 1"),
         ('{"format_version": 1}', "two numbers for each bin"),
         ('{"format_version": 1, "counts": {"head/1/2": [1, 2]}}', "two numbers for each bin"),
+        ('{"format_version": 1, "counts": {"tail/1/2/0": [1, 2]}}', "tail/1/2/0 is no bin"),
         ('{"format_version": 1, "counts": {"head/1/2/0": [1]}}', "two numbers for each bin"),
         ('{"format_version": 1, "counts": {"head/1/2/0": [3, 2]}}', "head/1/2/0 must be right and verified"),
-        ('{"format_version": 1, "counts": {"head/1/2/0": [NaN, 2]}}', "head/1/2/0 must be right and verified"),
-        ('{"format_version": 1, "counts": {"head/1/2/0": [0, Infinity]}}', "head/1/2/0 must be right and verified"),
+        (
+            '{"format_version": 1, "counts": {"head/1/2/0": [NaN, 2]}}',
+            "head/1/2/0.0 is NaN; it must be",
+        ),
+        ('{"format_version": 1, "counts": {"head/1/2/0": [0, Infinity]}}', "head/1/2/0.1 is Infinity"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastmtp.models import tensors
-from fastmtp.models.config import FULL, ModelConfig
+from fastmtp.models.config import FULL, MOST_LAYERS, ModelConfig
 from fastmtp.models.config_keys import _NEUTRAL
 from fastmtp.models.families import SUPPORTED
 from fastmtp.models.gguf_config import gguf_config
@@ -21,11 +22,11 @@ from fastmtp.models.gguf_file import read_gguf
 from fastmtp.models.layers import norm_offset
 from fastmtp.models.packaged import file_of
 from fastmtp.models.rope import ropes
-from fastmtp.models.source import locate, transformers_config
+from fastmtp.models.source import locate, open_model, transformers_config
 from fastmtp.models.weights import GgufWeights
 from tests.conftest import FAMILIES, tiny_target
 from tests.engines import TensorWeights
-from tests.models.gguf_files import write_random
+from tests.models.gguf_files import byte_level, write_random
 
 NAMES = (
     "vocab_size",
@@ -91,7 +92,7 @@ def test_a_config_is_read_as_transformers_reads_it(kind: str, given: dict[str, A
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size"])
-@pytest.mark.parametrize("value", ["many", -1, 0, 2.5, True])
+@pytest.mark.parametrize("value", ["many", -1, 0, 2.5, True, 2**31, 10**30, float("nan")])
 def test_sizes_that_cannot_be_right_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"here: {name} is .* whole number"):
         ModelConfig.from_json({"model_type": "llama", name: value}, "here")
@@ -104,6 +105,62 @@ def test_sizes_that_cannot_be_right_are_named(name: str, value: Any) -> None:
 def test_what_would_be_misread_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=r"here: .*(gptq|softcapping)"):
         ModelConfig.from_json({"model_type": "llama", key: value}, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e30}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"attention_bias": 1}, "attention_bias"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"layer_types": [1, 2]}, "layer_types"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_theta": 1e30}, "rope_theta"),
+        ({"rope_theta": "1e6"}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0, float("nan")]}}, "long_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -1.0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate"),
+    ],
+)
+def test_values_that_cannot_be_right_are_named(changes: dict[str, Any], named: str) -> None:
+    """In a line that does not repeat all of a long value."""
+    with pytest.raises(ValueError, match=rf"^source: .*{named}") as found:
+        ModelConfig.from_json({"model_type": "llama", **changes}, "source")
+    assert len(str(found.value)) < 300
+
+
+@pytest.mark.parametrize("changes", [{"max_window_layers": -1}, {"max_window_layers": "x"}])
+def test_windows_that_cannot_be_right_are_named(changes: dict[str, Any]) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    with pytest.raises(ValueError, match="max_window_layers"):
+        ModelConfig.from_json({"model_type": "qwen2", **window, **changes}, "source")
+
+
+@pytest.mark.parametrize("layers", [100_000, 2**31, 10**18])
+def test_more_layers_than_any_model_has_fail_at_once(layers: int, tmp_path: Path) -> None:
+    """Neither names nor memory are made for them."""
+    started = time.process_time()
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        ModelConfig.from_json({"model_type": "llama", "num_hidden_layers": layers}, "source")
+    write_random(tmp_path / "model.gguf", byte_level(), block_count=min(layers, 2**32 - 1))
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        open_model(locate(str(tmp_path / "model.gguf")))
+    assert time.process_time() - started < 1
+
+
+def test_the_most_layers_fail_as_soon(tmp_path: Path) -> None:
+    """What a file lacks is said in a second, however many layers it claims."""
+    write_random(tmp_path / "model.gguf", byte_level(), block_count=MOST_LAYERS)
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"layers\.1\..*missing"):
+        open_model(locate(str(tmp_path / "model.gguf")))
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)

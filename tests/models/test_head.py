@@ -17,6 +17,7 @@ from fastmtp.method.head import MTPHead
 from fastmtp.models.config import FULL
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import random_ids, tiny_target
+from tests.engines import ENGINES
 
 LISTS = VocabularyLists({"all": [257, 5, 6, 7]})
 
@@ -109,6 +110,58 @@ def test_every_mismatch_is_named(llama: Target, tmp_path: Path) -> None:
         load_head(tmp_path / "head", llama)
     for name in ("architecture", "hidden_size", "tokenizer_sha256", "hidden_state", "norm_eps", "draft_steps"):
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("draft_steps", True),
+        ("draft_steps", 10**6),
+        ("draft_steps", 2.0),
+        ("norm_eps", float("nan")),
+        ("norm_eps", "small"),
+        ("norm_eps", None),
+        ("norm_eps", -1e-6),
+        ("rope", None),
+        ("target", []),
+    ],
+)
+def test_numbers_of_a_head_that_cannot_be_right(llama: Target, tmp_path: Path, name: str, value: object) -> None:
+    save(tmp_path / "head", llama, trained_looking_head(llama))
+    path = tmp_path / "head" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"head.*(\\n.*)?{name}"):
+        load_head(tmp_path / "head", llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("engine", ["torch", "native-int8"])
+def test_tensors_of_a_head_that_are_no_floats_are_refused(
+    engine: str, dtype: torch.dtype, llama: Target, tmp_path: Path
+) -> None:
+    if engine not in ENGINES:
+        pytest.skip("the native engine was not built")
+    save(tmp_path / "head", llama, trained_looking_head(llama))
+    path = tmp_path / "head" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"input_proj.weight": tensors["input_proj.weight"].to(dtype)}, path)
+    with pytest.raises(ValueError, match=r"model\.safetensors: input_proj.weight is stored as"):
+        ENGINES[engine].open(llama).load_head(tmp_path / "head")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["hidden_norm.weight", "layer.mlp.down_proj.weight"])
+@pytest.mark.parametrize("engine", ["torch", "native-int8"])
+def test_weights_of_a_head_are_finite(engine: str, name: str, value: float, llama: Target, tmp_path: Path) -> None:
+    if engine not in ENGINES:
+        pytest.skip("the native engine was not built")
+    save(tmp_path / "head", llama, trained_looking_head(llama))
+    path = tmp_path / "head" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"{name}.*infinite or not a number"):
+        ENGINES[engine].open(llama).load_head(tmp_path / "head")
 
 
 def test_head_of_another_family_does_not_load(tmp_path: Path) -> None:

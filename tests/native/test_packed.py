@@ -106,14 +106,19 @@ def test_damage_is_noticed_and_mended(
     whole = path.read_bytes()
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1
-    for damaged in (bytes(changed), whole[: len(whole) // 2], b"", b"x" * 100):
+    length = int.from_bytes(whole[:8], "little")
+    places = json.loads(whole[8 : 8 + length])
+    lacking = json.dumps({name: places[name] for name in [*places][1:]}).encode().ljust(length)
+    nested = (b"[" * length)[:length]
+    others = [whole[:8] + header + whole[8 + length :] for header in (lacking, nested, b"[]".ljust(length))]
+    for damaged in (bytes(changed), whole[: len(whole) // 2], b"", b"x" * 100, *others):
         path.write_bytes(damaged)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "fastmtp"):
             assert np.array_equal(states(load_native_target(name)), first)
         assert "converted again" in caplog.text
         assert path.read_bytes() == whole
-    assert len(conversions) == 5
+    assert len(conversions) == 8
 
 
 def test_the_least_recently_used_files_make_room(

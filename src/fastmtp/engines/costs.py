@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from fastmtp.engines.protocol import Ask, Costs, Engine, EngineSequence, Head, TokenSequence
 from fastmtp.engines.tree import Tree
+from fastmtp.errors import PARSING, reason
 from fastmtp.files import cache_directory, read_json, write_json
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import machine
@@ -30,6 +33,8 @@ ASKED = (1, 2, 4, 8)
 # Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
 CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
 _REPEATS, _RUNS = 5, 3
+_MOST_MS = 1e7
+log = logging.getLogger("fastmtp")
 
 # Runs something, and returns how many seconds it took.
 Task = Callable[[], float]
@@ -71,20 +76,43 @@ def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progre
     facts = [importlib.metadata.version("fastmtp"), machine(), engine.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = cache_directory() / f"costs-{fingerprint[:16]}.json"
-    try:
-        kept = read_json(path).get(fingerprint, {})
-    except (FileNotFoundError, ValueError):
-        kept = {}
-    if not kept:
+    found = read_costs(path, fingerprint)
+    if found is None:
         with progress.status("timing forwards and drafts, once for this model and machine"):
-            kept = asdict(_timed(engine, head, lists))
-        write_json(path, {fingerprint: kept})
-    by_context = {int(context): _by_number(times) for context, times in kept["forward_ms"].items()}
-    return Costs(by_context, _by_number(kept["ask_ms"]), kept["follow_ms"])
+            found = _timed(engine, head, lists)
+        try:
+            write_json(path, {fingerprint: asdict(found)})
+        except OSError as error:
+            log.warning("%s cannot be written (%s); costs are timed again next time", path, reason(error))
+    return found
 
 
-def _by_number(stored: Mapping[str, float]) -> dict[int, float]:
-    return {int(number): ms for number, ms in stored.items()}
+def read_costs(path: Path, fingerprint: str) -> Costs | None:
+    """Costs of an earlier run; None if there are none that can be used."""
+    try:
+        if not path.is_file():
+            return None
+        kept = read_json(path).get(fingerprint)
+        if not kept:
+            return None
+        by_context = {int(context): _by_number(times) for context, times in kept["forward_ms"].items()}
+        return Costs(by_context, _by_number(kept["ask_ms"], least=0), _milliseconds(kept["follow_ms"]))
+    except (OSError, *PARSING) as error:
+        log.warning("%s: damaged; costs are timed again: %s", path.name, reason(error))
+        return None
+
+
+def _by_number(stored: Mapping[str, float], least: int = 1) -> dict[int, float]:
+    found = {int(number): _milliseconds(ms) for number, ms in stored.items()}
+    if len(found) < least or min(found, default=1) < 1:
+        raise ValueError("numbers of tokens must be 1 or more")
+    return found
+
+
+def _milliseconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < _MOST_MS:
+        raise ValueError(f"{value!r:.60} is no number of milliseconds")
+    return float(value)
 
 
 def _timed(engine: Engine, head: Head | None, lists: DraftLists | None) -> Costs:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmtp.config import MOST_STEPS
+from fastmtp.errors import writing
 from fastmtp.files import read_json, replacing, write_json
 from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
 from fastmtp.models.safetensors_file import read_header
@@ -69,7 +71,10 @@ def write_head(
     }
     with replacing(directory) as temporary:
         temporary.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors")
+        with writing(directory / "model.safetensors"):
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "model.safetensors"
+            )
         vocabulary.save(temporary / "vocabulary.json", target.identity.tokenizer_sha256)
         write_json(temporary / "config.json", config)
         write_json(temporary / "provenance.json", provenance)
@@ -145,11 +150,13 @@ def _mismatches(config: dict[str, Any], target: TargetInfo) -> list[str]:
         if config.get(key) != value:
             problems.append(f"{key}: {config.get(key)!r}; this fastmtp reads {value!r}")
     steps = config.get("draft_steps")
-    if not isinstance(steps, int) or steps < 1:
-        problems.append(f"draft_steps: {steps!r}; must be 1 or more")
-    eps = float(target.config.rms_norm_eps)
-    if abs(float(config.get("norm_eps", 0.0)) - eps) > 1e-3 * eps:
-        problems.append(f"norm_eps: {config.get('norm_eps')} in the head, {eps} in the target")
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        problems.append(f"draft_steps: {steps!r:.60}; must be a whole number from 1 to {MOST_STEPS}")
+    eps, own = float(target.config.rms_norm_eps), config.get("norm_eps")
+    if not isinstance(own, int | float) or not abs(own - eps) <= 1e-3 * eps:
+        problems.append(f"norm_eps: {own!r:.60} in the head, {eps} in the target")
     if config.get("rope") != target.config.rope_parameters:
-        problems.append(f"rope: {config.get('rope')} in the head, {target.config.rope_parameters} in the target")
+        problems.append(
+            f"rope: {config.get('rope')!r:.200} in the head, {target.config.rope_parameters} in the target"
+        )
     return problems

@@ -5,7 +5,6 @@ Attributes have transformers' names. `rope_parameters` has the form of transform
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +18,10 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
+# Far above any model's; names of tensors are made for so many before a file is looked at.
+MOST_LAYERS = 2_000
+# Token ids and positions are 32-bit integers.
+_MOST = 2**31 - 1
 _LONG_CONTEXT = ("llama3", "yarn", "longrope")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # For these keys null is a value of its own, not the default.
@@ -92,9 +95,9 @@ class ModelConfig:
         if given.get(activation, ACTIVATIONS[0]) not in ACTIVATIONS:
             supported = ", ".join(ACTIVATIONS)
             raise ValueError(f"{source}: activation {given[activation]!r} is not supported; supported: {supported}")
-        epsilon = float(given.get("rms_norm_eps", 1e-6))
-        if not 0 < epsilon < math.inf:
-            raise ValueError(f"{source}: rms_norm_eps is {epsilon}; it must be above 0")
+        epsilon = given.get("rms_norm_eps", 1e-6)
+        if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+            raise ValueError(f"{source}: rms_norm_eps is {epsilon!r:.60}; it must be a number above 0 and below 1")
         for name in _IDS:
             ids_of(given.get(name), f"{source}: {name}")
         has_scalar = "query_pre_attn_scalar" in family.defaults
@@ -109,14 +112,14 @@ class ModelConfig:
             num_key_value_heads=key_heads,
             head_dim=size,
             max_position_embeddings=_count(given, "max_position_embeddings", source),
-            rms_norm_eps=epsilon,
+            rms_norm_eps=float(epsilon),
             hidden_act=str(given.get(activation, ACTIVATIONS[0])),
-            tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_switch(given, "tie_word_embeddings", source),
             rope_parameters=rope,
             layer_types=types,
             sliding_window=window,
-            attention_bias="attention_bias" in family.biases and bool(given.get("attention_bias", False)),
-            mlp_bias="mlp_bias" in family.biases and bool(given.get("mlp_bias", False)),
+            attention_bias="attention_bias" in family.biases and _switch(given, "attention_bias", source),
+            mlp_bias="mlp_bias" in family.biases and _switch(given, "mlp_bias", source),
             query_pre_attn_scalar=_count(given, "query_pre_attn_scalar", source) if has_scalar else None,
             bos_token_id=given.get("bos_token_id"),
             eos_token_id=given.get("eos_token_id"),
@@ -151,14 +154,21 @@ def ids_of(value: Any, where: str) -> list[int]:
 
 
 def _count(given: Mapping[str, Any], name: str, source: str) -> int:
-    value = given[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{source}: {name} is {value!r}; it must be a whole number of 1 or more")
+    value, most = given[name], MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{source}: {name} is {value!r:.60}; it must be a whole number from 1 to {most}")
+    return value
+
+
+def _switch(given: Mapping[str, Any], name: str, source: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{source}: {name} is {value!r:.60}; it must be true or false")
     return value
 
 
 def _window(family: Family, given: Mapping[str, Any], source: str) -> int | None:
-    switched_off = family.window_switch and not given.get("use_sliding_window", False)
+    switched_off = family.window_switch and not _switch(given, "use_sliding_window", source)
     if not family.windows or switched_off or given["sliding_window"] is None:
         return None
     return _count(given, "sliding_window", source)
@@ -167,11 +177,14 @@ def _window(family: Family, given: Mapping[str, Any], source: str) -> int | None
 def _layer_types(
     family: Family, given: Mapping[str, Any], window: int | None, layers: int, source: str
 ) -> tuple[str, ...]:
-    types = None if given.get("layer_types") is None else tuple(given["layer_types"])
+    listed = given.get("layer_types")
+    if not (listed is None or (isinstance(listed, list) and all(isinstance(kind, str) for kind in listed))):
+        raise ValueError(f"{source}: layer_types is {listed!r:.60}; it must be a list of names")
+    types = None if listed is None else tuple(listed)
     # Other families' layers are all of one kind, whatever the list says.
     free = family.window_switch or "sliding_window_pattern" in family.defaults
     if types is None or not free:
-        usual = _usual_types(family, given, window, layers)
+        usual = _usual_types(family, given, window, layers, source)
         if types not in (None, usual):
             raise ValueError(f"{source}: layer_types must be {usual[0]} for all {layers} layers here, or missing")
         types = usual
@@ -182,17 +195,21 @@ def _layer_types(
     return types
 
 
-def _usual_types(family: Family, given: Mapping[str, Any], window: int | None, layers: int) -> tuple[str, ...]:
+def _usual_types(
+    family: Family, given: Mapping[str, Any], window: int | None, layers: int, source: str
+) -> tuple[str, ...]:
     if "sliding_window_pattern" in family.defaults:
-        pattern = int(given["sliding_window_pattern"])
+        pattern = _count(given, "sliding_window_pattern", source)
         return tuple(SLIDING if (layer + 1) % pattern else FULL for layer in range(layers))
-    first = int(given["max_window_layers"]) if family.window_switch else 0
+    first = given["max_window_layers"] if family.window_switch else 0
+    if type(first) is not int or first < 0:
+        raise ValueError(f"{source}: max_window_layers is {first!r:.60}; it must be a whole number of 0 or more")
     return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
 
 
 def _rope(family: Family, given: Mapping[str, Any], types: tuple[str, ...], source: str) -> dict[str, Any]:
     """The settings in the form of transformers 5, from that form or the older one."""
-    parameters: dict[str, Any] = deepcopy(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    parameters = _settings(given, "rope_scaling" if given.get("rope_scaling") else "rope_parameters", source)
     nested = [parameters[key] for key in parameters if key in types and family.window_switch]
     for own in nested or [parameters]:
         own.setdefault("rope_theta", given.get("rope_theta", 10000.0))
@@ -203,15 +220,23 @@ def _rope(family: Family, given: Mapping[str, Any], types: tuple[str, ...], sour
 
 
 def _rope_by_kind(given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    parameters: dict[str, Any] = deepcopy(given.get("rope_parameters") or {})
+    parameters = _settings(given, "rope_parameters", source)
     check_rope_keys(parameters, source, (FULL, SLIDING))
     for kind, theta, default in ((SLIDING, "rope_local_base_freq", 1e4), (FULL, "rope_theta", 1e6)):
         own = parameters[kind] = parameters.get(kind) or {"rope_type": "default"}
         if kind == FULL:
-            own.update(given.get("rope_scaling") or {})
+            own.update(_settings(given, "rope_scaling", source))
         own.setdefault("rope_theta", given.get(theta, default))
         _complete(own, given, source)
     return parameters
+
+
+def _settings(given: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    """A copy of an object in the configuration; empty where there is none."""
+    found = given.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{source}: {name} is {found!r:.60}; it must be an object")
+    return deepcopy(found)
 
 
 def _complete(parameters: dict[str, Any], given: Mapping[str, Any], source: str) -> None:

@@ -62,6 +62,8 @@ _ROPE_KEYS = (
     "truncate",
     "type",
 )
+# Of frequencies, factors and lengths; beyond it float32 overflows.
+_MOST = 1e18
 
 
 def check_keys(values: Mapping[str, Any], source: str) -> None:
@@ -76,8 +78,21 @@ def check_keys(values: Mapping[str, Any], source: str) -> None:
 def check_rope_keys(settings: Mapping[str, Any], source: str, known: Iterable[str] = _ROPE_KEYS) -> None:
     """Raises ValueError if a setting of the rotary embeddings is unknown, or a number that cannot be right."""
     for name, value in settings.items():
-        # 0 switches these off.
-        least = 0 if name.startswith("mscale") else math.ulp(0)
-        wrong = type(value) in (int, float) and not least <= value < math.inf
-        if wrong or name not in known:
-            raise ValueError(f"{source}: the rotary embeddings' {name} is {value!r}, which is not supported")
+        if name not in known or not (value is None or _fits(name, value)):
+            raise ValueError(f"{source}: the rotary embeddings' {name} is {value!r:.60}, which is not supported")
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a setting of the rotary embeddings is of the right type, and a number that can be right."""
+    if name in ("rope_type", "type"):
+        return isinstance(value, str)
+    if name in ("truncate", "finetuned"):
+        return isinstance(value, bool)
+    if name in ("long_factor", "short_factor"):
+        return isinstance(value, list) and all(_is_number(one, math.ulp(0)) for one in value)
+    # 0 switches `mscale` off; the others are those of a kind of attention.
+    return _is_number(value, 0 if name.startswith("mscale") else math.ulp(0)) or isinstance(value, dict)
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return type(value) in (int, float) and least <= value <= _MOST

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.errors import PARSING, reason
 from fastmtp.files import read_json
 from fastmtp.models.mapping import mapped
 
@@ -32,6 +33,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
 }
 _MOST_HEADER_BYTES = 100_000_000
+_MOST_DIMENSIONS = 8
 
 
 def _e4m3() -> NDArray[np.float32]:
@@ -144,19 +146,36 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: damaged or incomplete: it is no safetensors file")
         try:
             header = json.loads(stream.read(length))
-            infos = {name: info for name, info in header.items() if name != "__metadata__"}
-            facts = [(name, info["dtype"], info["shape"], *info["data_offsets"]) for name, info in infos.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged or incomplete: its header cannot be read: {error!r}") from error
+            facts = [_fact(name, info) for name, info in header.items() if name != "__metadata__"]
+        except PARSING as error:
+            raise ValueError(
+                f"{path}: damaged or incomplete: its header cannot be read: {reason(error)}"
+            ) from error
     tensors = {}
     data = np.empty(0, np.uint8)
     if size > 8 + length:
         data = mapped(path)[8 + length :]
-    for name, kind, shape, start, stop in facts:
+    end = 0
+    for name, kind, shape, start, stop in sorted(facts, key=lambda fact: fact[3:]):
         if kind not in _TYPES:
             raise ValueError(f"{path}: {name} is stored as {kind}; supported: {', '.join(FLOATS)}")
         dtype = _TYPES[kind]
         if not 0 <= start <= stop <= len(data) or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: damaged or incomplete: {name} is not whole")
+        if start != end:
+            raise ValueError(f"{path}: damaged: {name} begins at {start}, the tensor before it ends at {end}")
+        end = stop
         tensors[name] = StoredTensor(kind, np.frombuffer(data[start:stop], dtype).reshape(shape))
-    return tensors
+    if end != len(data):
+        raise ValueError(f"{path}: damaged: it has {len(data)} bytes for tensors of {end}")
+    return {name: tensors[name] for name, *_ in facts}
+
+
+def _fact(name: str, info: Any) -> tuple[str, str, list[int], int, int]:
+    """Name, type, shape, and first and last byte of a tensor in a header."""
+    kind, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
+    if not (isinstance(kind, str) and isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS):
+        raise ValueError(f"{name} is {info!r:.80}")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
+        raise ValueError(f"{name} is {info!r:.80}")
+    return name, kind, shape, start, stop

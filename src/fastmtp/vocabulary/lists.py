@@ -59,6 +59,8 @@ class VocabularyLists:
         for language, ids in lists.items():
             _check_ids(f"{path}: list {language!r}", ids, vocabulary_size)
         counts = facts.get("counts", {})
+        if not isinstance(counts, dict):
+            raise ValueError(f"{path}: counts must be an object of the lists' counts")
         for language in counts:
             _check_counts(f"{path}: counts of {language!r}", counts[language], lists.get(language))
         return cls(lists, counts)
@@ -80,7 +82,8 @@ class VocabularyLists:
 def _check_counts(where: str, counts: Any, ids: list[int] | None) -> None:
     if ids is None:
         raise ValueError(f"{where}: there is no such list")
-    if not isinstance(counts, list) or len(counts) != len(ids) or any(type(n) is not int or n < 0 for n in counts):
+    fits = isinstance(counts, list) and len(counts) == len(ids)
+    if not fits or any(type(count) is not int or not 0 <= count < 2**63 for count in counts):
         raise ValueError(f"{where}: must be {len(ids)} numbers, one for each id of the list")
 
 

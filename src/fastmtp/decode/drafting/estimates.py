@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.engines.tree import Bin
+from fastmtp.errors import PARSING
 from fastmtp.files import read_json, write_json
 
 FILE = "estimates.json"
@@ -118,13 +119,25 @@ def load(directory: Path) -> Estimates:
         raise ValueError(f"{path}: format_version must be {FORMAT_VERSION}")
     try:
         stored = {_bin(name): (float(right), float(seen)) for name, (right, seen) in facts["counts"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except PARSING as error:
         raise ValueError(f"{path}: `counts` must hold two numbers for each bin, as head/1/10/0") from error
     for name, (right, seen) in stored.items():
+        if not _known(name):
+            raise ValueError(f"{path}: {'/'.join(map(str, name))} is no bin that drafts are counted in")
         if not 0 <= right <= seen < 1e12:
             raise ValueError(f"{path}: counts of {'/'.join(map(str, name))} must be right and verified drafts")
     weights = {name: min(1.0, BELIEVED / max(1.0, seen)) for name, (_, seen) in stored.items()}
     return Estimates({name: [weights[name] * count for count in counts] for name, counts in stored.items()})
+
+
+def _known(bin_of: Bin) -> bool:
+    source, depth, confidence, agreement = bin_of
+    return (
+        source in ("head", "text", "both")
+        and 1 <= depth <= DEEPEST
+        and 0 <= confidence <= len(CONFIDENCES)
+        and 0 <= agreement <= len(AGREEMENTS)
+    )
 
 
 def _bin(name: str) -> Bin:

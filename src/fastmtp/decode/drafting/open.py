@@ -14,6 +14,7 @@ from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, LOOKUP, DraftOptions
 from fastmtp.engines.protocol import Engine, EngineSequence, Head
+from fastmtp.errors import parsing
 from fastmtp.files import read_json
 from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
@@ -87,7 +88,9 @@ def check_drafting(options: DraftOptions, target: str) -> None:
     if directory is not None:
         check_head(directory)
         estimates.load(directory)
-        known += read_json(directory / "vocabulary.json").get("lists", {})
+        path = directory / "vocabulary.json"
+        with parsing(path):
+            known += [str(name) for name in read_json(path)["lists"]]
     _check_list(options.draft_vocabulary, known, directory)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.errors import PARSING
 from fastmtp.files import cache_directory, file_identity, replacing
 from fastmtp.locking import locked
 from fastmtp.progress import Progress
@@ -71,7 +72,7 @@ def read(path: Path, threads: int) -> dict[str, Memory]:
         return {}
     try:
         found = _map(path, threads)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *PARSING) as error:
         log.warning("%s: damaged (%s); the model is converted again", path, error)
         return {}
     with suppress(OSError):
@@ -91,6 +92,15 @@ def _map(path: Path, threads: int) -> dict[str, Memory]:
         if found != expected:
             raise ValueError(f"{name} has another checksum")
     return views
+
+
+def fits(path: Path, found: Mapping[str, Memory], matrices: Mapping[str, Any]) -> bool:
+    """Whether what was read from a file is the memory of each matrix."""
+    sizes = {name: memory.nbytes for name, memory in found.items()}
+    if sizes == {name: matrix.memory.nbytes for name, matrix in matrices.items()}:
+        return True
+    log.warning("%s: damaged (other matrices than the model's); the model is converted again", path)
+    return False
 
 
 def write(path: Path, matrices: Mapping[str, Memory], threads: int) -> None:

@@ -89,8 +89,9 @@ class NativeTarget(TargetInfo):
             if not found:
                 self._check_memory()
             self._build(weights)
-            if found:
-                for name, matrix in self._matrices().items():
+            matrices = self._matrices()
+            if kept and found and packed.fits(kept, found, matrices):
+                for name, matrix in matrices.items():
                     matrix.use(found[name])
             else:
                 self._convert(weights, progress)
