@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web check check-kernels check-arm sanitize docs prove-vllm clean
+.PHONY: demo test test-web fuzz check check-kernels check-arm sanitize docs prove-vllm clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -16,6 +16,11 @@ test-web: .venv/installed .venv/node
 
 .venv/node: .venv/installed
 	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix $@ openai
+
+# Mutated files of every format that is read, in processes with limits; what is found is kept in fuzz-found.
+TIME ?= 1h
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz $(TIME)
 
 # All kernels of this processor against the portable ones, on random shapes.
 check-kernels:
