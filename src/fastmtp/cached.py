@@ -16,7 +16,7 @@ KINDS = {
     "llama.cpp": ("models for comparisons, in llama.cpp's types", ("llama.cpp/*",)),
     "tokenizers": ("tokenizers of GGUF files", ("tokenizers/*",)),
     "benchmarks": ("benchmark prompts", ("fastmtp7/*",)),
-    "costs": ("timings of this machine", ("costs-*.json",)),
+    "costs": ("timings of this machine", ("costs-*.json", "plan-*.json")),
 }
 
 

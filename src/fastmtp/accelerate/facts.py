@@ -1,56 +1,140 @@
-"""What a plan depends on: the model's size and speed on this machine, and what training can start from."""
+"""What a plan depends on: the model's size and its speeds on this machine, and what training can start from."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from fastmtp.engines.costs import some_ids, timed
+from fastmtp.accelerate import rates
 from fastmtp.engines.open import open_engine
-from fastmtp.engines.protocol import Engine
+from fastmtp.files import cache_directory, read_json, write_json
 from fastmtp.heads.checkpoint import find_head
 from fastmtp.heads.shipped import shipped_head
-from fastmtp.models.info import TargetInfo
+from fastmtp.models.info import TargetInfo, head_size
+from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
+from fastmtp.provenance import machine
+
+# For all measurements together; loading the model is not among them.
+MEASURED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Facts:
-    """`target_bytes` is of the weights in 16 bits."""
+    """Sizes and rates of a target here.
+
+    Attributes:
+        prefill_per_second: tokens that the target reads a second; also what computing states for training takes.
+        answered_few, answered_many: tokens a second, drawn by `rates.FEW` and by `many` sequences together.
+        plain_ms, verify_ms: a forward over one token, and over the four of a round with three drafts.
+        head_seconds: training the head, for each token, without the target's states.
+        step_seconds: the optimiser, for each step.
+        target_bytes: of the weights in 16 bits.
+        head_parameters: of the head that will be trained.
+        shipped_head: the directory of the head that ships with the target, and the tokens it was trained on.
+        native_head: whether the checkpoint has an MTP layer.
+        compiler: whether torch.compile can work.
+    """
 
     prefill_per_second: float
+    answered_few: float
+    answered_many: float
+    many: int
+    plain_ms: float
+    verify_ms: float
+    head_seconds: float
+    step_seconds: float
     target_bytes: int
-    shipped_head: str | None = None  # the directory of the head that ships with the target
-    native_head: bool = False  # whether the checkpoint has an MTP layer
-    compiler: bool = False  # whether torch.compile can work
+    head_parameters: int
+    shipped_head: str | None = None
+    shipped_tokens: int = 0
+    native_head: bool = False
+    compiler: bool = False
+
+    def answered_per_second(self, slots: int) -> float:
+        """Tokens a second of so many sequences together; beyond those that were timed it grows no more."""
+        if slots <= rates.FEW:
+            return self.answered_few
+        share = min(1.0, (slots - rates.FEW) / max(1, self.many - rates.FEW))
+        return self.answered_few + share * max(0.0, self.answered_many - self.answered_few)
+
+    def trained_per_second(self, batch_tokens: int) -> float:
+        """Tokens a second of training steps, the target's states included."""
+        return 1 / (1 / self.prefill_per_second + self.head_seconds + self.step_seconds / batch_tokens)
+
+
+def facts_of(target: str, progress: Progress = QUIET) -> Facts:
+    """Measured once for a model and a machine and kept in the cache, so that no plan measures again."""
+    fingerprint = _fingerprint(target)
+    path = cache_directory() / f"plan-{fingerprint[:16]}.json"
+    try:
+        return Facts(**read_json(path)[fingerprint])
+    except (OSError, ValueError, KeyError, TypeError):
+        found = measure_facts(target, progress)
+    try:
+        write_json(path, {fingerprint: asdict(found)})
+    except OSError as error:
+        progress.say(f"{path}: the measured rates are not kept: {error.strerror or error}")
+    return found
 
 
 def measure_facts(target: str, progress: Progress = QUIET) -> Facts:
-    """Load a target and time its prefill."""
+    """Load a target and measure it for at most about MEASURED_SECONDS."""
     engine, shipped = open_engine(target, progress=progress), shipped_head(target)
+    with progress.status(f"measuring {target} for a plan, at most {MEASURED_SECONDS:.0f} s"):
+        started = time.monotonic()
+        prefill = rates.prefill_per_second(engine, MEASURED_SECONDS / 10)
+        forward = rates.forward_ms(engine, (1, 4))
+        few = rates.answered_per_second(engine, rates.FEW, prefill, MEASURED_SECONDS / 10)
+        seconds = MEASURED_SECONDS / 5
+        many = rates.many_slots(few, forward[1], seconds)
+        answered = few if many == rates.FEW else rates.answered_per_second(engine, many, prefill, seconds)
+        left = MEASURED_SECONDS - (time.monotonic() - started)
+        head, step = rates.training_seconds(engine, min(MEASURED_SECONDS / 3, left / 2))
     return Facts(
-        prefill_per_second=_prefill_per_second(engine),
+        prefill_per_second=prefill,
+        answered_few=few,
+        answered_many=answered,
+        many=many,
+        plain_ms=forward[1],
+        verify_ms=forward[4],
+        head_seconds=head,
+        step_seconds=step,
         target_bytes=_weight_bytes(engine.target),
+        head_parameters=_head_parameters(engine.target),
         shipped_head=None if shipped is None else str(shipped),
+        shipped_tokens=0 if shipped is None else int(read_json(shipped / "provenance.json").get("tokens", 0)),
         native_head=_has_native_head(target),
         compiler=shutil.which("c++") is not None or engine.device.startswith("cuda"),
     )
 
 
-def _prefill_per_second(engine: Engine) -> float:
-    sequence, target = engine.new_sequence(), engine.target
-    ids = some_ids(target.vocabulary_size, min(512, target.context_limit - 1))
-    seconds = []
-    for _ in range(3):
-        sequence.reset()
-        seconds.append(timed(lambda: sequence.prefill(ids)))
-    return len(ids) / min(seconds)
+def _fingerprint(target: str) -> str:
+    """Changes with the model's files, the machine and the version."""
+    source = locate(target)
+    paths = [source.gguf] if source.gguf is not None else sorted(Path(source.location).glob("*"))
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    facts = [importlib.metadata.version("fastmtp"), machine(), source.location, files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _weight_bytes(target: TargetInfo) -> int:
     config = target.config
     layer = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
     return int(2 * (config.num_hidden_layers * layer + 2 * target.vocabulary_size * config.hidden_size))
+
+
+def _head_parameters(target: TargetInfo) -> int:
+    """Of one layer and the projection of its two inputs."""
+    config, hidden = target.config, int(target.config.hidden_size)
+    heads, shared = int(config.num_attention_heads), int(config.num_key_value_heads)
+    attention = 2 * hidden * head_size(config) * (heads + shared)
+    return attention + 3 * hidden * int(config.intermediate_size) + 2 * hidden * hidden
 
 
 def _has_native_head(target: str) -> bool:

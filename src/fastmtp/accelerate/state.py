@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastmtp.accelerate import plan as planning
-from fastmtp.accelerate.facts import Facts, measure_facts
-from fastmtp.accelerate.plan import Stage
+from fastmtp.accelerate.facts import Facts, facts_of
+from fastmtp.accelerate.plan import Prediction, Stage
+from fastmtp.accelerate.prediction import Range
 from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import DataSet, token_count
 from fastmtp.errors import parsing
 from fastmtp.evaluate.records import from_json
 from fastmtp.files import read_json, remove, write_json
+from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
 
 STATE = "accelerate.json"
@@ -57,10 +60,13 @@ class State:
             self._state = {"target": target, "stages": {}}
 
     def facts(self, progress: Progress = QUIET) -> Facts:
-        """Measured once and saved, so that a continued run has the same plan."""
+        """Those that the run was begun with, so that one that goes on has the same plan."""
         if "facts" not in self._state:
-            self._state["facts"] = asdict(measure_facts(self._state["target"], progress))
-        return Facts(**self._state["facts"])
+            self._state["facts"] = asdict(facts_of(self._state["target"], progress))
+        try:
+            return Facts(**self._state["facts"])
+        except TypeError as error:
+            raise ValueError(f"{self._path}: is of another version of fastmtp; choose another --out") from error
 
     def stages(self, minutes: float, engine: str) -> list[Stage]:
         """The plan; once the data is complete, training is planned by its number of tokens."""
@@ -73,6 +79,25 @@ class State:
         answered = any(stage.name == "distill" and self.done(stage) for stage in stages)
         return planned(token_count(self._out / "data")) if answered else stages
 
+    def prediction(self, minutes: float, engine: str) -> Prediction:
+        """What the run was begun with; one that has not begun with this budget and engine is predicted now."""
+        saved = self._state.get("prediction")
+        if saved is not None and (saved["budget"], saved["engine"]) == (minutes, engine):
+            ranges = {name: Range(**saved[name]) for name in ("tau", "speedup")}
+            return Prediction(**{**saved, **ranges})
+        target, facts = self._state["target"], self.facts()
+        stages = planning.plan(target, minutes, engine, self._out, facts, None, self._data)
+        return planning.predict(minutes, engine, stages, facts, is_gguf=locate(target).gguf is not None)
+
+    def begin(self, prediction: Prediction) -> None:
+        """Keep what is predicted, to be compared with what comes out."""
+        self._state["prediction"] = asdict(prediction)
+        self._save()
+
+    def seconds(self) -> dict[str, float]:
+        """That each stage took, in all the runs that it needed."""
+        return {name: stage.get("seconds", 0.0) for name, stage in self._state["stages"].items()}
+
     def remaining(self, minutes: float, engine: str) -> Iterator[Stage]:
         """The stages from the first that is not done on; planned again after each."""
         again = False
@@ -83,19 +108,26 @@ class State:
                 yield stage
 
     def done(self, stage: Stage) -> bool:
-        return bool(self._state["stages"].get(stage.name) == {"command": stage.settings.command(), "done": True})
+        found = self._state["stages"].get(stage.name, {})
+        return bool(found.get("done") and found["command"] == stage.settings.command())
 
     def do(self, stage: Stage, progress: Progress = QUIET) -> Result:
         """Run a stage, or continue it. If its command has changed, what it made before is removed first."""
         command = stage.settings.command()
-        if self._state["stages"].get(stage.name, {}).get("command") != command or self.done(stage):
+        found = self._state["stages"].get(stage.name, {})
+        if found.get("command") != command or self.done(stage):
             for name in stage.makes:
                 remove(self._out / name)
-        self._state["stages"][stage.name] = {"command": command, "done": False}
+            found = {}
+        found = self._state["stages"][stage.name] = {**found, "command": command, "done": False}
         self._save()
-        result = stage.settings.run(progress)
-        self._state["stages"][stage.name]["done"] = True
-        self._save()
+        started, before = time.monotonic(), found.get("seconds", 0.0)
+        try:
+            result = stage.settings.run(progress)
+            found["done"] = True
+        finally:
+            found["seconds"] = before + time.monotonic() - started
+            self._save()
         return result
 
     def _save(self) -> None:

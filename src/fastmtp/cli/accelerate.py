@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,14 @@ from fastmtp.cli.export import exported
 from fastmtp.cli.fetching import yes_option
 from fastmtp.cli.head import tell_imported
 from fastmtp.cli.options import OUT_DIRECTORY, finish, json_option
+from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.cli.train import trained
 from fastmtp.cli.vocab import tell_written
 from fastmtp.export.registry import MODULES
 
 if TYPE_CHECKING:
+    from fastmtp.accelerate.plan import Prediction
     from fastmtp.accelerate.stages import Result
 
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     type=click.Choice(list(MODULES)),
     help="the engine to export to  [default: llama.cpp for a GGUF model, else transformers]",
 )
+@click.option("--plan", "only_plan", is_flag=True, help="print the plan, and do nothing of it")
 @yes_option("do not ask", expose=True)
 @json_option
 def accelerate(
@@ -42,35 +45,61 @@ def accelerate(
     out: Path | None,
     budget: str | None,
     engine: str | None,
+    only_plan: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Distil answers, train a head, build its lists, benchmark it and export it. Goes on where it stopped."""
+    """Distil answers, train a head, build its lists, benchmark it and export it. Goes on where it stopped.
+
+    The plan comes first: how many tokens, what they are likely to be worth, time and disk, predicted from rates
+    that are measured here in half a minute, once for a model.
+    """
     given = None if budget is None else _minutes(budget)
     out = out or Path(f"{Path(target).name.removesuffix('.gguf')}-fastmtp")
+    on_stop(lambda: _kept(out))
     from fastmtp.accelerate import plan as planning
     from fastmtp.accelerate.state import State
+    from fastmtp.accelerate.tables import plan_json, plan_report
 
     state = State(out, target)
     facts = state.facts(TERMINAL)
     minutes = given or planning.default_minutes(facts)
     to = engine or planning.default_engine(target)
-    needed = planning.needed_bytes(minutes, facts)
-    planning.check_space(out, needed)
-    click.echo(f"{target} into {out}: about {minutes:.0f} minutes and {needed / 1e9:.1f} GB", err=True)
-    for stage in state.stages(minutes, to):
-        left = "done" if state.done(stage) else f"about {stage.minutes:.0f} min"
-        click.echo(f"  {stage.name:11} {left:12} {stage.shown()}", err=True)
-    if not yes:
-        click.confirm("Go on?", abort=True, err=True)
-    started = time.monotonic()
+    stages = state.stages(minutes, to)
+    done, prediction = {stage.name for stage in stages if state.done(stage)}, state.prediction(minutes, to)
+    if not (only_plan and as_json):
+        results(*plan_report(target, out, stages, done, prediction), to_stderr=not only_plan)
+    if only_plan:
+        if as_json:
+            finish(as_json, {"out": str(out), **plan_json(stages, done, prediction)}, "")
+        return
+    if not done:
+        # What is replaced is there twice for a moment.
+        planning.check_space(out, int(1.2 * sum(prediction.disk.values())))
+    if not yes and not click.confirm("Go on?", err=True):
+        click.echo("fastmtp: nothing was begun; the measured rates are kept for the next plan", err=True)
+        sys.exit(1)
+    state.begin(prediction)
     for stage in state.remaining(minutes, to):
         click.echo(f"\n[{stage.name}] {stage.shown()}", err=True)
         found = state.do(stage, TERMINAL)
-        # Only the JSON document may go to stdout.
+        # Only the JSON document and the figures at the end go to stdout.
         with contextlib.redirect_stdout(sys.stderr):
             _tell(found, out, to)
-    _end(target, out, to, as_json, (time.monotonic() - started) / 60)
+    _end(target, out, to, as_json, prediction, state.seconds())
+
+
+def _kept(out: Path) -> str:
+    from fastmtp.accelerate.state import STATE
+    from fastmtp.files import read_json
+
+    if not (out / STATE).is_file():
+        return "nothing was begun; rates that were measured for a plan are kept, and the same command goes on"
+    done = [name for name, stage in read_json(out / STATE)["stages"].items() if stage["done"]]
+    return (
+        f"{out} keeps what is done ({', '.join(done) or 'no stage yet'}), and of the stage under way finished "
+        "answers, checkpoints and turns; the same command goes on from there"
+    )
 
 
 def _tell(found: Result, out: Path, engine: str) -> None:
@@ -100,19 +129,23 @@ def _tell(found: Result, out: Path, engine: str) -> None:
             click.echo(headline(document))
 
 
-def _end(target: str, out: Path, engine: str, as_json: bool, minutes: float) -> None:
+def _end(
+    target: str, out: Path, engine: str, as_json: bool, prediction: Prediction, seconds: dict[str, float]
+) -> None:
+    from fastmtp.accelerate.tables import compared, measured
     from fastmtp.evaluate.document import read_document
     from fastmtp.report import bench as bench_report
 
-    document = read_document(out / "bench" / "bench.json")
+    document, found = read_document(out / "bench" / "bench.json"), measured(out, engine, seconds)
     if not as_json:
-        results("", bench_report.by_benchmark(document))
+        results("", bench_report.by_benchmark(document), compared(prediction, found))
         click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
         click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
         click.echo(f"all figures:    {out / 'bench' / 'report.html'}")
     made = {"out": str(out), "head": str(out / "head"), "export": str(out / engine)}
-    summary = f"{bench_report.headline(document)}; {minutes:.0f} minutes"
-    finish(as_json, {**made, "bench": document.as_json()["mean"]}, summary)
+    compare = {"predicted": asdict(prediction), "measured": asdict(found)}
+    summary = f"{bench_report.headline(document)}; {sum(seconds.values()) / 60:.0f} minutes"
+    finish(as_json, {**made, "bench": document.as_json()["mean"], **compare}, summary)
 
 
 def _minutes(budget: str) -> float:
