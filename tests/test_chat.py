@@ -149,7 +149,7 @@ def test_commands(directory: Path) -> None:
     told = run(directory, "/help\n/system\n/system be brief\nhello\n/stats\n/new\n/stats\n/exit\nnever\n")
     assert all(f"\n/{word}" in "\n" + told for word in ("help", "new", "system TEXT", "stats", "exit"))
     assert "there is no system message\nsystem: be brief\n" in told
-    assert told.count("1 answers, 8 tokens") == 2
+    assert told.count("1 answer, 8 tokens") == 2
     assert told.count(" tokens/s, plain") == 1
     refused = run(directory, "/etc/hosts\n/new idea\n/stats\n /etc/hosts\n")
     assert "there is no /etc/hosts; it was not sent" in refused

@@ -120,6 +120,31 @@ def test_stopped_distillation_and_training(model: Path, tmp_path: Path, monkeypa
     assert steps > 3 and max(json.loads(row)["step"] for row in counted.splitlines()) == steps
 
 
+def test_a_stopped_chain_of_stages(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first stage nothing is begun; afterwards what is done is named, and is not done again."""
+    from tests.test_accelerate import FACTS
+
+    monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path / "cache"))
+    call = ["accelerate", model, "--out", tmp_path / "out", "--budget", "1m", "--yes"]
+    measure = "fastmtp.accelerate.facts.measure_facts"
+    with monkeypatch.context() as patched:
+        stops(measure, patched)
+        assert said(run(*call)).startswith("nothing was begun")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(measure, lambda *_: FACTS)
+    ran: list[str] = []
+    monkeypatch.setattr("fastmtp.accelerate.stages.Distill.run", lambda *_: ran.append("distill"))
+    monkeypatch.setattr("fastmtp.cli.accelerate._tell", lambda *_: None)
+    monkeypatch.setattr("fastmtp.accelerate.state.token_count", lambda _: 1000)
+    for stage, done in (("Distill", "no stage yet"), ("Train", "distill"), ("Train", "distill")):
+        with monkeypatch.context() as patched:
+            stops(f"fastmtp.accelerate.stages.{stage}.run", patched)
+            line = said(run(*call))
+        assert f"{tmp_path / 'out'} keeps what is done ({done})" in line
+        assert line.endswith("the same command goes on from there")
+    assert ran == ["distill"]
+
+
 def test_a_stopped_fetch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a model that are kept are what is said, whatever the command would keep later."""
     from fastmtp.files import cache_directory

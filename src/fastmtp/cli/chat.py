@@ -12,10 +12,11 @@ import click
 from fastmtp.cli.generate import described, open_model, tell_plans
 from fastmtp.cli.options import decoding_options, engine_options, settings_options, tokens_option, verbose_option
 from fastmtp.cli.stopping import on_stop
-from fastmtp.cli.terminal import show_piece
+from fastmtp.cli.terminal import TERMINAL, show_piece
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions
+from fastmtp.models.packaged import file_of
 
 if TYPE_CHECKING:
     from fastmtp.cli.conversation import Conversation
@@ -57,7 +58,10 @@ def chat(
     sampling = load_config(SamplingConfig, None, settings)
     editor = Editor(history_path()) if at_terminal() else None
     source = editor or Lines()
-    on_stop(lambda: "the conversation is over; nothing of it is kept but what was typed, for the arrow keys")
+    typed = " but what was typed, for the arrow keys" if editor else ""
+    on_stop(lambda: f"the conversation is over, and nothing of it is kept{typed}")
+    # Here, since it may ask.
+    file_of(target, TERMINAL)
     with editor.alone() if editor else nullcontext():
         model = open_model(target, options, drafting)
         try:

@@ -93,7 +93,7 @@ class Conversation:
         found, target = self._results, self._model.target
         tokens, seconds = sum(len(one.tokens) for one in found), sum(one.decode_seconds for one in found)
         used = len(target.encode_chat(self.messages, reply=False)) if self.messages else 0
-        line = f"{len(found)} answers, {tokens} tokens"
+        line = f"{len(found)} answer{'' if len(found) == 1 else 's'}, {tokens} tokens"
         if tokens > len(found):
             line += f", {(tokens - len(found)) / seconds:.1f} tokens/s"
             if any(one.plans for one in found):
