@@ -201,7 +201,7 @@ class Trainer:
     def _optimize(self) -> tuple[Tensor, int]:
         """One optimiser step; returns the mean loss of each draft step [K], and the number of tokens.
 
-        Nothing here waits for the device; the losses stay there.
+        Nothing here waits for the device, but the check of a float16 target's states; the losses stay there.
         """
         chosen = self._order[self.step]
         batch, ids_BT, states_BTH = self._batch(chosen)
