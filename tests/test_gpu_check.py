@@ -1,0 +1,98 @@
+"""The check of a GPU, as far as a CPU can run it: each part on a tiny model, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tools import gpu_check
+from tools.gpu import parts
+from tools.gpu.parts import LIMITS, PARTS, Setting
+
+GOOD = "import json, sys; json.dump({'figure': 1}, open(sys.argv[1], 'w'))"
+BROKEN = GOOD + "; raise SystemExit('no such kernel')"
+# It and a process that it has started would go on for long.
+SLOW = (
+    "import json, subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    "json.dump({'child': child.pid}, open(sys.argv[1], 'w'))\n"
+    "time.sleep(600)\n"
+)
+
+
+def settings(out: Path, names: list[str], **changes: Any) -> argparse.Namespace:
+    given = {"out": out, "device": "cpu", "seconds": 60.0, "limit": None, "parts": names, "tiny": False}
+    return argparse.Namespace(**{**given, **changes})
+
+
+def test_a_part_that_fails_or_hangs_is_named_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it had found until then; all that it had started is ended, and its files are gone."""
+    scripts = {"machine": GOOD, "broken": BROKEN, "slow": SLOW, "good": GOOD}
+    monkeypatch.setattr(
+        gpu_check, "_command", lambda name, limit, result, given: [sys.executable, "-c", scripts[name], str(result)]
+    )
+    monkeypatch.setattr(gpu_check, "LIMITS", {"broken": 30.0, "slow": 2.0, "good": 30.0})
+    out = tmp_path / "report.json"
+    report = gpu_check.check(settings(out, ["broken", "slow", "good"]))
+    assert json.loads(out.read_text()) == report
+    assert report["machine"] == {"figure": 1}
+    broken, slow, good = (report["parts"][name] for name in ("broken", "slow", "good"))
+    assert (broken["ok"], broken["result"]) == (False, {"figure": 1})
+    assert broken["error"].splitlines()[-2:] == ["no such kernel", "ended with 1"]
+    assert (slow["ok"], slow["error"]) == (False, "stopped after 2 seconds")
+    child = slow["result"]["child"]
+    for _ in range(50):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what a part had started still runs")
+    assert (good["ok"], good["error"], good["result"]) == (True, None, {"figure": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_the_time_of_all_parts_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part gets what is left at most; one that would get nothing is not begun."""
+    monkeypatch.setattr(
+        gpu_check, "_command", lambda name, limit, result, given: [sys.executable, "-c", GOOD, str(result)]
+    )
+    report = gpu_check.check(settings(tmp_path / "report.json", ["tests", "training"], seconds=0.5))
+    assert [part["error"] for part in report["parts"].values()] == ["no time was left"] * 2
+    assert set(LIMITS) == set(PARTS)
+    assert sum(LIMITS.values()) <= 480
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "tests" and "llama" not in name])
+def test_each_part_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures that docs/gpu-check.md names, all of them above zero; nothing differs."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    reported: list[dict[str, Any]] = []
+    found = PARTS[name](Setting("cpu", 1.0, True, lambda figures: reported.append(dict(figures))))
+    documented = (parts.ROOT / "docs" / "gpu-check.md").read_text(encoding="utf-8")
+    assert [key for key in found if f"`{key}`" not in documented] == []
+    json.dumps(found)
+    if name == "lossless":
+        assert found["chain"]["tokens"] > 0
+        assert found["chain"]["differing"] == found["tree"]["differing"] == 0
+    elif name.startswith("decode"):
+        assert set(found["forward_ms"]) == set(parts.TOGETHER)
+        assert found["round_ms"] > 0
+        assert reported[0]["plain_ms"] == found["plain_ms"]
+    else:
+        assert found["tokens_per_second"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_whole_check(tmp_path: Path) -> None:
+    report = gpu_check.check(settings(tmp_path / "report.json", list(PARTS), limit=1.0, tiny=True, seconds=1800.0))
+    assert {name: part["error"] for name, part in report["parts"].items() if not part["ok"]} == {}

@@ -1,0 +1,376 @@
+"""What each part of the check measures. A part gets some seconds, and reports what it has after every figure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+_MARK = "mark.gpu"
+CONTEXT = 500
+TOGETHER = (1, 2, 4, 8, 16)
+DRAFTED = (8192, 32768)
+STEPS = 3
+# Of the seconds of a part; the rest is for loading and ending.
+_MEASURING = 0.6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a part runs, and for how long. Temporary files go where TMPDIR says, which the caller removes.
+
+    Attributes:
+        tiny: random models of two layers, to try the check itself.
+        report: takes the figures so far.
+    """
+
+    device: str
+    seconds: float
+    tiny: bool
+    report: Callable[[dict[str, Any]], None]
+
+
+def tests(setting: Setting) -> dict[str, Any]:
+    """`pytest -m gpu`: how many ran, and which failed. Without a GPU the tests are only collected."""
+    # Others may need packages that are not here.
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if _MARK in path.read_text("utf-8")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "junit.xml"
+        collect = [] if setting.device.startswith("cuda") else ["--collect-only"]
+        done = subprocess.run([*command, f"--junitxml={path}", *collect], cwd=ROOT, capture_output=True, text=True)
+        tail = done.stdout.strip().splitlines()[-15:]
+        if done.returncode not in (0, 1) or (not collect and not path.is_file()):
+            raise RuntimeError(f"pytest ended with {done.returncode}: " + "\n".join(tail) + done.stderr[-2000:])
+        if collect:
+            return {"collected": sum(int(line.rpartition(":")[2]) for line in tail if line.startswith("tests/"))}
+        suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
+        broken = [
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in suite.iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
+        ]
+        skipped = sorted({one.get("message", "") for one in suite.iter("skipped")})
+        return {"tests": int(suite.get("tests", 0)), "failed": broken, "skipped": skipped, "tail": tail}
+
+
+def decode(shape: str, setting: Setting) -> dict[str, Any]:
+    """Plain decoding, verification, draft steps and rounds of a shape, beside the copy bandwidth of this run."""
+    from fastmtp.config import SamplingConfig
+    from fastmtp.decode.drafting.drafter import Chain
+    from fastmtp.decode.plain import plain
+    from fastmtp.decode.speculative import speculative
+    from fastmtp.engines.costs import ask_task, forward_task, some_ids, timed
+    from fastmtp.engines.open import EngineOptions, open_engine
+    from fastmtp.vocabulary.draft import DraftLists
+    from fastmtp.vocabulary.lists import VocabularyLists
+    from tools.gpu.checkpoint import write_model, write_random_head
+
+    until = time.monotonic() + setting.seconds
+    greedy = SamplingConfig()
+    with _directory() as base:
+        model = base / "model"
+        found: dict[str, Any] = {"shape": "tiny" if setting.tiny else shape}
+        write_model(model, found["shape"])
+        started = time.perf_counter()
+        engine = open_engine(str(model), EngineOptions(device=setting.device))
+        found |= {"engine": engine.name, "load_seconds": time.perf_counter() - started}
+        found["copy_gb_s"] = copy_bandwidth(setting.device, tiny=setting.tiny)
+        size = engine.target.vocabulary_size
+        floor = engine.floor()
+        found |= {"bytes": floor.bytes, "floor_ms": floor.bytes / found["copy_gb_s"] / 1e6}
+        context = CONTEXT if not setting.tiny else 60
+        ids = some_ids(size, context)
+        sequence = engine.new_sequence()
+        answer = 64 if not setting.tiny else 8
+
+        def plain_ms() -> float:
+            tokens = plain(sequence, ids, greedy)
+            next(tokens)
+            return 1e3 * timed(lambda: list(islice(tokens, answer))) / answer
+
+        plain_ms()
+        found["plain_ms"] = median(plain_ms() for _ in range(3))
+        found["plain_share"] = found["floor_ms"] / found["plain_ms"]
+        setting.report(found)
+        found["forward_ms"] = {}
+        for count in TOGETHER:
+            task = forward_task(sequence, ids, count)
+            found["forward_ms"][count] = 1e3 * min(task() for _ in range(3))
+            setting.report(found)
+        found["flatness_8"] = found["forward_ms"][8] / found["forward_ms"][1]
+        write_random_head(base / "head", engine.target, model)
+        head = engine.load_head(base / "head")
+        found["draft_ms"] = {}
+        for drafted in [*(one for one in DRAFTED if one < size), size]:
+            lists = DraftLists(VocabularyLists.of(range(drafted)), size, 0) if drafted < size else None
+            task = ask_task(engine.new_sequence(head, lists), ids, STEPS, 1)
+            found["draft_ms"][drafted] = 1e3 * min(task() for _ in range(3))
+            setting.report(found)
+        listed = min(DRAFTED[-1], size - 1)
+        lists = DraftLists(VocabularyLists.of(range(listed)), size, 0)
+        rounds = speculative(engine.new_sequence(head, lists), ids, Chain(STEPS, greedy), greedy)
+        list(islice(rounds, 4))
+        times = [1e3 * timed(lambda: next(rounds)) for _ in range(32)]
+        found |= {"round_drafted": listed, "round_ms": median(times)}
+        found["round_steps"] = found["round_ms"] / found["plain_ms"]
+        found["seconds_left"] = until - time.monotonic()
+        return found
+
+
+def lossless(setting: Setting) -> dict[str, Any]:
+    """Greedy tokens of chains and of trees that differ from plain decoding, on the built-in prompts."""
+    from fastmtp.config import SamplingConfig
+    from fastmtp.decode.drafting.adaptive import Adaptive
+    from fastmtp.decode.drafting.drafter import chains
+    from fastmtp.decode.drafting.learned import Learned
+    from fastmtp.decode.plain import plain
+    from fastmtp.decode.speculative import speculative
+    from fastmtp.engines.open import EngineOptions, open_engine
+    from fastmtp.evaluate.prompts import builtin_conversations
+    from fastmtp.heads.shipped import shipped_head
+    from fastmtp.vocabulary.draft import DraftLists
+    from tools.gpu.checkpoint import write_random_head
+
+    until, greedy = time.monotonic() + _MEASURING * setting.seconds, SamplingConfig()
+    answer = 256 if not setting.tiny else 16
+    with _target(setting) as (name, model):
+        engine = open_engine(name, EngineOptions(device=setting.device))
+        directory = shipped_head(name)
+        if directory is None:
+            directory = Path(name).parent / "head"
+            write_random_head(directory, engine.target, Path(name))
+        head = engine.load_head(directory)
+        lists = DraftLists(head.lists, engine.target.vocabulary_size)
+        learned = Learned(engine.costs(head, lists))
+        ways = {"chain": chains(STEPS), "tree": partial(Adaptive, learned)}
+        counts = {way: {"tokens": 0, "rounds": 0, "differing": 0} for way in ways}
+        found: dict[str, Any] = {"model": model, "engine": engine.name, "prompts": 0, **counts}
+        for conversation in builtin_conversations():
+            if time.monotonic() > until and found["prompts"]:
+                break
+            prompt = engine.target.encode_chat([{"role": "user", "content": conversation.turns[0]}])
+            prompt = prompt[-(512 if not setting.tiny else 100) :]
+            wanted = list(islice(plain(engine.new_sequence(), prompt, greedy), answer))
+            for way, new_drafter in ways.items():
+                rounds = speculative(engine.new_sequence(head, lists), prompt, new_drafter(prompt, greedy), greedy)
+                tokens: list[int] = []
+                for one in rounds:
+                    tokens += one.tokens
+                    counts[way]["rounds"] += 1
+                    if len(tokens) >= len(wanted):
+                        break
+                # After the first difference the texts are different ones: the rest is not compared.
+                pairs = zip(tokens, wanted, strict=False)
+                first = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+                counts[way]["tokens"] += len(wanted) if first is None else first + 1
+                counts[way]["differing"] += first is not None
+            found["prompts"] += 1
+            setting.report(found)
+        return found
+
+
+def distillation(setting: Setting) -> dict[str, Any]:
+    """Tokens a second of `distill`, from its start to its end, setting up included."""
+    from fastmtp.config import DistillConfig
+    from fastmtp.distill.answers import distill
+    from fastmtp.distill.dataset import DataSet
+    from fastmtp.engines.open import EngineOptions, open_engine
+    from fastmtp.evaluate.prompts import builtin_conversations
+
+    with _target(setting) as (name, model):
+        options = EngineOptions("torch" if setting.device == "cpu" else None, device=setting.device)
+        engine = open_engine(name, options, for_throughput=True)
+        with _directory() as base:
+            config = DistillConfig(count=1_000_000, minutes=_MEASURING * setting.seconds / 60, greedy_share=0.1)
+            prompts = None
+            if name != "smollm2":
+                # Random weights write no prompts that end.
+                prompts = str(base / "prompts.txt")
+                lines = [one.turns[0].replace("\n", " ")[:60] for one in builtin_conversations()]
+                Path(prompts).write_text("\n".join(lines))
+                config = replace(config, max_new_tokens=24)
+            started = time.perf_counter()
+            summary = distill(engine, config, base / "data", prompts)
+            seconds = time.perf_counter() - started
+            tokens = sum(len(exchange.ids) for exchange in DataSet((base / "data",)))
+        return {
+            "model": model,
+            "engine": engine.name,
+            "seconds": seconds,
+            "exchanges": summary.exchanges,
+            "tokens_per_second": tokens / seconds,
+            "answer_tokens_per_second": summary.answer_tokens / seconds,
+        }
+
+
+def training(setting: Setting) -> dict[str, Any]:
+    """Tokens a second of training steps, and the seconds of all that comes before and beside them."""
+    import torch
+
+    from fastmtp.config import TrainConfig
+    from fastmtp.engines.costs import some_ids
+    from fastmtp.engines.open import open_torch
+    from fastmtp.models.config import ModelConfig
+    from fastmtp.progress import QUIET
+    from fastmtp.train.memory import plan_memory, planned
+    from fastmtp.train.metrics import peak_memory_gb
+    from fastmtp.train.trainer import Trainer
+
+    with _target(setting) as (name, model), _directory() as base:
+        target = open_torch(name, device=setting.device, for_throughput=True).target
+        drafted = min(16384, target.vocabulary_size - 1)
+        config = TrainConfig(
+            epochs=1000.0, evaluate_every=1_000_000, checkpoint_every=1_000_000, batch_tokens=_tiny_batch(setting)
+        )
+        config = planned(target, config, drafted, 1, False, QUIET)
+        assert config.batch_tokens != "auto"
+        facts = ModelConfig.from_json(target.config.to_dict(), name)
+        plan = plan_memory(facts, config, config.batch_tokens, target.dtype, columns=drafted)
+        exchanges = _texts(some_ids(target.vocabulary_size, 1 << 16), 40 if setting.tiny else 3000, setting.tiny)
+        started = time.perf_counter()
+        trainer = Trainer(target, exchanges, list(range(drafted)), config, base / "run")
+        found: dict[str, Any] = {
+            "model": model,
+            "dtype": str(target.dtype),
+            "batch_tokens": config.batch_tokens,
+            "draft_vocabulary": drafted,
+            "set_up_seconds": time.perf_counter() - started,
+            "planned_gb": {part: size / 1e9 for part, size in plan.parts.items()},
+        }
+        # The first steps make kernels, and the first measurement.
+        steps = trainer.train()
+        begun = time.perf_counter()
+        next(steps)
+        found["first_steps_seconds"] = time.perf_counter() - begun
+        for _ in islice(steps, 2 if setting.tiny else 32):
+            pass
+        trainer.clock.settle()
+        found["first_weights_seconds"] = trainer.clock.seconds["first weights"]
+        found["measuring_seconds"] = trainer.clock.seconds["measuring"]
+        setting.report(found)
+        trainer.clock.seconds.clear()
+        seen, tokens, begun = 0, 0, time.perf_counter()
+        for step in steps:
+            seen, tokens = seen + 1, tokens + step.tokens
+            taken = time.perf_counter() - begun
+            if taken > _MEASURING * setting.seconds and seen % (1 if setting.tiny else 16) == 0:
+                break
+        if setting.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        trainer.clock.settle()
+        return found | {
+            "steps": seen,
+            "tokens_per_second": tokens / taken,
+            "step_ms": 1e3 * taken / seen,
+            "ms_by_part": {part: 1e3 * spent / seen for part, spent in trainer.clock.seconds.items()},
+            "peak_memory_gb": peak_memory_gb(target.device),
+        }
+
+
+def copy_bandwidth(device: str, *, tiny: bool) -> float:
+    """GB/s of a copy within the memory, what is read and what is written both counted."""
+    import torch
+
+    source = torch.ones(1 << (22 if tiny else 28), dtype=torch.int32, device=device)
+    into = torch.empty_like(source)
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times = []
+    for _ in range(10):
+        wait()
+        started = time.perf_counter()
+        into.copy_(source)
+        wait()
+        times.append(time.perf_counter() - started)
+    return 2 * source.numel() * source.element_size() / min(times) / 1e9
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Of the report's head: the card, the processor, and the versions."""
+    import torch
+
+    from fastmtp.provenance import machine as processor
+    from fastmtp.provenance import provenance
+
+    made = provenance()
+    facts = {"device": device, "processor": processor(), "commit": made["commit"], "versions": made["versions"]}
+    if device.startswith("cuda"):
+        card = torch.cuda.get_device_properties(device)
+        facts |= {"card": card.name, "memory_gb": card.total_memory / 1e9, "cuda": torch.version.cuda}
+    return facts
+
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "tests": tests,
+    "decode qwen2.5-1.5b": partial(decode, "qwen2.5-1.5b"),
+    "lossless": lossless,
+    "training": training,
+    "distillation": distillation,
+    "decode llama-3.2-1b": partial(decode, "llama-3.2-1b"),
+    "decode llama-3.1-8b": partial(decode, "llama-3.1-8b"),
+}
+# Seconds; together the eight minutes of a check.
+LIMITS: dict[str, float] = {
+    "tests": 100,
+    "decode qwen2.5-1.5b": 70,
+    "lossless": 50,
+    "training": 50,
+    "distillation": 50,
+    "decode llama-3.2-1b": 50,
+    "decode llama-3.1-8b": 110,
+}
+
+
+def _tiny_batch(setting: Setting) -> Any:
+    return 400 if setting.tiny else "auto"
+
+
+def _texts(ids: list[int], count: int, tiny: bool) -> list[Any]:
+    """Exchanges of 100 to 700 tokens, all of their second halves answers."""
+    from fastmtp.distill.dataset import Exchange
+
+    found = []
+    for index in range(count):
+        length = 20 + index % 20 if tiny else 100 + (index * 97) % 600
+        begin = (index * 131) % (len(ids) - length)
+        half = length // 2
+        mask = [False] * half + [True] * (length - half)
+        found.append(Exchange(index, "random", "", "", True, ids[begin : begin + length], mask))
+    return found
+
+
+@contextmanager
+def _directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def _target(setting: Setting) -> Iterator[tuple[str, str]]:
+    """The embedded model by its name, or, where its file is not here, a random one of its shape; and what it is."""
+    from fastmtp.models.packaged import file_of
+    from tools.gpu.checkpoint import write_model
+
+    if not setting.tiny:
+        try:
+            file_of("smollm2")
+        except (OSError, ValueError) as error:
+            missing = f"random weights of its shape: {error}"
+        else:
+            yield "smollm2", "smollm2"
+            return
+    with _directory() as base:
+        shape = "tiny" if setting.tiny else "smollm2"
+        write_model(base / "model", shape)
+        yield str(base / "model"), "random weights, tiny" if setting.tiny else missing
