@@ -26,7 +26,7 @@ MOST_STEPS = 64
 # Tokens and their ids are 32-bit integers.
 _MOST = 2**31 - 1
 # Sequences and requests under way, each with memory of its own.
-_MOST_TOGETHER = 4096
+MOST_TOGETHER = 4096
 _MOST_SECONDS = 10**6
 
 
@@ -124,9 +124,9 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for name in ("count", "max_new_tokens", "max_prompt_tokens", "shard_rows"):
             _check_count(self, name)
-        _check_count(self, "concurrency", most=_MOST_TOGETHER)
-        allowed = f"0 (by the machine), or up to {_MOST_TOGETHER}"
-        _check(0 <= self.slots <= _MOST_TOGETHER, "slots", self.slots, allowed)
+        _check_count(self, "concurrency", most=MOST_TOGETHER)
+        allowed = f"0 (by the machine), or up to {MOST_TOGETHER}"
+        _check(0 <= self.slots <= MOST_TOGETHER, "slots", self.slots, allowed)
         _check(0 <= self.minutes <= _MOST, "minutes", self.minutes, f"0 (no limit), or up to {_MOST}")
         _check(0 <= self.greedy_share <= 1, "greedy_share", self.greedy_share, "from 0 to 1")
         _check(0 < self.timeout <= _MOST_SECONDS, "timeout", self.timeout, f"above 0 and at most {_MOST_SECONDS}")

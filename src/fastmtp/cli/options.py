@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import typing
 from collections.abc import Callable
@@ -19,6 +20,16 @@ from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
 
 PATH = click.Path(path_type=Path)
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range that is also one: click lets NaN pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
 
 
 class _OutPath(click.Path):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import decoding_options, engine_options, settings_options
+from fastmtp.cli.options import FiniteRange, decoding_options, engine_options, settings_options
 from fastmtp.cli.terminal import TERMINAL
-from fastmtp.config import SamplingConfig, load_config
+from fastmtp.config import MOST_TOGETHER, SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, choose_engine
 from fastmtp.extras import require
@@ -31,13 +31,17 @@ if TYPE_CHECKING:
 )
 @click.option("--no-api-key", is_flag=True, help="let everybody in who reaches --host, if it is not this machine")
 @click.option(
-    "--slots", type=click.IntRange(1), default=8, show_default=True, help="requests decoded at the same time"
+    "--slots",
+    type=click.IntRange(1, MOST_TOGETHER),
+    default=8,
+    show_default=True,
+    help="requests decoded at the same time",
 )
 @click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that may wait")
 @click.option("--context", type=click.IntRange(2), help="tokens of a prompt and its answer  [default: the model's]")
 @click.option(
     "--prefix-cache",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=1.0,
     show_default=True,
     metavar="GB",
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=10.0,
     show_default=True,
     help="seconds that answers under way have left after Ctrl-C; a second one ends them at once",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastmtp.config import MOST_STEPS
+
 GROWING, LISTED, FULL = "growing", "listed", "full"
 AUTO, LOOKUP, PLAIN = "auto", "lookup", "plain"
 
@@ -24,8 +26,11 @@ class DraftOptions:
             ValueError: `draft` is none of these.
         """
         kind, _, number = self.draft.partition(":")
-        if kind == "chain" and number.isdecimal() and int(number) > 0:
+        # Python converts no number of thousands of digits.
+        if kind == "chain" and number.isdecimal() and len(number) < 9 and 1 <= int(number) <= MOST_STEPS:
             return int(number)
         if self.draft in (AUTO, LOOKUP, PLAIN):
             return 0 if self.draft == PLAIN else None
-        raise ValueError(f"--draft is {self.draft}; it must be auto, lookup, chain:K with K of 1 or more, or plain")
+        raise ValueError(
+            f"--draft is {self.draft:.60}; it must be auto, lookup, chain:K with K from 1 to {MOST_STEPS}, or plain"
+        )
