@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from fastmtp.errors import reason
+from fastmtp.exchange import exchange
+from fastmtp.holding import hold
 
 _BEGINNING, _SAMPLES = 1 << 23, 500
+# A workplace's name is that of what is made there, up to so many characters, a random part and an ending.
+_LONGEST, _WORKPLACE, _LOCK, _OLD = 60, ".tmp", "lock", ".old"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# In the errors of safetensors and PyTorch.
+_FULL_SAID = (
+    "os error 28)", "os error 122)", "os error 27)", "PytorchStreamWriter failed writing", ". unexpected pos ",
+)  # fmt: skip
 
 
 def cache_directory() -> Path:
@@ -26,25 +38,115 @@ def cache_directory() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends well it becomes `path`, else it is removed.
+    """A path beside `path`; when the block ends well, what it made there becomes `path`, else that is removed.
 
-    The block may make a file or a directory there. An existing `path` is replaced. What a killed process left
-    at the temporary path is removed by the next one to write `path`.
+    The block may make a file or a directory. Whenever the process is killed, `path` is what it was or what it
+    becomes; what is left beside it is removed by the next one to write `path`. Several may write it at once, each
+    beside the others: the last to end stays.
+
+    Raises:
+        OSError: it cannot be written; a full disk is named.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)
+    # A link's target is replaced, not the link.
+    path = Path(os.path.realpath(path))
     try:
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            previous = path.with_name(f".{path.name}.old")
-            path.rename(previous)
-            temporary.rename(path)
-            remove(previous)
-        else:
-            temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(_pattern(path.name)):
+            _clear(left)
+        with _workplace(path) as workplace:
+            yield workplace / path.name
+            _put(workplace / path.name, path)
+    except Exception as error:
+        if not _of_full_disk(error):
+            raise
+        raise OSError(f"{path}: cannot be written, the disk is full; what was there before is as it was") from error
+
+
+def recover(path: Path) -> None:
+    """Before `path` is read: remove what a killed process left beside it when it replaced it.
+
+    Where the system cannot `exchange` two directories, one that was moved aside is put back.
+    """
+    path = Path(os.path.realpath(path))
+    if path.parent.is_dir():
+        for left in path.parent.glob(_pattern(path.name)):
+            _clear(left)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what killed processes left in a directory where they replaced something."""
+    for left in directory.glob(_pattern("*")):
+        _clear(left)
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether a directory holds nothing but what `replacing` and locks leave."""
+    return all(path.name.startswith(".") and path.suffix in (".tmp", ".lock") for path in directory.iterdir())
+
+
+def _pattern(name: str) -> str:
+    """Of the places where a path is made before it is put where it belongs."""
+    return f".{name if name == '*' else escape(name[:_LONGEST])}.*{_WORKPLACE}"
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A directory beside `path`, locked so that others know that it is in use."""
+    while True:
+        made = Path(mkdtemp(_WORKPLACE, f".{path.name[:_LONGEST]}.", path.parent))
+        try:
+            held = hold(made / _LOCK)
+        except FileNotFoundError:
+            held = None
+        except OSError:
+            made.rmdir()
+            raise
+        # Somebody else may have taken it for a leftover before it was locked.
+        if held is not None:
+            break
+    try:
+        yield made
     finally:
-        remove(temporary)
+        held.release()
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _clear(left: Path) -> None:
+    """Remove a workplace that nobody is at any more; what was moved there to be replaced goes back first."""
+    # Somebody else may be about to, or it is another user's.
+    with suppress(OSError):
+        if (held := hold(left / _LOCK)) is None:
+            return
+        try:
+            for old in left.glob(f"*{_OLD}"):
+                place = left.parent / old.name.removesuffix(_OLD)
+                if not place.exists():
+                    old.rename(place)
+        finally:
+            held.release()
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _put(made: Path, path: Path) -> None:
+    if not (made.is_dir() and path.is_dir()):
+        made.replace(path)
+    elif not exchange(made, path):
+        old = made.with_name(path.name + _OLD)
+        path.rename(old)
+        try:
+            made.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+
+
+def _of_full_disk(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room, as the system says it or as libraries do in their own errors."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(said in str(error) for said in _FULL_SAID):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -122,8 +224,8 @@ def file_identity(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """A file or a directory, if it is there."""
-    if path.is_dir():
+    """A file, a link or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

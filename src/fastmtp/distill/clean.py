@@ -13,7 +13,7 @@ from rensa import RMinHashDeduplicator
 
 from fastmtp.config import CleanConfig
 from fastmtp.distill.dataset import Exchange, ShardWriter, data_sha256, exchange_count, iter_exchanges
-from fastmtp.files import read_json, replacing, write_json
+from fastmtp.files import read_json, recover, replacing, write_json
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 from fastmtp.rows import Skipped
@@ -55,6 +55,7 @@ def clean(
         FileNotFoundError: `directory` is no data directory.
         ValueError: `out` exists, a shard is damaged, or nothing is left.
     """
+    recover(out)
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out")
     before = read_json(directory / "provenance.json")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastmtp.errors import parsing, reason, writing
-from fastmtp.files import file_sha256, read_json, replacing, write_json
+from fastmtp.files import clear_leftovers, file_sha256, is_empty, read_json, replacing, write_json
 from fastmtp.models.info import TargetInfo
 from fastmtp.rows import RowError, Skipped
 
@@ -239,6 +239,8 @@ def check_claim(
         before = read_json(path)
         if "cleaned_from" in before:
             raise ValueError(f"{directory}: is a cleaned copy, which distill does not add to; choose another --out")
+        if not isinstance(before.get("settings"), dict):
+            raise ValueError(f"{path}: is not of `fastmtp distill`, it has no settings; choose another --out")
         with parsing(path, "choose another --out"):
             known = defaults | before["settings"]
             made_with = {name: known[name] for name in settings}
@@ -249,7 +251,7 @@ def check_claim(
                     "choose another --out, or the same settings to go on"
                 )
         return before
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and not is_empty(directory):
         raise ValueError(f"{directory}: is not empty and not a data directory; choose another --out")
     return None
 
@@ -263,6 +265,7 @@ def claim_directory(
         ValueError: the directory was made with another tokenizer or other prompts.
     """
     before = check_claim(directory, facts["settings"], free, defaults)
+    clear_leftovers(directory)
     for key in ("tokenizer_sha256", "prompts_sha256"):
         if before is not None and before.get(key) != facts[key]:
             raise ValueError(f"{directory}: was made with another {key.split('_')[0]}; choose another --out")

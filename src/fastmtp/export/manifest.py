@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmtp.errors import PARSING, reason
 from fastmtp.evaluate.records import from_json
-from fastmtp.files import read_json
+from fastmtp.files import read_json, recover
 from fastmtp.method.acceptance import Acceptance
 
 FORMAT_VERSION = 1
@@ -85,6 +85,7 @@ def read_manifest(directory: Path) -> Manifest:
         FileNotFoundError: the directory is not an export.
         ValueError: the file is damaged or of a later version.
     """
+    recover(directory)
     path = directory / MANIFEST
     values = read_json(path)
     if values.get("format_version") != FORMAT_VERSION:

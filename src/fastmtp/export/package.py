@@ -26,7 +26,7 @@ from fastmtp.export.manifest import (
 )
 from fastmtp.export.measure import measure_job
 from fastmtp.export.registry import engine_named
-from fastmtp.files import file_sha256, replacing, write_json
+from fastmtp.files import file_sha256, is_empty, recover, replacing, write_json
 from fastmtp.heads import format as head_format
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.progress import QUIET, Progress
@@ -38,11 +38,12 @@ _KEPT = ("config.json", "vocabulary.json", estimates.FILE, "provenance.json")
 
 def check_free(out: Path, *, force: bool) -> None:
     """Raises ValueError if `out` exists, unless `force` is set and it is an export or empty."""
+    recover(out)
     if not out.exists():
         return
     if not force:
         raise ValueError(f"{out}: exists; choose another --out, or --force to replace an export")
-    if not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if not (out / MANIFEST).is_file() and not (out.is_dir() and is_empty(out)):
         raise ValueError(f"{out}: exists and is no export (it has no {MANIFEST}), so --force does not replace it")
 
 

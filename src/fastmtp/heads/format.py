@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmtp.config import MOST_STEPS
 from fastmtp.errors import writing
-from fastmtp.files import read_json, replacing, write_json
+from fastmtp.files import read_json, recover, replacing, write_json
 from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
 from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.weights import SafetensorsWeights, Weights
@@ -25,6 +25,7 @@ CONVENTION = {"hidden_state": "post_norm", "concat": ["hidden", "embedding"]}
 
 def check_free(out: Path) -> None:
     """Raises ValueError if `out` exists and is not a head directory."""
+    recover(out)
     if out.exists() and not (out / "vocabulary.json").is_file():
         raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
 
@@ -115,6 +116,7 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
 
 def check_head(directory: Path) -> None:
     """Raises FileNotFoundError if a directory holds no head, of whatever target."""
+    recover(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such head directory")
     for name in ("config.json", "model.safetensors", "vocabulary.json"):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.errors import writing
-from fastmtp.files import replacing, write_json
+from fastmtp.files import recover, replacing, write_json
 from fastmtp.models.safetensors_file import INDEX, SINGLE, no_weights, read_index
 
 
@@ -74,6 +74,7 @@ def write_overlay(
     Raises:
         ValueError: `out` exists.
     """
+    recover(out)
     if out.exists():
         raise ValueError(f"{out}: exists; choose another --out")
     kept = {key: name for key, name in checkpoint.files.items() if key not in tensors}

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.errors import PARSING
-from fastmtp.files import cache_directory, file_identity, replacing
+from fastmtp.files import cache_directory, clear_leftovers, file_identity, recover, replacing
 from fastmtp.locking import locked
 from fastmtp.progress import Progress
 
@@ -68,6 +68,7 @@ def alone(path: Path, progress: Progress) -> AbstractContextManager[object]:
 
 def read(path: Path, threads: int) -> dict[str, Memory]:
     """Views of the mapped file, by name; empty if there is no whole file."""
+    recover(path)
     if not path.is_file():
         return {}
     try:
@@ -134,6 +135,7 @@ def _write(stream: Any, matrices: Mapping[str, Memory], checksums: list[int]) ->
 
 def _make_room(folder: Path, size: int) -> bool:
     """Remove old files until `size` bytes fit; they may take half of what is free on the disk."""
+    clear_leftovers(folder)
     used = {path: path.stat() for path in folder.glob("*.weights")}
     total = sum(facts.st_size for facts in used.values())
     most = min(MOST_BYTES, (total + shutil.disk_usage(folder).free) // 2)
