@@ -195,6 +195,41 @@ def test_a_conversation_that_the_template_refuses_costs_itself_only(pair: list[O
     assert all(isinstance(turn.cells["chain:3"], Failure) == (turn.id == "a-2") for turn in journal)
 
 
+def test_a_journal_is_only_added_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its lines stay where they are when a run goes on; only one that was written by half is cut off, and told."""
+    path, settings = tmp_path / "answers.jsonl", {"limit": 1}
+    Journal(path, settings).add(line("a", "1", 0.02))
+    before, file = path.read_bytes(), path.stat().st_ino
+    Journal(path, settings)
+    assert (path.read_bytes(), path.stat().st_ino, caplog.text) == (before, file, "")
+    path.write_bytes(before + b'{"key"')
+    journal = Journal(path, settings)
+    assert "answers.jsonl: the last line was written by half" in caplog.text
+    assert path.read_bytes() == before and path.stat().st_ino == file
+    journal.add(line("a", "2", 0.02))
+    assert path.read_bytes().startswith(before)
+    # One whose first line was not finished holds nothing.
+    path.write_bytes(b'{"limit"')
+    Journal(path, settings)
+    assert json.loads(path.read_bytes()) == settings
+
+
+@pytest.mark.parametrize("damaged", [b"not JSON", b"[]", b"{}", b'{"key": "a", "cells": 5}', b"\xff"])
+def test_a_damaged_journal_is_refused_by_its_line(damaged: bytes, tmp_path: Path) -> None:
+    path, settings = tmp_path / "answers.jsonl", {"limit": 1}
+    Journal(path, settings).add(line("a", "1", 0.02))
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, content in ((1, [damaged + b"\n", lines[1]]), (2, [lines[0], damaged + b"\n", lines[1]])):
+        path.write_bytes(b"".join(content))
+        if number == 1 and damaged.startswith(b"{"):
+            wrong = "other settings"
+        else:
+            wrong = rf"answers\.jsonl: line {number} is not what `fastmtp bench` wrote"
+        with pytest.raises(ValueError, match=wrong):
+            Journal(path, settings)
+        assert path.read_bytes() == b"".join(content)
+
+
 @pytest.fixture(scope="module")
 def written(pair: list[Own]) -> dict[str, Any]:
     """The document of a small run, as it comes back from a file."""

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -254,3 +255,23 @@ def test_batch_is_filled_on_the_right() -> None:
     assert batch.ids_BT.tolist() == [[1, 2], [3, 0]]
     assert batch.inside_BT.tolist() == [[True, True], [True, False]]
     assert batch.answer_BT.tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt"])
+@pytest.mark.parametrize("content", [b"", b"PK", "other", "tensors", "list"])
+def test_a_checkpoint_of_something_else_is_refused(name: str, content: bytes | str, tmp_path: Path) -> None:
+    """By its file, with what to remove; the file stays."""
+    llama = tiny_target("llama")
+    config = replace(CONFIG, epochs=1.0, checkpoint_every=1, evaluate_every=1)
+    trainer = Trainer(llama, exchanges(llama, 8), None, config, tmp_path)
+    next(iter(trainer.train()))
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        state = torch.load(path, weights_only=True)
+        torch.save({"other": {}, "tensors": {**state, "head": {}}, "list": [1]}[content], path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"{name}: damaged checkpoint .*; remove .* to start again"):
+        Trainer(llama, exchanges(llama, 8), None, config, tmp_path).best()
+    assert path.read_bytes() == before

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 
-from fastmtp.errors import parsing
+from fastmtp import jsonl
+from fastmtp.errors import PARSING, reason
 from fastmtp.evaluate.records import Answer, Json, Turn, from_json
 from fastmtp.files import parse_json
 
 JOURNAL = "answers.jsonl"
-_REMEDY = "remove the damaged lines, or give another --out"
+log = logging.getLogger("fastmtp")
 
 
 def check_settings(path: Path, settings: Json) -> None:
-    """Raises ValueError if a journal is of a run in which one of these settings was another."""
+    """Raises ValueError if a journal is of a run in which one of these settings was another, or is no journal."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as stream, parsing(path, _REMEDY):
+    with path.open("rb") as stream:
         first = stream.readline()
-        # As JSON has them: a tuple comes back as a list.
-        now = json.loads(json.dumps(settings))
-        before = dict(parse_json(first)) if first.endswith("\n") else now
+    # As JSON has them: a tuple comes back as a list.
+    now = json.loads(json.dumps(settings))
+    before = _read(path, 1, first) if first.endswith(b"\n") else now
     if differing := [key for key in now if before.get(key) != now[key]]:
         raise ValueError(
             f"{path}: holds a run with other settings ({', '.join(differing)}); give another --out, or the same "
@@ -38,21 +40,21 @@ class Journal:
         """Open a journal, or start one.
 
         Raises:
-            ValueError: the file holds a run with other settings.
+            ValueError: the file holds a run with other settings, or is damaged.
         """
         self._path, self._turns = path, dict[str, Turn]()
         if path is None:
             return
-        lines = [settings]
         check_settings(path, settings)
-        if path.is_file():
-            # A turn whose line was only half written when the run was killed is measured again.
-            with parsing(path, _REMEDY):
-                whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-                lines = [parse_json(line) for line in whole]
-                self._turns = {turn.key: turn for turn in map(_turn, lines[1:])}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(_line, lines or [settings])))
+        if jsonl.mend(path):
+            log.warning("%s: the last line was written by half and is left out; it is measured again", path)
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        if not lines:
+            jsonl.append(path, settings)
+        for number, line in enumerate(lines[1:], 2):
+            turn = _turn(path, number, line)
+            self._turns[turn.key] = turn
 
     def __getitem__(self, key: str) -> Turn:
         return self._turns[key]
@@ -66,15 +68,28 @@ class Journal:
     def add(self, turn: Turn) -> None:
         self._turns[turn.key] = turn
         if self._path is not None:
-            with self._path.open("a") as stream:
-                stream.write(_line(turn.as_json()))
+            jsonl.append(self._path, turn.as_json())
 
 
-def _turn(line: object) -> Turn:
-    turn = from_json(Turn, line)
-    seconds = [own for cell in turn.cells.values() if isinstance(cell, Answer) for own in _seconds(cell)]
-    if min(turn.turn, turn.repeat, *astuple(turn.machine), *seconds) < 0:
-        raise ValueError(f"{turn.key}: a number is below 0")
+def _read(path: Path, number: int, line: bytes) -> Json:
+    try:
+        found = parse_json(line.decode())
+    except PARSING as error:
+        raise _damaged(path, number, reason(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, number, "not a JSON object")
+    return found
+
+
+def _turn(path: Path, number: int, line: bytes) -> Turn:
+    facts = _read(path, number, line)
+    try:
+        turn = from_json(Turn, facts)
+        seconds = [own for cell in turn.cells.values() if isinstance(cell, Answer) for own in _seconds(cell)]
+        if min(turn.turn, turn.repeat, *astuple(turn.machine), *seconds) < 0:
+            raise ValueError(f"{turn.key}: a number is below 0")
+    except PARSING as error:
+        raise _damaged(path, number, reason(error)) from error
     return turn
 
 
@@ -82,5 +97,7 @@ def _seconds(answer: Answer) -> Iterable[float]:
     return answer.prefill_seconds, answer.decode_seconds, *answer.seconds.values()
 
 
-def _line(value: Json) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def _damaged(path: Path, number: int, why: str) -> ValueError:
+    return ValueError(
+        f"{path}: line {number} is not what `fastmtp bench` wrote ({why}); remove it, or give another --out"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +19,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
-def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """Raises ValueError if the file is damaged."""
+def load_checkpoint(path: Path, device: torch.device, keys: Sequence[str]) -> dict[str, Any]:
+    """
+    Args:
+        keys: what it must hold.
+    Raises:
+        ValueError: the file is damaged, or of something else.
+    """
     with checkpointed(path):
-        return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
+        state = cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
+        if missing := [key for key in keys if key not in state]:
+            raise KeyError(f"no {', '.join(missing)} in it")
+        return state
 
 
 @contextmanager
@@ -31,4 +39,6 @@ def checkpointed(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, pickle.UnpicklingError, OSError, *PARSING) as error:
-        raise ValueError(f"{path}: damaged checkpoint ({reason(error)}); remove it to start again") from error
+        raise ValueError(
+            f"{path}: damaged checkpoint ({reason(error)}); remove {path.parent} to start again"
+        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import resource
 import sys
 import time
@@ -15,12 +14,16 @@ from typing import Any
 
 import torch
 
+from fastmtp import jsonl
+
 
 class Metrics:
     """Writes figures by step to `metrics.jsonl`, and to TensorBoard if it is installed."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "metrics.jsonl"
+        # Otherwise the next line would continue one that was written by half.
+        jsonl.mend(self._path)
         self._writer: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -29,8 +32,7 @@ class Metrics:
 
     def write(self, step: int, figures: dict[str, float | list[float]]) -> None:
         """Append a row; a list holds one figure for each draft step."""
-        with self._path.open("a") as stream:
-            stream.write(json.dumps({"time": time.time(), "step": step, **figures}) + "\n")
+        jsonl.append(self._path, {"time": time.time(), "step": step, **figures})
         if self._writer is None:
             return
         for name, value in figures.items():

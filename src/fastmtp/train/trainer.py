@@ -37,6 +37,10 @@ from fastmtp.train.pace import pace_of, steady_attention, to_device
 from fastmtp.train.processes import Processes
 from fastmtp.train.states import StateCache, padded_states, stacked, states_of
 
+# What the checkpoints hold, to go on from and of the best head.
+_STATE = ("fingerprint", "step", "best_tau", "start_tau", "head", "optimizers")
+_BEST = ("head", "rounds", "kept", "expected")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -193,7 +197,7 @@ class Trainer:
 
     def best(self) -> tuple[MTPHead, Measured]:
         """The head with the highest held-out acceptance length so far, and its measurement."""
-        best = load_checkpoint(self._best_path, self.target.device)
+        best = load_checkpoint(self._best_path, self.target.device, _BEST)
         with checkpointed(self._best_path):
             self.head.load_state_dict(best["head"])
             return self.head, Measured(Acceptance(best["rounds"], tuple(best["kept"])), best["expected"])
@@ -308,8 +312,8 @@ class Trainer:
         path = self._directory / "checkpoint.pt"
         if not path.is_file():
             return False
-        state = load_checkpoint(path, self.target.device)
-        if not isinstance(state, dict) or state.get("fingerprint") != self._fingerprint:
+        state = load_checkpoint(path, self.target.device, _STATE)
+        if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"{path}: is of a run with other settings or data, or from another first head; choose another "
                 f"--out, or remove {self._directory} to start again"
