@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.files import cache_directory, remove
+from fastmtp.holding import is_held
 
 # The kinds, what they are, and the patterns of their files.
 KINDS = {
     "models": ("models fetched by name", ("*.gguf", ".*.fetch/*")),
-    "packed": ("weights as the native engine maps them", ("packed/*",)),
-    "llama.cpp": ("models for comparisons, in llama.cpp's types", ("llama.cpp/*",)),
-    "tokenizers": ("tokenizers of GGUF files", ("tokenizers/*",)),
-    "benchmarks": ("benchmark prompts", ("fastmtp7/*",)),
-    "costs": ("timings of this machine", ("costs-*.json", "plan-*.json")),
+    "packed": ("weights as the native engine maps them", ("packed/**/*",)),
+    "llama.cpp": ("models for comparisons, in llama.cpp's types", ("llama.cpp/**/*",)),
+    "tokenizers": ("tokenizers of GGUF files", ("tokenizers/**/*",)),
+    "benchmarks": ("benchmark prompts", ("fastmtp7/*", ".fastmtp7.*.tmp/**/*")),
+    "costs": ("timings of this machine", ("costs-*.json", ".costs-*.tmp/*", "plan-*.json", ".plan-*.tmp/*")),
 }
 
 
@@ -45,14 +46,19 @@ def clear(kinds: Iterable[str]) -> int:
     """Remove the files of some kinds; returns how many bytes that were.
 
     Raises:
-        OSError: a file cannot be removed.
+        OSError: a file cannot be removed, or another process is making one; then nothing was removed.
     """
     wanted = set(kinds)
     files = [file for file in contents() if file.kind in wanted]
     for file in files:
+        if (file.path.name == "lock" or file.path.suffix == ".lock") and is_held(file.path):
+            raise OSError(
+                f"{file.path.parent}: another process is writing there; wait until it ends, and clear then"
+            )
+    for file in files:
         remove(file.path)
-        if file.path.parent != cache_directory():
-            # The last one takes the directory with it.
+        # The last one takes the directories with it.
+        for parent in file.path.relative_to(cache_directory()).parents[:-1]:
             with suppress(OSError):
-                file.path.parent.rmdir()
+                (cache_directory() / parent).rmdir()
     return sum(file.size for file in files)

@@ -149,7 +149,7 @@ def plan(
     other = _other_minutes(facts)
     found = [
         Stage("distill", Distill(target, out / "data", distill_config(answering, facts)), answering, ()),
-        Stage("train", train, training, ("head", ".head.tmp", "head.training")),
+        Stage("train", train, training, ("head", "head.training")),
         Stage("vocabulary", Vocabulary(target, head, data, VocabularyConfig(size="auto")), other["vocabulary"], ()),
         Stage("bench", Bench(target, head, 2, _BENCH_TOKENS, out / "bench"), other["bench"], ("bench",)),
         Stage("export", Export(engine, target, head, out / engine), other["export"], (engine,)),

@@ -17,6 +17,7 @@ from fastmtp.evaluate.lists import WrittenLists, build_lists
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.package import export_head
 from fastmtp.heads.checkpoint import ImportedHead, import_head
+from fastmtp.locking import sole_writer
 from fastmtp.progress import Progress
 from fastmtp.report.page import write_run
 from fastmtp.train.processes import Processes
@@ -39,7 +40,9 @@ class Settings(Protocol):
         """The arguments of the equivalent `fastmtp` command."""
         ...
 
-    def run(self, progress: Progress) -> Result: ...
+    def run(self, progress: Progress) -> Result:
+        """Raises OSError if somebody else is writing there."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Native:
         return _command("head", "import", **vars(self))
 
     def run(self, progress: Progress) -> ImportedHead:
-        return import_head(self.target, self.out)
+        with sole_writer(self.out):
+            return import_head(self.target, self.out)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class Distill:
         return _command("distill", target=self.target, out=self.out, **limits)
 
     def run(self, progress: Progress) -> DistillSummary:
-        engine = open_engine(self.target, for_throughput=True, progress=progress)
-        return distill(engine, self.config, self.out, None, progress)
+        with sole_writer(self.out):
+            engine = open_engine(self.target, for_throughput=True, progress=progress)
+            return distill(engine, self.config, self.out, None, progress)
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,18 @@ class Train:
         return [*command, "--compile"] if self.config.compile else command
 
     def run(self, progress: Progress) -> TrainSummary:
-        own = open_torch(self.target, for_throughput=True, progress=progress)
-        return train_head(
-            own.target,
-            self.data,
-            self.config,
-            self.out,
-            init=None if self.init is None else Path(self.init),
-            processes=Processes(),
-            engine=open_states_engine(own, progress=progress),
-            progress=progress,
-        )
+        with sole_writer(self.out):
+            own = open_torch(self.target, for_throughput=True, progress=progress)
+            return train_head(
+                own.target,
+                self.data,
+                self.config,
+                self.out,
+                init=None if self.init is None else Path(self.init),
+                processes=Processes(),
+                engine=open_states_engine(own, progress=progress),
+                progress=progress,
+            )
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ class Vocabulary:
     def run(self, progress: Progress) -> WrittenLists | NoLists:
         path = self.head / "vocabulary.json"
         try:
-            return build_lists(self.target, path, self.config, self.data, head=self.head, progress=progress)
+            with sole_writer(self.head):
+                return build_lists(self.target, path, self.config, self.data, head=self.head, progress=progress)
         except TooLittleTextError as error:
             # A small budget's answers; the head is worth measuring all the same.
             return NoLists(str(error))
@@ -140,8 +147,9 @@ class Bench:
     def run(self, progress: Progress) -> Document:
         settings = bench.Settings(self.max_new_tokens, 1, SamplingConfig())
         benchmark = bench.Benchmark(DraftOptions(self.head), settings, limit=self.limit)
-        found, _ = benchmark.run(open_engine(self.target, progress=progress), self.out, progress)
-        write_run(found, self.out)
+        with sole_writer(self.out):
+            found, _ = benchmark.run(open_engine(self.target, progress=progress), self.out, progress)
+            write_run(found, self.out)
         if found.summary.failed_cells or found.breaks_promise:
             raise ValueError(f"{self.out / 'report.html'}: an answer failed, or differs from plain decoding's")
         return found
@@ -160,7 +168,9 @@ class Export:
         return _command("export", to=self.engine, target=self.target, head=self.head, out=self.out)
 
     def run(self, progress: Progress) -> Manifest:
-        return export_head(self.engine, self.target, self.out, head=self.head, progress=progress)
+        # An export that was just written when the run was killed is written again.
+        with sole_writer(self.out):
+            return export_head(self.engine, self.target, self.out, head=self.head, force=True, progress=progress)
 
 
 def _command(*words: str, **options: object) -> list[str]:

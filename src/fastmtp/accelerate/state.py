@@ -16,7 +16,7 @@ from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import DataSet, token_count
 from fastmtp.errors import parsing
 from fastmtp.evaluate.records import from_json
-from fastmtp.files import read_json, remove, write_json
+from fastmtp.files import is_empty, read_json, remove, write_json
 from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
 
@@ -50,11 +50,13 @@ class State:
         self._data = DataSet([out / "data"], keep=True)
         if self._path.is_file():
             self._state: dict[str, Any] = read_json(self._path)
+            if not isinstance(self._state.get("stages"), dict) or "target" not in self._state:
+                raise ValueError(f"{self._path}: is not of `fastmtp accelerate`; choose another --out")
             with parsing(self._path, "remove it to plan again, or choose another --out"):
                 _check(self._state)
             if self._state["target"] != target:
                 raise ValueError(f"{out}: was made for {self._state['target']}; choose another --out for {target}")
-        elif out.is_dir() and any(out.iterdir()):
+        elif out.is_dir() and not is_empty(out):
             raise ValueError(f"{out}: is not empty and was not made by `fastmtp accelerate`; choose another --out")
         else:
             self._state = {"target": target, "stages": {}}

@@ -15,7 +15,7 @@ from fastmtp.cli.distill import tell_distilled
 from fastmtp.cli.export import exported
 from fastmtp.cli.fetching import yes_option
 from fastmtp.cli.head import tell_imported
-from fastmtp.cli.options import OUT_DIRECTORY, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, alone_in, finish, json_option
 from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.cli.train import trained
@@ -61,6 +61,7 @@ def accelerate(
     from fastmtp.accelerate.state import State
     from fastmtp.accelerate.tables import plan_json, plan_report
 
+    alone_in(out)
     state = State(out, target)
     facts = state.facts(TERMINAL)
     minutes = given or planning.default_minutes(facts)

@@ -12,6 +12,7 @@ from fastmtp.cli.options import (
     OUT_DIRECTORY,
     OUT_FILE,
     PATH,
+    alone_in,
     decoding_options,
     engine_options,
     finish,
@@ -92,6 +93,7 @@ def bench(
     settings = Settings(max_new_tokens, repeats, load_config(SamplingConfig, None, sampling))
     chosen = Benchmark(drafting, settings, suite, limit, against, vanilla or vanilla_head(target), strict)
     chosen.check(target, options, out, records=record is not None)
+    alone_in(out)
     on_stop(lambda: _kept(out))
     engine = open_engine(target, options, progress=TERMINAL)
     found, journal = chosen.run(engine, out, TERMINAL)

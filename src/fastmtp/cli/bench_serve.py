@@ -9,7 +9,15 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from fastmtp.cli.options import OUT_DIRECTORY, decoding_options, engine_options, finish, json_option, strict_option
+from fastmtp.cli.options import (
+    OUT_DIRECTORY,
+    alone_in,
+    decoding_options,
+    engine_options,
+    finish,
+    json_option,
+    strict_option,
+)
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, choose_engine
@@ -93,6 +101,7 @@ def bench_serve(
     from fastmtp.report import serving as tables
 
     chosen = Settings(**settings)
+    alone_in(out)
     if url is not None:
         for name in _OWN:
             if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:

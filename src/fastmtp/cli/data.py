@@ -14,6 +14,7 @@ from rich.text import Text
 from fastmtp.cli.options import (
     OUT_DIRECTORY,
     PATH,
+    alone_in,
     config_option,
     finish,
     json_option,
@@ -51,6 +52,7 @@ def clean(directory: Path, out: Path, strict: bool, config: Path | None, as_json
     from fastmtp.distill.clean import clean as run
     from fastmtp.distill.clean import told
 
+    alone_in(out)
     report = run(directory, out, chosen, TERMINAL, strict=strict)
     if not as_json:
         draw_cleaning(report, results_console())

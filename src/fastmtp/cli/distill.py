@@ -9,6 +9,7 @@ import click
 
 from fastmtp.cli.options import (
     OUT_DIRECTORY,
+    alone_in,
     config_option,
     engine_options,
     finish,
@@ -69,6 +70,7 @@ def distill(
 
     check(chosen, out, prompts, strict=strict)
     check_addresses(endpoints)
+    alone_in(out)
     on_stop(lambda: kept_answers(out))
     engine: Any = (
         Endpoints(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastmtp.cli.options import OUT_DIRECTORY, finish, head_option, json_option, target_option
+from fastmtp.cli.options import OUT_DIRECTORY, alone_in, finish, head_option, json_option, target_option
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.export.registry import GGUF_TYPES, MODULES
 
@@ -45,6 +45,7 @@ def export(
     """Write a head, and what else the engine needs, for another engine."""
     from fastmtp.export.package import export_head
 
+    alone_in(out)
     given = {name: value for name, value in options.items() if value not in (None, False)}
     manifest = export_head(
         engine, target, out, head=head, options=given, measured=measure, force=force, progress=TERMINAL

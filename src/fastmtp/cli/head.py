@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastmtp.cli.options import OUT_DIRECTORY, PATH, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, PATH, alone_in, finish, json_option
 
 if TYPE_CHECKING:
     from fastmtp.heads.checkpoint import ImportedHead
@@ -29,6 +29,7 @@ def import_(target: str, out: Path, as_json: bool) -> None:
     """Write the target's own MTP layer as a head directory, to decode with or to train on from."""
     from fastmtp.heads.checkpoint import import_head
 
+    alone_in(out)
     tell_imported(import_head(target, out), out, as_json)
 
 
@@ -49,6 +50,7 @@ def write_back(target: str, directory: Path, out: Path, as_json: bool) -> None:
     """Write the target with a head in place of its MTP layer: one new file, and links to the target's own."""
     from fastmtp.heads.checkpoint import write_back as run
 
+    alone_in(out)
     found = run(target, directory, out)
     finish(
         as_json,

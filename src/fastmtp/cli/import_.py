@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.options import OUT_DIRECTORY, PATH, finish, json_option
+from fastmtp.cli.options import OUT_DIRECTORY, PATH, alone_in, finish, json_option
 
 
 @click.command("import")
@@ -17,6 +17,7 @@ def import_(directory: Path, out: Path, as_json: bool) -> None:
     """Write the head of an export, DIRECTORY, as a head directory again."""
     from fastmtp.export.package import import_export
 
+    alone_in(out)
     exact = import_export(directory, out).exact
     bits = "bit for bit the exported head" if exact else "rounded by the export's type"
     finish(as_json, {"out": str(out), "exact": exact}, f"head in {out}, {bits}")

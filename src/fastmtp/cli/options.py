@@ -18,6 +18,7 @@ from fastmtp.cli.fetching import Command, yes_option
 from fastmtp.config import kind_of
 from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
+from fastmtp.locking import sole_writer
 
 PATH = click.Path(path_type=Path)
 
@@ -170,6 +171,17 @@ def settings_options(kind: type[Any], without: tuple[str, ...] = ()) -> Callable
         return command
 
     return decorate
+
+
+def alone_in(*paths: Path | None) -> None:
+    """Let nobody else write there until the command ends.
+
+    Raises:
+        OSError: somebody does; the message says who.
+    """
+    for path in paths:
+        if path is not None:
+            click.get_current_context().with_resource(sole_writer(path))
 
 
 def finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastmtp.cli.options import PATH, engine_options, finish, head_option, json_option
+from fastmtp.cli.options import PATH, alone_in, engine_options, finish, head_option, json_option
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.engines.open import EngineOptions, open_engine
 
@@ -46,6 +46,7 @@ def replay(
     if directory is None or (fit and head is None):
         raise ValueError("give --head DIR, the head that was recorded")
     check_head(directory)
+    alone_in(directory if fit else None)
     known = estimates.load(directory)
     answers = [one for path in recordings for one in recording.load(path)]
     engine = open_engine(target, options, progress=TERMINAL)

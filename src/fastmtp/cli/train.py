@@ -13,6 +13,7 @@ import click
 from fastmtp.cli.options import (
     OUT_DIRECTORY,
     PATH,
+    alone_in,
     config_option,
     device_option,
     finish,
@@ -92,6 +93,8 @@ def train(
     on_stop(lambda: _kept(outs, states, chosen.checkpoint_every))
     # Before the target is loaded: under torchrun it chooses this process's GPU.
     processes = Processes()
+    if processes.first:
+        alone_in(out, beside if vanilla else None)
     placed = "cpu" if shard_target else device
     own = open_torch(target, dtype, placed, for_throughput=True, progress=TERMINAL)
     states_engine = own if shard_target else open_states_engine(own, engine, device, TERMINAL)

@@ -10,6 +10,7 @@ import click
 from fastmtp.cli.options import (
     OUT_FILE,
     PATH,
+    alone_in,
     config_option,
     finish,
     json_option,
@@ -72,6 +73,7 @@ def build(
         check_head(head)
     check_data(data)
     check_texts(texts)
+    alone_in(head or path)
     tell_written(
         build_lists(target, path, chosen, DataSet(data, strict=strict), texts, head=head, progress=TERMINAL),
         as_json,

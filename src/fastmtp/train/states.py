@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.errors import writing
-from fastmtp.files import file_sha256, read_json, replacing, write_json
+from fastmtp.files import clear_leftovers, file_sha256, read_json, replacing, write_json
+from fastmtp.locking import locked
 from fastmtp.progress import QUIET, Progress
 from fastmtp.train.pace import Pace, steady_attention
 from fastmtp.train.processes import Processes
@@ -85,26 +87,31 @@ class StateCache:
         index = directory / "states.json"
         if not index.is_file():
             progress.say(self._announcement(target))
+        # Of two runs one computes, and the other waits.
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory / ".lock", "computes hidden states", progress) if processes.first else nullcontext():
             if processes.first:
-                write_json(index, {"fingerprint": fingerprint})
-        processes.wait()
-        if read_json(index).get("fingerprint") != fingerprint:
-            raise ValueError(
-                f"{directory}: holds the states of another target or other data; choose another directory"
-            )
-        missing = [start for start in shards if not self._is_whole(start)]
-        # No process writes a shard before all of them have listed the same missing ones.
-        processes.wait()
-        bar_of_all = progress.bar("hidden states", len(shards), len(shards) - len(missing))
-        with bar_of_all as bar, steady_attention():
-            for start in processes.share_of_forwards(missing):
-                # One text at a time, so that a state does not depend on its neighbours in a batch.
-                states = [states_of(engine, [text], target)[0] for text in texts[start : start + SHARD_TEXTS]]
-                states_TH = torch.cat(states).to("cpu", target.dtype)
-                if start in processes.share(missing):
-                    self._write(start, states_TH)
-                bar.advance(1, len(states_TH))
-        processes.wait()
+                clear_leftovers(directory)
+                if not index.is_file():
+                    write_json(index, {"fingerprint": fingerprint})
+            processes.wait()
+            if read_json(index).get("fingerprint") != fingerprint:
+                raise ValueError(
+                    f"{directory}: holds the states of another target or other data; choose another directory"
+                )
+            missing = [start for start in shards if not self._is_whole(start)]
+            # No process writes a shard before all of them have listed the same missing ones.
+            processes.wait()
+            bar_of_all = progress.bar("hidden states", len(shards), len(shards) - len(missing))
+            with bar_of_all as bar, steady_attention():
+                for start in processes.share_of_forwards(missing):
+                    # One text at a time, so that a state does not depend on its neighbours in a batch.
+                    states = [states_of(engine, [text], target)[0] for text in texts[start : start + SHARD_TEXTS]]
+                    states_TH = torch.cat(states).to("cpu", target.dtype)
+                    if start in processes.share(missing):
+                        self._write(start, states_TH)
+                    bar.advance(1, len(states_TH))
+            processes.wait()
 
     def __getitem__(self, index: int) -> Tensor:
         """The states [T, H] of one text."""
