@@ -89,6 +89,21 @@ def test_draws_are_those_of_decoding_one_by_one() -> None:
         assert drawn[row] == one_by_one.choose(logits[row].numpy(), own, int(positions[row]))
 
 
+def test_logits_are_the_targets(target: Target) -> None:
+    """After prompts that were read in chunks beside others, some of them padded, and after a step."""
+    texts = [random_ids(size, size) for size in (100, 64, 3)]
+    model = SlotModel(Target(deepcopy(target.model), target.tokenizer, target.source), 4, 128)
+    padded = torch.tensor([[*text[:-2], *[0] * (100 - len(text))] for text in texts])
+    with torch.inference_mode():
+        model.prefill(torch.tensor([2, 0, 3]), padded, 0)
+        for back in (2, 1):
+            tokens = torch.tensor([texts[1][-back], 0, texts[0][-back], texts[2][-back]])
+            logits = model.logits(tokens, torch.tensor([64 - back, 0, 100 - back, 3 - back]))
+    for text, row in zip(texts, (2, 0, 3), strict=True):
+        expected = target.logits(TorchEngine(target).forward([text])[0][-1])
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_slots_make_what_decoding_one_by_one_makes(target: Target, tmp_path: Path, in_slots: None) -> None:
     """Every family: own prompts and answers, sampled, with windows shorter than the texts."""
     target = talking(target.source.removeprefix("tiny-"))
@@ -212,11 +227,11 @@ def test_the_context_is_the_limit() -> None:
 
 def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that only begin so, one that is hardly more than it, and one that begins otherwise."""
-    target = talking("gemma3")
+    target = tiny_target("llama")
     common, lengths = random_ids(40), []
     alike = [[*common, *random_ids(more, more)] for more in (30, 90, 1, 2)]
     # The slot of the one that begins otherwise is the next one's.
-    asked = requests([*alike[:2], [5, 6, 7], alike[3], alike[2]], max_new_tokens=20)
+    asked = requests([*alike[:2], [5, 6, 7], alike[3], alike[2]], max_new_tokens=20, end_ids=frozenset())
     expected = completions(batch(target), asked, [])
     prefill = SlotModel.prefill
 
