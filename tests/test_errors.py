@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import resource
@@ -19,6 +20,7 @@ import torch
 from jinja2 import TemplateError
 from jinja2.sandbox import SecurityError
 
+import fastmtp
 from fastmtp.cli.main import main
 from fastmtp.distill.dataset import Exchange, ShardWriter, iter_exchanges
 from fastmtp.errors import parsing
@@ -142,6 +144,30 @@ def test_libraries_that_cannot_write_name_the_file(write: Any, name: str, tmp_pa
     with small_disk(4000), pytest.raises(OSError, match=name):
         write(tmp_path)
     assert list(tmp_path.rglob("*")) == []
+
+
+# Calls of libraries whose errors name no file, and what must be around each.
+AROUND = {"save_file": "writing", "torch.save": "writing", "pq.write_table": "writing", "load_file": "parsing"}
+SOURCES = Path(fastmtp.__file__).parent
+
+
+def _calls(node: ast.AST, around: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Each call of those names: the managers that it is in, and its line."""
+    if isinstance(node, ast.With):
+        managers = [item.context_expr for item in node.items]
+        around += tuple(ast.unparse(one.func) for one in managers if isinstance(one, ast.Call))
+    if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in AROUND:
+        yield name, around, node.lineno
+    for inner in ast.iter_child_nodes(node):
+        yield from _calls(inner, around)
+
+
+def test_every_call_of_a_library_that_names_no_file_is_wrapped() -> None:
+    # The script of an export runs without fastmtp.
+    sources = [path for path in SOURCES.rglob("*.py") if path.name != "generate_script.py"]
+    found = [(path, *call) for path in sources for call in _calls(ast.parse(path.read_text(encoding="utf-8")))]
+    assert {name for _, name, _, _ in found} == set(AROUND)
+    assert [f"{path}:{line}" for path, name, around, line in found if AROUND[name] not in around] == []
 
 
 @pytest.mark.parametrize(
