@@ -167,6 +167,11 @@ def not_unicode(text: str) -> str | None:
     return f"is not valid Unicode: half of a surrogate pair, or a byte that is not UTF-8 (U+{ord(found[0]):04X})"
 
 
+def in_one_line(text: str) -> str:
+    """What a model or a server said, as an error may show it: nothing in it moves the cursor."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
     """A file as text; bytes that are no text become lone surrogates."""

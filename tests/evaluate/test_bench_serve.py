@@ -7,18 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
+import h11
 import psutil
 import pytest
 
 from fastmtp.cli.main import main
 from fastmtp.evaluate.serving import bench
-from fastmtp.evaluate.serving.clients import Request, Server
+from fastmtp.evaluate.serving.clients import Request, Server, described
 from fastmtp.evaluate.serving.competitors import ways
 from fastmtp.evaluate.serving.figures import Pass, Quantiles, Reply, by_level, compare, figures
 from fastmtp.evaluate.serving.questions import JSON, TEXT, questions
@@ -287,3 +289,17 @@ class TestOwnServer:
         finally:
             for one in filter(psutil.Process.is_running, [process, *children]):
                 one.kill()
+
+
+def test_credentials_go_to_the_server_and_nowhere_else() -> None:
+    """They and the query are part of the request, and of no error."""
+    server = Server("server", "http://user:hunter2@127.0.0.1:1/v1?token=tok3n")
+    sent = server._sent(h11.Connection(h11.CLIENT), Request("q", {})).lower()
+    assert sent.startswith(b"post /v1/chat/completions?token=tok3n http/1.1\r\nhost: 127.0.0.1:1\r\n")
+    assert b"authorization: basic " + b64encode(b"user:hunter2").lower() in sent
+    with pytest.raises(ValueError, match=r"^--url http://127\.0\.0\.1:1: no server that tells") as described_as:
+        described(server.address)
+    with pytest.raises(ValueError, match=r"^server at http://127\.0\.0\.1:1: the connection broke") as asked:
+        server.ask_all([Request("q", {})], 1, 0, QUIET.bar("", 1).__enter__())
+    for error in (described_as, asked):
+        assert "hunter2" not in str(error.value) and "tok3n" not in str(error.value)

@@ -25,7 +25,7 @@ from fastmtp.decode.batch import Completion, Request
 from fastmtp.distill.prompts import user
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
-from fastmtp.rows import not_unicode
+from fastmtp.rows import in_one_line, not_unicode
 
 _OK, _PATH = 200, "/v1/completions"
 # Wrong key, address or model: another try does not help, unless the endpoint has answered before.
@@ -34,8 +34,8 @@ _HOPELESS = (401, 403, 404, 405)
 _AGAIN = (408, 425, 429)
 # The endpoint works but wants fewer requests.
 _BUSY = (429, 503)
-# How often one request may be told so by an endpoint that answers others.
-_BUSY_TRIES = 100
+# How often one request may be told so by an endpoint that answers others, and how often the wait doubles then.
+_BUSY_TRIES, _DOUBLED = 30, 4
 # Longer waits are told.
 _TOLD_SECONDS = 5.0
 # Of answers that were not written to an end or to the limit.
@@ -44,10 +44,16 @@ _BROKEN_OFF = ("abort", "error", "content_filter")
 
 @dataclass
 class _Endpoint:
-    """`ready_at`: it asked to be left alone until then."""
+    """
+    Attributes:
+        running: requests that are given to it.
+        asked: those of them that were sent and have no reply yet.
+        ready_at: it asked to be left alone until then.
+    """
 
     address: Address
     running: int = 0
+    asked: int = 0
     answered_at: float = 0.0
     ready_at: float = 0.0
     dead: str = ""
@@ -182,11 +188,13 @@ class Endpoints:
         while tries <= self._retries and busy < _BUSY_TRIES:
             if tries or busy:
                 # Jitter keeps requests that failed together from coming back together.
-                await asyncio.sleep(self._wait * 2 ** max(0, tries - 1) * random.uniform(0.5, 1.5))
+                doubled = tries - 1 if not busy else min(tries + busy - 1, _DOUBLED)
+                await asyncio.sleep(self._wait * 2**doubled * random.uniform(0.5, 1.5))
             while not endpoint.dead and (left := endpoint.ready_at - clock()) > 0:
                 await asyncio.sleep(left)
             if endpoint.dead:
                 return None
+            endpoint.asked += 1
             try:
                 choice = await _post(client, endpoint, self._body(request))
                 completion = self._completion(request, choice)
@@ -200,13 +208,15 @@ class Endpoints:
                     break
                 self._leave_alone(endpoint, clock(), error.seconds)
                 # An endpoint that answers others meanwhile will answer this one too.
-                if error.busy and endpoint.answered_at > alive_at:
+                if error.busy and (endpoint.asked > 1 or endpoint.answered_at > alive_at):
                     tries, busy, alive_at = 0, busy + 1, clock()
                 else:
                     tries += 1
             else:
                 endpoint.answered_at = clock()
                 return completion
+            finally:
+                endpoint.asked -= 1
         # It has answered others since, so the cause is this request.
         if endpoint.answered_at > failed_at:
             raise _RefusedError(f"{shown}: {reason}")
@@ -285,7 +295,7 @@ async def _post(client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str,
         if choice is None:
             raise _MalformedError("its reply is not that of an OpenAI-compatible completions server")
         return choice
-    reason = f"HTTP {status}: {' '.join(response.text.split())[:200]}"
+    reason = f"HTTP {status}: {in_one_line(response.text)[:200]}"
     if 400 <= status < 500 and status not in (*_HOPELESS, *_AGAIN):
         raise _RefusedError(f"{endpoint.address.shown}: {reason}")
     raise _FailedError(

@@ -13,7 +13,7 @@ from fastmtp.distill.own_prompts import Opening, UserTurn
 from fastmtp.distill.prompts import Prompt
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import Progress
-from fastmtp.rows import RowError
+from fastmtp.rows import RowError, in_one_line
 
 # That none of so many prompts came to an end is said. The run stops when every place has had so many.
 _DOZEN, _ROUNDS = 12, 5
@@ -32,7 +32,8 @@ def prompt_ids(target: TargetInfo, prompt: Prompt) -> list[int]:
         target.room(len(ids), 1)
     # A chat template is a program, and may fail in any way.
     except Exception as error:
-        raise RowError(f"{prompt.where}: cannot be asked: {error or type(error).__name__}") from error
+        why = in_one_line(str(error)) or type(error).__name__
+        raise RowError(f"{prompt.where}: cannot be asked: {why}") from error
     answer = prompt.answer_ids or []
     size, total = target.vocabulary_size, len(ids) + len(answer)
     unknown = next((token for token in answer if not 0 <= token < size), None)

@@ -70,11 +70,12 @@ def count(
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """Raises FileNotFoundError if a text, FILE or LABEL=FILE, is not there."""
+    """Raises FileNotFoundError if a text, FILE or LABEL=FILE, is not there; ValueError if it is of a wrong kind."""
     for text in texts:
         path = Path(text.rpartition("=")[2])
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text file")
+        form_of(path)
 
 
 def _label(prompt: str, answer: str) -> str:

@@ -27,7 +27,7 @@ from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
-from fastmtp.rows import Skipped
+from fastmtp.rows import Skipped, in_one_line
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _prompt(target: TargetInfo, messages: list[dict[str, str]]) -> tuple[list[in
         return target.encode_chat(messages), None
     # A chat template is a program, and may fail in any way.
     except Exception as error:
-        return [], Failure(f"cannot be asked: {error or type(error).__name__}")
+        return [], Failure(f"cannot be asked: {in_one_line(str(error)) or type(error).__name__}")
 
 
 def _head_sha256(target: str, head: Path | None) -> str | None:
