@@ -347,7 +347,7 @@ def _end_token(target: TargetInfo) -> int:
     marker = "the-answer-goes-here"
     if target.tokenizer.chat_template:
         messages = [*user("question"), {"role": "assistant", "content": marker}]
-        _, _, after = target.tokenizer.apply_chat_template(messages, tokenize=False).partition(marker)
+        _, _, after = target.chat_text(messages).partition(marker)
         ids = target.tokenizer.encode(after, add_special_tokens=False)[:1]
         if set(ids) <= target.end_ids and ids:
             return int(ids[0])

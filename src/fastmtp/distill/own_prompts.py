@@ -10,10 +10,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
-
 from fastmtp.distill.prompts import user
 from fastmtp.models.info import TargetInfo
+from fastmtp.models.templates import TemplateError
 
 
 @dataclass(frozen=True)
@@ -182,11 +181,10 @@ class UserTurn:
         """The template's text before and after the user's words."""
         marker = "user-turn-goes-here"
         messages = [{"role": "system", "content": system}] if system else []
-        template = self.target.tokenizer.apply_chat_template
         try:
-            text = template(messages + user(marker), tokenize=False, add_generation_prompt=True)
+            text = self.target.chat_text(messages + user(marker), reply=True)
         except TemplateError:
             # Some templates refuse a system message; then only the opening words steer.
-            text = template(user(marker), tokenize=False, add_generation_prompt=True)
+            text = self.target.chat_text(user(marker), reply=True)
         before, _, after = text.partition(marker)
         return before, after

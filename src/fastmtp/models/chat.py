@@ -1,11 +1,14 @@
-"""Chat templates: jinja2 with the extensions, filters and functions that transformers provides."""
+"""Chat templates: jinja2 with the extensions, filters and functions that transformers provides.
+
+Only the process for templates (template_process.py) calls this.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, Template, TemplateError, nodes
@@ -39,7 +42,7 @@ def render(
         named: special tokens that the template knows by name.
         tools: functions that the model may call, as OpenAI describes them.
     Raises:
-        jinja2.TemplateError: the template is invalid, or refuses the conversation.
+        Exception: any; the template is invalid, refuses the conversation, or fails.
     """
     return _compiled(template).render(
         messages=[dict(message) for message in messages],
@@ -69,10 +72,20 @@ def _environment() -> Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 
 from fastmtp.models.config import ids_of
+from fastmtp.models.templates import TemplateError, TemplateLimitError
 from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.rows import not_unicode
 
@@ -103,8 +103,10 @@ class TargetInfo:
         marker = "the answer"
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError):
+            text = self.chat_text(messages)
+        except TemplateLimitError:
+            raise
+        except TemplateError:
             return set()
         ids = self.tokenizer.encode(text.partition(marker)[2], add_special_tokens=False)[:1]
         added = self.tokenizer.added_tokens_decoder
@@ -128,8 +130,18 @@ class TargetInfo:
         """
         if not self.tokenizer.chat_template:
             return self.encode("\n\n".join(message["content"] for message in messages))
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        return self.encode(text, special=False)
+        return self.encode(self.chat_text(messages, reply=reply), special=False)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, reply: bool = False) -> str:
+        """A conversation in the model's chat template, with the start of a reply if `reply`.
+
+        Raises:
+            TemplateError: the template refuses the conversation, or exceeds a limit; the message names the model.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        except TemplateError as error:
+            raise type(error)(f"{self.source}: {error}") from None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts around every text, as a first token.

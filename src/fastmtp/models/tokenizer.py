@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from fastmtp.files import read_json, write_json
-from fastmtp.models.chat import render
+from fastmtp.models.templates import render
 
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -78,17 +78,23 @@ class Tokenizer:
         return self._id("pad")
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The text of a conversation.
 
         Raises:
             ValueError: there is no chat template.
-            jinja2.TemplateError: the template refuses the conversation.
+            fastmtp.models.templates.TemplateError: the template refuses the conversation, or exceeds a limit.
         """
         if tokenize or not self.chat_template:
             raise ValueError("a chat template gives text, and only where there is one")
-        return render(self.chat_template, messages, reply=add_generation_prompt, named=self.named_tokens)
+        return render(
+            self.chat_template, messages, reply=add_generation_prompt, named=self.named_tokens, tools=tools
+        )
 
     def save_pretrained(self, directory: Path) -> None:
         """Write the files from which Hugging Face libraries read a tokenizer."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.grammar import check_grammar
 from fastmtp.decode.sampling import derived_seed
+from fastmtp.models.templates import TemplateError
 from fastmtp.serve.constraints import offered
 from fastmtp.serve.conversation import plain, taught
 from fastmtp.serve.errors import ApiError, invalid
@@ -18,7 +20,6 @@ from fastmtp.serve.requests import Request
 from fastmtp.serve.schema import ChatBody, CompletionBody, Message
 from fastmtp.serve.service import Service
 from fastmtp.serve.styles import takes_tools
-from fastmtp.serve.templates import TemplateError
 
 # What OpenAI's text completions give where a request names no length.
 COMPLETION_TOKENS = 16
@@ -84,13 +85,14 @@ async def completion_requests(service: Service, body: CompletionBody) -> list[Re
 async def chat_tokens(service: Service, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
     """A conversation in the chat template, with the start of a reply."""
     told, shown = plain(messages), [tool.shown() for tool in tools]
-    template = service.target.tokenizer.chat_template
-    if not takes_tools(template):
+    tokenizer = service.target.tokenizer
+    if not takes_tools(tokenizer.chat_template):
         told, shown = taught(told, shown), []
-    if not template:
+    if not tokenizer.chat_template:
         return await _encoded("messages", service.target.encode_chat, told)
     try:
-        text = await service.templates.render(told, shown)
+        render = partial(tokenizer.apply_chat_template, told, add_generation_prompt=True, tools=shown)
+        text = await asyncio.get_running_loop().run_in_executor(service.rendering, render)
     except TemplateError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
     return await text_tokens(service, text, special=False, param="messages")

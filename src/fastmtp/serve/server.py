@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from fastmtp.serve.app import Endpoints
 from fastmtp.serve.security import guards
 from fastmtp.serve.service import Service
+from fastmtp.serve.styles import takes_tools
 
 # uvicorn closes connections beyond these with a line of plain text; requests have a smaller limit (security.py).
 MAX_CONNECTIONS = 2048
@@ -122,8 +123,8 @@ class Server(uvicorn.Server):
         self._begun = asyncio.create_task(self._begin())
         yield
         if self._service is not None:
-            self._service.compiling.shutdown(wait=False, cancel_futures=True)
-            await self._service.templates.close()
+            for pool in (self._service.compiling, self._service.rendering):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     async def _begin(self) -> None:
         loaded: Future[Service] = Future()
@@ -131,8 +132,8 @@ class Server(uvicorn.Server):
         Thread(target=self._run_load, args=(loaded,), name="load", daemon=True).start()
         try:
             service = await asyncio.wrap_future(loaded)
-            if service.target.tokenizer.chat_template:
-                await service.templates.start()
+            # Starts the process for chat templates, so that no conversation waits for it.
+            await asyncio.to_thread(takes_tools, service.target.tokenizer.chat_template)
             service.scheduler.start()
         except Exception as error:
             self.error, self.should_exit = error, True

@@ -13,7 +13,6 @@ from fastmtp.serve.constraints import Constraints
 from fastmtp.serve.metrics import Metrics
 from fastmtp.serve.pieces import Pieces
 from fastmtp.serve.styles import Style, style_of
-from fastmtp.serve.templates import Templates
 
 
 @dataclass
@@ -55,5 +54,6 @@ class Service:
         return ThreadPoolExecutor(1, "grammar")
 
     @cached_property
-    def templates(self) -> Templates:
-        return Templates(self.target.tokenizer)
+    def rendering(self) -> ThreadPoolExecutor:
+        """For conversations, which the process for chat templates takes one after the other."""
+        return ThreadPoolExecutor(1, "template")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
-from jinja2 import TemplateError
-
-from fastmtp.models.chat import variables
+from fastmtp.models.templates import TemplateError, variables
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ def style_of(template: str | None) -> Style | None:
     return None
 
 
+@cache
 def takes_tools(template: str | None) -> bool:
     """Whether it shows tools to the model."""
     try:

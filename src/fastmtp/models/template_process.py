@@ -1,7 +1,7 @@
-"""A process of its own that renders chat templates: `python -m fastmtp.serve.render`.
+"""A process of its own that renders chat templates: `python -m fastmtp.models.template_process`.
 
 Templates come with models, and messages with requests; together they may take for ever or fill the memory. Here
-they can be killed. A line of JSON on standard input is a conversation, a line on standard output its text.
+they can be killed. A line of JSON on standard input is a job, a line on standard output its result.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from fastmtp.models.chat import render
+from fastmtp.models.chat import render, variables
 
 MEMORY = 1 << 30
 MAX_CHARACTERS = 1 << 24
 
 
 def main() -> None:
-    """Render until standard input ends: then the server is gone, and whatever is under way ends at once."""
+    """Work until standard input ends: then the parent is gone, and whatever is under way ends at once."""
     _limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -30,15 +30,21 @@ def main() -> None:
 
 def _answer(job: dict[str, Any]) -> None:
     try:
-        text = render(job["template"], job["messages"], reply=True, named=job["named"], tools=job["tools"])
-        reply = {"text": text} if len(text) <= MAX_CHARACTERS else {"error": "it makes too long a text"}
+        reply = _result(job)
     except TemplateError as error:
-        reply = {"error": str(error)}
+        reply = {"refused": str(error)}
     except MemoryError:
-        reply = {"error": "it needs too much memory"}
+        reply = {"exceeded": "needs too much memory"}
     except Exception as error:  # a template is a program, and may fail in any way
-        reply = {"error": f"{type(error).__name__}: {error}"}
+        reply = {"refused": f"{type(error).__name__}: {error}"}
     print(json.dumps(reply), flush=True)
+
+
+def _result(job: dict[str, Any]) -> dict[str, Any]:
+    if "messages" not in job:
+        return {"variables": sorted(variables(job["template"]))}
+    text = render(job["template"], job["messages"], reply=job["reply"], named=job["named"], tools=job["tools"])
+    return {"text": text} if len(text) <= MAX_CHARACTERS else {"exceeded": "makes too long a text"}
 
 
 def _limit_memory() -> None:
