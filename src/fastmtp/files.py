@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -221,6 +221,28 @@ def file_identity(path: Path) -> str:
             stream.seek(place)
             digest.update(stream.read(64))
     return digest.hexdigest()
+
+
+def check_links(paths: Iterable[Path]) -> None:
+    """Raises ValueError if one of these files is a symbolic link out of its directory.
+
+    Models, heads and exports come from others, and what is read or copied from their directories must be theirs. In
+    a Hugging Face cache the files of a snapshot are links to blobs, which may be followed.
+    """
+    for path in paths:
+        if path.is_symlink() and not _stays(path):
+            raise ValueError(
+                f"{path}: is a link to {os.path.realpath(path)}, which is outside the directory; put the file "
+                "itself there, or a hard link to it"
+            )
+
+
+def _stays(link: Path) -> bool:
+    directory = Path(os.path.realpath(link.parent))
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parent.parent / "blobs")
+    return any(Path(os.path.realpath(link)).is_relative_to(one) for one in allowed)
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -105,14 +107,14 @@ def test_round_trip_changes_no_bit(made: Made, tmp_path: Path) -> None:
         assert torch.equal(new[key], tensor), key
 
 
-def test_overlay_is_links_and_one_file(made: Made, tmp_path: Path) -> None:
-    """The new file has the head's tensors and sorts last, the other weights are links, nothing else is missing."""
+def test_overlay_is_hard_links_and_one_file(made: Made, tmp_path: Path) -> None:
+    """The new file has the head's tensors and sorts last, nothing is missing, and there are no symbolic links."""
     import_head(str(made.directory), tmp_path / "head")
     write_back(str(made.directory), tmp_path / "head", tmp_path / "overlay")
     weights = sorted(path.name for path in (tmp_path / "overlay").glob("*.safetensors"))
     assert weights == ["model-00001-of-00001.safetensors", "mtp.safetensors"]
-    assert (tmp_path / "overlay" / weights[0]).resolve() == (made.directory / "model.safetensors").resolve()
-    assert not (tmp_path / "overlay" / weights[1]).is_symlink()
+    assert (tmp_path / "overlay" / weights[0]).samefile(made.directory / "model.safetensors")
+    assert not any(path.is_symlink() for path in (tmp_path / "overlay").iterdir())
     files = Checkpoint(tmp_path / "overlay").files
     assert {key for key, name in files.items() if name == weights[1]} == load_file(
         tmp_path / "overlay" / weights[1]
@@ -127,9 +129,23 @@ def test_overlay_of_an_overlay(tmp_path: Path) -> None:
     import_head(str(made.directory), head)
     write_back(str(made.directory), head, tmp_path / "one")
     write_back(str(tmp_path / "one"), head, tmp_path / "two")
-    assert not (tmp_path / "two" / "mtp.safetensors").is_symlink()
+    assert not (tmp_path / "two" / "mtp.safetensors").samefile(tmp_path / "one" / "mtp.safetensors")
     linked = tmp_path / "two" / "model-00001-of-00001.safetensors"
-    assert linked.resolve() == (made.directory / "model.safetensors").resolve()
+    assert linked.samefile(made.directory / "model.safetensors")
+
+
+def test_overlay_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where hard links cannot be made the files are copied."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    made = checkpoint("mimo")
+    import_head(str(made.directory), tmp_path / "head")
+    monkeypatch.setattr(os, "link", refuse)
+    write_back(str(made.directory), tmp_path / "head", tmp_path / "overlay")
+    copied = tmp_path / "overlay" / "model-00001-of-00001.safetensors"
+    assert copied.read_bytes() == (made.directory / "model.safetensors").read_bytes()
 
 
 def test_another_head_changes_the_head_only(tmp_path: Path) -> None:

@@ -182,8 +182,8 @@ def test_indices_that_contradict_their_files_are_refused(tmp_path: Path, engine:
     for index, message in (
         ({}, "weight_map is None, must be an object"),
         ({"weight_map": [first]}, "weight_map is .*must be an object"),
-        ({"weight_map": {**files, early: 7}}, "names 7, which is not a file of the directory"),
-        ({"weight_map": {**files, early: ".."}}, r"names '\.\.', which is not a file of the directory"),
+        ({"weight_map": {**files, early: 7}}, "names 7, which is not a safetensors file of the directory"),
+        ({"weight_map": {**files, early: ".."}}, r"names '\.\.', which is not a safetensors file of the directory"),
         ({"weight_map": {**files, early: "elsewhere.safetensors"}}, "elsewhere.safetensors: no such file"),
         ({"weight_map": {**files, early: second}}, f"places {early} in {second}, but it is in {first}"),
         ({"weight_map": {**files, "more": second}}, f"places more in {second}, but it is in no file"),

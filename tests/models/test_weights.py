@@ -104,13 +104,21 @@ def test_a_stored_lm_head_is_used_though_the_configuration_ties_it(directory: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["../../evil.safetensors", "../evil.safetensors", "/etc/evil.safetensors", "sub/evil.safetensors"]
+    "name",
+    [
+        "../../evil.safetensors",
+        "../evil.safetensors",
+        "/etc/evil.safetensors",
+        "sub/evil.safetensors",
+        "evil.json",
+        "..evil",
+    ],
 )
 def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
     index = {"weight_map": {"x": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for read in (lambda path: SafetensorsWeights(weight_paths(path)), Checkpoint):
-        with pytest.raises(ValueError, match=r"evil.*which is not a file of the directory"):
+        with pytest.raises(ValueError, match=r"evil.*which is not a safetensors file of the directory"):
             read(tmp_path)
 
 

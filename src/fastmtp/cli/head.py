@@ -47,7 +47,7 @@ def tell_imported(found: ImportedHead, out: Path, as_json: bool) -> None:
 @click.option("--out", type=OUT_DIRECTORY, required=True, help="model directory to write")
 @json_option
 def write_back(target: str, directory: Path, out: Path, as_json: bool) -> None:
-    """Write the target with a head in place of its MTP layer: one new file, and links to the target's own."""
+    """Write the target with a head in place of its MTP layer: one new file, and hard links to the others."""
     from fastmtp.heads.checkpoint import write_back as run
 
     alone_in(out)
@@ -55,5 +55,5 @@ def write_back(target: str, directory: Path, out: Path, as_json: bool) -> None:
     finish(
         as_json,
         {**asdict(found), "out": str(out)},
-        f"{found.tensors} tensors in {found.file}, model in {out}; it needs {target} where it is",
+        f"{found.tensors} tensors in {found.file}, model in {out}",
     )

@@ -32,9 +32,8 @@ def write(job: Job, directory: Path) -> None:
 def guide(job: Job) -> str:
     return f"""## Use
 
-This directory is `{job.target.source}` with the head in place of its MTP layer. Its other files are
-links, so keep the target where it is. Give it to an engine as the model, with the engine's own switch for
-multi-token prediction, e.g.
+This directory is `{job.target.source}` with the head in place of its MTP layer. Give it to an engine as the
+model, with the engine's own switch for multi-token prediction, e.g.
 
     vllm serve DIR --speculative-config '{{"method": "mtp", "num_speculative_tokens": {job.draft_steps}}}'"""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import inspect
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ CONVENTION = (
     "token of t + 1 are put at position t. Drafts come from all of the head's lists together (`draft_ids`)."
 )
 DRAFTS_FROM = "union"
-_IDS = "draft_ids"
+_IDS, _SCRIPT = "draft_ids", Path("custom_generate", "generate.py")
 
 
 def check(job: Job) -> None:
@@ -52,12 +54,32 @@ def write(job: Job, directory: Path) -> None:
     }
     with writing(directory / FILE):
         save_file(tensors, directory / FILE, metadata=facts)
-    (directory / "custom_generate").mkdir()
+    (directory / _SCRIPT).parent.mkdir()
     # transformers runs a copy of the script, which cannot find the export's directory by itself.
-    script = inspect.getsource(generate_script).replace(
-        'DIRECTORY = ""', f"DIRECTORY = {str(job.out.absolute())!r}"
-    )
-    (directory / "custom_generate" / "generate.py").write_text(script)
+    (directory / _SCRIPT).write_text(_script(repr(str(job.out.absolute()))), encoding="utf-8")
+
+
+def _script(place: str) -> str:
+    return inspect.getsource(generate_script).replace('DIRECTORY = ""', f"DIRECTORY = {place}")
+
+
+def check_script(directory: Path) -> None:
+    """Raises ValueError if the script of an export is not ours: running it would run a stranger's code."""
+    path = directory / _SCRIPT
+    script = path.read_text(encoding="utf-8") if path.is_file() else ""
+    place = re.search(r"^DIRECTORY = (.*)$", script, re.MULTILINE)
+    if place is None or not _is_text(place[1]) or script != _script(place[1]):
+        raise ValueError(
+            f"{path}: is not what this fastmtp writes, so it is not run; read it, or write the export again"
+        )
+
+
+def _is_text(source: str) -> bool:
+    try:
+        value = ast.literal_eval(source)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+    return isinstance(value, str) and repr(value) == source
 
 
 def guide(job: Job) -> str:
@@ -91,6 +113,7 @@ def read_head(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def verify(directory: Path, manifest: Manifest) -> Verification:
+    check_script(directory)
     target, steps = load_target(manifest.target.source), manifest.head.draft_steps
     drafting = {"custom_generate": str(directory), "trust_remote_code": True, "mtp_head": str(directory)}
     parts, same, seconds = [], [], {"plain": 0.0, "drafting": 0.0}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmtp.decode.drafting import estimates
 from fastmtp.errors import writing
+from fastmtp.export import hugging_face
 from fastmtp.export.engines import Engine
 from fastmtp.export.job import Job, open_job
 from fastmtp.export.manifest import (
@@ -26,12 +27,13 @@ from fastmtp.export.manifest import (
 )
 from fastmtp.export.measure import measure_job
 from fastmtp.export.registry import engine_named
-from fastmtp.files import file_sha256, is_empty, recover, replacing, write_json
+from fastmtp.files import check_links, file_sha256, is_empty, recover, replacing, write_json
 from fastmtp.heads import format as head_format
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 
+_DTYPES = {"bfloat16", "float16", "float32"}
 # Files of a head directory besides its tensors, which `import` copies back.
 _KEPT = ("config.json", "vocabulary.json", estimates.FILE, "provenance.json")
 
@@ -118,9 +120,12 @@ def open_export(directory: Path) -> tuple[Manifest, Engine]:
 
     Raises:
         FileNotFoundError: the directory is not an export.
-        ValueError: the manifest is damaged, of a later version, or for an unknown engine.
+        ValueError: the manifest is damaged, of a later version, or for an unknown engine; or a link leaves the
+            directory.
     """
     manifest = read_manifest(directory)
+    parts = [directory, directory / "head", directory / hugging_face.TARGET]
+    check_links(path for part in parts if part.is_dir() for path in part.iterdir())
     try:
         return manifest, engine_named(manifest.engine)
     except ValueError as error:
@@ -160,6 +165,8 @@ def _cast(tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor
     if set(tensors) != set(dtypes):
         differing = ", ".join(sorted(set(tensors) ^ set(dtypes)))
         raise ValueError(f"the export's head has other tensors than the head that was exported: {differing}")
+    if strange := sorted(set(dtypes.values()) - _DTYPES):
+        raise ValueError(f"{MANIFEST}: head.dtypes names {strange[0]!r}; a head has {', '.join(sorted(_DTYPES))}")
     return {name: tensors[name].to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmtp.config import MOST_STEPS
 from fastmtp.errors import writing
-from fastmtp.files import read_json, recover, replacing, write_json
+from fastmtp.files import check_links, read_json, recover, replacing, write_json
 from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
 from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.weights import SafetensorsWeights, Weights
@@ -115,13 +115,14 @@ def read_head(directory: Path, target: TargetInfo, shapes: Mapping[str, tuple[in
 
 
 def check_head(directory: Path) -> None:
-    """Raises FileNotFoundError if a directory holds no head, of whatever target."""
+    """Raises FileNotFoundError if a directory holds no head, of whatever target, ValueError if a link leaves it."""
     recover(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such head directory")
     for name in ("config.json", "model.safetensors", "vocabulary.json"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory}: is no head directory; it has no {name}")
+    check_links(directory.iterdir())
 
 
 def read_description(directory: Path, target: TargetInfo) -> tuple[VocabularyLists, int]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmtp.errors import writing
-from fastmtp.files import recover, replacing, write_json
+from fastmtp.files import check_links, recover, replacing, write_json
 from fastmtp.models.safetensors_file import INDEX, SINGLE, no_weights, read_index
 
 
@@ -65,18 +65,20 @@ def _opened(path: Path) -> Iterator[Any]:
 def write_overlay(
     checkpoint: Checkpoint, tensors: Mapping[str, Tensor], out: Path, provenance: dict[str, Any]
 ) -> str:
-    """Write the checkpoint with some tensors replaced: one new file, and symbolic links to the other files.
+    """Write the checkpoint with some tensors replaced: one new file, and hard links to the other files.
 
-    JSON files are copied, and `provenance` is written as provenance.json.
+    On another file system they are copies, and JSON files always are; `provenance` is written as provenance.json.
 
     Returns:
         The new file's name.
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists, or a file of the checkpoint is a link out of its directory.
     """
     recover(out)
     if out.exists():
         raise ValueError(f"{out}: exists; choose another --out")
+    originals = [path for path in sorted(checkpoint.directory.iterdir()) if path.is_file()]
+    check_links(originals)
     kept = {key: name for key, name in checkpoint.files.items() if key not in tensors}
     # Engines read all files in the order of their names, and a later tensor replaces an earlier one of its key.
     new = "mtp.safetensors"
@@ -84,13 +86,13 @@ def write_overlay(
         new = "z" + new
     with replacing(out) as temporary:
         temporary.mkdir()
-        for path in sorted(checkpoint.directory.iterdir()):
+        for path in originals:
             if path.suffix == ".json" and path.name != INDEX:
                 shutil.copyfile(path, temporary / path.name)
-            elif path.is_file() and path.suffix not in (".json", ".safetensors"):
-                (temporary / path.name).symlink_to(path.resolve())
+            elif path.suffix not in (".json", ".safetensors"):
+                _link(path, temporary / path.name)
         for name in set(kept.values()):
-            (temporary / _shard(name)).symlink_to((checkpoint.directory / name).resolve())
+            _link(checkpoint.directory / name, temporary / _shard(name))
         with writing(out / new):
             save_file(dict(tensors), temporary / new, metadata={"format": "pt"})
         weight_map = {key: _shard(name) for key, name in kept.items()} | dict.fromkeys(tensors, new)
@@ -98,6 +100,13 @@ def write_overlay(
         write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(temporary / "provenance.json", provenance)
     return new
+
+
+def _link(path: Path, to: Path) -> None:
+    try:
+        os.link(path.resolve(), to)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(path, to)
 
 
 def _shard(name: str) -> str:

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.files import check_links
 from fastmtp.models.grids import grid
 from fastmtp.models.mapping import mapped
 
@@ -96,6 +97,8 @@ def _read(path: Path, versions: tuple[tuple[int, int] | None, ...]) -> GgufFile:
         return given
     if len(parts) != count:
         raise ValueError(f"{path}: is one of {count} parts, which must be named NAME-00001-of-{count:05}.gguf")
+    # The given one may be anywhere; the others' names are guessed from its own.
+    check_links(part for part in parts if part != path)
     for part in parts:
         if not part.is_file():
             raise FileNotFoundError(f"{path}: {part.name}, another part of the model, is missing")

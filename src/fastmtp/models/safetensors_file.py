@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.errors import PARSING, reason
-from fastmtp.files import read_json
+from fastmtp.files import check_links, read_json
 from fastmtp.models.mapping import mapped
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -125,8 +125,9 @@ def read_index(directory: Path) -> dict[str, str] | None:
     if not files or not isinstance(files, dict):
         raise ValueError(f"{path}: weight_map is {files!r}, must be an object with the file of each tensor")
     for name in files.values():
-        if not isinstance(name, str) or name in (".", "..") or Path(name).name != name:
-            raise ValueError(f"{path}: names {name!r}, which is not a file of the directory")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{path}: names {name!r}, which is not a safetensors file of the directory")
+    check_links(directory / name for name in sorted(set(files.values())))
     return files
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastmtp.addresses import without_secrets
 from fastmtp.errors import PARSING, reason
-from fastmtp.files import read_json
+from fastmtp.files import check_links, read_json
 from fastmtp.models.config import FULL, ModelConfig, check_supported, ids_of
 from fastmtp.models.families import ALIASES, FAMILIES, ONLY_TORCH
 from fastmtp.models.gguf_config import gguf_config
@@ -35,6 +35,7 @@ from fastmtp.models.weights import (
 )
 
 _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]
+_READ = [*_DESCRIPTION, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,7 @@ class Source:
     @cached_property
     def directory(self) -> Path:
         """The Hugging Face directory; for a hub id it is fetched without the weights."""
-        if Path(self.location).is_dir():
-            return Path(self.location)
-        return _fetched(self.location, _DESCRIPTION)
+        return self._local() or _fetched(self.location, _DESCRIPTION)
 
     def read_config(self) -> Any:
         """The configuration: a `ModelConfig` if the native engine runs the model, else transformers' own.
@@ -120,9 +119,15 @@ class Source:
         return quantization(self._config_json().get("quantization_config"), self.name)
 
     def _with_weights(self) -> Path:
-        if Path(self.location).is_dir():
-            return Path(self.location)
-        return _fetched(self.location, [*_DESCRIPTION, "*.safetensors"])
+        return self._local() or _fetched(self.location, _READ)
+
+    def _local(self) -> Path | None:
+        """The directory, if the model is no hub id; none of the files that are read is a link out of it."""
+        directory = Path(self.location)
+        if not directory.is_dir():
+            return None
+        check_links(path for pattern in _READ for path in sorted(directory.glob(pattern)))
+        return directory
 
 
 def _fetched(hub_id: str, patterns: list[str]) -> Path:

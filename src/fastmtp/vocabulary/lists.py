@@ -57,6 +57,9 @@ class VocabularyLists:
         if not isinstance(lists, dict):
             raise ValueError(f"{path}: lists must be an object of id lists by language")
         for language, ids in lists.items():
+            # Exports name files after lists.
+            if not language.isprintable() or not language.strip() or set(language) & {"/", "\\"}:
+                raise ValueError(f"{path}: a list is named {language!r}; give it a name without slashes")
             _check_ids(f"{path}: list {language!r}", ids, vocabulary_size)
         counts = facts.get("counts", {})
         if not isinstance(counts, dict):

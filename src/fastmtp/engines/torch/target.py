@@ -174,6 +174,7 @@ def _build(source: Source, dtype: torch.dtype) -> Any:
 
 def _from_transformers(source: Source, config: Any, dtype: torch.dtype) -> Any:
     """A model that only transformers reads."""
+    source.weight_files()  # transformers does not check the names in an index
     model, info = AutoModelForCausalLM.from_pretrained(
         source.location, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **_SETTINGS
     )
