@@ -143,6 +143,24 @@ def test_colours(page: Any) -> None:
     assert page.locator("#legend").is_visible()
 
 
+def test_what_is_said_is_never_markup(browser: Any) -> None:
+    """Neither the model's name, nor a question, an answer or an error runs anything or builds an element."""
+    evil = "<img src=x onerror=document.title='run'><b>x</b><script>document.title='run'</script>"
+    loaded = service(FakeScheduler(reply=evil))
+    loaded.name = evil
+    with serving(lambda: loaded) as url:
+        opened = browser.new_page()
+        opened.goto(url)
+        playwright.expect(opened.locator("h1")).to_have_text(evil)
+        opened.locator("#prompt").focus()
+        ask(opened, evil)
+        answered(opened, 2)
+        assert said(opened) == [evil, evil]
+        assert opened.locator("img, b, article script").count() == 0
+        assert opened.title() != "run"
+        opened.close()
+
+
 @pytest.mark.parametrize("how", ["Escape", "button"])
 def test_stop(page: Any, scheduler: FakeScheduler, how: str) -> None:
     """The answer ends at once, in the server too, and stays in the conversation."""

@@ -18,10 +18,15 @@ class Grid:
 
 def markdown(grid: Grid) -> str:
     rows = [grid.head, ["---", *["---:"] * (len(grid.head) - 1)], *grid.rows, *grid.totals]
-    return f"{grid.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{_text(grid.title)}\n\n" + "\n".join(f"| {' | '.join(map(_text, row))} |" for row in rows)
 
 
 def as_markdown(headline: str, remarks: Sequence[str], grids: Sequence[Grid]) -> str:
     """A document of these."""
-    listed = "\n".join(f"- {remark}" for remark in remarks)
-    return "\n\n".join([f"**{headline}**", listed, *map(markdown, grids)]) + "\n"
+    listed = "\n".join(f"- {_text(remark)}" for remark in remarks)
+    return "\n\n".join([f"**{_text(headline)}**", listed, *map(markdown, grids)]) + "\n"
+
+
+def _text(text: str) -> str:
+    """What a model or a prompt was named begins no line, no cell and no tag."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

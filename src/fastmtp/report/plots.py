@@ -43,7 +43,8 @@ def plot_coverage(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> None
     axes.set_ylabel("text covered, %")
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    for text in axes.legend(frameon=False, loc="lower right").get_texts():
+        text.set_parse_math(False)  # a name with dollar signs is no formula
     _write(path, figure)
 
 
