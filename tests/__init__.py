@@ -1,8 +1,8 @@
-"""Without a GPU, Triton's interpreter runs its kernels; it is chosen when triton is imported first."""
+"""Tests. Triton's kernels run on the GPU if there is one, and otherwise in Triton's interpreter."""
 
 import os
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton reads it when it is imported, which transformers does, too.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 
 from fastmtp.engines import open as opening
 from fastmtp.engines.open import EngineOptions, choose_engine
+from tests.checkpoints import make_checkpoint
 
 
 @pytest.fixture(params=[True, False], ids=["built", "not-built"])
@@ -21,7 +23,10 @@ def built(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def on_a(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_has_gpu", lambda: machine == "gpu")
+    """A CPU, a GPU, or a GPU without Triton."""
+    monkeypatch.setattr(opening, "_has_gpu", lambda: machine != "cpu")
+    lacking = "Triton is not installed" if machine == "bare gpu" else None
+    monkeypatch.setattr(opening, "_lacking_for_cuda", lambda device: lacking)
 
 
 def test_the_native_engine_was_built() -> None:
@@ -30,15 +35,16 @@ def test_the_native_engine_was_built() -> None:
         assert importlib.util.find_spec("fastmtp._native") is not None
 
 
-@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+@pytest.mark.parametrize("machine", ["cpu", "gpu", "bare gpu"])
 def test_default(
     built: bool, machine: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Native on a CPU, torch on a GPU; without the native engine torch, and one line that says so."""
+    """Native on a CPU, cuda on a GPU, torch if it lacks something; without the native engine one line says so."""
     on_a(machine, monkeypatch)
-    assert choose_engine(EngineOptions()) == ("native" if built and machine == "cpu" else "torch")
+    engines = {"cpu": "native" if built else "torch", "gpu": "cuda", "bare gpu": "torch"}
+    assert choose_engine(EngineOptions()) == engines[machine]
     lines = caplog.messages
-    assert len(lines) == (0 if built or machine == "gpu" else 1)
+    assert len(lines) == (0 if built or machine != "cpu" else 1)
     assert all("native engine was not built" in line for line in lines)
 
 
@@ -67,3 +73,46 @@ def test_native_when_asked_for(built: bool, options: EngineOptions, monkeypatch:
     else:
         with pytest.raises(ValueError, match=r"was not built; install fastmtp again where a C\+\+ compiler is"):
             choose_engine(options)
+
+
+@pytest.mark.parametrize("options", [EngineOptions(dtype="float16"), EngineOptions(device="cuda")], ids=str)
+def test_cuda_where_only_a_gpu_fits(options: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a("gpu", monkeypatch)
+    assert choose_engine(options) == "cuda"
+    assert choose_engine(EngineOptions(dtype="float32")) == choose_engine(EngineOptions("torch")) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "error"),
+    [
+        ("cpu", EngineOptions("cuda"), "--engine cuda: this machine has no usable GPU"),
+        ("bare gpu", EngineOptions("cuda"), "--engine cuda: Triton is not installed"),
+        ("gpu", EngineOptions("cuda", "int8"), "--engine cuda has --dtype bfloat16, float16, not int8"),
+        ("gpu", EngineOptions("cuda", device="cpu"), "--engine cuda runs on an NVIDIA GPU, not on --device cpu"),
+    ],
+    ids=str,
+)
+def test_cuda_that_cannot_be_had(
+    machine: str, options: EngineOptions, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked for by name: an error, not another engine."""
+    on_a(machine, monkeypatch)
+    with pytest.raises(ValueError, match=error):
+        choose_engine(options)
+
+
+def test_models_that_only_pytorch_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU PyTorch runs them, and one line says so; many tokens at once are PyTorch's without a word."""
+    on_a("gpu", monkeypatch)
+    monkeypatch.setattr(opening, "open_torch", lambda *_, **__: "torch")
+    monkeypatch.setattr(opening, "open_cuda", lambda *_, **__: "cuda")
+    make_checkpoint("glm4_moe", tmp_path / "experts")
+    make_checkpoint("mimo", tmp_path / "dense")
+    assert opening.open_engine(str(tmp_path / "dense")) == "cuda"
+    assert opening.open_engine(str(tmp_path / "dense"), for_throughput=True) == "torch"
+    assert not caplog.messages
+    assert opening.open_engine(str(tmp_path / "experts")) == "torch"
+    (line,) = caplog.messages
+    assert line.endswith("the CUDA engine does not run glm4_moe models; decoding with PyTorch")

@@ -42,7 +42,8 @@ def load(
         head: a head directory; None takes the one that ships with the target, if there is one.
         draft: `auto` (trees, as large as pays), `lookup` (trees from the text alone), `chain:K`, or `plain`.
         draft_vocabulary: `growing`, `listed`, `full`, or the name of one list.
-        engine: `native` (CPU) or `torch`; None takes what is fastest here. `dtype`, `device` and `threads` are its.
+        engine: `native` (CPU), `cuda` or `torch`; None takes what is fastest here.
+        dtype, device, threads: of the engine.
         progress: told of what takes long.
     Raises:
         FileNotFoundError: no such target or head.

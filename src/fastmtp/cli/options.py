@@ -106,7 +106,9 @@ def engine_options(command: Command) -> Command:
         help="weights; native: int8, int4, bfloat16  [default: int8 in native, what suits the device in torch]",
     )(decorated)
     decorated = click.option(
-        "--engine", type=click.Choice(("native", "torch")), help="[default: native on a CPU, torch on a GPU]"
+        "--engine",
+        type=click.Choice(("native", "cuda", "torch")),
+        help="[default: native on a CPU, cuda on an NVIDIA GPU if it runs the model, else torch]",
     )(decorated)
     return target_option(decorated)
 

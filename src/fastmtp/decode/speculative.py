@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import Drafter, planned
+from fastmtp.decode.drafting.drafter import Chain, Drafter, planned
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.plain import check_owned
 from fastmtp.decode.planned import Planned
@@ -56,14 +56,28 @@ def speculative(
         check_owned(sequence, text)
         started = time.perf_counter()
         sampler.extend([token])
-        tree = planned(drafter.propose(length, token, sequence.context_limit - length), sequence)
-        path, token = follow(verify(sequence, tree, sampler), tree.child)
+        tree, choose = _drafted(sequence, drafter, sampler, length, token)
+        path, token = follow(choose, tree.child)
         sequence.commit(path)
         drafter.learn(tree, path)
         measured_ms = 1e3 * (time.perf_counter() - started)
         accepted = tree.tokens_of(path[1:])
         sampler.extend(accepted)
         yield Round([*accepted, token], len(tree.verified) - 1, Planned.of(tree, path, measured_ms))
+
+
+def _drafted(
+    sequence: TokenSequence, drafter: Drafter, sampler: Sampler, length: int, token: int
+) -> tuple[Tree, Callable[[int], int]]:
+    """A tree after `length` tokens and `token`, verified; the token that the target has after a node."""
+    room = sequence.context_limit - length
+    if isinstance(drafter, Chain) and sampler.is_argmax and (steps := drafter.likeliest_steps(room)):
+        found = sequence.verify_chain(token, steps)
+        if found is not None:
+            tree, tokens = found
+            return tree, lambda node: tokens[tree.rows[node]]
+    tree = planned(drafter.propose(length, token, room), sequence)
+    return tree, verify(sequence, tree, sampler)
 
 
 def verify(sequence: TokenSequence, tree: Tree, sampler: Sampler) -> Callable[[int], int]:

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastmtp.extras import require
+from fastmtp.models.config import ModelConfig
 from fastmtp.models.families import ONLY_TORCH
 from fastmtp.models.packaged import file_of
+from fastmtp.models.source import locate, reading
 from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:
+    from fastmtp.engines.cuda.engine import CudaEngine
     from fastmtp.engines.protocol import Engine
     from fastmtp.engines.torch.engine import TorchEngine
 
-EngineName = Literal["native", "torch"]
+EngineName = Literal["native", "torch", "cuda"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 NATIVE_DTYPES = ("int8", "int4", "bfloat16")
+CUDA_DTYPES = ("bfloat16", "float16")
 _ONLY_NATIVE = ("int8", "int4")
 log = logging.getLogger("fastmtp")
 
@@ -47,13 +51,17 @@ def open_engine(
 
     Args:
         name: a packaged model (packaged_models.py), a Hugging Face directory, a `.gguf` file, or a hub id.
-        for_throughput: where the user names no dtype, PyTorch takes the fastest for many tokens at once.
+        for_throughput: many tokens at once are to be computed: PyTorch does so on a GPU, and where the user names
+            no dtype it takes the fastest one.
     Raises:
         FileNotFoundError: no such file or directory, or a hub id that cannot be had.
         ValueError: options that contradict each other, an unsupported architecture, or a damaged file.
         MemoryError: the weights would not fit.
     """
-    if choose_engine(options) == "torch":
+    chosen = choose_engine(options)
+    if chosen == "cuda" and (options.engine == "cuda" or (not for_throughput and _has_kernels(name, progress))):
+        return open_cuda(name, options.dtype, options.device, progress)
+    if chosen != "native":
         return open_torch(name, options.dtype, options.device, for_throughput=for_throughput, progress=progress)
     from fastmtp.engines.native.engine import NativeEngine
     from fastmtp.engines.native.load import load_native_target
@@ -86,6 +94,34 @@ def open_torch(
         return TorchEngine(load_target(name, dtype=chosen, device=device))
 
 
+def open_cuda(
+    name: str, dtype: str | None = None, device: str | None = None, progress: Progress = QUIET
+) -> CudaEngine:
+    """The engine of Triton kernels; arguments as for `open_engine`."""
+    import torch
+
+    from fastmtp.engines.cuda.load import load_cuda_engine
+
+    _check_device(device)
+    file_of(name, progress)
+    chosen = torch.device(device or "cuda")
+    engine = load_cuda_engine(name, dtype=getattr(torch, dtype or "bfloat16"), device=chosen, progress=progress)
+    progress.say(f"decoding with {engine.name}")
+    return engine
+
+
+def _has_kernels(name: str, progress: Progress) -> bool:
+    """Whether the CUDA engine runs a model; one line if PyTorch must."""
+    file_of(name, progress)
+    source = locate(name)
+    with reading(source):
+        config = source.read_config()
+    if isinstance(config, ModelConfig):
+        return True
+    log.warning("%s: the CUDA engine does not run %s models; decoding with PyTorch", name, config.model_type)
+    return False
+
+
 def _check_device(name: str | None) -> None:
     """Raises ValueError if PyTorch has no such device."""
     import torch
@@ -111,6 +147,9 @@ def open_states_engine(
     if engine is None and (trained.target.config.model_type in ONLY_TORCH or trained.target.device.type != "cpu"):
         engine = "torch"
     options = EngineOptions(engine, device=device)
+    if engine is None and choose_engine(options) == "cuda":
+        # It is made for few rows.
+        return trained
     if choose_engine(options) == "torch":
         return trained
     return open_engine(trained.target.source, options, progress=progress)
@@ -118,7 +157,9 @@ def open_states_engine(
 
 def open_beside(engine: Engine, dtype: str, progress: Progress = QUIET) -> Engine:
     """The target of an open engine once more, in the same kind of engine on the same device, with other weights."""
-    kind: EngineName = "torch" if engine.arithmetic.startswith("torch.") else "native"
+    kinds: dict[str, EngineName] = {"torch.": "torch", "cuda ": "cuda"}
+    found = [kind for start, kind in kinds.items() if engine.arithmetic.startswith(start)]
+    kind: EngineName = found[0] if found else "native"
     return open_engine(
         engine.target.source, EngineOptions(kind, dtype, engine.device, engine.threads), progress=progress
     )
@@ -128,10 +169,16 @@ def choose_engine(options: EngineOptions) -> EngineName:
     """The engine that fits what was asked for, or the fastest one for this machine.
 
     Raises:
-        ValueError: the options contradict each other, or the native engine is asked for and was not built.
+        ValueError: the options contradict each other, the native engine is asked for and was not built, or the
+            CUDA engine is and cannot run.
         MissingExtraError: PyTorch is needed and not installed.
     """
     on_gpu = options.device not in (None, "cpu")
+    if options.engine == "cuda":
+        _check_cuda(options)
+        return "cuda"
+    if _suits_cuda(options) and _has_gpu() and _lacking_for_cuda(options.device) is None:
+        return "cuda"
     if options.engine == "torch" or (
         options.engine is None and (on_gpu or options.dtype in ("float32", "float16"))
     ):
@@ -154,6 +201,37 @@ def choose_engine(options: EngineOptions) -> EngineName:
     if not built and not _has_gpu():
         log.warning("the native engine was not built (no C++ compiler?); decoding with PyTorch")
     return "torch"
+
+
+def _check_cuda(options: EngineOptions) -> None:
+    """Raises ValueError if the CUDA engine cannot run with these options on this machine."""
+    if options.dtype not in (None, *CUDA_DTYPES):
+        raise ValueError(f"--engine cuda has --dtype {', '.join(CUDA_DTYPES)}, not {options.dtype}")
+    if options.device is not None and not options.device.startswith("cuda"):
+        raise ValueError(f"--engine cuda runs on an NVIDIA GPU, not on --device {options.device}")
+    require("torch")
+    lacking = _lacking_for_cuda(options.device) if _has_gpu() else "this machine has no usable GPU"
+    if lacking:
+        raise ValueError(f"--engine cuda: {lacking}")
+
+
+def _suits_cuda(options: EngineOptions) -> bool:
+    is_cuda = options.device is None or options.device.startswith("cuda")
+    return options.engine is None and is_cuda and options.dtype in (None, *CUDA_DTYPES)
+
+
+def _lacking_for_cuda(device: str | None) -> str | None:
+    """What the CUDA engine lacks on a machine with a GPU; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    import torch
+
+    if torch.version.cuda is None:
+        return "this build of torch is not for NVIDIA's GPUs"
+    _check_device(device)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is too old; its compute capability must be 8.0 or more"
+    return None
 
 
 def _has_gpu() -> bool:

@@ -140,6 +140,13 @@ class TokenSequence(DraftingSequence, Protocol):
         """Like `verify`, but only the argmax of each row; of equal logits the first."""
         ...
 
+    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
+        """Draft so many tokens after `token`, each the head's likeliest, and `verify_greedy` them, in one call.
+
+        None where the engine has no such call: then `ask` and `verify_greedy` do the same.
+        """
+        ...
+
     def logits(self, node: int) -> Logits:
         """The logits [V] after a node of the tree verified last, until `commit`."""
         ...

@@ -190,6 +190,9 @@ class TextSequence(Generic[States]):
             self._answered(ask)
             return found
 
+    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
+        return None
+
     def _run(self, tree: Tree) -> States:
         parents = None if tree.is_chain else tree.parents
         states_TH = self._runner.forward(len(self._tokens), tree.tokens, parents)

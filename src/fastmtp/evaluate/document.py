@@ -56,7 +56,7 @@ class Document:
     @property
     def breaks_promise(self) -> bool:
         """Whether output differs from plain decoding's although the engine promises identical output."""
-        return bool(self.divergences) and self.run.engine.startswith("native")
+        return bool(self.divergences) and self.run.engine.startswith(("native", "cuda"))
 
     @property
     def mean(self) -> Figures:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmtp.decode.drafting.options import LOOKUP, PLAIN, DraftOptions
-from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineOptions, choose_engine
+from fastmtp.engines.open import CUDA_DTYPES, NATIVE_DTYPES, TORCH_DTYPES, EngineOptions, choose_engine
 
 ALL, VANILLA = "all", "vanilla"
 KINDS = (
@@ -55,7 +55,8 @@ def check_names(against: Sequence[str], vanilla: Path | None, engine: EngineOpti
     Args:
         vanilla: the head of the competitor of that name.
     """
-    weights = NATIVE_DTYPES if choose_engine(engine) == "native" else TORCH_DTYPES
+    kinds = {"native": NATIVE_DTYPES, "cuda": CUDA_DTYPES, "torch": TORCH_DTYPES}
+    weights = kinds[choose_engine(engine)]
     for name in against:
         own = OwnName.of(name)
         if own.draft == VANILLA and vanilla is None:

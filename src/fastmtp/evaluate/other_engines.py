@@ -25,8 +25,8 @@ class Transformers:
     def __init__(self, name: str, engine: Engine) -> None:
         from fastmtp.engines.torch.target import throughput_dtype
 
-        # That of our own PyTorch engine, if that is the one that is measured.
-        own = engine.arithmetic.removeprefix("torch.")
+        # That of our own engine, if PyTorch has it too.
+        own = engine.arithmetic.removeprefix("torch.").removeprefix("cuda ")
         dtype = own if own in TORCH_DTYPES else str(throughput_dtype("cpu")).removeprefix("torch.")
         lookup = name.endswith("+lookup")
         self.name = name

@@ -92,6 +92,14 @@ def layer_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes | {f"{name}.weight": (size,) for name, size in norms(config).items()}
 
 
+def head_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The tensors of an MTP head for a model."""
+    hidden = config.hidden_size
+    norms = {f"{name}.weight": (hidden,) for name in ("token_norm", "hidden_norm", "final_norm")}
+    layer = {f"layer.{name}": shape for name, shape in layer_shapes(config).items()}
+    return {**norms, "input_proj.weight": (hidden, 2 * hidden), **layer}
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """All tensors of a model, the LM head included if it is tied."""
     outer = (config.vocab_size, config.hidden_size)

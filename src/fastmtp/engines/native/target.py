@@ -206,10 +206,7 @@ class NativeTarget(TargetInfo):
 
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of an `MTPHead` for this target."""
-        hidden = self.config.hidden_size
-        norms = {f"{name}.weight": (hidden,) for name in ("token_norm", "hidden_norm", "final_norm")}
-        layer = {f"layer.{name}": shape for name, shape in tensors.layer_shapes(self.config).items()}
-        return {**norms, "input_proj.weight": (hidden, 2 * hidden), **layer}
+        return tensors.head_shapes(self.config)
 
     @property
     def forward_bytes(self) -> int:

@@ -46,7 +46,7 @@ class ServingDocument:
     @property
     def breaks_promise(self) -> bool:
         """Whether an answer differs although the engine promises that none does."""
-        return bool(self.differences) and self.engine.startswith("native")
+        return bool(self.differences) and self.engine.startswith(("native", "cuda"))
 
     @property
     def ratios(self) -> dict[int, dict[str, float]]:

@@ -1,0 +1,3 @@
+from fastmtp.extras import require
+
+require("torch")

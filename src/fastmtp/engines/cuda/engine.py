@@ -1,0 +1,127 @@
+"""The CUDA engine: Triton kernels whose results for a row do not depend on the rows beside it.
+
+Shapes: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from fastmtp.engines.costs import costs_of
+from fastmtp.engines.cuda.bandwidth import copy_gb_s
+from fastmtp.engines.cuda.batch import CudaBatch
+from fastmtp.engines.cuda.machine import Machine, Text
+from fastmtp.engines.cuda.rounds import Rounds
+from fastmtp.engines.cuda.runner import CudaRunner, forward_many
+from fastmtp.engines.cuda.sequence import CudaSequence
+from fastmtp.engines.cuda.target import CudaTarget
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.sequence import forward_together
+from fastmtp.engines.tree import Tree
+from fastmtp.heads.format import read_head
+from fastmtp.models.tensors import head_shapes
+from fastmtp.progress import QUIET, Progress
+from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
+
+
+class CudaEngine:
+    """`Engine` on a CUDA device; on a CPU in Triton's interpreter, for tests."""
+
+    def __init__(self, target: CudaTarget, pool_tokens: int | None = None) -> None:
+        """
+        Args:
+            pool_tokens: as for `Machine`.
+        """
+        self.target = target
+        self.machine = Machine(target, pool_tokens)
+        self._rounds: dict[int, Rounds] = {}
+
+    @property
+    def name(self) -> str:
+        device = self.target.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
+        return f"cuda (triton {triton.__version__}, {where}, {str(self.target.dtype)[6:]})"
+
+    @property
+    def arithmetic(self) -> str:
+        return f"cuda {str(self.target.dtype)[6:]}"
+
+    @property
+    def device(self) -> str:
+        return str(self.target.device)
+
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def load_head(self, directory: Path) -> Head:
+        stored = read_head(directory, self.target, head_shapes(self.target.config))
+        return Head(self.target.head(stored.tensors, directory), stored.lists, stored.draft_steps, directory)
+
+    def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
+        vocabulary = draft_vocabulary(lists)
+        runner = CudaRunner(self.machine, self._rounds, head.weights if head else None, vocabulary)
+        return CudaSequence(runner, self.target, vocabulary)
+
+    def prepare(self) -> bool:
+        """Nothing: all memory is there."""
+        return False
+
+    def verify_together(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        states_MH = self._rows_together(sequences, trees, rows)
+        logits_MV: Iterator[Logits] = iter(self.machine.logits(states_MH) if len(states_MH) else [])
+        empty = np.empty((0, self.target.vocabulary_size), np.float32)
+        return [np.stack(list(islice(logits_MV, len(own)))) if own else empty for own in rows]
+
+    def verify_together_greedy(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        states_MH = self._rows_together(sequences, trees, rows)
+        tokens = iter(self.machine.argmax(states_MH) if len(states_MH) else [])
+        return [list(islice(tokens, len(own))) for own in rows]
+
+    def _rows_together(
+        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+    ) -> Tensor:
+        every = forward_together(sequences, trees, forward_many)
+        return torch.cat([states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)])
+
+    def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
+        """One after the other."""
+        return [one.ask(ask) for one, ask in zip(sequences, asks, strict=True)]
+
+    def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [self._alone(text) for text in texts]
+
+    def forward_with_inputs(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
+        target = self.target
+        shape = len(text), target.config.hidden_size
+        inputs_TH = torch.empty(shape, dtype=torch.float32, device=target.device)
+        return self._alone(text, inputs_TH), inputs_TH.to(target.dtype)
+
+    def _alone(self, text: Sequence[int], last_inputs_TH: Tensor | None = None) -> Tensor:
+        pool = self.machine.pool
+        room = pool.room()
+        try:
+            return self.machine.forward([Text(room, 0, text)], last_inputs_TH)[0]
+        finally:
+            pool.give_back(room)
+
+    def batch(self, slots: int) -> CudaBatch:
+        return CudaBatch(self.machine, slots)
+
+    def costs(self, head: Head | None, lists: DraftLists | None, progress: Progress = QUIET) -> Costs:
+        return costs_of(self, head, lists, progress)
+
+    def floor(self) -> Floor:
+        """At the bandwidth of a copy, which reads and writes."""
+        return Floor(self.target.forward_bytes, copy_gb_s(self.target.device))

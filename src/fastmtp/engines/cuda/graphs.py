@@ -1,0 +1,58 @@
+"""Functions over fixed memory, captured as CUDA graphs at their first call; on a CPU they are simply called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Graphs:
+    """Runs functions that take nothing and return nothing.
+
+    Attributes:
+        launched: how many graphs were launched.
+        copied: how many copies to the host were waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # With each graph its function, which keeps the memory that the graph knows.
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = {}
+        self._memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.launched = self.copied = 0
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Call a function, the one that came with this key first."""
+        self.launched += 1
+        if key in self._captured:
+            self._captured[key][0].replay()
+            return
+        # The first call compiles the kernels, too, which cannot be done while a graph is captured.
+        function()
+        if self._device.type == "cuda":
+            self._captured[key] = self._capture(function), function
+
+    def to_host(self, tensor: Tensor) -> NDArray[Any]:
+        """A copy, which later calls leave alone."""
+        self.copied += 1
+        found: NDArray[Any] = tensor.to("cpu", copy=True).numpy()
+        return found
+
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            function()
+        return graph
+
+
+def upload(values: NDArray[np.int32], to: Tensor) -> None:
+    """Copy numbers from the host into a tensor; later work on the device waits for them, the host does not."""
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if to.is_cuda:
+        source = source.pin_memory()
+    to.copy_(source.view(to.shape), non_blocking=True)

@@ -1,0 +1,129 @@
+"""What lies between the forwards of a round: which tokens and states go on to the next one, and acceptance.
+
+A round begins with the rows that the head has not consumed yet: `state` holds the position of the first of them,
+their number, and their sequence's table; `found` the token after each. It drafts K tokens and verifies K + 1 rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
+
+
+@triton.jit
+def _describe(FACTS, lanes, rows, position, table, NEVER: tl.constexpr):
+    mask = lanes < rows
+    tl.store(FACTS + rows + lanes, position + lanes, mask=mask)
+    tl.store(FACTS + 2 * rows + lanes, position + lanes, mask=mask)
+    tl.store(FACTS + 3 * rows + lanes, tl.full(lanes.shape, NEVER, tl.int32), mask=mask)
+    tl.store(FACTS + 4 * rows + lanes, tl.zeros_like(lanes) + table, mask=mask)
+
+
+@triton.jit
+def _begin(STATE, FOUND, WAITING, STEPS, VERIFIED, K: tl.constexpr, BK: tl.constexpr, NEVER: tl.constexpr):
+    lanes = tl.arange(0, BK)
+    first, count, table = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2)
+    length = first + count
+    tl.store(WAITING + lanes, tl.load(FOUND + lanes, mask=lanes <= K, other=0), mask=lanes <= K)
+    _describe(WAITING, lanes, K + 1, first, table, NEVER)
+    _describe(VERIFIED, lanes, K + 1, length, table, NEVER)
+    tl.store(VERIFIED, tl.load(FOUND + count - 1))
+    for step in tl.static_range(K - 1):
+        _describe(STEPS + step * 5, lanes, 1, length + step, table, NEVER)
+
+
+@triton.jit
+def _hand_on(
+    STATE,
+    STATES,
+    TOKENS,
+    GIVEN,
+    STEP,
+    VERIFIED,
+    H: tl.constexpr,
+    BH: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    row = 0
+    if FIRST:
+        row = tl.load(STATE + 1) - 1
+    token = tl.load(TOKENS + row)
+    tl.store(VERIFIED, token)
+    if not LAST:
+        tl.store(STEP, token)
+        columns = tl.arange(0, BH)
+        tl.store(
+            GIVEN + columns, tl.load(STATES + row * H + columns, mask=columns < H, other=0.0), mask=columns < H
+        )
+
+
+@triton.jit
+def _accept(STATE, FOUND, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr):
+    lanes = tl.arange(0, BK)
+    tokens = tl.load(FOUND + lanes, mask=lanes <= K, other=-1)
+    drafts = tl.load(VERIFIED + 1 + lanes, mask=lanes < K, other=-1)
+    accepted = tl.min(tl.where((lanes < K) & (tokens == drafts), BK, lanes), 0)
+    tl.store(STATE, tl.load(VERIFIED + K + 1))
+    tl.store(STATE + 1, accepted + 1)
+    tl.store(ANSWER + lanes, drafts, mask=lanes < K)
+    tl.store(ANSWER + K + lanes, tokens, mask=lanes <= K)
+
+
+def begin(state: Tensor, found: Tensor, waiting: Rows, steps: Tensor, verified: Rows) -> None:
+    """Describe all rows of the round.
+
+    Args:
+        steps: [K - 1, 5], the facts of the draft steps after the first.
+    """
+    count = len(verified) - 1
+    _begin[(1,)](
+        state,
+        found,
+        waiting.facts,
+        steps,
+        verified.facts,
+        count,
+        triton.next_power_of_2(count + 1),
+        NEVER,
+        num_warps=1,
+    )
+
+
+def hand_on(
+    state: Tensor,
+    states_RH: Tensor,
+    tokens: Tensor,
+    given_RH: Tensor,
+    step: Rows | None,
+    verified: Rows,
+    number: int,
+) -> None:
+    """Take draft `number`, from 0 on: into the rows to verify and, with its state, to the next draft step.
+
+    Args:
+        tokens: the likeliest after each of the states.
+        step: the next step's row; None after the last draft.
+    """
+    hidden = states_RH.shape[1]
+    _hand_on[(1,)](
+        state,
+        states_RH,
+        tokens,
+        given_RH,
+        verified.facts if step is None else step.facts,
+        verified.facts[0, number + 1 :],
+        hidden,
+        triton.next_power_of_2(hidden),
+        number == 0,
+        step is None,
+    )
+
+
+def accept(state: Tensor, found: Tensor, verified: Rows, answer: Tensor) -> None:
+    """From the target's tokens, the next round's beginning, and [2 K + 1] numbers: the drafts and these tokens."""
+    count = len(verified) - 1
+    _accept[(1,)](state, found, verified.facts, answer, count, triton.next_power_of_2(count + 1), num_warps=1)

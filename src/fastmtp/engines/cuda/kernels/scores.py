@@ -1,0 +1,110 @@
+"""Scores of tokens by the LM head, and the largest of them.
+
+Shapes: R rows in whole tiles, N tokens scored, H hidden.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmtp.engines.cuda.kernels.products import multiply_add
+from fastmtp.engines.cuda.kernels.shapes import TILE
+
+# Tokens of one program.
+BLOCK = 64
+_STEP = 64
+_BEYOND = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _scores(
+    STATES,
+    W,
+    IDS,
+    LOGITS,
+    BEST,
+    PLACES,
+    R,
+    N,
+    H: tl.constexpr,
+    LISTED: tl.constexpr,
+    PICKS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows = tl.program_id(0) * 16 + tl.arange(0, 16)
+    block = tl.program_id(1)
+    columns = block * BN + tl.arange(0, BN)
+    is_token = columns < N
+    tokens = columns
+    if LISTED:
+        tokens = tl.load(IDS + columns, mask=is_token, other=-1)
+        is_token = tokens >= 0
+    weights = W + tokens.to(tl.int64)[:, None] * H
+    total = tl.full([16, BN], 0.0, tl.float32)
+    for step in range(0, H, BK):
+        inputs = step + tl.arange(0, BK)
+        is_input = inputs < H
+        x = tl.load(STATES + rows[:, None] * H + inputs[None, :], mask=is_input[None, :], other=0.0)
+        w = tl.load(weights + inputs[None, :], mask=is_token[:, None] & is_input[None, :], other=0.0)
+        total = multiply_add(x, tl.trans(w), total)
+    total = tl.where(is_token[None, :], total, float("-inf"))
+    if PICKS:
+        best = tl.max(total, 1)
+        places = tl.min(tl.where(total == best[:, None], columns[None, :], _BEYOND), 1)
+        tl.store(BEST + block * R + rows, best)
+        tl.store(PLACES + block * R + rows, places)
+    else:
+        tl.store(LOGITS + rows[:, None].to(tl.int64) * N + columns[None, :], total, mask=(columns < N)[None, :])
+
+
+@triton.jit
+def _pick(BEST, PLACES, IDS, TOKENS, R, N, blocks, LISTED: tl.constexpr, BB: tl.constexpr):
+    row = tl.program_id(0)
+    number = tl.arange(0, BB)
+    is_block = number < blocks
+    best = tl.load(BEST + number * R + row, mask=is_block, other=float("-inf"))
+    places = tl.load(PLACES + number * R + row, mask=is_block, other=_BEYOND)
+    token = tl.min(tl.where(best == tl.max(best, 0), places, _BEYOND), 0)
+    # Scores that are not numbers are equal to none.
+    token = tl.minimum(token, N - 1)
+    if LISTED:
+        token = tl.load(IDS + token)
+    tl.store(TOKENS + row, token)
+
+
+def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: Tensor) -> None:
+    """Logits of some tokens in float32; a token below 0 has -inf.
+
+    Args:
+        ids_N: the tokens; None is all of them.
+    """
+    (rows, hidden), count = states_RH.shape, out_RN.shape[1]
+    ids = out_RN if ids_N is None else ids_N
+    listed = ids_N is not None
+    _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
+        states_RH, weight_VH, ids, out_RN, out_RN, out_RN, rows, count, hidden, listed, False, BLOCK, _STEP,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+
+
+def argmax(
+    states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, memory: tuple[Tensor, Tensor], out_R: Tensor
+) -> None:
+    """The token of the largest logit of each row that `out_R` has room for, of equal ones the first in the list.
+
+    Args:
+        memory: float32 and int32, of one number for each row and block of tokens.
+    """
+    rows, hidden = states_RH.shape
+    count = weight_VH.shape[0] if ids_N is None else len(ids_N)
+    ids, blocks, listed = out_R if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
+    _scores[(rows // TILE, blocks)](
+        states_RH, weight_VH, ids, states_RH, *memory, rows, count, hidden, listed, True, BLOCK, _STEP,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+    _pick[(len(out_R),)](
+        *memory, ids, out_R, rows, count, blocks, ids_N is not None, triton.next_power_of_2(blocks)
+    )

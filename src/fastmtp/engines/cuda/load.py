@@ -1,0 +1,35 @@
+"""Opens a target in the CUDA engine."""
+
+from __future__ import annotations
+
+import torch
+
+from fastmtp.engines.cuda.engine import CudaEngine
+from fastmtp.engines.cuda.target import CudaTarget
+from fastmtp.models.source import locate, open_model, reading
+from fastmtp.progress import QUIET, Progress
+
+
+def load_cuda_engine(
+    name: str, *, dtype: torch.dtype = torch.bfloat16, device: torch.device, progress: Progress = QUIET
+) -> CudaEngine:
+    """Load a target onto a device, compile the kernels, and capture the graphs of its rounds.
+
+    Args:
+        name: as for `open_engine`.
+    Raises:
+        FileNotFoundError: no such file or directory, or a hub id that cannot be downloaded.
+        ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
+        MemoryError: the weights would not fit.
+    """
+    source = locate(name)
+    with reading(source):
+        with progress.status(f"loading {name}"):
+            config, weights = open_model(source)
+            end_ids, tokenizer = source.end_ids(), source.read_tokenizer()
+        target = CudaTarget(
+            config, end_ids, tokenizer, name, weights, dtype=dtype, device=device, progress=progress
+        )
+    engine = CudaEngine(target)
+    engine.machine.capture(progress)
+    return engine

@@ -1,0 +1,30 @@
+"""A sequence that drafts and verifies a chain without a copy to the host in between."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastmtp.engines.cuda.rounds import LONGEST
+from fastmtp.engines.cuda.runner import CudaRunner
+from fastmtp.engines.protocol import Ask
+from fastmtp.engines.sequence import TextSequence
+from fastmtp.engines.tree import Tree
+
+
+class CudaSequence(TextSequence[Tensor]):
+    _runner: CudaRunner
+
+    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
+        if not 0 < steps <= LONGEST:
+            return None
+        with self._alone:
+            tree = Tree(token)
+            found = self._runner.chain(self._question(Ask(tree, [0], 1)), steps)
+            for node, draft in enumerate(found.drafts):
+                tree.add(node, draft)
+                tree.asked.append(node)
+            tree.select(range(steps + 1))
+            # The head has run over all states.
+            self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
+            self._verified = tree, found.states_TH
+            return tree, found.tokens

@@ -1,0 +1,107 @@
+"""Targets in the CUDA engine: weights on the device, and what of the configuration the kernels need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastmtp.engines.cuda.pool import BEYOND
+from fastmtp.engines.cuda.weights import CudaHead, Reader
+from fastmtp.models import tensors
+from fastmtp.models.config import FULL, ModelConfig
+from fastmtp.models.info import TargetInfo
+from fastmtp.models.rope import ropes
+from fastmtp.models.tokenizer import Tokenizer
+from fastmtp.models.weights import Weights
+from fastmtp.progress import QUIET, Progress
+
+
+class CudaTarget(TargetInfo):
+    """A frozen model. Its states are always those after the final norm.
+
+    Attributes:
+        ropes: cosines and sines [positions, D / 2] in float32, by number.
+    """
+
+    config: ModelConfig
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        end_ids: Iterable[int],
+        tokenizer: Tokenizer,
+        source: str,
+        weights: Weights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress = QUIET,
+    ) -> None:
+        """Read a model's weights onto the device.
+
+        Args:
+            end_ids: as for `TargetInfo`.
+            weights: those that the configuration asks for, as `open_model` checks.
+        Raises:
+            ValueError: the rotary embeddings are not supported, or a weight is beyond the dtype's range.
+            MemoryError: the weights would not fit; nothing was read.
+        """
+        super().__init__(config, end_ids, tokenizer, tensors.family(config).model_class, source)
+        self.dtype, self.device = dtype, device
+        self.embedding_scale = tensors.embedding_scale(config)
+        self.attention_scale = tensors.attention_scale(config)
+        self.gelu = config.hidden_act == "gelu_pytorch_tanh"
+        self.kinds = sorted({*config.layer_types, FULL})
+        frequencies = ropes(config, self.kinds, weights.rope_factors, source)
+        _check_memory(config, dtype, device, source)
+        reader = self.reader(weights)
+        self.embedding = self.lm_head = reader.matrix("model.embed_tokens.weight")
+        if not config.tie_word_embeddings:
+            self.lm_head = reader.matrix("lm_head.weight")
+        windows = tensors.windows(config)
+        with progress.bar("loading layers", config.num_hidden_layers) as bar:
+            self.layers = []
+            for index, kind in enumerate(config.layer_types):
+                self.layers.append(reader.layer(f"model.layers.{index}.", kind, windows[kind], self.kinds))
+                bar.advance(1, 0)
+        self.final_gains = reader.gains("model.norm")
+        # In float32, as transformers computes them.
+        positions = torch.arange(self.context_limit + BEYOND, dtype=torch.float32)[:, None]
+        self.ropes = [_rope(positions * torch.from_numpy(own), scale, device) for own, scale in frequencies]
+
+    def reader(self, weights: Weights, source: object = None) -> Reader:
+        """For a head's tensors, too."""
+        return Reader(weights, self.config, self.dtype, self.device, source or self.source)
+
+    def head(self, weights: Weights, source: object = None) -> CudaHead:
+        return CudaHead(self.reader(weights, source), self.kinds)
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes of weights that one forward of few tokens reads, LM head included."""
+        matrices = [*(matrix for layer in self.layers for matrix in layer.matrices), self.lm_head]
+        return sum(matrix.numel() * matrix.element_size() for matrix in matrices)
+
+
+def _rope(angles: Tensor, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    cosines, sines = ((function(angles) * scale).to(device) for function in (torch.cos, torch.sin))
+    return cosines, sines
+
+
+def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, source: str) -> None:
+    """Raises MemoryError before the memory is taken."""
+    if device.type != "cuda":
+        return
+    shapes = tensors.tensor_shapes(config)
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    needed = dtype.itemsize * sum(map(math.prod, shapes.values()))
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise MemoryError(
+            f"{source} in {str(dtype)[6:]} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are "
+            "free; use a smaller model"
+        )

@@ -1,0 +1,96 @@
+"""Compiles every kernel for a GPU that need not be there: python -m tests.cuda.compiling CAPABILITY."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Against what tests/__init__.py sets where there is no GPU.
+os.environ["TRITON_INTERPRET"] = "0"
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastmtp.engines.cuda.kernels import attention, chains, norms, products, scores
+from fastmtp.engines.cuda.kernels.attention import Rows
+
+
+class Absent:
+    """A driver of a GPU of some capability."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only() -> set[str]:
+    """From now on a launch compiles its kernel and does nothing else; the names of the kernels compiled."""
+    driver.set_active(Absent())
+    run, names = JITFunction.run, set[str]()
+
+    def compiled(self: Any, *arguments: Any, grid: Any, **named: Any) -> None:
+        found = run(self, *arguments, grid=grid, **{**named, "warmup": True})
+        assert found.asm["cubin"]
+        names.add(self.__name__)
+
+    JITFunction.run = compiled
+    return names
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def launch_all(kind: torch.dtype) -> None:
+    """Every kernel with every feature, at the shapes of a model of 1.5 billion weights."""
+    hidden, inner, heads, key_heads, size, wide = 1536, 8960, 12, 2, 128, 2048
+    cpu, numbers = torch.device("cpu"), torch.int32
+
+    def half(*shape: int) -> Tensor:
+        return zeros(*shape, dtype=kind)
+
+    def whole(*shape: int) -> Tensor:
+        return zeros(*shape, dtype=numbers)
+
+    x, gains, stream = half(16, hidden), zeros(hidden), zeros(16, hidden)
+    rows, verified = Rows.empty(4, cpu), Rows.empty(4, cpu)
+    pages = attention.Pages(half(640, key_heads, size), half(640, key_heads, size), whole(10, 10))
+    products.product(x, half(wide, hidden), zeros(1 << 18))
+    for biases, gelu in ((None, False), ((half(inner), half(inner)), True)):
+        products.gated(x, (half(inner, hidden), half(inner, hidden)), biases, half(16, inner), gelu=gelu)
+    norms.embed(rows.tokens, half(100, hidden), 1.0, stream)
+    norms.add_norm(None, stream, gains, x, 1e-6, 4)
+    norms.add_norm(zeros(4, 16, hidden), stream, gains, x, 1e-6, 4, bias_H=half(hidden), outer_H=gains, adds=False)
+    norms.join(x, rows.tokens, half(100, hidden), (gains, gains), half(16, 2 * hidden), 1.0, 1e-6)
+    queries, rope = half(16, heads, size), (zeros(100, size // 2), zeros(100, size // 2))
+    for bias, own_gains in ((None, None), (half(wide), zeros(2, size))):
+        attention.rotate(zeros(4, 16, wide), bias, own_gains, rope, rows, pages, queries, 1e-6)
+    for window in (None, 512):
+        memory = zeros(1 << 18), zeros(1 << 18)
+        attention.attend(queries, rows, pages, half(16, heads * size), memory, 0.1, window, 16)
+    for ids in (None, whole(640)):
+        count, best = 1000 if ids is None else 640, (zeros(1 << 12), whole(1 << 12))
+        scores.scores(x, half(1000, hidden), ids, zeros(16, count))
+        scores.argmax(x, half(1000, hidden), ids, best, whole(4))
+    state, found, step = whole(3), whole(4), Rows(whole(5, 1), rows.paths)
+    chains.begin(state, found, rows, whole(2, 5), verified)
+    for number, following in ((0, step), (1, step), (2, None)):
+        chains.hand_on(state, x, found, x, following, verified, number)
+    chains.accept(state, found, verified, whole(7))
+
+
+if __name__ == "__main__":
+    names = compile_only()
+    for kind in (torch.bfloat16, torch.float16):
+        launch_all(kind)
+    print(*sorted(names))

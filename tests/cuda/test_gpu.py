@@ -1,0 +1,91 @@
+"""The CUDA engine on a GPU: the kernels as they are compiled, in captured graphs, over many tokens."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from fastmtp.config import SamplingConfig
+from fastmtp.decode.drafting.adaptive import Adaptive
+from fastmtp.decode.drafting.drafter import NewDrafter, chains
+from fastmtp.decode.drafting.learned import Learned
+from fastmtp.decode.plain import plain
+from fastmtp.decode.speculative import speculative
+from fastmtp.engines.cuda.kernels.products import product
+from fastmtp.engines.cuda.load import load_cuda_engine
+from fastmtp.engines.protocol import Costs
+from fastmtp.heads.shipped import shipped_head
+from fastmtp.method.head import MTPHead
+from tests.conftest import FAMILIES, random_ids, tiny_target
+from tests.cuda.engine import Cuda
+
+pytestmark = pytest.mark.gpu
+
+GREEDY = SamplingConfig()
+COSTS = Costs({128: {1: 5.0, 16: 5.001}}, {1: 0.01})
+TOKENS, PROMPTS = 20_000, 10
+
+
+def adaptive(prompt: list[int], sampling: SamplingConfig, grammar: object = None) -> Adaptive:
+    return Adaptive(Learned(COSTS), prompt, sampling)
+
+
+DRAFTERS = pytest.mark.parametrize("new_drafter", [chains(3), adaptive], ids=["chain", "trees"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(2048, 1536), (1536, 8960), (6144, 4096)])
+def test_rows_of_large_products_keep_their_bits(outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """In any place of any tile, beside any others, at the shapes of real models."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=draw, device="cuda").to(dtype)
+    row, memory = torch.randn(inputs, generator=draw, device="cuda").to(dtype), torch.empty(1 << 24, device="cuda")
+    found = []
+    for place in range(48):
+        x = torch.randn(48, inputs, generator=draw, device="cuda").to(dtype)
+        x[place] = row
+        found.append(product(x, weight, memory)[:, place].clone())
+    assert all(torch.equal(one, found[0]) for one in found)
+    torch.testing.assert_close(found[0].sum(0), row.float() @ weight.float().T, rtol=1e-2, atol=1.0)
+
+
+@DRAFTERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_speculation_changes_no_token(family: str, dtype: torch.dtype, new_drafter: NewDrafter) -> None:
+    target, prompt, engine = tiny_target(family), random_ids(300), Cuda(dtype=dtype)
+    sequence = engine.sequence(target, MTPHead(target.model), list(range(100)))
+    rounds = speculative(sequence, prompt, new_drafter(prompt, GREEDY), GREEDY)
+    tokens = [token for one in islice(rounds, 60) for token in one.tokens]
+    assert tokens == list(islice(plain(engine.sequence(target), prompt, GREEDY), len(tokens)))
+
+
+@DRAFTERS
+@pytest.mark.slow
+def test_twenty_thousand_tokens_of_the_embedded_model(new_drafter: NewDrafter) -> None:
+    """With the head that ships with it, whose drafts are accepted."""
+    engine, directory = load_cuda_engine("smollm2", device=torch.device("cuda")), shipped_head("smollm2")
+    assert directory is not None
+    head, accepted = engine.load_head(directory), 0
+    for seed in range(PROMPTS):
+        prompt, tokens = random_ids(20, seed=seed), []
+        rounds = speculative(engine.new_sequence(head), prompt, new_drafter(prompt, GREEDY), GREEDY)
+        while len(tokens) < TOKENS // PROMPTS:
+            settled = next(rounds)
+            accepted += settled.accepted
+            tokens += settled.tokens
+        assert tokens == list(islice(plain(engine.new_sequence(), prompt, GREEDY), len(tokens)))
+    assert accepted > TOKENS // 10
+
+
+def test_launches_and_copies_of_a_round() -> None:
+    """In real graphs too: a chain is one launch and one copy."""
+    target, prompt, engine = tiny_target("llama"), random_ids(30), Cuda(dtype=torch.bfloat16)
+    graphs = engine.open(target).machine.graphs
+    rounds = speculative(engine.sequence(target, MTPHead(target.model)), prompt, chains(3)(prompt, GREEDY), GREEDY)
+    list(islice(rounds, 3))
+    graphs.launched = graphs.copied = 0
+    next(rounds)
+    assert (graphs.launched, graphs.copied) == (1, 1)
