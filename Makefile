@@ -85,11 +85,10 @@ prove-vllm: .venv-vllm/installed
 gpu-check:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu_check
 
-# What such a machine lacks besides torch, triton and numpy: packages, this one's metadata, and the embedded model.
-GPU_PACKAGES := rich markdown-it-py mdurl pygments gguf pyyaml tqdm httpx2 httpcore2 truststore anyio idna h11 certifi \
-	rensa py3langid 'transformers>=5.19,<6' huggingface_hub tokenizers safetensors regex packaging filelock click psutil \
-	jinja2 markupsafe pyarrow hf-xet fsspec typer shellingham typing-extensions pytest pluggy iniconfig hypothesis \
-	sortedcontainers
+# What such a machine lacks besides torch, triton, numpy and pyarrow: packages, this one's metadata, the embedded model.
+GPU_PACKAGES ?= rich markdown-it-py mdurl pygments gguf httpx2 httpcore2 truststore anyio idna h11 certifi rensa py3langid \
+	'transformers>=5.19,<6' huggingface_hub hf-xet tokenizers safetensors regex typer shellingham typing-extensions click \
+	filelock psutil pytest pluggy iniconfig
 gpu-bundle: .venv/installed
 	rm -rf build/gpu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu/packages $(GPU_PIP) $(GPU_PACKAGES)

@@ -56,6 +56,8 @@ def padded_states(engine: Engine, texts: Sequence[Sequence[int]], ids_BT: Tensor
 def stacked(parts: Sequence[Tensor], length: int) -> Tensor:
     """Tensors [T', ...] of several texts as one [B, length, ...], with zeros on the padding."""
     whole = pad_sequence(list(parts), batch_first=True)
+    if whole.shape[1] == length:
+        return whole
     return torch.cat([whole, whole.new_zeros(len(whole), length - whole.shape[1], *whole.shape[2:])], 1)
 
 
