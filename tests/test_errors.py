@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_a_full_standard_output_is_said() -> None:
     """As results are lost that go to a file on a full disk."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "fastmtp", "--version"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
     assert done.returncode == 2
     assert done.stderr == "fastmtp: no space is left on the disk; free some, and give the same command again\n"
 

@@ -47,6 +47,7 @@ def main(base: Path, first: int, seconds: float, names: list[str]) -> None:
                     json.dumps({"format": name, "counts": explore(base, name, number, expected[name])}) + "\n"
                 )
                 log.flush()
+        (base / "done").touch()
 
 
 def explore(base: Path, name: str, number: int, expected: object) -> Counter[str]:

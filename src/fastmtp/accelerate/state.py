@@ -21,6 +21,7 @@ from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
 
 STATE = "accelerate.json"
+_MOST = 1e15
 
 
 def _check(state: dict[str, Any]) -> None:
@@ -30,8 +31,8 @@ def _check(state: dict[str, Any]) -> None:
     from_json(str, state["target"])
     if "facts" in state:
         facts = from_json(Facts, state["facts"])
-        if not (facts.prefill_per_second > 0 and facts.target_bytes > 0):
-            raise ValueError(f"facts are {state['facts']}; rates and sizes must be above 0")
+        if not (0 < facts.prefill_per_second < _MOST and 0 < facts.target_bytes < _MOST):
+            raise ValueError(f"facts are {state['facts']}; rates and sizes must be above 0 and below {_MOST:g}")
 
 
 @dataclass(frozen=True)
