@@ -198,7 +198,7 @@ def test_finite_json_is_as_before() -> None:
 def test_what_a_parser_stumbles_on_is_the_files_fault() -> None:
     """In one line, with the file once and the remedy."""
     for error in (KeyError("step"), TypeError("no int"), ZeroDivisionError("by zero"), RecursionError("depth")):
-        with pytest.raises(ValueError, match=r"^a\.pt: damaged, or not of the right form: .*; remove it$") as found:
+        with pytest.raises(ValueError, match=r"^a\.pt: damaged or incomplete: .*; remove it$") as found:
             _fails("a.pt", error)
         assert "\n" not in str(found.value)
     with pytest.raises(ValueError, match=r"^a\.pt: step is 3$"):

@@ -40,7 +40,7 @@ def parsing(path: Path | str, remedy: str = "") -> Iterator[None]:
         if str(error).startswith(str(path)):
             raise
         advice = f"; {remedy}" if remedy else ""
-        raise ValueError(f"{path}: damaged, or not of the right form: {reason(error)}{advice}") from error
+        raise ValueError(f"{path}: damaged or incomplete: {reason(error)}{advice}") from error
 
 
 @contextmanager
