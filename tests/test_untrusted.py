@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastmtp
 from fastmtp.engines.native.load import load_native_target
 from fastmtp.engines.torch.target import load_target
 from fastmtp.export.custom_generate import check_script
@@ -233,3 +235,10 @@ def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged checkpoint"):
         load_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_process_searches_the_current_directory_for_modules() -> None:
+    """It may be a stranger's, with a `json.py` in it; `python -m` alone would run that."""
+    sources = "".join(path.read_text() for path in Path(fastmtp.__path__[0]).rglob("*.py"))
+    assert len(re.findall(r'sys\.executable, "-P", "-m"', sources)) == 4
+    assert not re.findall(r'sys\.executable, "-m"', sources)

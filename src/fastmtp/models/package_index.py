@@ -68,7 +68,7 @@ def _pip_files() -> dict[str, str]:
     """What pip's configuration files set; nothing where there is no pip."""
     if importlib.util.find_spec("pip") is None:
         return {}
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "config", "list"]
     told = subprocess.run(command, capture_output=True, text=True).stdout
     return dict(re.findall(r"^(?:global|download)\.([\w-]+)='(.*)'$", told.replace("\\n", " "), re.MULTILINE))
 

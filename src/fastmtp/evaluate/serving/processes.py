@@ -29,7 +29,7 @@ def own_server(target: str, engine: EngineOptions, drafting: DraftOptions, slots
     Raises:
         ValueError: it did not start; the message holds its last words.
     """
-    command = [sys.executable, "-m", "fastmtp", "serve", *_arguments(target, engine, drafting, slots)]
+    command = [sys.executable, "-P", "-m", "fastmtp", "serve", *_arguments(target, engine, drafting, slots)]
     environment = {name: value for name, value in os.environ.items() if name != "FASTMTP_API_KEY"}
     with (
         tempfile.TemporaryFile() as log,
