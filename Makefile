@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web fuzz check check-kernels check-arm sanitize docs prove-vllm gpu-check gpu-bundle clean
+.PHONY: demo test test-web fuzz soak check check-kernels check-arm sanitize docs prove-vllm gpu-check gpu-bundle clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -13,6 +13,10 @@ test: check
 test-web: .venv/installed .venv/node
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(BIN)/pytest -m web -rs tests/serve
+
+# Mixed work on one process for an hour, or for another time: make soak TIME=10m.
+soak: .venv/installed
+	$(BIN)/python -m tools.soak --time $(or $(TIME),1h)
 
 .venv/node: .venv/installed
 	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix $@ openai

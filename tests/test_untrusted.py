@@ -240,5 +240,5 @@ def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:
 def test_no_process_searches_the_current_directory_for_modules() -> None:
     """It may be a stranger's, with a `json.py` in it; `python -m` alone would run that."""
     sources = "".join(path.read_text() for path in Path(fastmtp.__path__[0]).rglob("*.py"))
-    assert len(re.findall(r'sys\.executable, "-P", "-m"', sources)) == 4
+    assert re.findall(r'sys\.executable, "-P", "-m"', sources)
     assert not re.findall(r'sys\.executable, "-m"', sources)
