@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,8 +186,10 @@ def test_a_model_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 # Answers that take some seconds, to be stopped.
 SLOW = """
-import sys, time
+import os, sys, time
+import importlib
 from fastmtp.cli import conversation
+chat = importlib.import_module("fastmtp.cli.chat")
 from fastmtp.cli.main import main
 real = conversation.Conversation.answer
 def slow(self, text, stops):
@@ -194,6 +197,11 @@ def slow(self, text, stops):
         yield piece
         time.sleep(0.05)
 conversation.Conversation.answer = slow
+def load(*arguments):
+    print("loading", flush=True)
+    time.sleep(60)
+if "SLOWLY" in os.environ:
+    chat.open_model = load
 sys.argv[0] = "fastmtp"
 main()
 """
@@ -210,7 +218,8 @@ def test_in_a_real_terminal(directory: Path, tmp_path: Path, monkeypatch: pytest
     shell.sendline(chat)
     shell.expect(PROMPT)
     shell.send("hello\r")
-    shell.expect("hello.*\n")
+    # Pastes are marked again while nobody asks.
+    shell.expect(r"\x1b\[\?2004l.*?\x1b\[\?2004h")
     # More than the system holds for a program that does not read.
     shell.send(f"{PASTE}touch leaked\n\n{'y' * 9000}\ntouch leaked\n{END}")
     shell.send("\x03")
@@ -225,6 +234,14 @@ def test_in_a_real_terminal(directory: Path, tmp_path: Path, monkeypatch: pytest
     shell.expect("go on.*\n")
     shell.send("/exit\rtouch leaked\r")
     shell.send("\x03")
+    shell.expect("READY")
+    # What nobody took in, as while the model is loaded, does not go to the shell either.
+    shell.sendline(f"SLOWLY=1 {chat}")
+    shell.expect("loading")
+    shell.send("touch leaked\r")
+    time.sleep(0.2)
+    shell.send("\x03")
+    shell.expect("the conversation is over")
     shell.expect("READY")
     shell.sendline("echo still-$((6*7))")
     shell.expect("still-42")
