@@ -9,7 +9,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -182,25 +182,26 @@ def lossless(setting: Setting) -> dict[str, Any]:
 
 
 def distillation(setting: Setting) -> dict[str, Any]:
-    """Tokens a second of `distill`, from its start to its end, setting up included."""
+    """Tokens a second of distilling: own prompts where there is a real model, else prompts that are given."""
     from fastmtp.config import DistillConfig
     from fastmtp.distill.answers import distill
     from fastmtp.distill.dataset import DataSet
+    from fastmtp.distill.speed import distillation_speed
     from fastmtp.engines.open import EngineOptions, open_engine
     from fastmtp.evaluate.prompts import builtin_conversations
 
     with _target(setting) as (name, model):
         options = EngineOptions("torch" if setting.device == "cpu" else None, device=setting.device)
         engine = open_engine(name, options, for_throughput=True)
+        seconds = _MEASURING * setting.seconds
+        if name == "smollm2":
+            return {"model": model, **distillation_speed(engine, seconds)}
+        # Random weights write no prompts that end.
         with _directory() as base:
-            config = DistillConfig(count=1_000_000, minutes=_MEASURING * setting.seconds / 60, greedy_share=0.1)
-            prompts = None
-            if name != "smollm2":
-                # Random weights write no prompts that end.
-                prompts = str(base / "prompts.txt")
-                lines = [one.turns[0].replace("\n", " ")[:60] for one in builtin_conversations()]
-                Path(prompts).write_text("\n".join(lines))
-                config = replace(config, max_new_tokens=24)
+            config = DistillConfig(count=1_000_000, minutes=seconds / 60, greedy_share=0.1, max_new_tokens=24)
+            prompts = str(base / "prompts.txt")
+            lines = [one.turns[0].replace("\n", " ")[:60] for one in builtin_conversations()]
+            Path(prompts).write_text("\n".join(lines))
             started = time.perf_counter()
             summary = distill(engine, config, base / "data", prompts)
             seconds = time.perf_counter() - started
