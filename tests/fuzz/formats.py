@@ -31,7 +31,7 @@ from fastmtp.decode.drafting.open import check_drafting, open_drafting
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
-from fastmtp.distill.dataset import DataSet, Exchange, ShardWriter, check_ids, read_exchanges
+from fastmtp.distill.dataset import DataSet, Exchange, ShardWriter, read_exchanges
 from fastmtp.distill.prompts import read_prompts
 from fastmtp.engines.costs import read_costs
 from fastmtp.engines.native.engine import NativeEngine
@@ -241,10 +241,7 @@ def _write_data(directory: Path) -> None:
 
 
 def _read_data(directory: Path) -> Any:
-    target = tiny_target("llama")
-    exchanges = read_exchanges(DataSet([directory]), target.identity.tokenizer_sha256)
-    check_ids(exchanges, target)
-    return exchanges
+    return read_exchanges(DataSet([directory], strict=True), tiny_target("llama"))
 
 
 _ROWS: list[dict[str, Any]] = [
