@@ -208,7 +208,7 @@ def test_the_context_ends_an_answer(drafting: Drafting) -> None:
     scheduler = Scheduler(drafting, context=40)
     asked = request(random_ids(30), 100, ignore_end=True)
     (found,) = run(scheduler, [scheduler.submit(asked)])
-    assert found.ids == alone(drafting, asked)[:11]
+    assert found.ids == alone(drafting, asked)[:10]
     assert found.finish.reason == "length"
     with pytest.raises(ValueError, match="the prompt has 40 tokens and the context ends at 40; shorten it"):
         scheduler.submit(request(random_ids(40)))
