@@ -347,7 +347,9 @@ def _whole_costs(base: Path) -> Path:
 
 def _write_state(directory: Path) -> None:
     stages = {"distill": {"command": ["fastmtp", "distill"], "done": True}}
-    facts = {"prefill_per_second": 240.0, "target_bytes": 1000, "shipped_head": None}
+    rates = {"prefill_per_second": 240.0, "answered_few": 60.0, "answered_many": 90.0, "many": 32}
+    times = {"plain_ms": 20.0, "verify_ms": 25.0, "head_seconds": 0.01, "step_seconds": 0.2}
+    facts = rates | times | {"target_bytes": 1000, "head_parameters": 100, "shipped_head": None}
     write_json(directory / "accelerate.json", {"target": "tiny", "stages": stages, "facts": facts})
 
 

@@ -9,9 +9,12 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastmtp.accelerate import rates
 from fastmtp.engines.open import open_engine
+from fastmtp.errors import PARSING
+from fastmtp.evaluate.records import from_json
 from fastmtp.files import cache_directory, read_json, write_json
 from fastmtp.heads.checkpoint import find_head
 from fastmtp.heads.shipped import shipped_head
@@ -22,6 +25,7 @@ from fastmtp.provenance import machine
 
 # For all measurements together; loading the model is not among them.
 MEASURED_SECONDS = 30.0
+_MOST = 1e15
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,23 @@ class Facts:
         return 1 / (1 / self.prefill_per_second + self.head_seconds + self.step_seconds / batch_tokens)
 
 
+def read_facts(value: Any) -> Facts:
+    """Facts as `asdict` gives them; raises a parser's error if they are not."""
+    facts = from_json(Facts, value)
+    measured = {name: number for name, number in vars(facts).items() if type(number) in (int, float)}
+    for name, number in measured.items():
+        if not (0 < number < _MOST or (number == 0 and name == "shipped_tokens")):
+            raise ValueError(f"{name} is {number!r}; it must be above 0 and below {_MOST:g}")
+    return facts
+
+
 def facts_of(target: str, progress: Progress = QUIET) -> Facts:
     """Measured once for a model and a machine and kept in the cache, so that no plan measures again."""
     fingerprint = _fingerprint(target)
     path = cache_directory() / f"plan-{fingerprint[:16]}.json"
     try:
-        return Facts(**read_json(path)[fingerprint])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_facts(read_json(path)[fingerprint])
+    except (OSError, *PARSING):
         found = measure_facts(target, progress)
     try:
         write_json(path, {fingerprint: asdict(found)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.accelerate import plan as planning
-from fastmtp.accelerate.facts import Facts, facts_of
+from fastmtp.accelerate.facts import Facts, facts_of, read_facts
 from fastmtp.accelerate.plan import Prediction, Stage
 from fastmtp.accelerate.prediction import Range
 from fastmtp.accelerate.stages import Result
@@ -21,7 +21,6 @@ from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
 
 STATE = "accelerate.json"
-_MOST = 1e15
 
 
 def _check(state: dict[str, Any]) -> None:
@@ -30,9 +29,7 @@ def _check(state: dict[str, Any]) -> None:
         from_json(_Done, stage)
     from_json(str, state["target"])
     if "facts" in state:
-        facts = from_json(Facts, state["facts"])
-        if not (0 < facts.prefill_per_second < _MOST and 0 < facts.target_bytes < _MOST):
-            raise ValueError(f"facts are {state['facts']}; rates and sizes must be above 0 and below {_MOST:g}")
+        read_facts(state["facts"])
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,7 @@ class State:
         """Those that the run was begun with, so that one that goes on has the same plan."""
         if "facts" not in self._state:
             self._state["facts"] = asdict(facts_of(self._state["target"], progress))
-        try:
-            return Facts(**self._state["facts"])
-        except TypeError as error:
-            raise ValueError(f"{self._path}: is of another version of fastmtp; choose another --out") from error
+        return read_facts(self._state["facts"])
 
     def stages(self, minutes: float, engine: str) -> list[Stage]:
         """The plan; once the data is complete, training is planned by its number of tokens."""
