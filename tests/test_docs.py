@@ -36,3 +36,15 @@ def test_options_in_examples_exist(page: Path) -> None:
         options = re.findall(r"(?<=\s)--[a-z-]+", line.partition("#")[0])
         wrong += [line for option in options if name is None or option not in sections[name]]
     assert wrong == []
+
+
+def test_faults_have_their_tests() -> None:
+    """Every test that tests/faults.md names is there; a name without a file is of the file before it."""
+    page = (ROOT / "tests" / "faults.md").read_text(encoding="utf-8")
+    missing, file = [], ""
+    for named, test in re.findall(r"`([\w/]*\.py)?(?:::(\w+))?`", page):
+        file = named or file
+        path = ROOT / "tests" / file
+        if not path.is_file() or (test and f"def {test}(" not in path.read_text(encoding="utf-8")):
+            missing.append(f"{file}::{test}")
+    assert missing == []
