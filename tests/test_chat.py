@@ -128,7 +128,7 @@ def test_a_system_message_is_heard_or_refused(model: Model, monkeypatch: pytest.
     talk.new()
     assert talk.messages == [{"role": "system", "content": "be brief"}]
     template = "{% for message in messages %}{% if message.role == 'system' %}{{ TEXT }}{% endif %}x{% endfor %}"
-    for does, told in (("raise_exception('no')", "takes no system message: no"), ("''", "a")):
+    for does, told in (("raise_exception('no')", "takes no system message: .*no$"), ("''", "a")):
         monkeypatch.setattr(model.target.tokenizer, "chat_template", template.replace("TEXT", does))
         if told == "a":
             silent = "{% for message in messages if message.role == 'user' %}x{% endfor %}"

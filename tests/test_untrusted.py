@@ -233,12 +233,12 @@ def test_checkpoints_of_a_run_hold_no_code(tmp_path: Path) -> None:
 
     torch.save({"step": Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="damaged checkpoint"):
-        load_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu"))
+        load_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu"), [])
     assert not (tmp_path / "ran").exists()
 
 
 def test_no_process_searches_the_current_directory_for_modules() -> None:
     """It may be a stranger's, with a `json.py` in it; `python -m` alone would run that."""
-    sources = "".join(path.read_text() for path in Path(fastmtp.__path__[0]).rglob("*.py"))
+    sources = "".join(path.read_text() for path in Path(fastmtp.__file__).parent.rglob("*.py"))
     assert re.findall(r'sys\.executable, "-P", "-m"', sources)
     assert not re.findall(r'sys\.executable, "-m"', sources)

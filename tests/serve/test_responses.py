@@ -33,7 +33,7 @@ def scheduler() -> FakeScheduler:
 @pytest.fixture(scope="module")
 def url(scheduler: FakeScheduler) -> Iterator[str]:
     loaded = service(scheduler)
-    loaded.context = 4096
+    loaded.context = loaded.target.context_limit = 4096
     with serving(lambda: loaded) as address:
         yield address + "/v1"
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from fastmtp.config import SamplingConfig
+from fastmtp.models.templates import TemplateError
 
 if TYPE_CHECKING:
     from fastmtp.api import Model

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastmtp.extras import require
-from fastmtp.models.config import ModelConfig
 from fastmtp.models.families import ONLY_TORCH
 from fastmtp.models.packaged import file_of
-from fastmtp.models.source import locate, reading
 from fastmtp.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -112,6 +110,9 @@ def open_cuda(
 
 def _has_kernels(name: str, progress: Progress) -> bool:
     """Whether the CUDA engine runs a model; one line if PyTorch must."""
+    from fastmtp.models.config import ModelConfig
+    from fastmtp.models.source import locate, reading
+
     file_of(name, progress)
     source = locate(name)
     with reading(source):
