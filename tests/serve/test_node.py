@@ -52,7 +52,7 @@ def test_the_package_for_node() -> None:
         pytest.skip("node or its openai package is not here; `make test-web` installs the package where npm is")
     scheduler = Replying()
     loaded = service(scheduler)
-    loaded.context = 4096
+    loaded.context = loaded.target.context_limit = 4096
     script = Path(__file__).with_name("client.mjs")
     with serving(lambda: loaded, key="secret-key") as url:
         arguments = [node, str(script), str(PACKAGES), url + "/v1", "secret-key"]
