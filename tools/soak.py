@@ -33,8 +33,8 @@ from tools.soak_subject import TOKENS, conversations, second
 CHAT = "/v1/chat/completions"
 MOST_GROWTH = 0.02
 # Share of the time, after which threads and files are compared, and pieces of work, after which memory is: buffers
-# and caches have to fill.
-_WARM_UP, _SETTLED = 0.2, 400
+# and caches have to fill, the LM head's rows of sixteen choices of lists last (some 20 MB with the embedded model).
+_WARM_UP, _SETTLED = 0.2, 1000
 _PHASE_SECONDS = 60.0
 _CLIENTS = 6
 _ANSWERS = {"enum": ["yes", "no"]}
