@@ -283,7 +283,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Found:
             for number, found in enumerate((row for batch in batches for row in _batch_rows(batch)), 1):
                 where = f"{path}, row {number}"
                 yield where, found if isinstance(found, dict) else RowError(f"{where}: {found}")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 

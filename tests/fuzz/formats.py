@@ -460,7 +460,10 @@ FORMATS = {
     "recording": Format(_write_recording, {"recorded.jsonl.gz": any_bytes}, _read_recording),
     "checkpoint": Format(_write_checkpoint, {"checkpoint.pt": any_bytes}, _read_checkpoint),
     "costs": Format(_write_costs, {"costs.json": of_json}, _read_costs),
-    "accelerate": Format(_write_state, {"accelerate.json": of_json}, _read_state, r".*: stages.*"),
+    # Whatever head it names is checked as any other.
+    "accelerate": Format(
+        _write_state, {"accelerate.json": of_json}, _read_state, r".*: (stages|facts\.shipped_head = ).*"
+    ),
     "request": Format(
         lambda directory: write_json(directory / "body.json", _BODY),
         {"body.json": of_json},

@@ -121,6 +121,7 @@ def test_what_would_be_misread_is_refused(key: str, value: Any) -> None:
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_theta": float("nan")}, "rope_theta"),
         ({"rope_theta": 1e30}, "rope_theta"),
+        ({"rope_theta": 1}, "rope_theta"),
         ({"rope_theta": "1e6"}, "rope_theta"),
         ({"rope_scaling": {"rope_type": 3}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0, float("nan")]}}, "long_factor"),

@@ -14,6 +14,7 @@ from fastmtp.evaluate.records import Answer, Json, Turn, from_json
 from fastmtp.files import parse_json
 
 JOURNAL = "answers.jsonl"
+_MOST = 1e12
 log = logging.getLogger("fastmtp")
 
 
@@ -86,8 +87,8 @@ def _turn(path: Path, number: int, line: bytes) -> Turn:
     try:
         turn = from_json(Turn, facts)
         seconds = [own for cell in turn.cells.values() if isinstance(cell, Answer) for own in _seconds(cell)]
-        if min(turn.turn, turn.repeat, *astuple(turn.machine), *seconds) < 0:
-            raise ValueError(f"{turn.key}: a number is below 0")
+        if not all(0 <= one < _MOST for one in (turn.turn, turn.repeat, *astuple(turn.machine), *seconds)):
+            raise ValueError(f"{turn.key}: a number is below 0, or {_MOST:g} or more")
     except PARSING as error:
         raise _damaged(path, number, reason(error)) from error
     return turn

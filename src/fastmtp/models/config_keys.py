@@ -91,6 +91,9 @@ def _fits(name: str, value: Any) -> bool:
     if name in ("long_factor", "short_factor"):
         return isinstance(value, list) and all(_is_number(one, math.ulp(0)) for one in value)
     # 0 switches `mscale` off; the others are those of a kind of attention.
+    if name == "rope_theta":
+        # Powers of 1 are all alike.
+        return _is_number(value, math.nextafter(1, 2))
     return _is_number(value, 0 if name.startswith("mscale") else math.ulp(0)) or isinstance(value, dict)
 
 
