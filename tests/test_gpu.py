@@ -22,7 +22,7 @@ from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import kl_loss, log_probabilities
-from fastmtp.train.pace import steady_attention
+from fastmtp.models.layers import steady_attention
 from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids, tiny_target

@@ -25,11 +25,12 @@ from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.models.config import FULL, ModelConfig
+from fastmtp.models.layers import steady_attention
 from fastmtp.models.source import transformers_config
 from fastmtp.train.batches import make_batch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers
-from fastmtp.train.pace import steady_attention, to_device
+from fastmtp.train.pace import to_device
 
 # Sequences answered together: few, and as many as are quickly timed.
 FEW, _MANY = 8, (96, 32)

@@ -6,11 +6,13 @@ Shapes: B batch, T new tokens, L keys (held + new), H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -108,3 +110,13 @@ def run_layers(
             **{_CACHE_ARGUMENT: cache},
         )
     return hidden_BTH
+
+
+def steady_attention() -> AbstractContextManager[None]:
+    """Attention without cuDNN, which makes a plan for every new shape: batches are of many.
+
+    Flash and memory-efficient kernels where they can, otherwise (float32 with grouped heads) the plain formula.
+    """
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[None] = sdpa_kernel(kernels)
+    return context

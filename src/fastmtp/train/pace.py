@@ -7,12 +7,10 @@ shapes, and nothing of a step is read by the host: reading waits until all that 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # float32 tensors of the logits' size that a formula of method/losses.py, or a measurement, holds at once.
 FORMULA_TENSORS = 8
@@ -58,16 +56,6 @@ def pace_of(device: torch.device) -> Pace:
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def steady_attention() -> AbstractContextManager[None]:
-    """Attention without cuDNN, which makes a plan for every new shape: batches are of many.
-
-    Flash and memory-efficient kernels where they can, otherwise (float32 with grouped heads) the plain formula.
-    """
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    context: AbstractContextManager[None] = sdpa_kernel(kernels)
-    return context
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -25,8 +25,9 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.errors import writing
 from fastmtp.files import clear_leftovers, file_sha256, read_json, replacing, write_json
 from fastmtp.locking import locked
+from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
-from fastmtp.train.pace import Pace, steady_attention
+from fastmtp.train.pace import Pace
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256

@@ -25,6 +25,7 @@ from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
 from fastmtp.method.recursion import recursion, trained_starts
+from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
 from fastmtp.train.agreement import Measured, Reference, agreements, replay
 from fastmtp.train.batches import Batch, batch_order, by_length, make_batch
@@ -33,7 +34,7 @@ from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
-from fastmtp.train.pace import pace_of, steady_attention, to_device
+from fastmtp.train.pace import pace_of, to_device
 from fastmtp.train.processes import Processes
 from fastmtp.train.states import StateCache, padded_states, stacked, states_of
 

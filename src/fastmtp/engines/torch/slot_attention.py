@@ -11,13 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastmtp.models.layers import steady_attention
 
 # Of a layer's number, and its queries, keys and values.
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-# cuDNN would make a plan for each new shape.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class StepAttention(Protocol):
@@ -65,5 +63,5 @@ def attend_many(queries_RQCD: Tensor, keys_RKLD: Tensor, values_RKLD: Tensor, ma
     group = queries_RQCD.shape[1] // keys_RKLD.shape[1]
     # With masks, the fast kernels take as many key heads as query heads.
     keys, values = (part.repeat_interleave(group, 1) for part in (keys_RKLD, values_RKLD))
-    with sdpa_kernel(_BACKENDS):
+    with steady_attention():
         return nn.functional.scaled_dot_product_attention(queries_RQCD, keys, values, attn_mask=mask, scale=scale)
