@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from fastmtp.models.tokenizer import Tokenizer
+from fastmtp.serve import answers
 from fastmtp.serve.styles import OWN
 from tests.serve.serving import REPLY, FakeScheduler, service, serving, tokenizer
 
@@ -86,8 +87,10 @@ def test_answers_without_calls(client: Any, scheduler: FakeScheduler) -> None:
         assert scheduler.requests[-1].grammar is None
 
 
-def test_calls_streamed(url: str, client: Any, scheduler: FakeScheduler) -> None:
+def test_calls_streamed(url: str, client: Any, scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name first, with an id, then pieces of arguments; logprobs of every token."""
+    monkeypatch.setattr(answers, "INTERVAL", 0.0)
+    monkeypatch.setattr(scheduler, "pace", 0.001)
     scheduler.reply = "Well,  \n" + CALLS
 
     async def ask() -> list[Any]:

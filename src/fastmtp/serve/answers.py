@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
 from fastmtp.serve.errors import ApiError
-from fastmtp.serve.requests import STOPPED, Event, Finish, OnEvent, QueueFull, Request, Stats, Stopping
+from fastmtp.serve.requests import STOPPED, Event, Finish, OnEvent, QueueFull, Request, Stats, Stopping, Token
+
+# Seconds for which an answer's tokens collect after some were sent: sending takes time from the decoder, which may
+# need every core.
+INTERVAL = 0.05
 
 
 class Answer(Protocol):
@@ -50,7 +55,8 @@ class Answers:
         """
         self._finished = finished
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._come, self._is_awaited = asyncio.Event(), False
         self._answers: list[Answer] = []
         try:
             for index, request in enumerate(requests):
@@ -72,29 +78,60 @@ class Answers:
             answer.cancel()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """What happens to each request, by its index, until all are finished.
+        """What happens to each request, by its index, until all are finished: first tokens and ends at once.
 
         Raises:
             ApiError: one of them failed, or the server stops.
         """
         left = len(self._answers)
         while left:
-            index, event = await self._events.get()
-            if isinstance(event, Finish):
-                left -= 1
-                if event.reason == "error":
-                    raise stopping() if event.error == STOPPED else ApiError(500, f"decoding failed: {event.error}")
+            await self._some()
+            for index, event in self._taken():
+                if isinstance(event, Finish):
+                    left -= 1
+                    if event.reason == "error":
+                        failed = ApiError(500, f"decoding failed: {event.error}")
+                        raise stopping() if event.error == STOPPED else failed
+                yield index, event
+            if left:
+                await self._pause()
+
+    async def _some(self) -> None:
+        """Wait until there is an event."""
+        self._is_awaited = True
+        while not self._events:
+            self._come.clear()
+            await self._come.wait()
+        self._is_awaited = False
+        # Before they are taken: what comes later is not missed.
+        self._come.clear()
+
+    async def _pause(self) -> None:
+        """Let tokens collect, at most until an answer ends."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(INTERVAL):
+                await self._come.wait()
+
+    def _taken(self) -> Iterator[tuple[int, Event]]:
+        """The events that are there, with an answer's tokens together."""
+        tokens: dict[int, list[Token]] = {}
+        for index, event in [self._events.popleft() for _ in range(len(self._events))]:
+            if not isinstance(event, Finish):
+                tokens.setdefault(index, []).extend(event)
+                continue
+            if index in tokens:
+                yield index, tokens.pop(index)
             yield index, event
-            if not self._events.empty():
-                # Otherwise nothing else would come to its turn: other answers, and that the client left.
-                await asyncio.sleep(0)
+        yield from tokens.items()
 
     def _tell(self, index: int, event: Event) -> None:
         if isinstance(event, Finish):
             self._finished(event)
-        # After the loop's end nobody listens.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        self._events.append((index, event))
+        if self._is_awaited or isinstance(event, Finish):
+            # After the loop's end nobody listens.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._come.set)
 
 
 def stopping() -> ApiError:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.grammar import check_grammar
 from fastmtp.decode.sampling import derived_seed
-from fastmtp.models.templates import TemplateError
 from fastmtp.serve.constraints import offered
 from fastmtp.serve.conversation import plain, taught
 from fastmtp.serve.errors import ApiError, invalid
@@ -89,17 +88,17 @@ async def chat_tokens(service: Service, messages: Sequence[Message], tools: Sequ
     if not takes_tools(tokenizer.chat_template):
         told, shown = taught(told, shown), []
     if not tokenizer.chat_template:
-        return await _encoded("messages", service.target.encode_chat, told)
-    try:
-        render = partial(tokenizer.apply_chat_template, told, add_generation_prompt=True, tools=shown)
-        text = await asyncio.get_running_loop().run_in_executor(service.rendering, render)
-    except TemplateError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-    return await text_tokens(service, text, special=False, param="messages")
+        return await _encoded(service.rendering, "messages", service.target.encode_chat, told)
+
+    def encoded() -> list[int]:
+        text = tokenizer.apply_chat_template(told, add_generation_prompt=True, tools=shown)
+        return service.target.encode(text, special=False)
+
+    return await _encoded(service.rendering, "messages", encoded)
 
 
-async def text_tokens(service: Service, text: str, *, special: bool = True, param: str = "prompt") -> list[int]:
-    return await _encoded(param, lambda: service.target.encode(text, special=special))
+async def text_tokens(service: Service, text: str, *, special: bool = True) -> list[int]:
+    return await _encoded(None, "prompt", lambda: service.target.encode(text, special=special))
 
 
 def known(service: Service, tokens: list[int], param: str) -> list[int]:
@@ -115,13 +114,12 @@ def known(service: Service, tokens: list[int], param: str) -> list[int]:
     return tokens
 
 
-async def _encoded(param: str, encode: Any, *arguments: Any) -> list[int]:
+async def _encoded(pool: Executor | None, param: str, encode: Callable[..., list[int]], *given: Any) -> list[int]:
     try:
         # A long text takes long; the event loop goes on meanwhile.
-        tokens: list[int] = await asyncio.to_thread(encode, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(pool, encode, *given)
     except ValueError as error:
         raise ApiError(400, str(error), param=param, code="invalid_value") from None
-    return tokens
 
 
 def _requests(

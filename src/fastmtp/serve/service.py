@@ -55,5 +55,5 @@ class Service:
 
     @cached_property
     def rendering(self) -> ThreadPoolExecutor:
-        """For conversations, which the process for chat templates takes one after the other."""
-        return ThreadPoolExecutor(1, "template")
+        """For conversations; the process for chat templates takes one after the other."""
+        return ThreadPoolExecutor(4, "template")
