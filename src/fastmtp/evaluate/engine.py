@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -35,13 +36,13 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
-# Tokens: of context in the rounds, of answers, of the prompt whose prefill is timed.
-ROUNDS_CONTEXT, ANSWER, PREFILL = 500, 128, 512
+# Tokens: of context in the rounds, of answers, of the prompts whose prefill is timed.
+ROUNDS_CONTEXT, ANSWER, PREFILLS = 500, 128, (512, 2048)
 SEQUENCES = 16
 _READ_BYTES = 1 << 28
 _MOST_TURNS = 7
 # Seconds after which no other turn begins: of the tasks, and of the rounds; and of decoding in one task.
-_TASKS_SECONDS, _ROUNDS_SECONDS, _ANSWER_SECONDS = 120.0, 40.0, 4.0
+_TASKS_SECONDS, _ROUNDS_SECONDS, _ANSWER_SECONDS = 180.0, 40.0, 4.0
 _LEAST_ANSWER = 16
 # Making another type of a larger file takes llama.cpp's comparison minutes.
 _REQUANTIZED_BYTES = 500_000_000
@@ -74,12 +75,12 @@ class EngineReport:
     level_ms: dict[int, float]  # a level of a draft tree, by D
     plain_tokens_per_second: float
     batch_tokens_per_second: float  # plain decoding of SEQUENCES together
-    prefill_tokens_per_second: float
+    prefill_tokens_per_second: dict[int, float]  # by tokens of the prompt
     turns: int  # of which medians were taken
     answer_tokens: int  # decoded in a turn
     rounds: Rounds | None
     llama_cpp: dict[str, float]  # plain tokens a second by type; empty if it cannot run
-    llama_cpp_prefill: dict[str, float]
+    llama_cpp_prefill: dict[int, dict[str, float]]  # by tokens of the prompt and type
     llama_cpp_version: str | None
 
     @property
@@ -137,12 +138,12 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
         level_ms={int(size): 1e3 * seconds for size, seconds in by_key("level ").items()},
         plain_tokens_per_second=medians["plain"],
         batch_tokens_per_second=medians["batch"],
-        prefill_tokens_per_second=medians["prefill"],
+        prefill_tokens_per_second={int(length): speed for length, speed in by_key("prefill ").items()},
         turns=turn + 1,
         answer_tokens=answer,
         rounds=None if head is None else _rounds(engine, head, answer, progress),
         llama_cpp=by_key("llama.cpp "),
-        llama_cpp_prefill=by_key("llama.cpp-prefill "),
+        llama_cpp_prefill={length: by_key(f"llama.cpp-prefill {length} ") for length in _prefills(engine)},
         llama_cpp_version=llama_cpp.version(),
     )
 
@@ -168,7 +169,7 @@ def _draft_tasks(engine: NativeEngine, head: Head) -> dict[str, Task]:
 
 def _speed_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
     sequence, size = engine.new_sequence(), engine.target.vocabulary_size
-    prompt, long_prompt = some_ids(size, CONTEXT), some_ids(size, PREFILL)
+    prompt = some_ids(size, CONTEXT)
 
     def decode() -> float:
         sequence.reset()
@@ -176,9 +177,9 @@ def _speed_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
         next(tokens)
         return answer / timed(lambda: list(islice(tokens, answer)))
 
-    def prefill() -> float:
+    def prefill(long_prompt: list[int]) -> float:
         sequence.reset()
-        return PREFILL / timed(lambda: sequence.prefill(long_prompt))
+        return len(long_prompt) / timed(lambda: sequence.prefill(long_prompt))
 
     def decode_batch() -> float:
         batch = engine.batch(SEQUENCES)
@@ -192,7 +193,8 @@ def _speed_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
 
         return answer // 4 * SEQUENCES / timed(run)
 
-    return {"plain": decode, "batch": decode_batch, "prefill": prefill}
+    prefills = {f"prefill {length}": partial(prefill, some_ids(size, length)) for length in _prefills(engine)}
+    return {"plain": decode, "batch": decode_batch, **prefills}
 
 
 def _llama_cpp_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
@@ -207,9 +209,17 @@ def _llama_cpp_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
         path = llama_cpp.requantized(source, kind)
         return lambda: llama_cpp.decode_speed(path, prompt, tokens, threads)[which]
 
-    prompt, long_prompt = some_ids(size, CONTEXT), some_ids(size, PREFILL)
-    decoding = {f"llama.cpp {kind}": task(kind, prompt, answer, 0) for kind in kinds}
-    return decoding | {f"llama.cpp-prefill {kind}": task(kind, long_prompt, 1, 1) for kind in kinds}
+    decoding = {f"llama.cpp {kind}": task(kind, some_ids(size, CONTEXT), answer, 0) for kind in kinds}
+    return decoding | {
+        f"llama.cpp-prefill {length} {kind}": task(kind, some_ids(size, length), 1, 1)
+        for length in _prefills(engine)
+        for kind in kinds
+    }
+
+
+def _prefills(engine: NativeEngine) -> list[int]:
+    """Those of PREFILLS that the model's context has room for."""
+    return [length for length in PREFILLS if length < engine.target.context_limit]
 
 
 def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -> Rounds:

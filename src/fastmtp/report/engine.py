@@ -39,7 +39,10 @@ def engine_report(report: EngineReport) -> Iterator[Grid | str]:
                 *_texts([report.batch_tokens_per_second], 0),
                 *[""] * len(report.llama_cpp),
             ],
-            ["prefill", *_texts([report.prefill_tokens_per_second, *report.llama_cpp_prefill.values()], 0)],
+            *(
+                [f"prefill, {length} tokens", *_texts([speed, *report.llama_cpp_prefill[length].values()], 0)]
+                for length, speed in report.prefill_tokens_per_second.items()
+            ),
         ],
     )
     if (rounds := report.rounds) is not None:
