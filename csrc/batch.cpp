@@ -9,7 +9,7 @@ Batch::Batch(Runtime& runtime, const std::vector<Segment>& segments, const std::
       angle_size_(ropes.empty() ? 0 : 2 * int(ropes.front().inverse_frequencies.size())) {
   for (size_t segment = 0; segment < segments.size(); segment++) {
     const auto& [cache, start, count, tree] = segments[segment];
-    cache->prepare(start, count);
+    cache->prepare(start, count, start);
     rows += count;
     for (int slot = start; slot < start + count; slot++) {
       places.push_back({int(segment), slot});

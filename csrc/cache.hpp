@@ -23,6 +23,8 @@ class State {
   virtual size_t page_numbers() const = 0;
   // Page number `index`, the next one or one that there is already, is at `page` from now on.
   virtual void set_page(int index, uint16_t* page) = 0;
+  // Another page gets the first tokens of one; its other slots may hold anything.
+  virtual void copy_page(const uint16_t* page, uint16_t* copy, int tokens) const = 0;
   // The tokens in these slots, in ascending order, move to the slots from `start` on, none to a later slot.
   virtual void commit(int start, const std::vector<int32_t>& slots) = 0;
 };
@@ -100,13 +102,19 @@ class Cache {
     }
   }
 
-  // Room to write `count` tokens from slot `start` on, in pages of its own. Throws std::bad_alloc.
-  void prepare(int start, int count) {
+  // Room to write `count` tokens from slot `start` on, in pages of its own, which keep what is in the first `kept` slots.
+  // Throws std::bad_alloc.
+  void prepare(int start, int count, int kept) {
     reserve(start + count);
     for (int index = start / kPageTokens; index * kPageTokens < start + count; index++) {
       if (pages_[index].use_count() == 1) continue;
       Page copy = memory_->take();
-      std::copy_n(pages_[index].get(), page_numbers(), copy.get());
+      const int tokens = std::clamp(kept - index * kPageTokens, 0, kPageTokens);
+      size_t part = 0;
+      for (const auto& layer : layers_) {
+        layer->copy_page(pages_[index].get() + part, copy.get() + part, tokens);
+        part += layer->page_numbers();
+      }
       pages_[index] = std::move(copy);
       set_page(index);
     }
@@ -122,7 +130,7 @@ class Cache {
 
   void commit(int start, const std::vector<int32_t>& slots) {
     if (slots.empty()) return;
-    prepare(start, int(slots.size()));
+    prepare(start, int(slots.size()), slots.back() + 1);
     for (const auto& layer : layers_) layer->commit(start, slots);
   }
 

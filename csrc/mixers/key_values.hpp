@@ -18,6 +18,15 @@ class KeyValues : public State {
     pages_[index] = page;
   }
 
+  void copy_page(const uint16_t* page, uint16_t* copy, int tokens) const override {
+    for (int head = 0; head < heads; head++) {
+      std::copy_n(page, key_offset(round_up(tokens, kLanes), head_size), copy);
+      page += head_numbers(head_size), copy += head_numbers(head_size);
+      std::copy_n(page, value_offset(round_up(tokens, 2), head_size), copy);
+      page += head_numbers(head_size), copy += head_numbers(head_size);
+    }
+  }
+
   void commit(int start, const std::vector<int32_t>& slots) override {
     for (int i = 0; i < int(slots.size()); i++) {
       const int from = slots[i], to = start + i;

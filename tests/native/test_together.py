@@ -173,6 +173,9 @@ def test_a_commit_does_not_write_to_a_shared_page(llama: Target) -> None:
     first.commit(40, [41, 42])
     after = forward(native, [second], [41], [[9]])
     assert np.array_equal(after, forward(native, [filled(native, [*text, 1])], [41], [[9]]))
+    # Whose own page has all that it keeps.
+    after = forward(native, [first], [42], [[9]])
+    assert np.array_equal(after, forward(native, [filled(native, [*text, 2, 3])], [42], [[9]]))
 
 
 def test_what_cannot_be_shared_is_refused(llama: Target) -> None:

@@ -219,7 +219,7 @@ def _llama_cpp_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
 
 def _prefills(engine: NativeEngine) -> list[int]:
     """Those of PREFILLS that the model's context has room for."""
-    return [length for length in PREFILLS if length < engine.target.context_limit]
+    return [length for length in PREFILLS if length <= engine.target.context_limit]
 
 
 def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -> Rounds:
