@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,28 @@ def test_a_damaged_journal_is_refused_by_its_line(damaged: bytes, tmp_path: Path
         with pytest.raises(ValueError, match=wrong):
             Journal(path, settings)
         assert path.read_bytes() == b"".join(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda turn, _: turn.update(prompt=[5, -5]),
+        lambda turn, _: turn.update(turn=-1),
+        lambda _, cell: cell.update(tokens=[2**31]),
+        lambda _, cell: cell.update(rounds=[-1]),
+        lambda _, cell: cell.update(prefill_seconds=1e30),
+        lambda _, cell: cell.update(seconds={"draft": -1.0}),
+    ],
+)
+def test_numbers_that_nothing_measures_are_refused(change: Callable[[Any, Any], None], tmp_path: Path) -> None:
+    path, settings = tmp_path / "answers.jsonl", {"limit": 1}
+    Journal(path, settings).add(line("a", "1", 0.02))
+    first, second = path.read_text().splitlines()
+    turn = json.loads(second)
+    change(turn, next(iter(turn["cells"].values())))
+    path.write_text(f"{first}\n{json.dumps(turn)}\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl: line 2 is not .*: a (number|token id) is "):
+        Journal(path, settings)
 
 
 @pytest.fixture(scope="module")

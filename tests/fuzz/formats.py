@@ -162,7 +162,8 @@ def _of_gguf(original: bytes) -> Mutations:
             path = Path(directory) / "model.gguf"
             write_model(path, tiny_target("qwen3"), {key: value})
             # Other numbers may be those of another model.
-            return Mutation(f"{key} = {value!r}", path.read_bytes(), value in _NO_NUMBERS or value != value)
+            damaging = isinstance(value, bool | str | list) or not 0 <= value < float("inf")
+            return Mutation(f"{key} = {value!r}", path.read_bytes(), damaging)
 
     values = st.sampled_from(_NO_NUMBERS) | st.sampled_from([0, 1, 3, 100_000, 2**31, 2**32 - 1, 0.0, 1e38])
     return any_bytes(original) | st.tuples(st.sampled_from(_NUMBERS), values).map(put)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import astuple
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmtp import jsonl
@@ -14,7 +13,7 @@ from fastmtp.evaluate.records import Answer, Json, Turn, from_json
 from fastmtp.files import parse_json
 
 JOURNAL = "answers.jsonl"
-_MOST = 1e12
+_MOST, _MOST_IDS = 1e12, 2**31
 log = logging.getLogger("fastmtp")
 
 
@@ -86,16 +85,30 @@ def _turn(path: Path, number: int, line: bytes) -> Turn:
     facts = _read(path, number, line)
     try:
         turn = from_json(Turn, facts)
-        seconds = [own for cell in turn.cells.values() if isinstance(cell, Answer) for own in _seconds(cell)]
-        if not all(0 <= one < _MOST for one in (turn.turn, turn.repeat, *astuple(turn.machine), *seconds)):
+        if not all(0 <= number < _MOST for number in _numbers(turn.as_json())):
             raise ValueError(f"{turn.key}: a number is below 0, or {_MOST:g} or more")
+        if not all(token < _MOST_IDS for token in _ids(turn)):
+            raise ValueError(f"{turn.key}: a token id is {_MOST_IDS} or more")
     except PARSING as error:
         raise _damaged(path, number, reason(error)) from error
     return turn
 
 
-def _seconds(answer: Answer) -> Iterable[float]:
-    return answer.prefill_seconds, answer.decode_seconds, *answer.seconds.values()
+def _numbers(value: object) -> Iterator[float]:
+    """All numbers in a JSON value, keys included."""
+    if isinstance(value, dict):
+        yield from (number for pair in value.items() for one in pair for number in _numbers(one))
+    elif isinstance(value, list | tuple):
+        yield from (number for one in value for number in _numbers(one))
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _ids(turn: Turn) -> Iterator[int]:
+    yield from turn.prompt
+    for cell in turn.cells.values():
+        if isinstance(cell, Answer):
+            yield from cell.tokens
 
 
 def _damaged(path: Path, number: int, why: str) -> ValueError:
