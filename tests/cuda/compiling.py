@@ -82,8 +82,11 @@ def launch_all(kind: torch.dtype) -> None:
         count, best = 1000 if ids is None else 640, (zeros(1 << 12), whole(1 << 12))
         scores.scores(x, half(1000, hidden), ids, zeros(16, count))
         scores.argmax(x, half(1000, hidden), ids, best, whole(4))
+    scores.scores(half(32, hidden), half(1000, hidden), whole(2, 640), zeros(32, 640))
     state, found, step = whole(3), whole(4), Rows(whole(5, 1), rows.paths)
     chains.begin(state, found, rows, whole(2, 5), verified)
+    chains.begin(state, found, rows, whole(7, 5), None)
+    chains.follow(Rows.empty(8, cpu), whole(8), state, whole(16), whole(16))
     for number, following in ((0, step), (1, step), (2, None)):
         chains.hand_on(state, x, found, x, following, verified, number)
     chains.accept(state, found, verified, whole(7))

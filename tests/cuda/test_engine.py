@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines.cuda.engine import CudaEngine
+from fastmtp.engines.cuda.graphs import Graphs
 from fastmtp.engines.cuda.load import load_cuda_engine
+from fastmtp.engines.cuda.runner import CudaRunner
 from fastmtp.engines.protocol import Ask, Costs, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
@@ -180,19 +183,127 @@ def test_a_round_on_the_device_is_the_round_step_by_step(llama: Target, monkeypa
     assert {drafts for pair in on_device[1:] for _, drafts in pair} == {2}
 
 
-def test_launches_and_copies_of_a_round(llama: Target) -> None:
-    """A chain is drafted, verified and accepted in one graph, plain decoding takes two; one copy to the host."""
-    graphs, prompt = cuda_engine(llama).machine.graphs, random_ids(4)
-    sequence = CUDA.sequence(llama, MTPHead(llama.model), list(range(100)), 8)
+def per_round(rounds: Iterator[Round], graphs: Graphs, count: int) -> list[tuple[int, int]]:
+    """Launches and copies of each of some rounds."""
     counts = []
-    for new_drafter in (chains(3), None):
-        rounds = speculative(sequence, prompt, (new_drafter or chains(0))(prompt, GREEDY), GREEDY)
-        for _ in range(2):
-            next(rounds)
+    for _ in range(count):
         graphs.launched = graphs.copied = 0
         next(rounds)
         counts.append((graphs.launched, graphs.copied))
-    assert counts == [(1, 1), (2, 1)]
+    return counts
+
+
+def test_launches_and_copies_of_a_round(llama: Target) -> None:
+    """Of a chain and of plain decoding one graph, of trees two; one copy to the host.
+
+    Of trees one more of each for what the round before did not lead to expect.
+    """
+    graphs, prompt = cuda_engine(llama).machine.graphs, random_ids(4)
+    sequence = CUDA.sequence(llama, MTPHead(llama.model))
+    counts = {}
+    for name, new_drafter in {"chain": chains(3), "plain": chains(0), "trees": adaptive}.items():
+        rounds = speculative(sequence, prompt, new_drafter(prompt, GREEDY), GREEDY)
+        next(rounds)
+        counts[name] = per_round(rounds, graphs, 4 if name == "trees" else 2)
+    trees = counts.pop("trees")
+    assert counts == {"chain": [(1, 1)] * 2, "plain": [(1, 1)] * 2}
+    assert trees[-1] == (2, 1) and all(launched == copied + 1 for launched, copied in trees[1:])
+
+
+def without_foresight(monkeypatch: pytest.MonkeyPatch, runner: object = CudaRunner) -> None:
+    """From now on the head runs when it is asked, over one node."""
+    for name in ("known", "drafted"):
+        monkeypatch.setattr(runner, name, lambda *_: None)
+
+
+def test_trees_drafted_ahead_are_those_drafted_when_asked(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same nodes with the same estimates, from lists and own tokens; also where streams take turns."""
+    head, prompts = hopeful_head(llama), [random_ids(2, seed=1), random_ids(4, seed=2)]
+    trees: list[list[tuple[int, int, float]]] = []
+
+    class Noting(Adaptive):
+        def learn(self, tree: Tree, path: Sequence[int]) -> None:
+            trees.append([(node.token, node.parent, node.estimate) for node in tree.nodes])
+            super().learn(tree, path)
+
+    def streams() -> list[list[tuple[int, int, float]]]:
+        trees.clear()
+        both = [
+            speculative(
+                CUDA.sequence(llama, head, list(range(0, 300, 3)), 4),
+                prompt,
+                Noting(Learned(COSTS), prompt, GREEDY),
+                GREEDY,
+            )
+            for prompt in prompts
+        ]
+        for rounds in zip(*(islice(one, 3) for one in both), strict=True):
+            trees.append([(token, -1, 1.0) for one in rounds for token in one.tokens])
+        return list(trees)
+
+    ahead = streams()
+    without_foresight(monkeypatch)
+    assert streams() == ahead
+    assert max(map(len, ahead)) > 8
+
+
+def test_what_was_foreseen_is_used_for_no_other_text(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another path is committed than the argmax's, another token follows, another node is asked for: as afresh."""
+    head, prompt = MTPHead(llama.model), random_ids(4)
+    sequence, fresh = CUDA.sequence(llama, head), CUDA.sequence(llama, head)
+    without_foresight(monkeypatch, fresh._runner)
+    sequence.prefill(prompt)
+    (found,) = sequence.ask(Ask(tree := Tree(5), [0], 3))
+    for token in found.tokens:
+        tree.add(0, token)
+    tree.select(range(4))
+    sequence.verify_greedy(tree)
+    sequence.commit([0, 2])
+    fresh.prefill([*prompt, 5, found.tokens[1]])
+    for place in (0, 1):
+        roots, asked = (Tree(7), Tree(7)), []
+        for one, root in zip((sequence, fresh), roots, strict=True):
+            answers = one.ask(Ask(root, [0], 3))
+            for node in (0, 1):
+                root.add(node, answers[-1].tokens[place])
+                answers += one.ask(Ask(root, [node + 1], 3))
+            asked.append(answers)
+            root.select([0])
+        assert asked[0] == asked[1]
+        assert sequence.verify_greedy(roots[0]) == fresh.verify(roots[1]).argmax(-1).tolist()
+        sequence.commit([0])
+        fresh.commit([0])
+
+
+def test_heads_are_asked_together(llama: Target) -> None:
+    """Each sequence gets what it gets alone, from its own lists and tokens; for two launches and a copy."""
+    engine, head = cuda_engine(llama), CUDA.head(llama, MTPHead(llama.model))
+    lists = [DraftLists(VocabularyLists.of(range(0, 300, step)), 300, 4) for step in (3, 3, 2)]
+    prompts = [random_ids(count, seed=count) for count in (3, 5, 4)]
+    both = []
+    for _ in range(2):
+        sequences = [engine.new_sequence(head, own) for own in lists]
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            sequence.prefill(prompt)
+        both.append(sequences)
+    trees = [Tree(token) for token in (1, 4, 7)]
+    for nodes in ([[0], [0], [0]], [[1, 2], [1], [2, 1]]):
+        asks = [Ask(tree, own, 3) for tree, own in zip(trees, nodes, strict=True)]
+        engine.machine.graphs.launched = engine.machine.graphs.copied = 0
+        together = engine.ask_together(both[0], asks)
+        # Lists of another length are scored apart.
+        assert (engine.machine.graphs.launched, engine.machine.graphs.copied) == (3, 2)
+        alone = [sequence.ask(ask) for sequence, ask in zip(both[1], asks, strict=True)]
+        assert together == alone
+        for tree, (first, *_) in zip(trees, together, strict=True):
+            for token in first.tokens[:2]:
+                tree.add(len(tree.nodes) - 1, token) if nodes[0] != [0] else tree.add(0, token)
+    asks = [Ask(Tree(2), [0], 3)] * 2
+    for sequence, prompt in zip(both[0][:2], prompts, strict=False):
+        sequence.prefill(prompt)
+    engine.machine.graphs.launched = engine.machine.graphs.copied = 0
+    engine.ask_together(both[0][:2], asks)
+    assert (engine.machine.graphs.launched, engine.machine.graphs.copied) == (2, 1)
 
 
 def test_rounds_end_with_the_context(llama: Target) -> None:

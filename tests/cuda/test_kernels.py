@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from fastmtp.engines.cuda.kernels.attention import NEVER, Pages, Rows, attend, rotate
-from fastmtp.engines.cuda.kernels.chains import accept, begin, hand_on
+from fastmtp.engines.cuda.kernels.chains import accept, begin, follow, hand_on
 from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
 from fastmtp.engines.cuda.kernels.products import gated, product
 from fastmtp.engines.cuda.kernels.scores import argmax, scores
@@ -228,6 +228,17 @@ def test_scores_and_their_argmax(listed: bool) -> None:
     assert tokens[3] == (150 if listed else 20)
 
 
+def test_each_tile_may_score_tokens_of_its_own() -> None:
+    states, weight = drawn(2 * TILE, 24), drawn(200, 24, seed=1)
+    ids = torch.tensor([[*range(70)], [*range(69, 0, -1), -1]], dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(2 * TILE, 70, device=DEVICE)
+    scores(states, weight, ids, out)
+    for tile, own in enumerate(ids):
+        alone = torch.zeros(TILE, 70, device=DEVICE)
+        scores(states[tile * TILE :][:TILE], weight, own, alone)
+        assert torch.equal(out[tile * TILE :][:TILE], alone)
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN")
 def test_scores_that_are_no_numbers_give_a_token() -> None:
     tokens = memory(TILE, torch.int32)
@@ -248,6 +259,40 @@ def test_acceptance(found: list[int], accepted: int) -> None:
     accept(state, torch.tensor(found, dtype=torch.int32, device=DEVICE), verified, answer)
     assert answer.tolist() == [5, 6, 7, *found]
     assert state.tolist() == [20, accepted + 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [([5, 6, 7, 1, 8], [0, 1, 2]), ([6, 5, 1, 4, 8], [0, 3]), ([5, 9, 1, 1, 1], [0, 1, 4]), ([1] * 5, [0])],
+)
+@pytest.mark.parametrize("rows", [5, 8])
+def test_the_path_that_is_accepted(found: list[int], taken: list[int], rows: int) -> None:
+    """Through the tree 0 - (1 - (2, 4), 3), by the target's tokens; rows that fill the graph are on no path."""
+    verified, state = Rows.empty(rows, DEVICE), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    verified.facts[:, 5:] = torch.tensor([1, 0, 0, NEVER, 0], dtype=torch.int32)[:, None]
+    verified.facts[0, :5] = torch.tensor([3, 5, 6, 6, 9])
+    verified.facts[1, :5] = torch.tensor([20, 21, 22, 21, 22])
+    verified.facts[3:, :5] = torch.tensor([[20], [7]])
+    for row, path in enumerate(([0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 4])):
+        verified.paths[row, : len(path)] = torch.tensor(path)
+    given = torch.tensor([*found, 1, 1, 1], dtype=torch.int32, device=DEVICE)
+    rows_taken, after = memory(TILE, torch.int32), memory(TILE, torch.int32)
+    follow(verified, given, state, rows_taken, after)
+    assert state.tolist() == [20, len(taken), 7]
+    assert rows_taken[: len(taken)].tolist() == taken
+    assert after[: len(taken)].tolist() == [found[row] for row in taken]
+
+
+def test_a_chain_is_accepted_up_to_its_first_other_token() -> None:
+    """Or to its end: what fills the graph is no part of it, whatever its token."""
+    verified, state = Rows.empty(8, DEVICE), torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    verified.facts[0, :4] = torch.tensor([9, 5, 6, 7])
+    verified.facts[1, :4], verified.facts[3] = torch.arange(20, 24), NEVER
+    taken, after = memory(TILE, torch.int32), memory(TILE, torch.int32)
+    for found, count in (([5, 6, 1, 7, 0, 0, 0, 0], 3), ([5, 6, 7, 0, 0, 0, 0, 0], 4)):
+        follow(verified, torch.tensor(found, dtype=torch.int32, device=DEVICE), state, taken, after)
+        assert (state.tolist(), taken[:count].tolist()) == ([20, count, 0], list(range(count)))
+        assert after[:count].tolist() == found[:count]
 
 
 def test_rows_of_a_round() -> None:

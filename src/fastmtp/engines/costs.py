@@ -185,8 +185,8 @@ def asking_task(engine: Engine, sequences: Sequence[EngineSequence], runs: int, 
                 tree.add(node, own.tokens[0] if own.tokens else 0)
 
     def run() -> float:
-        # As above.
-        engine.verify_together_greedy(sequences, [Tree(0)] * len(sequences), [[0]] * len(sequences))
+        # As above; with logits, since after a greedy one an engine may have drafted before it is asked.
+        engine.verify_together(sequences, [Tree(0)] * len(sequences), [[0]] * len(sequences))
         for sequence in sequences:
             sequence.commit([0])
         return timed(paths) / 4

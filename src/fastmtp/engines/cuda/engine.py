@@ -15,15 +15,17 @@ import triton
 from torch import Tensor
 
 from fastmtp.engines.costs import costs_of
+from fastmtp.engines.cuda.ahead import Ahead
 from fastmtp.engines.cuda.bandwidth import copy_gb_s
 from fastmtp.engines.cuda.batch import CudaBatch
+from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.rounds import Rounds
-from fastmtp.engines.cuda.runner import CudaRunner, forward_many
+from fastmtp.engines.cuda.runner import CudaRunner, ask_many, forward_many, verify_many
 from fastmtp.engines.cuda.sequence import CudaSequence
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
-from fastmtp.engines.sequence import forward_together
+from fastmtp.engines.sequence import ask_together, forward_together
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.models.tensors import head_shapes
@@ -42,6 +44,7 @@ class CudaEngine:
         self.target = target
         self.machine = Machine(target, pool_tokens)
         self._rounds: dict[int, Rounds] = {}
+        self._ahead = Ahead(self.machine)
 
     @property
     def name(self) -> str:
@@ -67,7 +70,8 @@ class CudaEngine:
 
     def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         vocabulary = draft_vocabulary(lists)
-        runner = CudaRunner(self.machine, self._rounds, head.weights if head else None, vocabulary)
+        weights = head.weights if head else None
+        runner = CudaRunner(self.machine, self._rounds, self._ahead, weights, vocabulary)
         return CudaSequence(runner, self.target, vocabulary)
 
     def prepare(self) -> bool:
@@ -85,9 +89,18 @@ class CudaEngine:
     def verify_together_greedy(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        states_MH = self._rows_together(sequences, trees, rows)
-        tokens = iter(self.machine.argmax(states_MH) if len(states_MH) else [])
-        return [list(islice(tokens, len(own))) for own in rows]
+        if len(sequences) == 1:
+            found = [sequences[0].verify_greedy(trees[0])]
+        elif sum(len(tree.verified) for tree in trees) > TILE:
+            states_MH = self._rows_together(sequences, trees, rows)
+            wanted = iter(self.machine.argmax(states_MH) if len(states_MH) else [])
+            return [list(islice(wanted, len(own))) for own in rows]
+        else:
+            with self.machine.held():
+                counts = [len(states_TH) for states_TH in forward_together(sequences, trees, verify_many)]
+                tokens = iter(self.machine.verified(sum(counts)))
+            found = [list(islice(tokens, count)) for count in counts]
+        return [[every[row] for row in own] for every, own in zip(found, rows, strict=True)]
 
     def _rows_together(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
@@ -96,8 +109,7 @@ class CudaEngine:
         return torch.cat([states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)])
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
-        """One after the other."""
-        return [one.ask(ask) for one, ask in zip(sequences, asks, strict=True)]
+        return ask_together(sequences, asks, ask_many)
 
     def forward(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         return [self._alone(text) for text in texts]

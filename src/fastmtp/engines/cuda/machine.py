@@ -50,7 +50,11 @@ class Text:
 
 
 class Machine:
-    """A target on its device. Any thread may call; one call runs at a time."""
+    """A target on its device. Any thread may call; one call runs at a time.
+
+    Attributes:
+        found: the target's token after each row that was verified last.
+    """
 
     def __init__(self, target: CudaTarget, pool_tokens: int | None = None) -> None:
         """
@@ -67,10 +71,10 @@ class Machine:
         blocks = in_tiles(LARGE[-1]) * -(-target.vocabulary_size // BLOCK)
         self._best = self._zeros(blocks, dtype=torch.float32), self._zeros(blocks, dtype=torch.int32)
         self._asked = self._zeros(in_tiles(LARGE[-1]), config.hidden_size)
-        self._found = self._zeros(LARGE[-1], dtype=torch.int32)
+        self.found = self._zeros(LARGE[-1], dtype=torch.int32)
         self._logits = self._zeros(TILE, target.vocabulary_size, dtype=torch.float32)
-        self._ids: dict[int, Tensor] = {}
-        self._draft_logits: dict[int, Tensor] = {}
+        self._ids: dict[tuple[int, int], Tensor] = {}
+        self._draft_logits: dict[tuple[int, int], Tensor] = {}
         self._answers: dict[tuple[int, int], Tensor] = {}
 
     @contextmanager
@@ -87,6 +91,8 @@ class Machine:
             with progress.status("compiling kernels and capturing graphs"):
                 for count in (*SMALL, LARGE[0]):
                     self.argmax(self.forward([Text(room, 0, [0] * count)])[0])
+                for count in SMALL:
+                    self.verify([Text(room, 0, [0] * count)])
         finally:
             self.pool.give_back(room)
 
@@ -109,21 +115,46 @@ class Machine:
                 self.network.forward(rows, spans, inputs_RH)
                 last_inputs_TH[begin:end] = inputs_RH[: end - begin]
 
-            states_TH = self._in_parts(facts, paths, run)
-            ends = list(accumulate(len(text.tokens) for text in texts))
-            return [states_TH[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+            return _divided(self._in_parts(facts, paths, run), texts)
 
-    def head_forward(self, head: CudaHead, text: Text, states_TH: Tensor) -> Tensor:
-        """The head's states [T, H] of rows, each from the state before it."""
+    def verify(self, texts: Sequence[Text], accept: Callable[[Rows, Tensor], None] | None = None) -> list[Tensor]:
+        """As `forward`, of at most 16 rows together, with the target's token after each in `found`.
+
+        Args:
+            accept: what else is done on the device, with the rows and their states; always the same.
+        """
         with self.held():
-            facts, paths = self._facts([text])
+            facts, paths = self._facts(texts)
+            assert facts.shape[1] <= TILE
 
             def run(rows: Rows, spans: int, views: Views, begin: int, end: int) -> None:
-                views.given[: end - begin] = states_TH[begin:end]
+                def steps() -> None:
+                    self.network.forward(rows, spans)
+                    self.argmax_of(views.states, None, self.found[: len(rows)])
+                    if accept is not None:
+                        accept(rows, views.states)
+
+                self.graphs.run(("verify", len(rows), spans, accept is not None), steps)
+
+            return _divided(self._in_parts(facts, paths, run), texts)
+
+    def verified(self, count: int) -> list[int]:
+        """On the host, `found` of so many rows."""
+        tokens: list[int] = self.graphs.to_host(self.found[:count]).tolist()
+        return tokens
+
+    def head_forward(self, head: CudaHead, texts: Sequence[Text], states_TH: Sequence[Tensor]) -> list[Tensor]:
+        """The head's states [T, H] of each text's rows, each from the state before it."""
+        with self.held():
+            facts, paths = self._facts(texts)
+            every_TH = states_TH[0] if len(states_TH) == 1 else torch.cat(list(states_TH))
+
+            def run(rows: Rows, spans: int, views: Views, begin: int, end: int) -> None:
+                views.given[: end - begin] = every_TH[begin:end]
                 key = ("head", id(head), len(rows), spans)
                 self.graphs.run(key, lambda: self.network.head(head, rows, spans))
 
-            return self._in_parts(facts, paths, run)
+            return _divided(self._in_parts(facts, paths, run), texts)
 
     def argmax(self, states_TH: Tensor) -> list[int]:
         with self.held():
@@ -132,9 +163,9 @@ class Machine:
                 count = len(part_MH)
                 self._asked[:count] = part_MH
                 size = self._rows_for(count)
-                rows = self._asked[: in_tiles(size)], None, self._found[:size]
+                rows = self._asked[: in_tiles(size)], None, self.found[:size]
                 self.graphs.run(("argmax", size), partial(self.argmax_of, *rows))
-                found += self.graphs.to_host(self._found[:count]).tolist()
+                found += self.verified(count)
             return found
 
     def logits(self, states_TH: Tensor) -> Logits:
@@ -148,32 +179,58 @@ class Machine:
                 parts.append(self.graphs.to_host(self._logits[: len(part_MH)]))
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def likeliest(self, states_NH: Tensor, ids_D: Tensor | None, width: int) -> list[Candidates]:
+    def likeliest(
+        self, states: Sequence[Tensor], ids: Sequence[Tensor | None], width: int
+    ) -> list[list[Candidates]]:
         """The `width` likeliest tokens of each row, the first of equal ones, with their probabilities.
 
         Args:
-            ids_D: the tokens scored; None is all.
+            states: of each sequence, [N, H].
+            ids: of each sequence, the tokens scored, [D]; None is all.
         """
         with self.held():
-            found: list[Candidates] = []
-            ids_D = self.draft_ids(ids_D)
-            number = self.target.vocabulary_size if ids_D is None else len(ids_D)
-            for part_MH in _parts(states_NH, TILE):
-                size = self._rows_for(count := len(part_MH))
-                self._asked[:count] = part_MH
-                answer = self._answer(size, width)
-                key = ("likeliest", size, number, ids_D is None, width)
-                self.graphs.run(key, partial(self._likeliest, size, ids_D, answer))
-                found += map(_candidates, self.graphs.to_host(answer[:count]))
+            found: list[list[Candidates]] = [[] for _ in states]
+            # Sequences with as many tokens to score go together, each in tiles of its own.
+            for number in dict.fromkeys(map(_size, ids)):
+                of_number = [index for index, own in enumerate(ids) if _size(own) == number]
+                tiles = [(index, part_MH) for index in of_number for part_MH in _parts(states[index], TILE)]
+                for begin in range(0, len(tiles), SMALL[-1]):
+                    some = tiles[begin : begin + SMALL[-1]]
+                    answers = self._likeliest_in_tiles([part for _, part in some], [ids[i] for i, _ in some], width)
+                    for (index, _), own in zip(some, answers, strict=True):
+                        found[index] += own
             return found
+
+    def _likeliest_in_tiles(
+        self, parts: Sequence[Tensor], ids: Sequence[Tensor | None], width: int
+    ) -> Iterator[list[Candidates]]:
+        """In one launch and one copy."""
+        tiles, size = self._rows_for(len(parts)), self._rows_for(max(map(len, parts)))
+        fixed_SD = None if ids[0] is None else self._fixed_ids(tiles, len(ids[0]))
+        for tile, (part_MH, ids_D) in enumerate(zip(parts, ids, strict=True)):
+            self._asked[tile * TILE :][: len(part_MH)] = part_MH
+            if fixed_SD is not None and ids_D is not None:
+                fixed_SD[tile] = ids_D
+        answer = self._answer(tiles * size, width)
+        key = ("likeliest", tiles, size, _size(ids[0]), width)
+        self.graphs.run(key, lambda: self._likeliest(tiles, size, fixed_SD, answer))
+        answers = self.graphs.to_host(answer[: (len(parts) - 1) * size + len(parts[-1])])
+        return (list(map(candidates_of, answers[tile * size :][: len(part)])) for tile, part in enumerate(parts))
+
+    def likeliest_of(self, state_1H: Tensor, ids_D: Tensor | None, answer_12W: Tensor) -> None:
+        """The likeliest tokens of one row and then their probabilities, as kernels."""
+        self._asked[:1] = state_1H
+        self._likeliest(1, 1, None if ids_D is None else ids_D[None], answer_12W)
 
     def draft_ids(self, ids_D: Tensor | None) -> Tensor | None:
         """A list of tokens in the memory that graphs know for lists of its length."""
-        if ids_D is None:
-            return None
-        if len(ids_D) not in self._ids:
-            self._ids[len(ids_D)] = torch.empty_like(ids_D)
-        return self._ids[len(ids_D)].copy_(ids_D)
+        return None if ids_D is None else self._fixed_ids(1, len(ids_D))[0].copy_(ids_D)
+
+    def _fixed_ids(self, tiles: int, number: int) -> Tensor:
+        """[S, D]; -1 is no token."""
+        if (tiles, number) not in self._ids:
+            self._ids[tiles, number] = self._zeros(tiles, number, dtype=torch.int32) - 1
+        return self._ids[tiles, number]
 
     def argmax_of(self, states_RH: Tensor, ids_D: Tensor | None, out_M: Tensor) -> None:
         """The likeliest token after each row, as kernels."""
@@ -232,23 +289,31 @@ class Machine:
             found.append(views.states[: end - begin].clone())
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _likeliest(self, size: int, ids_D: Tensor | None, answer_N2W: Tensor) -> None:
-        count = self.target.vocabulary_size if ids_D is None else len(ids_D)
-        if count not in self._draft_logits:
-            self._draft_logits[count] = self._zeros(TILE, count, dtype=torch.float32)
-        logits_ND = self._draft_logits[count][:size]
-        scores(self._asked[:TILE], self.target.lm_head, ids_D, self._draft_logits[count])
+    def _likeliest(self, tiles: int, size: int, ids_SD: Tensor | None, answer_N2W: Tensor) -> None:
+        """Of the first rows of each tile.
+
+        Args:
+            ids_SD: the tokens that the rows of each tile score.
+        """
+        count = self.target.vocabulary_size if ids_SD is None else ids_SD.shape[1]
+        if (tiles, count) not in self._draft_logits:
+            self._draft_logits[tiles, count] = self._zeros(tiles * TILE, count, dtype=torch.float32)
+        logits_RD, ids_ND = self._draft_logits[tiles, count], None
+        scores(self._asked[: tiles * TILE], self.target.lm_head, ids_SD, logits_RD)
+        if ids_SD is not None:
+            ids_ND = ids_SD[:, None].expand(-1, size, -1).reshape(-1, count)
+        logits_ND = logits_RD.view(tiles, TILE, count)[:, :size].reshape(-1, count)
         left_ND, likely_ND, width = logits_ND, logits_ND.softmax(-1), answer_N2W.shape[1] // 2
         for place in range(min(width, count)):
             best_N1 = left_ND.argmax(-1, keepdim=True)
             is_there = left_ND.gather(-1, best_N1) > -torch.inf
-            token_N1 = best_N1 if ids_D is None else ids_D[best_N1]
+            token_N1 = best_N1 if ids_ND is None else ids_ND.gather(-1, best_N1)
             answer_N2W[:, place] = torch.where(is_there, token_N1, -1)[:, 0]
             answer_N2W[:, width + place] = likely_ND.gather(-1, best_N1)[:, 0]
-            if ids_D is None:
+            if ids_ND is None:
                 left_ND = left_ND.scatter(-1, best_N1, -torch.inf)
             else:
-                left_ND = left_ND.masked_fill(ids_D == token_N1, -torch.inf)
+                left_ND = left_ND.masked_fill(ids_ND == token_N1, -torch.inf)
 
     def _answer(self, size: int, width: int) -> Tensor:
         """Tokens and then probabilities, in float32, which holds every token exactly."""
@@ -258,6 +323,17 @@ class Machine:
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.target.dtype, device=self.target.device)
+
+
+def _divided(states_TH: Tensor, texts: Sequence[Text]) -> list[Tensor]:
+    """The states of each text."""
+    ends = list(accumulate(len(text.tokens) for text in texts))
+    return [states_TH[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _size(ids_D: Tensor | None) -> int:
+    """How many tokens are scored, 0 for all."""
+    return 0 if ids_D is None else len(ids_D)
 
 
 def _parts(states_TH: Tensor, most: int) -> list[Tensor]:
@@ -319,7 +395,8 @@ def _fill(rows: Rows, facts: NDArray[np.int32], paths: NDArray[np.int32] | None)
         upload(paths, rows.paths[:count])
 
 
-def _candidates(answer: NDArray[Any]) -> Candidates:
+def candidates_of(answer: NDArray[Any]) -> Candidates:
+    """From tokens, -1 where there is none, and then probabilities."""
     width = len(answer) // 2
     count = int((answer[:width] >= 0).sum())
     return Candidates([int(token) for token in answer[:count]], answer[width : width + count].tolist())

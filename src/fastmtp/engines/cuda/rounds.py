@@ -100,7 +100,7 @@ class Rounds:
         """Bring the rows of a sequence to the device; of many, the head consumes all but the last one now."""
         if len(tokens) > len(self._states_TH):
             before = len(tokens) - 1
-            self._machine.head_forward(head, Text(room, start, tokens[:before]), states_TH[:before])
+            self._machine.head_forward(head, [Text(room, start, tokens[:before])], [states_TH[:before]])
             start, tokens, states_TH = start + before, tokens[before:], states_TH[before:]
         self._states_TH[: len(tokens)] = states_TH
         found = np.zeros(self._steps + 1, np.int32)

@@ -6,12 +6,14 @@ Shapes: T tokens, N nodes of a tree, H hidden, D draft vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastmtp.engines.cuda.ahead import DEEPEST, Ahead, Steps
+from fastmtp.engines.cuda.drafted import DraftTree, Foreseen
 from fastmtp.engines.cuda.graphs import upload
 from fastmtp.engines.cuda.kernels.scores import BLOCK
 from fastmtp.engines.cuda.machine import Machine, Text
@@ -19,6 +21,7 @@ from fastmtp.engines.cuda.rounds import Chain, Rounds
 from fastmtp.engines.cuda.weights import CudaHead
 from fastmtp.engines.protocol import Candidates, Logits
 from fastmtp.engines.sequence import Question
+from fastmtp.method.acceptance import follow
 from fastmtp.models.torch_tensors import check_finite
 from fastmtp.vocabulary.draft import DraftVocabulary
 
@@ -27,7 +30,12 @@ class CudaRunner:
     """`Runner` whose caches are pages of the engine's pool."""
 
     def __init__(
-        self, machine: Machine, rounds: dict[int, Rounds], head: CudaHead | None, vocabulary: DraftVocabulary | None
+        self,
+        machine: Machine,
+        rounds: dict[int, Rounds],
+        ahead: Ahead,
+        head: CudaHead | None,
+        vocabulary: DraftVocabulary | None,
     ) -> None:
         """
         Args:
@@ -35,15 +43,20 @@ class CudaRunner:
         """
         target = machine.target
         self._machine, self._target, self._rounds, self._head = machine, target, rounds, head
+        self._ahead = ahead
         self.room = machine.pool.room()
         weakref.finalize(self, machine.pool.give_back, self.room)
         self.no_states = target.lm_head.new_empty(0, target.config.hidden_size) if head else None
         # The tokens that draft steps score, those of the lists and then the own ones; -1 is none.
-        self._ids_D: Tensor | None = None
+        self.ids_D: Tensor | None = None
         self._listed, self._own = np.zeros(0, np.int32), np.zeros(0, np.int32)
-        # The tree in the draft cache: where it begins, and the parents and states of its nodes.
-        self._root, self._parents = 0, [-1]
-        self._states_NH = target.lm_head.new_empty(0, target.config.hidden_size)
+        # How often they changed.
+        self._fitted = 0
+        self._tree = DraftTree(0, target.lm_head.new_empty(0, target.config.hidden_size), [], 0)
+        self._foreseen: Foreseen | None = None
+        # Of how many nodes in a row, each the likeliest, it was asked in this round and in the last one that asked;
+        # and for how many candidates.
+        self._levels, self._usual, self._width = 0, 1, 0
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Tensor:
         return forward_many([self], [start], [tokens], [parents])[0]
@@ -58,31 +71,113 @@ class CudaRunner:
     def argmax(self, states_TH: Tensor) -> list[int]:
         return self._machine.argmax(states_TH)
 
-    def ask(self, question: Question[Tensor]) -> list[Candidates]:
-        assert self._head is not None, "this sequence has no head"
-        machine, tokens = self._machine, question.tokens
+    def verify(
+        self, start: int, tokens: Sequence[int], parents: Sequence[int] | None, *, is_followed: bool
+    ) -> tuple[Tensor, list[int]]:
+        """The target's states of at most 16 rows, and its token after each.
+
+        If the head was asked in this round, it will be in the next: its drafts come with these.
+
+        Args:
+            is_followed: whether the head has consumed everything before these rows.
+        """
+        machine, text = self._machine, Text(self.room, start, tokens, parents)
         with machine.held():
-            if question.states_TH is None:
-                given, parents = self._states_NH[list(question.parents)], [*self._parents, *question.parents]
-                text = Text(self.room, self._root, tokens, parents)
-                states_NH = machine.head_forward(self._head, text, given)
-                self._parents, self._states_NH = parents, torch.cat([self._states_NH, states_NH])
-            else:
-                text = Text(self.room, question.start, tokens)
-                states_NH = machine.head_forward(self._head, text, question.states_TH)[-1:]
-                self._root, self._parents, self._states_NH = question.start + len(tokens) - 1, [-1], states_NH
-            if not question.width:
-                return [Candidates([], []) for _ in tokens[-len(states_NH) :]]
-            return machine.likeliest(states_NH, self._ids_D, question.width)
+            levels = self.end_round()
+            if not (levels and is_followed):
+                (states_MH,) = machine.verify([text])
+                return states_MH, machine.verified(len(tokens))
+            steps, fitted = self._steps(max(2, levels), self._width), self._fitted
+            states_MH, found, drafts = self._ahead.verify(text, steps)
+            befores = range(-1, len(tokens) - 1) if parents is None else parents
+            rows = {(before, token): row for row, (before, token) in enumerate(zip(befores, tokens, strict=True))}
+            path, _ = follow(found.__getitem__, lambda row, token: rows.get((row, token)))
+            accepted = [found[row] for row in path]
+            self._foreseen = Foreseen(start, accepted, steps.width, fitted, drafts)
+            return states_MH, found
+
+    def end_round(self) -> int:
+        """A forward begins: what was foreseen is of no use after it. Returns how many nodes were asked for."""
+        levels, self._levels, self._foreseen = self._levels, 0, None
+        self._usual = levels or self._usual
+        return levels
+
+    def ask(self, question: Question[Tensor]) -> list[Candidates]:
+        return ask_many([self], [question])[0]
+
+    def known(self, question: Question[Tensor]) -> list[Candidates] | None:
+        """The answer, if it was drafted ahead."""
+        if question.states_TH is None:
+            if not self._tree.goes_on(question) or self._tree.asked == len(self._tree.candidates):
+                return None
+            self._tree.asked += 1
+        else:
+            seen, self._foreseen = self._foreseen, None
+            key = question.start, list(question.tokens), question.width, self._fitted
+            if seen is None or (seen.start, seen.tokens, seen.width, seen.fitted) != key:
+                return None
+            self._tree = DraftTree.chain(question.start + len(question.tokens) - 1, seen.drafts, question.width)
+        return self._answer()
+
+    def drafted(self, question: Question[Tensor]) -> list[Candidates] | None:
+        """The answer of draft steps along the likeliest path; None if it asks for something else."""
+        tokens, states_TH = question.tokens, question.states_TH
+        if not question.width:
+            return None
+        if states_TH is not None:
+            steps = self._steps(self._usual, question.width)
+            found = self._ahead.draft(steps, self.room, question.start, tokens, states_TH)
+            self._tree = DraftTree.chain(question.start + len(tokens) - 1, found, question.width)
+        elif self._tree.goes_on(question):
+            tree, steps = self._tree, self._steps(1, question.width)
+            found = self._ahead.draft(steps, self.room, tree.root + tree.asked, tokens, tree.states_NH[-1:])
+            tree.parents.append(tree.asked - 1)
+            tree.candidates = tree.candidates + found.candidates
+            tree.states_NH, tree.asked = torch.cat([tree.states_NH, found.states_LH]), tree.asked + 1
+        else:
+            return None
+        return self._answer()
+
+    def _answer(self) -> list[Candidates]:
+        """After the node of the chain that was asked for last."""
+        self._levels, self._width = self._tree.asked, self._tree.width
+        return [self._tree.candidates[self._tree.asked - 1]]
+
+    def asked_rows(self, question: Question[Tensor]) -> tuple[Text, Tensor]:
+        """The rows that the head is to run over for a question, and the states that they follow."""
+        if question.states_TH is not None:
+            return Text(self.room, question.start, question.tokens), question.states_TH
+        # What was drafted ahead and not asked for is in the way.
+        parents = [*self._tree.parents[: self._tree.asked], *question.parents]
+        given = self._tree.states_NH[list(question.parents)]
+        return Text(self.room, self._tree.root, question.tokens, parents), given
+
+    def take(self, text: Text, states_TH: Tensor) -> Tensor:
+        """Take the head's states of these rows; returns those of the nodes, [N, H]."""
+        if text.parents is None:
+            self._tree = DraftTree(text.start + len(text.tokens) - 1, states_TH[-1:], [-1], 1)
+            return states_TH[-1:]
+        states_NH = torch.cat([self._tree.states_NH[: self._tree.asked], states_TH])
+        self._tree = DraftTree(self._tree.root, states_NH, list(text.parents), len(text.parents))
+        return states_TH
+
+    @property
+    def head(self) -> CudaHead:
+        assert self._head is not None, "this sequence has no head"
+        return self._head
+
+    def _steps(self, levels: int, width: int) -> Steps:
+        return Steps(self.head, self.ids_D, min(levels, DEEPEST), width)
 
     def chain(self, question: Question[Tensor], steps: int) -> Chain:
         """After the text's tokens of a question, draft the head's likeliest tokens, and verify them (rounds.py)."""
         assert self._head is not None and question.states_TH is not None, "this sequence has no head"
         with self._machine.held():
+            self.end_round()
             if steps not in self._rounds:
                 self._rounds[steps] = Rounds(self._machine, steps)
             start, tokens, states_TH = question.start, question.tokens, question.states_TH
-            return self._rounds[steps].run(self._head, self.room, start, tokens, states_TH, self._ids_D)
+            return self._rounds[steps].run(self._head, self.room, start, tokens, states_TH, self.ids_D)
 
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
         listed, own = vocabulary.ids_D, vocabulary.own_ids
@@ -90,12 +185,13 @@ class CudaRunner:
             return
         ids_D = np.full(-(-(len(listed) + vocabulary.own_tokens) // BLOCK) * BLOCK, -1, np.int32)
         ids_D[: len(listed)], ids_D[len(listed) : len(listed) + len(own)] = listed, own
-        first = 0 if listed is not self._listed or self._ids_D is None else len(listed)
+        first = 0 if listed is not self._listed or self.ids_D is None else len(listed)
         with self._machine.held():
             if not first:
-                self._ids_D = torch.empty(len(ids_D), dtype=torch.int32, device=self._target.device)
-            assert self._ids_D is not None
-            upload(ids_D[first:], self._ids_D[first:])
+                self.ids_D = torch.empty(len(ids_D), dtype=torch.int32, device=self._target.device)
+            assert self.ids_D is not None
+            upload(ids_D[first:], self.ids_D[first:])
+        self._fitted += 1
         self._listed, self._own = listed, own.copy()
 
     def share(self, other: CudaRunner, tokens: int, drafted: int) -> None:
@@ -116,9 +212,69 @@ def forward_many(
     parents: Sequence[Sequence[int] | None],
 ) -> list[Tensor]:
     """The states [T, H] of each runner's tokens, from its start on; they are a tree where it has parents."""
+    return _run_many(runners, starts, tokens, parents, runners[0]._machine.forward)
+
+
+def verify_many(
+    runners: Sequence[CudaRunner],
+    starts: Sequence[int],
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int] | None],
+) -> list[Tensor]:
+    """As `forward_many`, of at most 16 tokens, with the target's token after each (`Machine.verified`)."""
+    return _run_many(runners, starts, tokens, parents, runners[0]._machine.verify)
+
+
+def ask_many(runners: Sequence[CudaRunner], questions: Sequence[Question[Tensor]]) -> list[list[Candidates]]:
+    """The candidates that each runner's question is about, from one forward of the head and one copy."""
     machine = runners[0]._machine
+    with machine.held():
+        found = [runner.known(question) for runner, question in zip(runners, questions, strict=True)]
+        left = [index for index, candidates in enumerate(found) if candidates is None]
+        if len(left) == 1:
+            found[left[0]] = runners[left[0]].drafted(questions[left[0]])
+            left = [index for index in left if found[index] is None]
+        if left:
+            asked = [runners[index].asked_rows(questions[index]) for index in left]
+            texts, given = [text for text, _ in asked], [states_TH for _, states_TH in asked]
+            every = machine.head_forward(runners[left[0]].head, texts, given)
+            nodes = [runners[i].take(*own) for i, own in zip(left, zip(texts, every, strict=True), strict=True)]
+            for index, own in zip(left, _answers(machine, runners, questions, left, nodes), strict=True):
+                found[index] = own
+        return [candidates for candidates in found if candidates is not None]
+
+
+def _answers(
+    machine: Machine,
+    runners: Sequence[CudaRunner],
+    questions: Sequence[Question[Tensor]],
+    asked: Sequence[int],
+    nodes: Sequence[Tensor],
+) -> list[list[Candidates]]:
+    """After the nodes of each of these runners."""
+    answers = [[Candidates([], []) for _ in states_NH] for states_NH in nodes]
+    wanted = [place for place, index in enumerate(asked) if questions[index].width]
+    if wanted:
+        width = max(questions[asked[place]].width for place in wanted)
+        states, ids = [nodes[place] for place in wanted], [runners[asked[place]].ids_D for place in wanted]
+        for place, own in zip(wanted, machine.likeliest(states, ids, width), strict=True):
+            most = questions[asked[place]].width
+            answers[place] = [Candidates(one.tokens[:most], one.confidences[:most]) for one in own]
+    return answers
+
+
+def _run_many(
+    runners: Sequence[CudaRunner],
+    starts: Sequence[int],
+    tokens: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int] | None],
+    run: Callable[[Sequence[Text]], list[Tensor]],
+) -> list[Tensor]:
+    machine = runners[0]._machine
+    for runner in runners:
+        runner.end_round()
     rooms = [runner.room for runner in runners]
-    found = machine.forward(list(map(Text, rooms, starts, tokens, parents)))
+    found = run(list(map(Text, rooms, starts, tokens, parents)))
     for start, states_TH in zip(starts, found, strict=True):
         if start == 0 and machine.target.dtype == torch.float16:
             check_finite(states_TH, f"{machine.target.source}: the states of a text")

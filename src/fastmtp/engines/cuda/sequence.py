@@ -1,9 +1,10 @@
-"""A sequence that drafts and verifies a chain without a copy to the host in between."""
+"""A sequence whose rounds are graphs: a chain in one, without a copy in between, a tree in two."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.rounds import LONGEST
 from fastmtp.engines.cuda.runner import CudaRunner
 from fastmtp.engines.protocol import Ask
@@ -13,6 +14,16 @@ from fastmtp.engines.tree import Tree
 
 class CudaSequence(TextSequence[Tensor]):
     _runner: CudaRunner
+
+    def verify_greedy(self, tree: Tree) -> list[int]:
+        if not self._tokens or len(tree.verified) > TILE:
+            return super().verify_greedy(tree)
+        with self._alone:
+            start, parents = len(self._tokens), None if tree.is_chain else tree.parents
+            is_followed = self._drafted == start
+            states_MH, tokens = self._runner.verify(start, tree.tokens, parents, is_followed=is_followed)
+            self._verified = tree, states_MH
+            return tokens
 
     def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
         if not 0 < steps <= LONGEST:

@@ -1,7 +1,8 @@
 """What lies between the forwards of a round: which tokens and states go on to the next one, and acceptance.
 
-A round begins with the rows that the head has not consumed yet: `state` holds the position of the first of them,
-their number, and their sequence's table; `found` the token after each. It drafts K tokens and verifies K + 1 rows.
+Drafting begins with the rows that the head has not consumed yet: `state` holds the position of the first of them,
+their number, and their sequence's table; `found` the token after each. Of a chain, a round drafts K tokens and then
+verifies K + 1 rows; of a tree, it verifies M rows and then drafts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
+from fastmtp.engines.cuda.kernels.shapes import PATH
 
 
 @triton.jit
@@ -23,15 +25,27 @@ def _describe(FACTS, lanes, rows, position, table, NEVER: tl.constexpr):
 
 
 @triton.jit
-def _begin(STATE, FOUND, WAITING, STEPS, VERIFIED, K: tl.constexpr, BK: tl.constexpr, NEVER: tl.constexpr):
-    lanes = tl.arange(0, BK)
+def _begin(
+    STATE,
+    FOUND,
+    WAITING,
+    STEPS,
+    VERIFIED,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    M: tl.constexpr,
+    BW: tl.constexpr,
+    NEVER: tl.constexpr,
+):
+    lanes = tl.arange(0, BW)
     first, count, table = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2)
     length = first + count
-    tl.store(WAITING + lanes, tl.load(FOUND + lanes, mask=lanes <= K, other=0), mask=lanes <= K)
-    _describe(WAITING, lanes, K + 1, first, table, NEVER)
-    _describe(VERIFIED, lanes, K + 1, length, table, NEVER)
-    tl.store(VERIFIED, tl.load(FOUND + count - 1))
-    for step in tl.static_range(K - 1):
+    tl.store(WAITING + lanes, tl.load(FOUND + lanes, mask=lanes < W, other=0), mask=lanes < W)
+    _describe(WAITING, lanes, W, first, table, NEVER)
+    if M > 0:
+        _describe(VERIFIED, lanes, M, length, table, NEVER)
+        tl.store(VERIFIED, tl.load(FOUND + count - 1))
+    for step in tl.static_range(S):
         _describe(STEPS + step * 5, lanes, 1, length + step, table, NEVER)
 
 
@@ -73,21 +87,91 @@ def _accept(STATE, FOUND, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr):
     tl.store(ANSWER + K + lanes, tokens, mask=lanes <= K)
 
 
-def begin(state: Tensor, found: Tensor, waiting: Rows, steps: Tensor, verified: Rows) -> None:
+@triton.jit
+def _follow(
+    FACTS,
+    PATHS,
+    FOUND,
+    STATE,
+    TAKEN,
+    AFTER,
+    M: tl.constexpr,
+    BM: tl.constexpr,
+    W: tl.constexpr,
+    BW: tl.constexpr,
+    PATH: tl.constexpr,
+    NEVER: tl.constexpr,
+):
+    lanes = tl.arange(0, BM)
+    steps = tl.arange(0, BW)
+    is_row = lanes < M
+    tokens = tl.load(FACTS + lanes, mask=is_row, other=-1)
+    positions = tl.load(FACTS + M + lanes, mask=is_row, other=-1)
+    root = tl.load(FACTS + M)
+    depths = positions - root
+    parents = lanes - 1
+    if tl.load(FACTS + 3 * M) != NEVER:
+        parents = tl.load(PATHS + lanes * PATH + depths - 1, mask=is_row & (depths > 0), other=-1)
+    row, count = 0, 1
+    taken = tl.zeros([BW], tl.int32)
+    for step in range(1, M):
+        # Rows that only fill the graph are at no position after the root's.
+        is_next = (parents == row) & (depths == step) & (tokens == tl.load(FOUND + row))
+        following = tl.min(tl.where(is_next & is_row, lanes, BM), 0)
+        count = tl.where(following < BM, step + 1, count)
+        row = tl.where(following < BM, following, row)
+        taken = tl.where((steps == step) & (following < BM), row, taken)
+    tl.store(STATE, root)
+    tl.store(STATE + 1, count)
+    tl.store(STATE + 2, tl.load(FACTS + 4 * M))
+    tl.store(TAKEN + steps, taken, mask=steps < W)
+    tl.store(AFTER + steps, tl.load(FOUND + taken), mask=steps < W)
+
+
+def begin(state: Tensor, found: Tensor, waiting: Rows, steps: Tensor, verified: Rows | None) -> None:
     """Describe all rows of the round.
 
     Args:
-        steps: [K - 1, 5], the facts of the draft steps after the first.
+        steps: [S, 5], the facts of the draft steps after the first.
+        verified: of a chain, the rows to verify.
     """
-    count = len(verified) - 1
+    count = len(waiting)
     _begin[(1,)](
         state,
         found,
         waiting.facts,
         steps,
-        verified.facts,
+        waiting.facts if verified is None else verified.facts,
         count,
-        triton.next_power_of_2(count + 1),
+        len(steps),
+        0 if verified is None else len(verified),
+        triton.next_power_of_2(max(count, 0 if verified is None else len(verified))),
+        NEVER,
+        num_warps=1,
+    )
+
+
+def follow(rows: Rows, found: Tensor, state: Tensor, taken: Tensor, after: Tensor) -> None:
+    """The path through a tree that the target accepts: its rows in `taken`, the token after each in `after`.
+
+    `state` is where the head goes on. What is in `taken` and `after` beyond the path's end belongs to no row.
+
+    Args:
+        found: the target's token after each of the rows.
+    """
+    count = len(rows)
+    _follow[(1,)](
+        rows.facts,
+        rows.paths,
+        found,
+        state,
+        taken,
+        after,
+        count,
+        triton.next_power_of_2(count),
+        len(taken),
+        triton.next_power_of_2(len(taken)),
+        PATH,
         NEVER,
         num_warps=1,
     )

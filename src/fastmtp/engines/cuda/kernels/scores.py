@@ -31,6 +31,7 @@ def _scores(
     H: tl.constexpr,
     LISTED: tl.constexpr,
     PICKS: tl.constexpr,
+    EACH: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -40,6 +41,8 @@ def _scores(
     is_token = columns < N
     tokens = columns
     if LISTED:
+        if EACH:
+            IDS += tl.program_id(0) * N
         tokens = tl.load(IDS + columns, mask=is_token, other=-1)
         is_token = tokens >= 0
     weights = W + tokens.to(tl.int64)[:, None] * H
@@ -79,13 +82,13 @@ def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: T
     """Logits of some tokens in float32; a token below 0 has -inf.
 
     Args:
-        ids_N: the tokens; None is all of them.
+        ids_N: the tokens, or those of each tile, [R / 16, N]; None is all of them.
     """
     (rows, hidden), count = states_RH.shape, out_RN.shape[1]
     ids = out_RN if ids_N is None else ids_N
-    listed = ids_N is not None
+    listed, each = ids_N is not None, ids_N is not None and ids_N.ndim == 2
     _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
-        states_RH, weight_VH, ids, out_RN, out_RN, out_RN, rows, count, hidden, listed, False, BLOCK, _STEP,
+        states_RH, weight_VH, ids, out_RN, out_RN, out_RN, rows, count, hidden, listed, False, each, BLOCK, _STEP,
         num_warps=4, num_stages=4,
     )  # fmt: skip
 
@@ -102,7 +105,7 @@ def argmax(
     count = weight_VH.shape[0] if ids_N is None else len(ids_N)
     ids, blocks, listed = out_R if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
     _scores[(rows // TILE, blocks)](
-        states_RH, weight_VH, ids, states_RH, *memory, rows, count, hidden, listed, True, BLOCK, _STEP,
+        states_RH, weight_VH, ids, states_RH, *memory, rows, count, hidden, listed, True, False, BLOCK, _STEP,
         num_warps=4, num_stages=4,
     )  # fmt: skip
     _pick[(len(out_R),)](
