@@ -25,6 +25,11 @@ def require(*extras: str) -> None:
         raise MissingExtraError(_remedy({extra: missing for extra, missing in lacking.items() if missing}))
 
 
+def has_triton() -> bool:
+    """Whether kernels in Triton can run, which comes with PyTorch's build for CUDA and not with others."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def remedy(module: str | None) -> str | None:
     """What to install where importing a module failed; None if it is of no extra."""
     extra = next((extra for extra, modules in _MODULES.items() if module in modules), None)

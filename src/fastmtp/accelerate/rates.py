@@ -22,8 +22,7 @@ from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target, throughput_dtype
 from fastmtp.method.head import MTPHead
-from fastmtp.method.losses import step_weights
-from fastmtp.method.recursion import recursion, trained_starts
+from fastmtp.method.recursion import trained_starts
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.layers import steady_attention
 from fastmtp.models.source import transformers_config
@@ -31,6 +30,7 @@ from fastmtp.train.batches import make_batch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers
 from fastmtp.train.pace import to_device
+from fastmtp.train.step import forward_backward
 
 # Sequences answered together: few, and as many as are quickly timed.
 FEW, _MANY = 8, (96, 32)
@@ -131,7 +131,7 @@ def training_seconds(engine: Engine, seconds: float) -> tuple[float, float]:
 def _step(
     head: MTPHead, target: Target, objective: Objective, config: TrainConfig, texts: int, tokens: int
 ) -> None:
-    """Forward and backward over random states, as the trainer does them (train/trainer.py)."""
+    """The trainer's forward and backward over random states."""
     device = target.device
     ids = [some_ids(min(target.vocabulary_size, config.draft_vocabulary), tokens)] * texts
     batch = make_batch(ids, [[True] * tokens] * texts)
@@ -139,13 +139,7 @@ def _step(
     size = int(target.config.hidden_size)
     states_BTH = torch.randn(texts, tokens, size, device=device, generator=_generator(device)).to(target.dtype)
     starts_S = trained_starts(tokens, 0, torch.device("cpu"))
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=target.dtype != torch.float32):
-        outputs = recursion(
-            head, target, ids_BT, states_BTH, config.draft_steps, starts_S=to_device(starts_S, device)
-        )
-    _, gradients = objective(outputs, starts_S, batch, states_BTH, lambda _: None)
-    alphas = step_weights(config.draft_steps, config.beta)
-    torch.autograd.backward(outputs, [alpha * part for alpha, part in zip(alphas, gradients, strict=True)])
+    forward_backward(head, target, objective, config, batch, ids_BT, states_BTH, starts_S)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

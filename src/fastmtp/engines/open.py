@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastmtp.extras import require
+from fastmtp.extras import has_triton, require
 from fastmtp.models.families import ONLY_TORCH
 from fastmtp.models.packaged import file_of
 from fastmtp.progress import QUIET, Progress
@@ -223,7 +223,7 @@ def _suits_cuda(options: EngineOptions) -> bool:
 
 def _lacking_for_cuda(device: str | None) -> str | None:
     """What the CUDA engine lacks on a machine with a GPU; None if nothing."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "Triton is not installed; pip install triton"
     import torch
 

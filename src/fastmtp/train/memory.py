@@ -16,13 +16,14 @@ import torch
 
 from fastmtp.config import TrainConfig
 from fastmtp.engines.torch.target import Target
+from fastmtp.extras import has_triton
 from fastmtp.method.losses import CHUNK
 from fastmtp.method.recursion import STRIDE
 from fastmtp.models.config import ModelConfig
 from fastmtp.models.families import FAMILIES
 from fastmtp.models.tensors import family, layer_shapes, tensor_shapes
 from fastmtp.progress import Progress
-from fastmtp.train.pace import FORMULA_TENSORS, GPU, has_triton
+from fastmtp.train.pace import FORMULA_TENSORS, GPU
 
 # Batches that `auto` chooses from: of more tokens a step is no faster, and there would be fewer steps.
 BATCHES = (16384, 8192, 4096, 2048, 1024)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastmtp.engines.torch.target import Target
+from fastmtp.extras import has_triton
 from fastmtp.method.losses import CHUNK, DISTRIBUTION_LOSSES, log_probabilities, token_loss
 from fastmtp.train.batches import Batch
-from fastmtp.train.pace import FORMULA_TENSORS, has_triton, pace_of, to_device
+from fastmtp.train.pace import FORMULA_TENSORS, pace_of, to_device
 
 
 class Objective:

@@ -6,7 +6,6 @@ shapes, and nothing of a step is read by the host: reading waits until all that 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +51,6 @@ PACES = {"cpu": CPU, "cuda": GPU}
 
 def pace_of(device: torch.device) -> Pace:
     return PACES.get(device.type, CPU)
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

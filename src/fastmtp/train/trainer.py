@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.files import file_sha256
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
-from fastmtp.method.losses import step_weights
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
@@ -37,6 +35,7 @@ from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.pace import pace_of, to_device
 from fastmtp.train.processes import Processes
 from fastmtp.train.states import StateCache, padded_states, stacked, states_of
+from fastmtp.train.step import autocast, forward_backward
 
 # What the checkpoints hold, to go on from and of the best head.
 _STATE = ("fingerprint", "step", "best_tau", "start_tau", "head", "optimizers")
@@ -167,7 +166,7 @@ class Trainer:
     def measure(self, *, trained: bool = False) -> Measured:
         """Acceptance on the answers of the held-out exchanges, or of equally many training exchanges."""
         parts, expected = [], []
-        with steady_attention(), self._autocast(), self.clock("measuring"):
+        with steady_attention(), autocast(self.target), self.clock("measuring"):
             for group in self._references(trained):
                 texts, starts = zip(*group, strict=True)
                 draft_ids_D = self._objective.draft_ids_D
@@ -210,26 +209,22 @@ class Trainer:
         """
         chosen = self._order[self.step]
         batch, ids_BT, states_BTH = self._batch(chosen)
-        draft_steps, per_step = self.config.draft_steps, self.config.pattern == "per_step"
         length, host = ids_BT.shape[1], torch.device("cpu")
-        starts_S = torch.arange(length) if per_step else trained_starts(length, self.step, host)
-        with self._autocast(), self.clock("head"):
-            outputs = self._recursion(
-                self.head,
-                self.target,
-                ids_BT,
-                states_BTH,
-                draft_steps,
-                starts_S=to_device(starts_S, ids_BT.device),
-                per_step=per_step,
-            )
-        with self.clock("losses"):
-            losses_K, gradients = self._objective(outputs, starts_S, batch, states_BTH, self._processes.sum)
-        alphas = step_weights(draft_steps, self.config.beta)
-        with self.clock("head, backward"):
-            torch.autograd.backward(
-                outputs, [alpha * gradient for alpha, gradient in zip(alphas, gradients, strict=True)]
-            )
+        is_per_step = self.config.pattern == "per_step"
+        starts_S = torch.arange(length) if is_per_step else trained_starts(length, self.step, host)
+        losses_K = forward_backward(
+            self.head,
+            self.target,
+            self._objective,
+            self.config,
+            batch,
+            ids_BT,
+            states_BTH,
+            starts_S,
+            run=self._recursion,
+            total=self._processes.sum,
+            clock=self.clock,
+        )
         with self.clock("between processes"):
             gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
             self._processes.sum([losses_K, *gradients])
@@ -260,11 +255,6 @@ class Trainer:
                 return batch, ids_BT, padded_states(self._engine, texts, ids_BT, self.target)
             kept_BTH = stacked([self._states[index] for index in indices], length)
             return batch, ids_BT, to_device(kept_BTH, device).to(self.target.dtype)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        # If the target runs in half precision, that is fast here.
-        half = self.target.dtype != torch.float32
-        return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=half)
 
     @property
     def _best_path(self) -> Path:

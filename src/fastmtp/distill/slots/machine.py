@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.decode.batch import LOOP_EVERY, LOOP_TOKENS, Request
+from fastmtp.engines.capture import captured
 from fastmtp.engines.torch.draws import Sampling, choose, signed
-from fastmtp.engines.torch.graph import captured
 from fastmtp.engines.torch.slots import CHUNK, PREFILL_KEYS, PREFILL_TOKENS, SlotModel
 from fastmtp.engines.torch.target import Target
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastmtp.engines.capture import Step, capture
 
 
 class Graphs:
@@ -22,11 +24,11 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # With each graph its function, which keeps the memory that the graph knows.
-        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = {}
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Step]] = {}
         self._memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.launched = self.copied = 0
 
-    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+    def run(self, key: Hashable, function: Step) -> None:
         """Call a function, the one that came with this key first."""
         self.launched += 1
         if key in self._captured:
@@ -35,19 +37,13 @@ class Graphs:
         # The first call compiles the kernels, too, which cannot be done while a graph is captured.
         function()
         if self._device.type == "cuda":
-            self._captured[key] = self._capture(function), function
+            self._captured[key] = capture(function, self._device, self._memory), function
 
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
         """A copy, which later calls leave alone."""
         self.copied += 1
         found: NDArray[Any] = tensor.to("cpu", copy=True).numpy()
         return found
-
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            function()
-        return graph
 
 
 def upload(values: NDArray[np.int32], to: Tensor) -> None:

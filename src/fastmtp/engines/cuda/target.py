@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fastmtp.engines.cuda.pool import BEYOND
 from fastmtp.engines.cuda.weights import CudaHead, Reader
+from fastmtp.engines.memory import check_memory, weight_bytes
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import TargetInfo
@@ -56,7 +56,9 @@ class CudaTarget(TargetInfo):
         self.gelu = config.hidden_act == "gelu_pytorch_tanh"
         self.kinds = sorted({*config.layer_types, FULL})
         frequencies = ropes(config, self.kinds, weights.rope_factors, source)
-        _check_memory(config, dtype, device, source)
+        if device.type == "cuda":
+            needed, (free, _) = weight_bytes(config, lambda _: dtype.itemsize), torch.cuda.mem_get_info(device)
+            check_memory(needed, free, f"{source} in {str(dtype)[6:]}", "a smaller model", f"on {device}")
         reader = self.reader(weights)
         self.embedding = self.lm_head = reader.matrix("model.embed_tokens.weight")
         if not config.tie_word_embeddings:
@@ -89,19 +91,3 @@ class CudaTarget(TargetInfo):
 def _rope(angles: Tensor, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
     cosines, sines = ((function(angles) * scale).to(device) for function in (torch.cos, torch.sin))
     return cosines, sines
-
-
-def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device, source: str) -> None:
-    """Raises MemoryError before the memory is taken."""
-    if device.type != "cuda":
-        return
-    shapes = tensors.tensor_shapes(config)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    needed = dtype.itemsize * sum(map(math.prod, shapes.values()))
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise MemoryError(
-            f"{source} in {str(dtype)[6:]} needs {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are "
-            "free; use a smaller model"
-        )

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence, Sized
 from itertools import accumulate
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from fastmtp import _native
-from fastmtp.engines.native.target import NativeHead, NativeTarget, check_memory
+from fastmtp.engines.memory import check_memory
+from fastmtp.engines.native.target import NativeHead, NativeTarget
 from fastmtp.engines.protocol import Candidates, Logits
 from fastmtp.engines.sequence import Question
 from fastmtp.vocabulary.draft import DraftVocabulary
@@ -174,7 +176,8 @@ def reserve(cache: _native.Cache, tokens: int) -> None:
     """
     missing = -(-(tokens - cache.capacity) // _native.PAGE_TOKENS)
     if missing > 0:
-        check_memory(missing * cache.page_bytes, f"a context of {tokens} tokens", "a shorter context")
+        needed, free = missing * cache.page_bytes, psutil.virtual_memory().available
+        check_memory(needed, free, f"a context of {tokens} tokens", "a shorter context")
         cache.reserve(tokens)
 
 

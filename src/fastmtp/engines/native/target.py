@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastmtp import _native
 from fastmtp.engines import forks
+from fastmtp.engines.memory import check_memory, weight_bytes
 from fastmtp.engines.native import packed
 from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, gains, interleaved, pack, rows_from
 from fastmtp.models import tensors
@@ -215,12 +216,11 @@ class NativeTarget(TargetInfo):
         return sum(matrix.bytes for matrix in [*layers, self.lm_head])
 
     def _check_memory(self) -> None:
-        needed = sum(
-            math.prod(shape) * _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
-            for name, shape in tensors.tensor_shapes(self.config).items()
-            if name != "lm_head.weight" or not self.config.tie_word_embeddings
-        )
-        check_memory(int(needed), f"{self.source} in {self.weight_type}", "a smaller model")
+        def bytes_of(name: str) -> float:
+            return _BYTES_PER_WEIGHT[self.weight_type if ".layers." in name else self.outer_type]
+
+        needed, what = weight_bytes(self.config, bytes_of), f"{self.source} in {self.weight_type}"
+        check_memory(needed, psutil.virtual_memory().available, what, "a smaller model")
 
     def _rope_kinds(self) -> list[str]:
         return sorted({*self.config.layer_types, FULL})
@@ -252,12 +252,3 @@ class NativeHead:
 
 def _layer_matrices(layer: _native.Layer) -> dict[str, _native.Matrix]:
     return {name: getattr(layer, name) for name in ("query_key_value", "out", "gate_up", "down")}
-
-
-def check_memory(needed: int, what: str, instead: str) -> None:
-    """Raises MemoryError before the memory is taken; otherwise the system might kill the process later."""
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise MemoryError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; use {instead}"
-        )

@@ -9,7 +9,6 @@ K key/value heads, D size of a head, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from fastmtp.engines.torch.slot_attention import Attention, attend_many, step_attention
 from fastmtp.engines.torch.target import Target
+from fastmtp.extras import has_triton
 from fastmtp.models.families import FAMILIES
 from fastmtp.models.info import head_size
 from fastmtp.models.layers import norm_offset
@@ -32,7 +32,7 @@ PREFILL_TOKENS, PREFILL_KEYS = 8192, 65536
 
 def is_supported(target: Target) -> bool:
     """Whether `SlotModel` computes the layers of the target's family, with a kernel for its device."""
-    has_kernel = target.device.type == "cpu" or importlib.util.find_spec("triton") is not None
+    has_kernel = target.device.type == "cpu" or has_triton()
     return has_kernel and target.config.model_type in FAMILIES
 
 

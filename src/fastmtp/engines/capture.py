@@ -1,13 +1,27 @@
-"""A step over static tensors as one CUDA graph."""
+"""Functions over fixed memory, which take nothing and return nothing, as CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 Step = Callable[[], None]
 _WARM_UPS = 3
+
+
+def capture(step: Step, device: torch.device, memory: Any = None) -> torch.cuda.CUDAGraph:
+    """A graph of a step that was run before: libraries choose and compile their kernels outside of a capture.
+
+    Args:
+        memory: the pool that graphs share; None is one of its own.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may copy and allocate meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        step()
+    return graph
 
 
 def captured(step: Step, device: torch.device) -> Step:
@@ -18,14 +32,10 @@ def captured(step: Step, device: torch.device) -> Step:
     if device.type != "cuda":
         return step
     with torch.cuda.device(device):
-        # Libraries choose and compile their kernels outside of a capture.
         beside: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(_WARM_UPS):
                 step()
         torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    return graph.replay
+    return capture(step, device).replay
