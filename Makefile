@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web fuzz soak check check-kernels check-arm sanitize docs prove-vllm gpu-check gpu-bundle clean
+.PHONY: demo test test-web fuzz soak check check-kernels check-arm sanitize docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -95,12 +95,19 @@ GPU_PACKAGES ?= rich markdown-it-py mdurl pygments gguf httpx2 httpcore2 trustst
 	filelock psutil pytest pluggy iniconfig
 gpu-bundle: .venv/installed
 	rm -rf build/gpu
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu/packages $(GPU_PIP) $(GPU_PACKAGES)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/gpu/packages \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target build/gpu/packages \
+		$(GPU_PIP) $(GPU_PACKAGES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target build/gpu/packages \
 		--config-settings=wheel.cmake=false .
-	rm -rf build/gpu/packages/fastmtp
+	rm -rf build/gpu/packages/fastmtp build/gpu/packages/bin
 	mkdir build/gpu/cache
 	cp "$$($(BIN)/python -c 'from fastmtp.models.packaged import file_of; print(file_of("smollm2"))')" build/gpu/cache/
+
+# The same in pieces, where only so much travels at a time; put together by: cat build/gpu.tar.gz.* | tar -xz -C build
+GPU_PIECE ?= 40M
+gpu-pieces: gpu-bundle
+	rm -f build/gpu.tar.gz.*
+	tar -C build -cz gpu | split --bytes $(GPU_PIECE) --numeric-suffixes - build/gpu.tar.gz.
 
 clean:
 	rm -rf .venv .venv-vllm .venv-sanitize build

@@ -96,3 +96,22 @@ def test_each_part_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: 
 def test_the_whole_check(tmp_path: Path) -> None:
     report = gpu_check.check(settings(tmp_path / "report.json", list(PARTS), limit=1.0, tiny=True, seconds=1800.0))
     assert {name: part["error"] for name, part in report["parts"].items() if not part["ok"]} == {}
+
+
+def test_a_bundle_for_another_python_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything runs, with the command that makes the right one; modules for any Python do not count."""
+    packages, tag = tmp_path / "packages", sys.implementation.cache_tag
+    packages.mkdir()
+    for name in ("one.abi3.so", f"two.{tag}-x86_64-linux-gnu.so"):
+        (packages / name).touch()
+    assert gpu_check.other_python(packages) is None
+    (packages / "three.cpython-39-x86_64-linux-gnu.so").touch()
+    monkeypatch.setattr(gpu_check, "BUNDLE", tmp_path)
+    monkeypatch.setattr(gpu_check, "check", lambda given: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
+    wanted = f"--python-version {sys.version_info[0]}.{sys.version_info[1]} --only-binary :all:"
+    assert (said := capsys.readouterr().err).count("is for cpython-39-x86_64-linux-gnu") == 1 and wanted in said

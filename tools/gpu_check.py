@@ -87,6 +87,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def other_python(packages: Path) -> str | None:
+    """The Python that the bundle's compiled modules are for, if it is not this one."""
+    for module in sorted(packages.rglob("*.cpython-*.so")):
+        tag = module.name.split(".")[-2]
+        if not tag.startswith(f"{sys.implementation.cache_tag}-"):
+            return tag
+    return None
+
+
 def _environment() -> dict[str, str]:
     """This checkout's package, and what was brought along, before what the machine has."""
     paths = [ROOT / "src", ROOT, BUNDLE / "packages"]
@@ -134,6 +143,10 @@ def main() -> None:
     given.parts = given.parts.split(",")
     if unknown := [name for name in given.parts if name not in PARTS]:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if other := other_python(BUNDLE / "packages"):
+        here = ".".join(map(str, sys.version_info[:2]))
+        remedy = f"make gpu-bundle GPU_PIP='--python-version {here} --only-binary :all:'"
+        parser.error(f"{BUNDLE / 'packages'} is for {other}, not for Python {here}; {remedy}")
     report = check(given)
     failed = [name for name, ended in report["parts"].items() if not ended["ok"]]
     print(json.dumps(report, indent=2))
