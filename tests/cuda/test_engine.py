@@ -134,7 +134,10 @@ def test_neighbours_change_no_bit(llama: Target) -> None:
     found = engine.verify_together(together, trees, rows)
     expected = [sequence.verify(tree) for sequence, tree in zip(alone, trees, strict=True)]
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+    graphs = engine.machine.graphs
+    graphs.launched = graphs.copied = 0
     greedy = engine.verify_together_greedy(together, trees, [[0], [], [2]])
+    assert (graphs.launched, graphs.copied) == (1, 1)
     assert greedy == [[expected[0][0].argmax()], [], [expected[2][2].argmax()]]
     batch = engine.batch(3)
     batch.prefill({0: prompts[0], 2: prompts[2]})
