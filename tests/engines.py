@@ -25,6 +25,7 @@ from fastmtp.models.weights import Floats
 from fastmtp.vocabulary.draft import OWN_TOKENS, DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
+GREEDY = SamplingConfig()
 NATIVE = importlib.util.find_spec("fastmtp._native") is not None
 if NATIVE:
     from fastmtp import _native
@@ -106,15 +107,19 @@ def text_states(target: Target, ids_BT: Tensor) -> Tensor:
     return torch.stack(TorchEngine(target).forward(ids_BT.tolist()))
 
 
-def plain_tokens(engine: Engine, target: Target, prompt: Sequence[int], count: int) -> list[int]:
-    """What the plain loop writes greedily."""
-    return list(_plain_tokens(engine, target, tuple(prompt), count))
+def plain_tokens(
+    engine: Engine, target: Target, prompt: Sequence[int], count: int, sampling: SamplingConfig = GREEDY
+) -> list[int]:
+    """What the plain loop writes."""
+    return list(_plain_tokens(engine, target, tuple(prompt), count, sampling))
 
 
 @cache
-def _plain_tokens(engine: Engine, target: Target, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _plain_tokens(
+    engine: Engine, target: Target, prompt: tuple[int, ...], count: int, sampling: SamplingConfig
+) -> tuple[int, ...]:
     """Decoded once for all the ways of drafting that are compared with it."""
-    return tuple(islice(plain(engine.sequence(target), prompt, SamplingConfig()), count))
+    return tuple(islice(plain(engine.sequence(target), prompt, sampling), count))
 
 
 @cache

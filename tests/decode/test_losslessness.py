@@ -71,7 +71,7 @@ def test_targets_talk_about_many_tokens(engine: Engine, target: Target) -> None:
     assert len(set(plain_tokens(engine, target, random_ids(9, seed=7), 60))) > 10
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_random_head(engine: Engine, target: Target, steps: int) -> None:
     """A head that knows nothing changes nothing."""
     prompt = random_ids(12, seed=steps)
@@ -87,7 +87,7 @@ def test_prompt_lengths(engine: Engine, target: Target, length: int) -> None:
     assert speculative_tokens(sequence, prompt, 3, 12) == plain_tokens(engine, target, prompt, 12)
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("wrong_every", [0, 1, 2, 3, 5])
 def test_scripted_drafts(engine: Engine, target: Target, steps: int, wrong_every: int) -> None:
     """Perfect drafts (0), always wrong ones (1) and all kinds of partial acceptance."""
@@ -278,21 +278,27 @@ SETTINGS = [
 # Forwards that cost the same up to 16 tokens, so that trees are large.
 FLAT = Learned(Costs({128: {1: 5.0, 16: 5.001}}, {1: 0.01}))
 
+# Draft tokens.
+HALF = list(range(0, 300, 2))
+
 
 def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
     return Adaptive(FLAT, prompt, sampling)
 
 
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-@pytest.mark.parametrize("new_drafter", [chains(1), chains(4), trees], ids=["chain-1", "chain-4", "trees"])
-@pytest.mark.parametrize("ids", [None, list(range(0, 300, 2))], ids=["all", "half"])
+@pytest.mark.parametrize(
+    ("new_drafter", "ids"),
+    [(chains(1), HALF), (chains(4), None), (trees, HALF)],
+    ids=["chain-1-half", "chain-4-all", "trees-half"],
+)
 def test_drawn_output_is_plain_output(
     engine: Engine, target: Target, sampling: SamplingConfig, new_drafter: NewDrafter, ids: list[int] | None
 ) -> None:
     """At a temperature, too, a seed gives plain decoding's tokens, whatever is drafted and from which tokens."""
     for seed, head in enumerate((MTPHead(target.model), tuned_head(target))):
         prompt = random_ids(10, seed=seed) * 2
-        expected = list(islice(plain(engine.sequence(target), prompt, sampling), 30))
+        expected = plain_tokens(engine, target, prompt, 30, sampling)
         found: list[int] = []
         drafter = new_drafter(prompt, sampling)
         for one in speculative(engine.sequence(target, head, ids, 3), prompt, drafter, sampling):
