@@ -57,6 +57,22 @@ def address(given: str, flag: str) -> Address:
     return Address(shown, f"?{parts.query}" if parts.query else "", authorization)
 
 
+def key_of(name: str, given: str | None) -> str | None:
+    """A key as headers can carry it; None for none.
+
+    Args:
+        name: where it was given, for the error, which does not show the key.
+    Raises:
+        ValueError: it has characters that no header can carry, as the end of a line.
+    """
+    if given is not None and not (given.isascii() and given.isprintable() and given == given.strip()):
+        raise ValueError(
+            f"{name}: holds what no HTTP header can, such as the end of a line, spaces around it, or letters "
+            "beyond ASCII; give the key alone"
+        )
+    return given
+
+
 def without_secrets(text: str) -> str:
     """A text whose URLs have lost user names, passwords, queries and fragments."""
     return _QUERY.sub(r"\1", _CREDENTIALS.sub("", text))

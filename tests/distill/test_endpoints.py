@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -406,6 +408,8 @@ MALFORMED: dict[str, tuple[Any, ...]] = {
     "words for ids": said("a", token_ids=["a"]),
     "half a character": (200, '{"choices": [{"text": "\\ud83d", "finish_reason": "stop"}]}'),
     "nothing": said("", "length"),
+    "a text for which nobody asked": said("x" * 10_000),
+    "more than any reply": (200, json.dumps(said("fine")[1]) + " " * 2_000_000),
     "broken off": said("half an ans", "abort"),
     "a wrong key, once": (401, "who are you?"),
 }
@@ -427,6 +431,52 @@ def test_one_bad_reply_is_not_the_end_of_an_endpoint(tmp_path: Path, serve: Any,
     assert (summary.exchanges, summary.refused) == (6, 0)
     assert summary.malformed == (way != "a wrong key, once")
     assert {exchange.answer for exchange in stored(tmp_path / "data").values()} == {"fine"}
+
+
+@pytest.mark.parametrize("reply", [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b""])
+def test_a_reply_that_never_ends_is_not_waited_for(tmp_path: Path, reply: bytes) -> None:
+    """--timeout is for all of a reply, however slowly it comes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(reply)
+                while True:
+                    connection.sendall(b"\n" if reply.endswith(b"\n\r\n") else b"X: y\r\n" if reply else b"")
+                    time.sleep(0.02)
+
+        threading.Thread(target=drip, daemon=True).start()
+        engine = endpoints(f"http://127.0.0.1:{listener.getsockname()[1]}", retries=0, timeout=0.3)
+        with pytest.raises(ConnectionError, match=r"no whole reply came within 0.3 s \(--timeout\)|ReadTimeout"):
+            distill(engine, replace(CONFIG, concurrency=1), tmp_path / "data", written(tmp_path, 1))
+
+
+WAITS = ["", "nan", "-5", "²", "Mon, 01 Jan 99999999999 00:00:00 GMT", "Mon, 01 Jan 2027 00:00:00 +99999999999"]
+
+
+@pytest.mark.parametrize("given", WAITS)
+def test_a_wait_that_is_none_is_no_fault(tmp_path: Path, serve: Any, given: str) -> None:
+    engine = endpoints(
+        serve(lambda _: (429, "busy", {"Retry-After": given.encode().decode("latin-1")})).url, retries=0
+    )
+    with pytest.raises(ConnectionError, match="HTTP 429: busy"):
+        distill(engine, replace(CONFIG, concurrency=1), tmp_path / "data", written(tmp_path, 1))
+
+
+@pytest.mark.parametrize("key", ["SECRET\r", "SECRET\nX-Other: 1", " SECRET", "SÉCRET", "SECRET\udcff"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries show it in their own errors."""
+    monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
+    with pytest.raises(ValueError, match="OPENAI_API_KEY: holds what no HTTP header can") as refused:
+        endpoints("http://127.0.0.1:9")
+    assert key.strip()[:3] not in str(refused.value)
+
+
+def test_certificates_that_cannot_be_read_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nothing.pem"))
+    with pytest.raises(ValueError, match=r"--endpoint: nothing can be asked, .*; look at SSL_CERT_FILE"):
+        distill(endpoints("http://127.0.0.1:9"), CONFIG, tmp_path / "data", written(tmp_path))
 
 
 def test_an_answer_longer_than_asked_is_cut(tmp_path: Path, serve: Any) -> None:

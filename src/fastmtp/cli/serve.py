@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastmtp.addresses import key_of
 from fastmtp.cli.options import FiniteRange, decoding_options, engine_options, settings_options
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import MOST_TOGETHER, SamplingConfig, load_config
@@ -82,6 +83,7 @@ def serve(
 
     if api_key is not None and (no_api_key or not api_key.strip()):
         raise ValueError("--api-key is empty" if not no_api_key else "give --api-key or --no-api-key, not both")
+    key_of("--api-key or FASTMTP_API_KEY", api_key)
     if api_key is None and not no_api_key and not is_loopback(host):
         raise ValueError(f"--host {host} lets others in: give --api-key KEY, or --no-api-key to let them")
     listener = server.listen(host, port)

@@ -7,6 +7,7 @@ prompt is exactly the one that is stored, and servers can also write the model's
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import random
@@ -20,9 +21,10 @@ from typing import Any
 # Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
 
-from fastmtp.addresses import Address, address
+from fastmtp.addresses import Address, address, key_of
 from fastmtp.decode.batch import Completion, Request
 from fastmtp.distill.prompts import user
+from fastmtp.errors import reason as reason_of
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.rows import in_one_line, not_unicode
@@ -38,6 +40,10 @@ _BUSY = (429, 503)
 _BUSY_TRIES, _DOUBLED = 30, 4
 # Longer waits are told.
 _TOLD_SECONDS = 5.0
+# What a reply may have beside its tokens, and for each token of prompt and answer: ids and text, some of it twice.
+_REPLY_BYTES, _TOKEN_BYTES = 1 << 20, 256
+# Characters of an answer's text for each of its tokens.
+_TOKEN_CHARACTERS = 256
 # Of answers that were not written to an end or to the limit.
 _BROKEN_OFF = ("abort", "error", "content_filter")
 
@@ -118,13 +124,14 @@ class Endpoints:
             wait: seconds before the first retry; the wait doubles with each further one.
             progress: told of a refused request and of endpoints that are given up.
         Raises:
-            ValueError: a url is no http address.
+            ValueError: a url is no http address, or OPENAI_API_KEY no key.
         """
         self.target = target
         self._addresses = [address(url, "--endpoint") for url in urls]
         self.urls = [one.shown + _PATH for one in self._addresses]
         self.refused = self.malformed = self.retokenised = self.mismatched = 0
         self.refusal = ""
+        self._key = key_of("OPENAI_API_KEY", os.environ.get("OPENAI_API_KEY") or None)
         self._model = model
         self._seconds = timeout
         self._timeout = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
@@ -143,13 +150,8 @@ class Endpoints:
             ConnectionError: no endpoint is left.
         """
         pool = [_Endpoint(one) for one in self._addresses]
-        key = os.environ.get("OPENAI_API_KEY")
         with asyncio.Runner() as runner:
-            client = httpx2.AsyncClient(
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=self._timeout,
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            )
+            client = self._client(concurrency)
             running: set[asyncio.Task[Completion]] = set()
             try:
                 while queue or running:
@@ -162,6 +164,19 @@ class Endpoints:
                         yield task.result()
             finally:
                 runner.run(_close(client, running))
+
+    def _client(self, concurrency: int) -> httpx2.AsyncClient:
+        try:
+            return httpx2.AsyncClient(
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                timeout=self._timeout,
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency),
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--endpoint: nothing can be asked, {reason_of(error)}; look at SSL_CERT_FILE, SSL_CERT_DIR, and "
+                "the variables for proxies, such as ALL_PROXY"
+            ) from error
 
     async def _complete(self, client: httpx2.AsyncClient, pool: list[_Endpoint], request: Request) -> Completion:
         while True:
@@ -196,9 +211,11 @@ class Endpoints:
                 return None
             endpoint.asked += 1
             try:
-                choice = await _post(client, endpoint, self._body(request))
+                async with asyncio.timeout(self._seconds):
+                    choice = await _post(client, endpoint, self._body(request))
                 completion = self._completion(request, choice)
-            except _FailedError as error:
+            except (_FailedError, TimeoutError) as found:
+                error = found if isinstance(found, _FailedError) else self._late()
                 failed_at, reason = min(failed_at, clock()), str(error)
                 self.malformed += isinstance(error, _MalformedError)
                 if error.seconds > self._seconds:
@@ -224,6 +241,9 @@ class Endpoints:
             endpoint.dead = reason
             self._progress.say(f"fastmtp: {shown} is given up: {reason}")
         return None
+
+    def _late(self) -> _FailedError:
+        return _FailedError(f"no whole reply came within {self._seconds:g} s (--timeout)")
 
     def _leave_alone(self, endpoint: _Endpoint, now: float, seconds: float) -> None:
         """Send an endpoint nothing for some seconds."""
@@ -261,6 +281,8 @@ class Endpoints:
         if tokens is None:
             if wrong := not_unicode(choice["text"]):
                 raise _MalformedError(f"its text {wrong}")
+            if len(choice["text"]) > _TOKEN_CHARACTERS * request.max_new_tokens:
+                raise _MalformedError(f"its text is too long for {request.max_new_tokens} tokens")
             tokens = self.target.tokenizer.encode(choice["text"], add_special_tokens=False)
         elif not all(type(token) is int and 0 <= token < self.target.vocabulary_size for token in tokens):
             raise _MalformedError(
@@ -286,16 +308,19 @@ async def _post(client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str,
     own = endpoint.address.authorization
     headers = {"Authorization": own} if own is not None else {}
     try:
-        response = await client.post(endpoint.address.url(_PATH), json=body, headers=headers)
+        async with client.stream("POST", endpoint.address.url(_PATH), json=body, headers=headers) as response:
+            content = await _read(
+                response, _REPLY_BYTES + _TOKEN_BYTES * (len(body["prompt"]) + body["max_tokens"])
+            )
     except httpx2.HTTPError as error:
-        raise _FailedError(f"{type(error).__name__} {error}".strip()) from error
+        raise _FailedError(in_one_line(f"{type(error).__name__} {error}")[:200]) from error
     status = response.status_code
     if status == _OK:
-        choice = _choice(response)
+        choice = _choice(content)
         if choice is None:
             raise _MalformedError("its reply is not that of an OpenAI-compatible completions server")
         return choice
-    reason = f"HTTP {status}: {in_one_line(response.text)[:200]}"
+    reason = f"HTTP {status}: {in_one_line(content[:2000].decode(errors='replace'))[:200]}"
     if 400 <= status < 500 and status not in (*_HOPELESS, *_AGAIN):
         raise _RefusedError(f"{endpoint.address.shown}: {reason}")
     raise _FailedError(
@@ -306,21 +331,31 @@ async def _post(client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str,
     )
 
 
+async def _read(response: httpx2.Response, most: int) -> bytes:
+    """The content of a response; raises _MalformedError beyond `most` bytes."""
+    content = bytearray()
+    async for part in response.aiter_bytes():
+        content += part
+        if len(content) > most:
+            raise _MalformedError(f"its reply is longer than {most} bytes")
+    return bytes(content)
+
+
 def _retry_after(value: str) -> float:
     """Seconds to wait, of a number or a date; 0 if there is neither."""
     if value.strip().isdecimal():
         return float(value)
     try:
         until = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return 0.0
-    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _choice(response: httpx2.Response) -> dict[str, Any] | None:
+def _choice(content: bytes) -> dict[str, Any] | None:
     """None if the reply holds no completion."""
     try:
-        reply = response.json()
+        reply = json.loads(content)
         choice = reply["choices"][0]
         text, finish_reason = choice["text"], choice["finish_reason"]
         token_ids = choice.get("token_ids") or (reply.get("__verbose") or {}).get("tokens") or None
