@@ -131,7 +131,10 @@ def _check_device(name: str | None) -> None:
         return
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        if device.type != "cuda":
+            # PyTorch knows kinds of devices that hold nothing, or that this build is not for.
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, ImportError, AssertionError) as error:
         raise ValueError(f"--device is {name!r}; it must be cpu, cuda, cuda:1, ...") from error
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         there = "has no usable GPU" if count == 0 else f"has {count}"
