@@ -39,11 +39,14 @@ ENGINE = [
     ("--threads 0", "'--threads': 0 is not in the range"),
     ("--engine torch --dtype int4", "--dtype int4 is the native engine's"),
     ("--engine torch --device banana", "--device is 'banana'; it must be cpu, cuda"),
+    ("--engine torch --device meta", "--device is 'meta'; it must be cpu, cuda"),
+    ("--engine torch --device xla", "--device is 'xla'; it must be cpu, cuda"),
 ]
 CONFIG = [
     ("--config nowhere.toml", "nowhere.toml: no such configuration file"),
     ("--config bad.toml", "bad.toml: unknown key 'nonsense'"),
 ]
+BUDGETS = ("soon", "0m", "-3m", "nan", "1e999m", "0.0000000001m", "9999999h", "9" * 400 + "m")
 MISTAKES = {
     "generate hi": [
         *SAMPLING,
@@ -161,7 +164,10 @@ MISTAKES = {
         ("--target ./model", "./model: no head ships for this target"),
     ],
     "accelerate smollm2": [
-        ("--budget soon", "--budget is 'soon'; it must be a time like 30m or 2h"),
+        *(
+            (f"--budget {wrong}", f"--budget is '{wrong[:40]}'; it must be a time like 30m or 2h")
+            for wrong in BUDGETS
+        ),
         ("--out full", "full: is not empty and was not made by `fastmtp accelerate`"),
     ],
     "head import --target ./model": [("--out full", "full: exists and is not a head directory")],

@@ -67,6 +67,7 @@ def ended(
         (TemplateError("no system\nmessages"), "the model's chat template fails: no system"),
         (SecurityError("access to __class__"), "the model's chat template fails: access to __class__"),
         (ImportError("libcudart.so.12: cannot open", name="torch"), "torch cannot be imported: libcudart.so.12"),
+        (ValueError("a\x1b[31m\nfastmtp: b"), "a␛[31m fastmtp: b"),
         (ExceptionGroup("several", [ValueError("the first"), OSError("the second")]), "the first"),
     ],
 )
@@ -102,6 +103,15 @@ def test_a_full_standard_output_is_said() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
     assert done.returncode == 2
     assert done.stderr == "fastmtp: no space is left on the disk; free some, and give the same command again\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_fault(closed: str, tmp_path: Path) -> None:
+    """Nor is a file that is opened taken for one of them."""
+    asked = f"exec {sys.executable} -m fastmtp data show {tmp_path} {closed}"
+    done = subprocess.run(["sh", "-c", asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr in ("", f"fastmtp: {tmp_path / 'provenance.json'}: no such file\n")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Task
 
-from fastmtp.cli.terminal import Terminal, results
+from fastmtp.cli.options import finish
+from fastmtp.cli.terminal import Terminal, in_a_line, results
 from fastmtp.report.grid import Grid
 
 
@@ -46,3 +47,27 @@ def test_a_file_keeps_all_of_a_result(capsys: pytest.CaptureFixture[str], monkey
     assert "a remark " * 30 in shown.out
     results("beside a document", to_stderr=True)
     assert capsys.readouterr() == ("", "beside a document\n")
+
+
+OBEYED = "a\x1b[31m\x07\x9b2J[/b]"
+
+
+def test_names_and_texts_are_nothing_to_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models, heads, data and servers: neither in tables nor in remarks, and none of them is markup."""
+    shown = io.StringIO()
+    terminal = Terminal(Console(file=shown, force_terminal=True, color_system=None, width=200))
+    terminal.say(OBEYED)
+    with terminal.status(f"loading {OBEYED}"), terminal.bar(OBEYED, 1):
+        pass
+    with terminal.transfer(OBEYED, 1):
+        pass
+    results(Grid(OBEYED, [OBEYED, OBEYED], [[OBEYED, OBEYED]], [[OBEYED, OBEYED]]), OBEYED)
+    finish(False, {}, OBEYED)
+    texts = shown.getvalue(), capsys.readouterr().out
+    assert all("a␛[31m␇\N{REPLACEMENT CHARACTER}2J[/b]" in text for text in texts)
+    assert not any(obeyed in text for text in texts for obeyed in ("\x1b[31m", "\x07", "\x9b"))
+
+
+def test_a_name_makes_no_lines_of_its_own() -> None:
+    """Lists below an error are indented, and stay."""
+    assert in_a_line("a\nfastmtp: all is well\n  b: c\n  d: e\nf") == "a fastmtp: all is well\n  b: c\n  d: e f"

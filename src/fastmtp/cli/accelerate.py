@@ -17,7 +17,7 @@ from fastmtp.cli.fetching import yes_option
 from fastmtp.cli.head import tell_imported
 from fastmtp.cli.options import OUT_DIRECTORY, alone_in, finish, json_option
 from fastmtp.cli.stopping import on_stop
-from fastmtp.cli.terminal import TERMINAL, results
+from fastmtp.cli.terminal import TERMINAL, results, visible
 from fastmtp.cli.train import trained
 from fastmtp.cli.vocab import tell_written
 from fastmtp.export.registry import MODULES
@@ -25,6 +25,8 @@ from fastmtp.export.registry import MODULES
 if TYPE_CHECKING:
     from fastmtp.accelerate.plan import Prediction
     from fastmtp.accelerate.stages import Result
+
+_MOST_MINUTES = 60 * 24 * 366
 
 
 @click.command()
@@ -82,7 +84,7 @@ def accelerate(
         sys.exit(1)
     state.begin(prediction)
     for stage in state.remaining(minutes, to):
-        click.echo(f"\n[{stage.name}] {stage.shown()}", err=True)
+        click.echo(f"\n[{stage.name}] {visible(stage.shown())}", err=True)
         found = state.do(stage, TERMINAL)
         # Only the JSON document and the figures at the end go to stdout.
         with contextlib.redirect_stdout(sys.stderr):
@@ -119,13 +121,13 @@ def _tell(found: Result, out: Path, engine: str) -> None:
         case DistillSummary():
             tell_distilled(found, out / "data", as_json=False)
         case TrainSummary():
-            click.echo(trained(found, out / "head"))
+            click.echo(visible(trained(found, out / "head")))
         case WrittenLists():
             tell_written(found, as_json=False)
         case NoLists():
             click.echo(f"no lists, so that the head drafts from all tokens: {found.reason}")
         case Manifest():
-            click.echo(exported(found, out / engine))
+            click.echo(visible(exported(found, out / engine)))
         case document:
             click.echo(headline(document))
 
@@ -140,9 +142,11 @@ def _end(
     document, found = read_document(out / "bench" / "bench.json"), measured(out, engine, seconds)
     if not as_json:
         results("", bench_report.by_benchmark(document), compared(prediction, found))
-        click.echo(f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}")
-        click.echo(f"serve it:       see {out / engine / 'README.md'} ({engine})")
-        click.echo(f"all figures:    {out / 'bench' / 'report.html'}")
+        results(
+            f"chat with it:   fastmtp chat --target {target} --head {out / 'head'}",
+            f"serve it:       see {out / engine / 'README.md'} ({engine})",
+            f"all figures:    {out / 'bench' / 'report.html'}",
+        )
     made = {"out": str(out), "head": str(out / "head"), "export": str(out / engine)}
     compare = {"predicted": asdict(prediction), "measured": asdict(found)}
     summary = f"{bench_report.headline(document)}; {sum(seconds.values()) / 60:.0f} minutes"
@@ -150,7 +154,8 @@ def _end(
 
 
 def _minutes(budget: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mh])", budget)
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"--budget is {budget!r}; it must be a time like 30m or 2h")
-    return float(found[1]) * (60 if found[2] == "h" else 1)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([mh])", budget)
+    minutes = 0.0 if found is None else float(found[1]) * (60 if found[2] == "h" else 1)
+    if not 0 < minutes <= _MOST_MINUTES:
+        raise ValueError(f"--budget is {budget[:40]!r}; it must be a time like 30m or 2h, at most a year")
+    return minutes

@@ -12,7 +12,7 @@ import click
 from fastmtp.cli.generate import described, open_model, tell_plans
 from fastmtp.cli.options import decoding_options, engine_options, settings_options, tokens_option, verbose_option
 from fastmtp.cli.stopping import on_stop
-from fastmtp.cli.terminal import TERMINAL, show_piece
+from fastmtp.cli.terminal import TERMINAL, show_piece, visible
 from fastmtp.config import SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions
@@ -149,4 +149,4 @@ class _Answering:
 
 
 def _remark(text: str) -> None:
-    click.echo(click.style(text, dim=True), err=True)
+    click.echo(click.style(visible(text), dim=True), err=True)

@@ -22,7 +22,7 @@ from fastmtp.cli.options import (
     settings_options,
     strict_option,
 )
-from fastmtp.cli.terminal import TERMINAL, results_console, table
+from fastmtp.cli.terminal import TERMINAL, results_console, table, visible
 from fastmtp.config import CleanConfig, load_config
 from fastmtp.report.grid import Grid
 
@@ -90,10 +90,12 @@ def draw_statistics(found: Statistics, console: Console) -> None:
     from fastmtp.report.data import samples, statistics_report
 
     for part in statistics_report(found):
-        console.print(table(part) if isinstance(part, Grid) else part, markup=False)
+        console.print(table(part) if isinstance(part, Grid) else visible(part), markup=False)
     for sample in samples(found):
         console.print("─" * min(console.width, _RULE))
-        console.print(Text.assemble(*((span.text, "bold" if span.is_answer else "dim") for span in sample)))
+        console.print(
+            Text.assemble(*((visible(span.text), "bold" if span.is_answer else "dim") for span in sample))
+        )
 
 
 def draw_cleaning(report: CleanReport, console: Console) -> None:
@@ -102,5 +104,5 @@ def draw_cleaning(report: CleanReport, console: Console) -> None:
     grid = clean_report(report)
     drawn = Table(*grid.head, box=SIMPLE_HEAD, pad_edge=False)
     for row in grid.rows:
-        drawn.add_row(*(Text(cell, overflow="ellipsis") for cell in row))
+        drawn.add_row(*(Text(visible(cell), overflow="ellipsis") for cell in row))
     console.print(drawn)

@@ -30,7 +30,7 @@ from fastmtp.cli.replay import replay
 from fastmtp.cli.report import report
 from fastmtp.cli.serve import serve
 from fastmtp.cli.stopping import Stoppable
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.terminal import TERMINAL, in_a_line
 from fastmtp.cli.train import train
 from fastmtp.cli.verify_export import verify_export
 from fastmtp.cli.vocab import vocab
@@ -41,7 +41,7 @@ class _Remarks(logging.Handler):
     """Prints the library's log messages on stderr, a line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"fastmtp: {record.getMessage()}", err=True)
+        click.echo(f"fastmtp: {in_a_line(record.getMessage())}", err=True)
 
 
 _REMARKS = _Remarks()
@@ -58,6 +58,7 @@ def main() -> None:
     """Entry point: every expected error is one line, without a traceback."""
     # SIGTERM, which stops services and background jobs, acts like Ctrl-C, so that finished work is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _open_streams()
     shown = _Shown()
     try:
         commands.main(standalone_mode=False, obj=shown)
@@ -73,9 +74,18 @@ def main() -> None:
         if shown.traceback:
             traceback.print_exc()
         said = foreseen(error)
-        click.echo(f"fastmtp: {fault(error) if said is None else said}", err=True)
+        click.echo(f"fastmtp: {fault(error) if said is None else in_a_line(said)}", err=True)
         _drop_output()
         sys.exit(1 if said is None else 2)
+
+
+def _open_streams() -> None:
+    """Have the standard streams where the command was started without: the next files would take their places."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            while (opened := os.open(os.devnull, os.O_RDWR)) < number:
+                pass
+            setattr(sys, name, os.fdopen(opened, mode, closefd=False))
 
 
 def _drop_output() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from fastmtp.cli.fetching import Command, yes_option
+from fastmtp.cli.terminal import visible
 from fastmtp.config import kind_of
 from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
 from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
@@ -191,4 +192,4 @@ def finish(as_json: bool, facts: dict[str, Any], summary: str, *, to_stderr: boo
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        click.echo(summary, err=to_stderr)
+        click.echo(visible(summary), err=to_stderr)

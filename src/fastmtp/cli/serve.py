@@ -8,7 +8,7 @@ import click
 
 from fastmtp.addresses import key_of
 from fastmtp.cli.options import FiniteRange, decoding_options, engine_options, settings_options
-from fastmtp.cli.terminal import TERMINAL
+from fastmtp.cli.terminal import TERMINAL, visible
 from fastmtp.config import MOST_TOGETHER, SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.engines.open import EngineOptions, choose_engine
@@ -88,7 +88,7 @@ def serve(
         raise ValueError(f"--host {host} lets others in: give --api-key KEY, or --no-api-key to let them")
     listener = server.listen(host, port)
     url = address(host, listener.getsockname()[1])
-    click.echo(f"fastmtp: listening at {url}, loading {target}", err=True)
+    click.echo(f"fastmtp: listening at {url}, loading {visible(target)}", err=True)
     # Here, since it may ask.
     file_of(target, TERMINAL)
     sampling = {name: value for name, value in settings.items() if value is not None}
@@ -99,7 +99,8 @@ def serve(
 
     def ready(service: Service) -> None:
         click.echo(
-            f"fastmtp: {service.name} is ready at {url}/v1 (Ctrl-C stops it); for example:\n{example(url, api_key)}"
+            f"fastmtp: {visible(service.name)} is ready at {url}/v1 (Ctrl-C stops it); for example:\n"
+            f"{example(url, api_key)}"
         )
 
     server.serve(listener, load, host=host, key=api_key, grace=grace, on_ready=ready)

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from fastmtp.cli.terminal import visible
+
 Kept = Callable[[], str]
 _KEPT = "fastmtp.kept"
 
@@ -30,7 +32,7 @@ class Stoppable(click.Group):
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
-            click.echo(f"\nfastmtp: stopped; {ctx.meta.get(_KEPT, _nothing)()}", err=True)
+            click.echo(f"\nfastmtp: stopped; {visible(ctx.meta.get(_KEPT, _nothing)())}", err=True)
             sys.exit(130)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -44,7 +45,7 @@ class Terminal:
     def bar(self, title: str, total: int, done: int = 0, *, seconds: float | None = None) -> Iterator[Bar]:
         """A progress bar with the rate in tokens a second and the time left."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None, table_column=Column(max_width=24)),
             MofNCompleteColumn(table_column=_WHOLE),
             _Rate(table_column=_WHOLE),
@@ -52,27 +53,28 @@ class Terminal:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total, completed=done, tokens=0, note="")
+            task = progress.add_task(visible(title), total=total, completed=done, tokens=0, note="")
             yield _Bar(progress, task)
 
     @contextmanager
     def transfer(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
         """A progress bar with megabytes, the rate and the time left."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None, table_column=Column(max_width=24)),
             DownloadColumn(table_column=_WHOLE),
             TransferSpeedColumn(table_column=_WHOLE),
             _Left(),
         )
         with Progress(*columns, console=self.console) as progress:
-            yield _Bar(progress, progress.add_task(title, total=total, completed=done))
+            yield _Bar(progress, progress.add_task(visible(title), total=total, completed=done))
 
     def status(self, text: str) -> AbstractContextManager[object]:
-        return self.console.status(text)
+        # `Text`: a model's name is no markup.
+        return self.console.status(Text(visible(text)))
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 TERMINAL = Terminal()
@@ -81,11 +83,23 @@ TERMINAL = Terminal()
 # sequence, and may answer one as if the user had typed.
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}
 _VISIBLE |= {13: "", 127: "\N{SYMBOL FOR DELETE}"} | dict.fromkeys(range(128, 160), "\N{REPLACEMENT CHARACTER}")
+# What breaks a line where no indented part of a list follows came in with a name.
+_BREAK = re.compile(r"\s*\n(?!  \S)\s*")
+
+
+def visible(text: str) -> str:
+    """A text, of whatever origin, in which a terminal finds nothing to obey."""
+    return text.translate(_VISIBLE)
+
+
+def in_a_line(text: str) -> str:
+    """An error or a remark as a `visible` line; a list below it stays one, if its lines are indented."""
+    return visible(_BREAK.sub(" ", text.strip()))
 
 
 def show_piece(piece: str) -> None:
     """Print a part of an answer on stdout; what a terminal would obey is shown there instead."""
-    click.echo(piece.translate(_VISIBLE) if sys.stdout.isatty() else piece, nl=False)
+    click.echo(visible(piece) if sys.stdout.isatty() else piece, nl=False)
 
 
 class _Rate(ProgressColumn):
@@ -141,7 +155,7 @@ def results(*parts: Grid | str, to_stderr: bool = False) -> None:
     """
     console = results_console(to_stderr)
     for part in parts:
-        drawn = table(part) if isinstance(part, Grid) else part
+        drawn = table(part) if isinstance(part, Grid) else visible(part)
         console.print(drawn, markup=False, emoji=False, soft_wrap=isinstance(part, str))
 
 
@@ -155,15 +169,19 @@ def table(grid: Grid) -> Table:
     """A grid for a terminal of 80 columns: long heads of columns on two lines."""
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     if grid.title:
-        drawn.title, drawn.title_justify, drawn.title_style = Text(grid.title), "left", "italic"
-    # `Text`: names and texts of models and data are no markup.
-    drawn.add_column(Text(grid.head[0]))
+        drawn.title, drawn.title_justify, drawn.title_style = _text(grid.title), "left", "italic"
+    drawn.add_column(_text(grid.head[0]))
     for head in grid.head[1:]:
-        drawn.add_column(Text(head.replace(" ", "\n", 1)), justify="right", no_wrap=True)
+        drawn.add_column(_text(head.replace(" ", "\n", 1)), justify="right", no_wrap=True)
     for row in grid.rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*map(_text, row))
     if grid.totals:
         drawn.add_section()
     for row in grid.totals:
-        drawn.add_row(*map(Text, row), style="bold")
+        drawn.add_row(*map(_text, row), style="bold")
     return drawn
+
+
+def _text(text: str) -> Text:
+    """Names and texts of models and data, which are no markup."""
+    return Text(visible(text))
