@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from fastmtp.__main__ import main
 from fastmtp.cli.main import commands
 from tests.conftest import tiny_target
 
@@ -23,6 +25,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target.model.save_pretrained(directory)
     target.tokenizer.save_pretrained(directory)
     return directory
+
+
+def test_ctrl_c_while_the_command_is_still_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Pressed:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "fastmtp.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fastmtp.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Pressed, *sys.meta_path])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "\nfastmtp: stopped; nothing was begun\n"
 
 
 def run(*arguments: object) -> Result:
