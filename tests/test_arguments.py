@@ -170,9 +170,13 @@ MISTAKES = {
         ),
         ("--out full", "full: is not empty and was not made by `fastmtp accelerate`"),
     ],
-    "head import --target ./model": [("--out full", "full: exists and is not a head directory")],
+    "head import --target ./model": [
+        (f"--out {there}", f"{there}: exists; choose another --out") for there in ("full", "head")
+    ],
     "head write-back --target ./model --head head": [("--out full", "full: exists; choose another --out")],
-    "import nowhere": [("--out full", "full: exists and is not a head directory")],
+    "import nowhere --json": [("--out /", "'--out': '/' is no name"), ("--out ''", "'--out': '' is no name")],
+    "accelerate ''": [("--budget 3m", "an empty name: no such model; give smollm2")],
+    "import nowhere": [(f"--out {there}", f"{there}: exists; choose another --out") for there in ("full", "head")],
     "data clean data": [
         ("--out full", "full: exists already; choose another --out"),
         ("--out new --config bad.toml", "bad.toml: unknown key 'nonsense'"),

@@ -261,7 +261,7 @@ def test_checkpoints_without_a_head(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(own: Made, tmp_path: Path) -> None:
     """Neither command takes a model's directory for its output, and a head of another model is not written."""
     import_head(str(own.directory), tmp_path / "head")
-    with pytest.raises(ValueError, match="exists and is not a head directory"):
+    with pytest.raises(ValueError, match="exists; choose another --out"):
         import_head(str(own.directory), own.directory)
     with pytest.raises(ValueError, match="exists; choose another --out"):
         write_back(str(own.directory), tmp_path / "head", own.directory)

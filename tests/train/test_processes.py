@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastmtp.engines.torch.target import Target
+from fastmtp.train.processes import Processes
 from fastmtp.train.trainer import Trainer
 from tests.conftest import tiny_target
 from tests.train.test_trainer import CONFIG, exchanges, losses
@@ -87,3 +88,10 @@ def test_two_processes_are_one(
     resumed = Trainer(llama, exchanges(llama), None, CONFIG, directory)
     assert resumed.step == 5
     torch.testing.assert_close(torch.tensor(losses(resumed, 3)), torch.tensor(alone[5:]), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_what_torchrun_sets_is_named_where_it_is_no_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "-1")
+    with pytest.raises(ValueError, match=f"{name} is '-1'; torchrun sets it"):
+        Processes()

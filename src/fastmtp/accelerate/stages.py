@@ -16,6 +16,7 @@ from fastmtp.evaluate.document import Document
 from fastmtp.evaluate.lists import WrittenLists, build_lists
 from fastmtp.export.manifest import Manifest
 from fastmtp.export.package import export_head
+from fastmtp.files import remove
 from fastmtp.heads.checkpoint import ImportedHead, import_head
 from fastmtp.locking import sole_writer
 from fastmtp.progress import Progress
@@ -57,6 +58,8 @@ class Native:
 
     def run(self, progress: Progress) -> ImportedHead:
         with sole_writer(self.out):
+            # One that was just written when the run was killed is written again.
+            remove(self.out)
             return import_head(self.target, self.out)
 
 

@@ -42,6 +42,8 @@ class _OutPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value).absolute()
+        if not value or path == path.parent:
+            self.fail(f"{value!r} is no name of something to write", param, ctx)
         near = next(one for one in (path, *path.parents) if one.exists())
         if near != path and not (near.is_dir() and os.access(near, os.W_OK)):
             self.fail(f"{near} is no directory that can be written to", param, ctx)

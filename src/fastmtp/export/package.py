@@ -134,7 +134,7 @@ def open_export(directory: Path) -> tuple[Manifest, Engine]:
 
 def import_export(directory: Path, out: Path) -> Manifest:
     """Write the head of an export as a head directory, bit for bit if the manifest's `exact` is true."""
-    head_format.check_free(out)
+    head_format.check_absent(out)
     manifest, engine = open_export(directory)
     tensors = _cast(engine.read_head(directory, manifest), manifest)
     with replacing(out) as temporary:

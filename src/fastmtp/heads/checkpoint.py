@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtp.errors import parsing
 from fastmtp.files import file_sha256
-from fastmtp.heads.format import check_free, check_head, read_head, write_head
+from fastmtp.heads.format import check_absent, check_head, read_head, write_head
 from fastmtp.heads.layouts import KeyMap, Layout, all_keys, from_head, key_map, layout_of, to_head
 from fastmtp.method.head import shapes
 from fastmtp.models.checkpoint import Checkpoint, write_overlay
@@ -116,9 +116,9 @@ def import_head(name: str, out: Path) -> ImportedHead:
     """Write a checkpoint's head as a head directory, bit for bit.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_head`; or `out` exists and is not a head directory.
+        FileNotFoundError, ValueError: as `find_head`; or `out` exists.
     """
-    check_free(out)
+    check_absent(out)
     head = find_head(name)
     tensors = head.tensors()
     write_head(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmtp.config import MOST_STEPS
 from fastmtp.errors import writing
-from fastmtp.files import check_links, read_json, recover, replacing, write_json
+from fastmtp.files import check_links, is_empty, read_json, recover, replacing, write_json
 from fastmtp.models.info import TargetIdentity, TargetInfo, raise_problems
 from fastmtp.models.safetensors_file import read_header
 from fastmtp.models.weights import SafetensorsWeights, Weights
@@ -28,6 +28,13 @@ def check_free(out: Path) -> None:
     recover(out)
     if out.exists() and not (out / "vocabulary.json").is_file():
         raise ValueError(f"{out}: exists and is not a head directory; choose another --out")
+
+
+def check_absent(out: Path) -> None:
+    """Raises ValueError if something is at `out`: an imported head is made in a moment, a trained one in hours."""
+    recover(out)
+    if out.exists() and not (out.is_dir() and is_empty(out)):
+        raise ValueError(f"{out}: exists; choose another --out, or remove it first")
 
 
 def save_head(

@@ -187,14 +187,14 @@ def locate(name: str) -> Source:
         if magic != b"GGUF":
             raise ValueError(f"{name}: not a GGUF file (it does not start with GGUF)")
         return Source(name, str(path.parent), path)
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{name}: has no config.json; give a Hugging Face model directory")
         return Source(name, str(path))
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
-            f"{without_secrets(name)}: no such model; give {' or '.join(MODELS)}, a Hugging Face directory, a "
-            ".gguf file, or a hub id such as Qwen/Qwen3-0.6B"
+            f"{without_secrets(name) or 'an empty name'}: no such model; give {' or '.join(MODELS)}, a Hugging "
+            "Face directory, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
         )
     return Source(name, name)
 

@@ -19,6 +19,11 @@ class Processes:
     """The rank of this process, their count, and sums over all of them. Each takes the GPU of its local rank."""
 
     def __init__(self) -> None:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            if not (given := os.environ.get(name, "0")).isdecimal():
+                raise ValueError(
+                    f"{name} is {given!r}; torchrun sets it to a number, and without torchrun it is unset"
+                )
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         if self.count > 1 and not dist.is_initialized():
             if torch.cuda.is_available():
