@@ -8,18 +8,25 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from fastmtp.cached import clear, contents
 from fastmtp.cli.main import commands
+from fastmtp.config import DistillConfig, SamplingConfig, TrainConfig
+from fastmtp.decode.drafting.options import DraftOptions
+from fastmtp.distill.answers import distill
+from fastmtp.evaluate.bench import Benchmark, Settings
 from fastmtp.holding import hold, is_held
 from fastmtp.locking import sole_writer
+from fastmtp.train.processes import Processes
+from fastmtp.train.run import train_head
 
 WRITER = """
 import sys, time
@@ -82,6 +89,34 @@ def test_threads_are_kept_apart_too(tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert len(said) == 1 and f"process {os.getpid()}" in said[0]
+
+
+def library_calls(out: Path) -> dict[str, Callable[[], object]]:
+    """What adds to a directory over a long time; a model is not reached."""
+    nothing: Any = None
+    options = DraftOptions(None, "plain")
+    benchmark = Benchmark(options, Settings(1, 1, SamplingConfig()))
+    return {
+        "distill": lambda: distill(nothing, DistillConfig(), out, None),
+        "train": lambda: train_head(nothing, nothing, TrainConfig(), out, processes=Processes()),
+        "bench": lambda: benchmark.run(nothing, out),
+    }
+
+
+@pytest.mark.parametrize("call", ["distill", "train", "bench"])
+def test_the_library_keeps_calls_apart_too(call: str, tmp_path: Path) -> None:
+    """Whoever calls it need not know of locks; a caller that holds the place already is not in its own way."""
+    out = tmp_path / "out"
+    with (
+        another_writer(out),
+        pytest.raises(OSError, match=r"out: process \d+ \(fastmtp distill\) has been writing"),
+    ):
+        library_calls(out)[call]()
+    with sole_writer(out):
+        with pytest.raises(AttributeError):
+            library_calls(out)[call]()
+        assert is_held(tmp_path / ".out.lock")
+    assert not (tmp_path / ".out.lock").exists()
 
 
 def test_a_lock_is_inside_where_there_is_no_room_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +187,10 @@ def test_every_command_that_writes_leaves_a_place_in_use_alone(
         Path("head", name).write_text("{}")
     line = shlex.split(COMMANDS[command])
     place = "beside-vanilla" if "beside" in line else line[line.index("--head") + 1] if "out" not in line else "out"
-    with sole_writer(Path(place)):
+    with another_writer(tmp_path / place) as process:
         before = written(tmp_path)
         found = CliRunner().invoke(commands, line)
-        assert f"{place}: process {os.getpid()} (" in str(found.exception), found.exception
+        assert f"{place}: process {process.pid} (" in str(found.exception), found.exception
         assert written(tmp_path) == before
     again = CliRunner().invoke(commands, line)
     assert again.exception is not None and "process" not in str(again.exception), "the lock outlived its holder"

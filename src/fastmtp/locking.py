@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from threading import local
 
 from fastmtp.holding import Hold, hold, note_in
 from fastmtp.progress import Progress
 
 # Whoever takes a lock, or only tries it, takes less to write a note or to let go.
 _MOMENT, _MOMENTS = 0.02, 50
+# Of this thread.
+_held = local()
 
 
 def locked(path: Path, does: str, progress: Progress) -> AbstractContextManager[object]:
@@ -39,22 +42,29 @@ def locked(path: Path, does: str, progress: Progress) -> AbstractContextManager[
 def sole_writer(path: Path) -> Iterator[None]:
     """Around writing what is, or will be, at `path`: nobody else does at the same time.
 
-    A lock that a killed process left does not count.
+    A lock that a killed process left does not count. What a thread holds it may ask for again: a command takes a
+    place before it loads a model, and the library where it writes.
 
     Raises:
         OSError: somebody else does, or the directory around `path` cannot be written to.
     """
     place = _place(path)
+    mine: set[Path] = vars(_held).setdefault("places", set())
+    if place in mine:
+        yield
+        return
     made = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     held = _taken(path, place)
     try:
+        mine.add(place)
         try:
             held.write(json.dumps({"pid": os.getpid(), "command": _command(), "since": time.time()}))
         except OSError as error:
             raise OSError(f"{place}: cannot be written: {error.strerror}") from error
         yield
     finally:
+        mine.discard(place)
         held.release()
         # Those that nothing was written into after all.
         for parent in made:

@@ -19,6 +19,7 @@ from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
 from fastmtp.distill.requests import Endings, answer_request, exchange_of, prompt_ids, prompt_request
 from fastmtp.engines.protocol import Engine
+from fastmtp.locking import sole_writer
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
@@ -91,67 +92,69 @@ def distill(
         FileNotFoundError, ValueError: the prompts, the target or the directory do not fit, or the target ends none
             of its own prompts; the message says how. The answers so far are on disk.
         ConnectionError: no endpoint is left; the answers so far are on disk.
+        OSError: somebody else writes there.
     """
-    target = engine.target
-    mix = config.mix_weights()
-    skipped = Skipped(strict=strict)
-    listed = None if prompts is None else read_prompts(prompts, skipped)
-    turn = UserTurn(target) if listed is None else None
-    if strict:
-        with progress.status("checking the prompts"):
-            for prompt in listed or []:
-                prompt_ids(target, prompt)
-    facts = provenance(
-        config,
-        target=target.source,
-        tokenizer_sha256=target.identity.tokenizer_sha256,
-        prompts_sha256=None if prompts is None or listed is None else prompts_sha256(prompts, listed),
-        endpoints=engine.urls if isinstance(engine, Endpoints) else [],
-    )
-    claim_directory(out, facts, FREE_SETTINGS, vars(DistillConfig()))
-    done = finished_indices(out)
-    indices = range(config.count) if listed is None else [prompt.index for prompt in listed]
-    remaining = [index for index in indices if index not in done]
-    in_time = _InTime(remaining, config.minutes)
-    by_index = {prompt.index: prompt for prompt in listed or []}
-    work = (opening(config.seed, i, mix) if listed is None else by_index[i] for i in in_time)
-    writer = ShardWriter(out, config.shard_rows)
-    decode: Decode
-    if isinstance(engine, Endpoints):
-        decode, width = engine.decode, config.concurrency
-    else:
-        left = [by_index[index] for index in remaining if index in by_index]
-        decode, width = open_decoder(engine, config, left, turn, len(remaining), progress)
-    endings = Endings(target, config, len(done), min(width, len(remaining)), progress)
-    asking = Asking(target, config, width, work, turn, endings, skipped)
-    summary = DistillSummary()
-    started = time.monotonic()
-    before = len(indices) - len(remaining)
-    with progress.bar("distill", len(indices), before, seconds=60 * config.minutes or None) as bar:
-        try:
-            for exchange in asking.exchanges(decode):
-                in_time.end(exchange.index)
-                writer.add(exchange)
-                summary.add(exchange)
-                bar.advance(1, sum(exchange.answer_mask), f"{summary.truncated} truncated")
-        finally:
-            writer.flush()
-    summary.seconds = time.monotonic() - started
-    if skipped.count:
-        progress.say(f"fastmtp: {skipped}")
-    summary.skipped, summary.first_skipped, summary.unended = skipped.count, skipped.first, endings.given_up
-    if isinstance(engine, Endpoints):
-        summary.refused, summary.retokenised = engine.refused, engine.retokenised
-        summary.mismatched = engine.mismatched
-        summary.malformed = engine.malformed
-        if engine.refused and not summary.exchanges:
-            raise ValueError(f"every request was refused: {engine.refusal}")
-    if not summary.exchanges and not done:
-        if summary.unended:
-            raise endings.error()
-        if summary.skipped:
-            raise skipped.nothing(f"{prompts}: holds no prompt")
-    return summary
+    with sole_writer(out):
+        target = engine.target
+        mix = config.mix_weights()
+        skipped = Skipped(strict=strict)
+        listed = None if prompts is None else read_prompts(prompts, skipped)
+        turn = UserTurn(target) if listed is None else None
+        if strict:
+            with progress.status("checking the prompts"):
+                for prompt in listed or []:
+                    prompt_ids(target, prompt)
+        facts = provenance(
+            config,
+            target=target.source,
+            tokenizer_sha256=target.identity.tokenizer_sha256,
+            prompts_sha256=None if prompts is None or listed is None else prompts_sha256(prompts, listed),
+            endpoints=engine.urls if isinstance(engine, Endpoints) else [],
+        )
+        claim_directory(out, facts, FREE_SETTINGS, vars(DistillConfig()))
+        done = finished_indices(out)
+        indices = range(config.count) if listed is None else [prompt.index for prompt in listed]
+        remaining = [index for index in indices if index not in done]
+        in_time = _InTime(remaining, config.minutes)
+        by_index = {prompt.index: prompt for prompt in listed or []}
+        work = (opening(config.seed, i, mix) if listed is None else by_index[i] for i in in_time)
+        writer = ShardWriter(out, config.shard_rows)
+        decode: Decode
+        if isinstance(engine, Endpoints):
+            decode, width = engine.decode, config.concurrency
+        else:
+            left = [by_index[index] for index in remaining if index in by_index]
+            decode, width = open_decoder(engine, config, left, turn, len(remaining), progress)
+        endings = Endings(target, config, len(done), min(width, len(remaining)), progress)
+        asking = Asking(target, config, width, work, turn, endings, skipped)
+        summary = DistillSummary()
+        started = time.monotonic()
+        before = len(indices) - len(remaining)
+        with progress.bar("distill", len(indices), before, seconds=60 * config.minutes or None) as bar:
+            try:
+                for exchange in asking.exchanges(decode):
+                    in_time.end(exchange.index)
+                    writer.add(exchange)
+                    summary.add(exchange)
+                    bar.advance(1, sum(exchange.answer_mask), f"{summary.truncated} truncated")
+            finally:
+                writer.flush()
+        summary.seconds = time.monotonic() - started
+        if skipped.count:
+            progress.say(f"fastmtp: {skipped}")
+        summary.skipped, summary.first_skipped, summary.unended = skipped.count, skipped.first, endings.given_up
+        if isinstance(engine, Endpoints):
+            summary.refused, summary.retokenised = engine.refused, engine.retokenised
+            summary.mismatched = engine.mismatched
+            summary.malformed = engine.malformed
+            if engine.refused and not summary.exchanges:
+                raise ValueError(f"every request was refused: {engine.refusal}")
+        if not summary.exchanges and not done:
+            if summary.unended:
+                raise endings.error()
+            if summary.skipped:
+                raise skipped.nothing(f"{prompts}: holds no prompt")
+        return summary
 
 
 def runs_in_slots(engine: Engine) -> bool:

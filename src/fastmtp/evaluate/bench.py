@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fastmtp.evaluate.results import document, run_facts
 from fastmtp.files import file_sha256
 from fastmtp.heads.format import check_head
 from fastmtp.heads.shipped import shipped_head
+from fastmtp.locking import sole_writer
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
 from fastmtp.rows import Skipped, in_one_line
@@ -90,23 +92,26 @@ class Benchmark:
 
         Args:
             out: the directory of the journal; None keeps it in memory.
+        Raises:
+            OSError: somebody else writes there.
         """
-        competitors, missing = lineup(self.against, engine, self.options, self.vanilla, progress)
-        try:
-            versions = [[competitor.name, competitor.version] for competitor in competitors]
-            stated = self._stated(engine.target.source) | {"competitors": versions}
-            journal = Journal(out / JOURNAL if out else None, stated)
-            skipped = Skipped(strict=self.strict)
-            conversations = suite(self.suite, self.limit, skipped)
-            if skipped.count:
-                progress.say(f"fastmtp: {skipped}")
-            run(competitors, engine.target, conversations, self.settings, journal, progress=progress)
-        finally:
-            for competitor in competitors:
-                competitor.close()
-        greedy, facts = self.settings.sampling.temperature == 0, run_facts(engine, stated, missing)
-        main = self.options.draft
-        return document(list(journal), competitors, main, engine.target, facts, greedy=greedy), journal
+        with nullcontext() if out is None else sole_writer(out):
+            competitors, missing = lineup(self.against, engine, self.options, self.vanilla, progress)
+            try:
+                versions = [[competitor.name, competitor.version] for competitor in competitors]
+                stated = self._stated(engine.target.source) | {"competitors": versions}
+                journal = Journal(out / JOURNAL if out else None, stated)
+                skipped = Skipped(strict=self.strict)
+                conversations = suite(self.suite, self.limit, skipped)
+                if skipped.count:
+                    progress.say(f"fastmtp: {skipped}")
+                run(competitors, engine.target, conversations, self.settings, journal, progress=progress)
+            finally:
+                for competitor in competitors:
+                    competitor.close()
+            greedy, facts = self.settings.sampling.temperature == 0, run_facts(engine, stated, missing)
+            main = self.options.draft
+            return document(list(journal), competitors, main, engine.target, facts, greedy=greedy), journal
 
     def record(self, engine: Engine, journal: Journal, progress: Progress = QUIET) -> list[Recording]:
         """The head's candidates along plain decoding's answers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.files import read_json
 from fastmtp.heads.format import check_free, check_head, read_vocabulary, save_head
+from fastmtp.locking import sole_writer
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import provenance
 from fastmtp.train.agreement import Measured
@@ -89,80 +91,83 @@ def train_head(
         lists: the file of the draft vocabulary, whose union the loss scores; None is one list, counted on the data.
         shard_target: spread the target's layers over the processes.
         measure_steps: length of the chains that acceptance is measured on; None is the length trained.
+    Raises:
+        OSError: somebody else writes there.
     """
-    check_free(out)
-    shown = progress if processes.first else QUIET
-    # The target's distribution is as good after the tokens of a cut answer, but cross-entropy on these tokens would
-    # teach the head that answers do not end.
-    finished_only = config.objective == "cross_entropy"
-    exchanges = read_exchanges(data, target, finished_only=finished_only)
-    if data.skipped.count:
-        shown.say(f"fastmtp: {data.skipped}")
-    if lists is None:
-        vocabulary = _counted(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
-    else:
-        vocabulary = read_vocabulary(lists, target)
-    draft_ids = vocabulary.union() or None
-    columns = len(draft_ids) if draft_ids else target.vocabulary_size
-    config = planned(target, config, columns, processes.count, shard_target, shown)
-    # Before the training, during which the code may change.
-    record = provenance(config)
-    directory = out.with_name(out.name + ".training")
-    trainer = Trainer(
-        target,
-        exchanges,
-        draft_ids,
-        config,
-        directory,
-        init=init,
-        engine=engine,
-        states=states,
-        processes=processes,
-        shard_target=shard_target,
-        measure_steps=measure_steps,
-        progress=shown,
-    )
-    started, tokens = time.monotonic(), 0
-    with shown.bar("train", trainer.steps, trainer.step) as bar:
-        for done in trainer.train():
-            tokens += done.tokens
-            bar.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
-            if done.held_out is not None:
-                shown.say(_measured(done.step, done.held_out))
-    seconds = time.monotonic() - started
-    processes.wait()
-    head, measured = trainer.best()
-    held_out = measured.acceptance
-    facts = {
-        "skipped": data.skipped.count,
-        "target": target.source,
-        "init": None if init is None else str(init),
-        "data": data_sha256(data.directories),
-        "exchanges": len(exchanges),
-        "tokens": sum(len(exchange.ids) for exchange in exchanges),
-        "held_out_tau": held_out.tau,
-        "held_out_acceptance": held_out.cumulative,
-    }
-    if processes.first:
-        save_head(
-            out,
-            head,
+    with sole_writer(out) if processes.first else nullcontext():
+        check_free(out)
+        shown = progress if processes.first else QUIET
+        # The target's distribution is as good after the tokens of a cut answer, but cross-entropy on these tokens
+        # would teach the head that answers do not end.
+        finished_only = config.objective == "cross_entropy"
+        exchanges = read_exchanges(data, target, finished_only=finished_only)
+        if data.skipped.count:
+            shown.say(f"fastmtp: {data.skipped}")
+        if lists is None:
+            vocabulary = _counted(target, [exchange.ids for exchange in exchanges], config.draft_vocabulary)
+        else:
+            vocabulary = read_vocabulary(lists, target)
+        draft_ids = vocabulary.union() or None
+        columns = len(draft_ids) if draft_ids else target.vocabulary_size
+        config = planned(target, config, columns, processes.count, shard_target, shown)
+        # Before the training, during which the code may change.
+        record = provenance(config)
+        directory = out.with_name(out.name + ".training")
+        trainer = Trainer(
             target,
-            draft_steps=config.draft_steps,
-            vocabulary=vocabulary,
-            provenance=record | facts,
+            exchanges,
+            draft_ids,
+            config,
+            directory,
+            init=init,
+            engine=engine,
+            states=states,
+            processes=processes,
+            shard_target=shard_target,
+            measure_steps=measure_steps,
+            progress=shown,
         )
-    trainer.clock.settle()
-    return TrainSummary(
-        steps=trainer.steps,
-        tau=held_out.tau,
-        acceptance=held_out.cumulative,
-        expected_acceptance=measured.expected,
-        start_tau=trainer.start_tau,
-        tokens_per_second=tokens / seconds,
-        seconds=dict(trainer.clock.seconds),
-        peak_memory_gb=peak_memory_gb(target.device),
-    )
+        started, tokens = time.monotonic(), 0
+        with shown.bar("train", trainer.steps, trainer.step) as bar:
+            for done in trainer.train():
+                tokens += done.tokens
+                bar.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
+                if done.held_out is not None:
+                    shown.say(_measured(done.step, done.held_out))
+        seconds = time.monotonic() - started
+        processes.wait()
+        head, measured = trainer.best()
+        held_out = measured.acceptance
+        facts = {
+            "skipped": data.skipped.count,
+            "target": target.source,
+            "init": None if init is None else str(init),
+            "data": data_sha256(data.directories),
+            "exchanges": len(exchanges),
+            "tokens": sum(len(exchange.ids) for exchange in exchanges),
+            "held_out_tau": held_out.tau,
+            "held_out_acceptance": held_out.cumulative,
+        }
+        if processes.first:
+            save_head(
+                out,
+                head,
+                target,
+                draft_steps=config.draft_steps,
+                vocabulary=vocabulary,
+                provenance=record | facts,
+            )
+        trainer.clock.settle()
+        return TrainSummary(
+            steps=trainer.steps,
+            tau=held_out.tau,
+            acceptance=held_out.cumulative,
+            expected_acceptance=measured.expected,
+            start_tau=trainer.start_tau,
+            tokens_per_second=tokens / seconds,
+            seconds=dict(trainer.clock.seconds),
+            peak_memory_gb=peak_memory_gb(target.device),
+        )
 
 
 def _counted(target: Target, texts: list[list[int]], size: int) -> VocabularyLists:
