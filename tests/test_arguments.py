@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from fastmtp.cli.generate import described
-from fastmtp.cli.main import main
+from fastmtp.cli.main import commands, main
 from fastmtp.decode.generation import Result
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models import packaged
@@ -231,6 +233,22 @@ def test_mistakes_are_told_first(
     signal.signal(signal.SIGTERM, handler)
     assert message in " ".join(capsys.readouterr().err.split())
     assert sorted(Path().rglob("*")) == before
+
+
+def ranges(command: click.Command) -> Iterator[click.IntRange | click.FloatRange]:
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from ranges(inner)
+    yield from (one.type for one in command.params if isinstance(one.type, click.IntRange | click.FloatRange))
+
+
+@pytest.mark.parametrize("given", ["9" * 400, "99999999999999999999", "-1", "nan", "inf"])
+def test_counts_are_those_that_sums_can_hold(given: str) -> None:
+    """Of every command: beyond, progress and the time left could not be told."""
+    found = list(ranges(commands))
+    assert len(found) > 20
+    for one in found:
+        with pytest.raises(click.BadParameter):
+            one.convert(given, None, None)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from fastmtp.cli.options import (
     OUT_DIRECTORY,
     OUT_FILE,
     PATH,
+    CountRange,
     alone_in,
     decoding_options,
     engine_options,
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
     "directory of them, with `turns` on each line",
 )
 @strict_option
-@click.option("--limit", type=click.IntRange(1), help="prompts of each benchmark  [default: all]")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="for each answer")
-@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="of the whole suite")
+@click.option("--limit", type=CountRange(1), help="prompts of each benchmark  [default: all]")
+@click.option("--max-new-tokens", type=CountRange(1), default=256, show_default=True, help="for each answer")
+@click.option("--repeats", type=CountRange(1), default=1, show_default=True, help="of the whole suite")
 @click.option("--against", multiple=True, help=f"another competitor; may be repeated: {KINDS}")
 @click.option(
     "--vanilla",

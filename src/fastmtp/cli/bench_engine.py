@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastmtp.cli.options import finish, head_option, json_option, target_option
+from fastmtp.cli.options import CountRange, finish, head_option, json_option, target_option
 from fastmtp.cli.terminal import TERMINAL, results
 from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, open_engine
 
@@ -15,10 +15,10 @@ from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, open_engine
 @click.command("bench-engine")
 @target_option
 @click.option("--dtype", type=click.Choice(NATIVE_DTYPES), default="int8", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="[default: one for each physical core]")
+@click.option("--threads", type=CountRange(1), help="[default: one for each physical core]")
 @head_option
 @click.option("--parts", is_flag=True, help="where the time of a forward goes, by part, instead of all else")
-@click.option("--context", type=click.IntRange(1), help="tokens before the forwards of --parts  [default: 500]")
+@click.option("--context", type=CountRange(1), help="tokens before the forwards of --parts  [default: 500]")
 @json_option
 def bench_engine(
     target: str,

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from fastmtp.cli.options import (
     OUT_DIRECTORY,
+    CountRange,
     alone_in,
     decoding_options,
     engine_options,
@@ -64,15 +65,13 @@ class _Levels(click.ParamType[tuple[int, ...]]):
 @strict_option
 @click.option(
     "--prompts",
-    type=click.IntRange(1),
+    type=CountRange(1),
     default=12,
     show_default=True,
     help="requests for each concurrency, but two of each client at least",
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="for each answer")
-@click.option(
-    "--turns", type=click.IntRange(1), default=3, show_default=True, help="of everybody, at each concurrency"
-)
+@click.option("--max-new-tokens", type=CountRange(1), default=128, show_default=True, help="for each answer")
+@click.option("--turns", type=CountRange(1), default=3, show_default=True, help="of everybody, at each concurrency")
 @click.option(
     "--against",
     type=click.Choice(("llama-server",)),

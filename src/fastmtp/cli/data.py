@@ -14,6 +14,7 @@ from rich.text import Text
 from fastmtp.cli.options import (
     OUT_DIRECTORY,
     PATH,
+    CountRange,
     alone_in,
     config_option,
     finish,
@@ -63,7 +64,7 @@ def clean(directory: Path, out: Path, strict: bool, config: Path | None, as_json
 @click.argument("directories", type=PATH, nargs=-1, required=True)
 @click.option("--target", help="whose tokenizer it is  [default: the target it was distilled from]")
 @large_option
-@click.option("--samples", type=click.IntRange(0), default=3, show_default=True, help="exchanges to print")
+@click.option("--samples", type=CountRange(0), default=3, show_default=True, help="exchanges to print")
 @strict_option
 @json_option
 def show(directories: tuple[Path, ...], target: str | None, samples: int, strict: bool, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from fastmtp.cli.bench import show
-from fastmtp.cli.options import json_option
+from fastmtp.cli.options import CountRange, json_option
 from fastmtp.cli.terminal import TERMINAL, show_piece
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.options import DraftOptions
@@ -13,7 +13,7 @@ from fastmtp.engines.open import open_engine
 
 
 @click.command()
-@click.option("--max-new-tokens", type=click.IntRange(1), default=96, show_default=True, help="for each answer")
+@click.option("--max-new-tokens", type=CountRange(1), default=96, show_default=True, help="for each answer")
 @json_option
 def demo(max_new_tokens: int, as_json: bool) -> None:
     """The embedded model and its head: the same prompts plain and speculative, compared."""

@@ -24,6 +24,20 @@ from fastmtp.locking import sole_writer
 PATH = click.Path(path_type=Path)
 
 
+# Of repetitions, requests, tokens, gigabytes and seconds: beyond it is no count but a slip, and sums overflow.
+_MOST = 2**31 - 1
+
+
+class CountRange(click.IntRange):
+    """A count from `min` on."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        count = super().convert(value, param, ctx)
+        if count > _MOST:
+            self.fail(f"it is more than {_MOST}", param, ctx)
+        return count
+
+
 class FiniteRange(click.FloatRange):
     """A number in a range that is also one: click lets NaN pass."""
 
@@ -31,6 +45,8 @@ class FiniteRange(click.FloatRange):
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is no finite number", param, ctx)
+        if number > _MOST:
+            self.fail(f"it is more than {_MOST}", param, ctx)
         return number
 
 
@@ -61,7 +77,7 @@ large_option = yes_option("fetch a model of more than 1 GB without asking")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, ...  [default: the GPU if there is one]")
 head_option = click.option("--head", type=PATH, help="head directory  [default: the target's shipped one]")
 tokens_option = click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="for each answer"
+    "--max-new-tokens", type=CountRange(1), default=512, show_default=True, help="for each answer"
 )
 verbose_option = click.option(
     "--verbose", is_flag=True, help="say after an answer what was drafted, and what came of it"
@@ -100,7 +116,7 @@ def engine_options(command: Command) -> Command:
         command(options=EngineOptions(engine, dtype, device, threads), **rest)
 
     decorated: Command = click.option(
-        "--threads", type=click.IntRange(1), help="of the native engine  [default: one for each physical core]"
+        "--threads", type=CountRange(1), help="of the native engine  [default: one for each physical core]"
     )(collected)
     decorated = device_option(decorated)
     decorated = click.option(

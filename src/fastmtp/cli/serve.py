@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastmtp.addresses import key_of
-from fastmtp.cli.options import FiniteRange, decoding_options, engine_options, settings_options
+from fastmtp.cli.options import CountRange, FiniteRange, decoding_options, engine_options, settings_options
 from fastmtp.cli.terminal import TERMINAL, visible
 from fastmtp.config import MOST_TOGETHER, SamplingConfig, load_config
 from fastmtp.decode.drafting.options import DraftOptions
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="requests decoded at the same time",
 )
-@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="requests that may wait")
-@click.option("--context", type=click.IntRange(2), help="tokens of a prompt and its answer  [default: the model's]")
+@click.option("--queue", type=CountRange(0), default=64, show_default=True, help="requests that may wait")
+@click.option("--context", type=CountRange(2), help="tokens of a prompt and its answer  [default: the model's]")
 @click.option(
     "--prefix-cache",
     type=FiniteRange(0),

@@ -10,6 +10,7 @@ import click
 from fastmtp.cli.options import (
     OUT_FILE,
     PATH,
+    CountRange,
     alone_in,
     config_option,
     finish,
@@ -114,7 +115,7 @@ def _point(point: SizePoint) -> list[str]:
 @click.option("--head", type=PATH, required=True, help="head directory")
 @text_options
 @strict_option
-@click.option("--missing", type=click.IntRange(0), default=10, show_default=True, help="left-out tokens to print")
+@click.option("--missing", type=CountRange(0), default=10, show_default=True, help="left-out tokens to print")
 @click.option("--plot", type=OUT_FILE, help="draw coverage against size there: .png, .svg or .html")
 @json_option
 def show(
