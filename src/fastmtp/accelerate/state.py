@@ -16,7 +16,7 @@ from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import DataSet, token_count
 from fastmtp.errors import parsing
 from fastmtp.evaluate.records import from_json
-from fastmtp.files import is_empty, read_json, remove, write_json
+from fastmtp.files import is_empty, read_json, recover, remove, write_json
 from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
 
@@ -44,6 +44,7 @@ class State:
     def __init__(self, out: Path, target: str) -> None:
         """Raises ValueError if `out` holds something else, or was made for another target."""
         self._out, self._path = out, out / STATE
+        recover(self._path)
         # Read once, for training and for the lists.
         self._data = DataSet([out / "data"], keep=True)
         if self._path.is_file():
