@@ -141,6 +141,7 @@ MISTAKES = {
         ("--out full", "full: exists and is not a head directory; choose another --out"),
         ("--out old --vanilla", "old-vanilla: exists and is not a head directory"),
         ("--states file", "'--states': Directory 'file' is a file"),
+        ("--states ./new", "--states is new, where the head comes"),
     ],
     "vocab build --out new.json": [
         *CONFIG,

@@ -76,6 +76,13 @@ def test_damage_is_named(tmp_path: Path, llama: Target) -> None:
         cache(tmp_path, llama)
 
 
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, llama: Target) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than hidden states"):
+        cache(tmp_path, llama)
+    assert [one.name for one in tmp_path.iterdir()] == ["mine"]
+
+
 def test_other_data_or_targets_are_refused(tmp_path: Path, llama: Target) -> None:
     cache(tmp_path, llama)
     with pytest.raises(ValueError, match="another target or other data"):

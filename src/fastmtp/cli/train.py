@@ -90,6 +90,8 @@ def train(
     outs = (out, beside) if vanilla else (out,)
     for one in outs:
         check_run(data, one, init, lists)
+        if states is not None and states.absolute() == one.absolute():
+            raise ValueError(f"--states is {one}, where the head comes; give the states a directory of their own")
     on_stop(lambda: _kept(outs, states, chosen.checkpoint_every))
     # Before the target is loaded: under torchrun it chooses this process's GPU.
     processes = Processes()

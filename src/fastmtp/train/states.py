@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.errors import writing
-from fastmtp.files import clear_leftovers, file_sha256, read_json, replacing, write_json
+from fastmtp.files import clear_leftovers, file_sha256, is_empty, read_json, replacing, write_json
 from fastmtp.locking import locked
 from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
@@ -89,6 +89,8 @@ class StateCache:
         ).hexdigest()
         index = directory / "states.json"
         if not index.is_file():
+            if directory.is_dir() and not is_empty(directory):
+                raise ValueError(f"{directory}: holds something else than hidden states; choose another directory")
             progress.say(self._announcement(target))
         # Of two runs one computes, and the other waits.
         directory.mkdir(parents=True, exist_ok=True)
