@@ -133,13 +133,12 @@ def test_states_do_not_depend_on_chunks(target: Target, weight_type: WeightType,
     assert torch.equal(states(native, ids, chunks), states(native, ids))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
-def test_states_do_not_depend_on_threads(kernels: str, weight_type: WeightType, threads: int) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_states_do_not_depend_on_threads(kernels: str, weight_type: WeightType, family: str) -> None:
     """More threads than cores included: nobody adds in another order."""
-    ids = random_ids(300)
-    chunks = [256, 40, *[1] * 4]
-    for family in ("qwen3", "gemma3"):
-        alone = states(native_of(family, weight_type, kernels, 1), ids, chunks)
+    ids, chunks = random_ids(300), [256, 40, *[1] * 4]
+    alone = states(native_of(family, weight_type, kernels, 1), ids, chunks)
+    for threads in (2, 3, 8):
         assert torch.equal(states(native_of(family, weight_type, kernels, threads), ids, chunks), alone)
 
 

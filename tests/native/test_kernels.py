@@ -133,12 +133,12 @@ def test_an_outlier_does_not_drown_its_group() -> None:
 
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 def test_a_row_does_not_depend_on_the_others(kernels: str, kind: _native.Type, outputs: int, inputs: int) -> None:
-    """To the bit, for 1 to 16 rows and many, wherever the row stands, on one to four threads."""
+    """To the bit, for 1 to 16 rows and many, wherever the row stands, on one thread and on three."""
     matrix = packed(kind, normal(outputs, inputs))
     states = normal(40, inputs, seed=2)
     alone = np.concatenate([scores(matrix, states[row : row + 1], 1) for row in range(40)])
     for rows in [*range(1, 17), 17, 25, 40]:
-        for threads in (1, 2, 3, 4):
+        for threads in (1, 3):
             assert np.array_equal(scores(matrix, states[:rows], threads), alone[:rows])
     assert np.array_equal(scores(matrix, np.ascontiguousarray(states[::-1])), alone[::-1])
 

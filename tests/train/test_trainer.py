@@ -60,7 +60,7 @@ def losses(trainer: Trainer, steps: int | None = None) -> list[list[float]]:
 
 @pytest.mark.parametrize(
     ("objective", "optimizer"),
-    [("kl", "muon"), ("kl", "adamw"), ("tv", "muon"), ("lk", "adamw"), ("cross_entropy", "muon")],
+    [("kl", "muon"), ("tv", "adamw"), ("lk", "muon"), ("cross_entropy", "adamw")],
 )
 def test_loss_falls_and_acceptance_rises(objective: str, optimizer: str, tmp_path: Path, llama: Target) -> None:
     """Many passes over a little text: every step's loss falls, and drafts of that text get accepted."""
