@@ -81,7 +81,7 @@ def clear_leftovers(directory: Path) -> None:
 
 def is_empty(directory: Path) -> bool:
     """Whether a directory holds nothing but what `replacing` and locks leave."""
-    return all(path.name.startswith(".") and path.suffix in (".tmp", ".lock") for path in directory.iterdir())
+    return all(path.name.startswith(".") and path.name.endswith((".tmp", ".lock")) for path in directory.iterdir())
 
 
 def _pattern(name: str) -> str:

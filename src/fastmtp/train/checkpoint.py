@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from fastmtp.errors import PARSING, reason, writing
-from fastmtp.files import replacing
+from fastmtp.files import recover, replacing
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -26,6 +26,7 @@ def load_checkpoint(path: Path, device: torch.device, keys: Sequence[str]) -> di
     Raises:
         ValueError: the file is damaged, or of something else.
     """
+    recover(path)
     with checkpointed(path):
         state = cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
         if missing := [key for key in keys if key not in state]:
