@@ -170,8 +170,9 @@ def test_vanilla_is_trained_beside(model: Path, head: Path, tmp_path: Path) -> N
     assert config["draft_steps"] == 1
 
 
-def test_bench_engine(model: Path) -> None:
+def test_bench_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every figure is there and makes sense; without a head no draft steps, without a GGUF file no llama.cpp."""
+    monkeypatch.setattr("fastmtp.evaluate.engine._MOST_TURNS", 1)
     found: Any = run("bench-engine", model, "--json", "--threads", 1)
     assert found["forward_ms"].keys() == {"1", "2", "4", "8", "16"}
     assert all(ms > 0 for ms in found["forward_ms"].values())
@@ -198,7 +199,8 @@ def test_bench_engine_by_part(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "ms a forward, 8 tokens" in shown.stdout
 
 
-def test_bench_engine_with_a_head(model: Path, head: Path) -> None:
+def test_bench_engine_with_a_head(model: Path, head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastmtp.evaluate.engine._MOST_TURNS", 1)
     result = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--head", str(head)])
     assert result.exit_code == 0, result.output
     assert "ms a draft step" in result.stdout

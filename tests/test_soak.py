@@ -14,7 +14,7 @@ from tests.serve.conftest import model as model
 SAMPLE = Sample(done=1000, memory=100, threads=("MainThread",), files=9, children=1, taken=0)
 
 
-@pytest.mark.parametrize("seconds", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_mixed_work_leaves_nothing(model: Path, seconds: float) -> None:
     """Streams, cancelled answers, schemas, second turns and the library in one process, at once."""
     found = soak(str(model), seconds, threads=1)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from click.testing import CliRunner
 
@@ -474,7 +476,12 @@ def test_a_key_that_no_header_can_carry_is_refused_unseen(key: str, monkeypatch:
 
 
 def test_certificates_that_cannot_be_read_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "nothing.pem"))
+    """The library reads them once in a process, which may have been for another test."""
+
+    def unread(**_: Any) -> None:
+        ssl.create_default_context(cafile=tmp_path / "nothing.pem")
+
+    monkeypatch.setattr(httpx2, "AsyncClient", unread)
     with pytest.raises(ValueError, match=r"--endpoint: nothing can be asked, .*; look at SSL_CERT_FILE"):
         distill(endpoints("http://127.0.0.1:9"), CONFIG, tmp_path / "data", written(tmp_path))
 
