@@ -79,7 +79,7 @@ def test_random_head(engine: Engine, target: Target, steps: int) -> None:
     assert speculative_tokens(sequence, prompt, steps, 40) == plain_tokens(engine, target, prompt, 40)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 23, 24, 25, 255, 256, 257, 300])
+@pytest.mark.parametrize("length", [1, 2, 23, 24, 25, 256, 257])
 def test_prompt_lengths(engine: Engine, target: Target, length: int) -> None:
     """From one token to beyond the growth of the caches, around the sliding window too."""
     prompt = random_ids(length, seed=length)
@@ -87,8 +87,8 @@ def test_prompt_lengths(engine: Engine, target: Target, length: int) -> None:
     assert speculative_tokens(sequence, prompt, 3, 12) == plain_tokens(engine, target, prompt, 12)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("wrong_every", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("wrong_every", [0, 1, 2, 5])
 def test_scripted_drafts(engine: Engine, target: Target, steps: int, wrong_every: int) -> None:
     """Perfect drafts (0), always wrong ones (1) and all kinds of partial acceptance."""
     prompt = random_ids(9, seed=7)
@@ -286,11 +286,13 @@ def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
     return Adaptive(FLAT, prompt, sampling)
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 @pytest.mark.parametrize(
-    ("new_drafter", "ids"),
-    [(chains(1), HALF), (chains(4), None), (trees, HALF)],
-    ids=["chain-1-half", "chain-4-all", "trees-half"],
+    ("sampling", "new_drafter", "ids"),
+    [
+        *((sampling, trees, HALF) for sampling in SETTINGS),
+        *((sampling, chains(4), None) for sampling in SETTINGS[::2]),
+        (SETTINGS[3], chains(1), HALF),
+    ],
 )
 def test_drawn_output_is_plain_output(
     engine: Engine, target: Target, sampling: SamplingConfig, new_drafter: NewDrafter, ids: list[int] | None
