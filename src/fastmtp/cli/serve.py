@@ -83,7 +83,7 @@ def serve(
 
     if api_key is not None and (no_api_key or not api_key.strip()):
         raise ValueError("--api-key is empty" if not no_api_key else "give --api-key or --no-api-key, not both")
-    key_of("--api-key or FASTMTP_API_KEY", api_key)
+    api_key = key_of("--api-key or FASTMTP_API_KEY", api_key)
     if api_key is None and not no_api_key and not is_loopback(host):
         raise ValueError(f"--host {host} lets others in: give --api-key KEY, or --no-api-key to let them")
     listener = server.listen(host, port)

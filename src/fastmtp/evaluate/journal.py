@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from fastmtp import jsonl
@@ -85,7 +86,7 @@ def _turn(path: Path, number: int, line: bytes) -> Turn:
     facts = _read(path, number, line)
     try:
         turn = from_json(Turn, facts)
-        if not all(0 <= number < _MOST for number in _numbers(turn.as_json())):
+        if not all(0 <= number < _MOST for number in _numbers(asdict(turn))):
             raise ValueError(f"{turn.key}: a number is below 0, or {_MOST:g} or more")
         if not all(token < _MOST_IDS for token in _ids(turn)):
             raise ValueError(f"{turn.key}: a token id is {_MOST_IDS} or more")

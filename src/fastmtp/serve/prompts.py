@@ -6,7 +6,6 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.grammar import check_grammar
@@ -87,10 +86,10 @@ async def chat_tokens(service: Service, messages: Sequence[Message], tools: Sequ
     tokenizer = service.target.tokenizer
     if not takes_tools(tokenizer.chat_template):
         told, shown = taught(told, shown), []
-    if not tokenizer.chat_template:
-        return await _encoded(service.rendering, "messages", service.target.encode_chat, told)
 
     def encoded() -> list[int]:
+        if not tokenizer.chat_template:
+            return service.target.encode_chat(told)
         text = tokenizer.apply_chat_template(told, add_generation_prompt=True, tools=shown)
         return service.target.encode(text, special=False)
 
@@ -114,10 +113,10 @@ def known(service: Service, tokens: list[int], param: str) -> list[int]:
     return tokens
 
 
-async def _encoded(pool: Executor | None, param: str, encode: Callable[..., list[int]], *given: Any) -> list[int]:
+async def _encoded(pool: Executor | None, param: str, encode: Callable[[], list[int]]) -> list[int]:
     try:
         # A long text takes long; the event loop goes on meanwhile.
-        return await asyncio.get_running_loop().run_in_executor(pool, encode, *given)
+        return await asyncio.get_running_loop().run_in_executor(pool, encode)
     except ValueError as error:
         raise ApiError(400, str(error), param=param, code="invalid_value") from None
 
