@@ -7,85 +7,33 @@ prompt is exactly the one that is stored, and servers can also write the model's
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 # Its connections are pooled, and asyncio can cancel them at Ctrl-C.
 import httpx2
 
-from fastmtp.addresses import Address, address, key_of
+from fastmtp.addresses import address, key_of
 from fastmtp.decode.batch import Completion, Request
+from fastmtp.distill.completions import PATH, Endpoint, FailedError, MalformedError, RefusedError, post
 from fastmtp.distill.prompts import user
 from fastmtp.errors import reason as reason_of
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
-from fastmtp.rows import in_one_line, not_unicode
+from fastmtp.rows import not_unicode
 
-_OK, _PATH = 200, "/v1/completions"
-# Wrong key, address or model: another try does not help, unless the endpoint has answered before.
-_HOPELESS = (401, 403, 404, 405)
-# Client errors that are worth another try: timeout, too early, too many requests.
-_AGAIN = (408, 425, 429)
-# The endpoint works but wants fewer requests.
-_BUSY = (429, 503)
 # How often one request may be told so by an endpoint that answers others, and how often the wait doubles then.
 _BUSY_TRIES, _DOUBLED = 30, 4
 # Longer waits are told.
 _TOLD_SECONDS = 5.0
-# What a reply may have beside its tokens, and for each token of prompt and answer: ids and text, some of it twice.
-_REPLY_BYTES, _TOKEN_BYTES = 1 << 20, 256
 # Characters of an answer's text for each of its tokens.
 _TOKEN_CHARACTERS = 256
 # Of answers that were not written to an end or to the limit.
 _BROKEN_OFF = ("abort", "error", "content_filter")
-
-
-@dataclass
-class _Endpoint:
-    """
-    Attributes:
-        running: requests that are given to it.
-        asked: those of them that were sent and have no reply yet.
-        ready_at: it asked to be left alone until then.
-    """
-
-    address: Address
-    running: int = 0
-    asked: int = 0
-    answered_at: float = 0.0
-    ready_at: float = 0.0
-    dead: str = ""
-
-
-class _FailedError(Exception):
-    """The endpoint does not work, for now or for good.
-
-    Attributes:
-        busy: it works, but not now.
-        seconds: how long it asks to wait.
-    """
-
-    def __init__(
-        self, reason: str, *, worth_another_try: bool = True, busy: bool = False, seconds: float = 0.0
-    ) -> None:
-        super().__init__(reason)
-        self.worth_another_try, self.busy, self.seconds = worth_another_try, busy, seconds
-
-
-class _MalformedError(_FailedError):
-    """A reply that is no completion of the target's."""
-
-
-class _RefusedError(Exception):
-    """The endpoint works, but not for this request."""
 
 
 def check_addresses(urls: Sequence[str]) -> None:
@@ -128,7 +76,7 @@ class Endpoints:
         """
         self.target = target
         self._addresses = [address(url, "--endpoint") for url in urls]
-        self.urls = [one.shown + _PATH for one in self._addresses]
+        self.urls = [one.shown + PATH for one in self._addresses]
         self.refused = self.malformed = self.retokenised = self.mismatched = 0
         self.refusal = ""
         self._key = key_of("OPENAI_API_KEY", os.environ.get("OPENAI_API_KEY") or None)
@@ -149,7 +97,7 @@ class Endpoints:
         Raises:
             ConnectionError: no endpoint is left.
         """
-        pool = [_Endpoint(one) for one in self._addresses]
+        pool = [Endpoint(one) for one in self._addresses]
         with asyncio.Runner() as runner:
             client = self._client(concurrency)
             running: set[asyncio.Task[Completion]] = set()
@@ -178,13 +126,13 @@ class Endpoints:
                 "the variables for proxies, such as ALL_PROXY"
             ) from error
 
-    async def _complete(self, client: httpx2.AsyncClient, pool: list[_Endpoint], request: Request) -> Completion:
+    async def _complete(self, client: httpx2.AsyncClient, pool: list[Endpoint], request: Request) -> Completion:
         while True:
             endpoint = _least_busy(pool)
             endpoint.running += 1
             try:
                 completion = await self._ask(client, endpoint, request)
-            except _RefusedError as error:
+            except RefusedError as error:
                 self.refused += 1
                 self.refusal = self.refusal or str(error)
                 if self.refused == 1:
@@ -195,7 +143,7 @@ class Endpoints:
             if completion is not None:
                 return completion
 
-    async def _ask(self, client: httpx2.AsyncClient, endpoint: _Endpoint, request: Request) -> Completion | None:
+    async def _ask(self, client: httpx2.AsyncClient, endpoint: Endpoint, request: Request) -> Completion | None:
         """The endpoint's answer, after retries if need be; None if the endpoint is given up."""
         clock, shown = asyncio.get_running_loop().time, endpoint.address.shown
         alive_at, failed_at, reason = clock(), math.inf, ""
@@ -212,12 +160,12 @@ class Endpoints:
             endpoint.asked += 1
             try:
                 async with asyncio.timeout(self._seconds):
-                    choice = await _post(client, endpoint, self._body(request))
+                    choice = await post(client, endpoint, self._body(request))
                 completion = self._completion(request, choice)
-            except (_FailedError, TimeoutError) as found:
-                error = found if isinstance(found, _FailedError) else self._late()
+            except (FailedError, TimeoutError) as found:
+                error = found if isinstance(found, FailedError) else self._late()
                 failed_at, reason = min(failed_at, clock()), str(error)
-                self.malformed += isinstance(error, _MalformedError)
+                self.malformed += isinstance(error, MalformedError)
                 if error.seconds > self._seconds:
                     reason = f"{reason}; it asks to wait {error.seconds:.0f} s"
                     break
@@ -236,16 +184,16 @@ class Endpoints:
                 endpoint.asked -= 1
         # It has answered others since, so the cause is this request.
         if endpoint.answered_at > failed_at:
-            raise _RefusedError(f"{shown}: {reason}")
+            raise RefusedError(f"{shown}: {reason}")
         if not endpoint.dead:
             endpoint.dead = reason
             self._progress.say(f"fastmtp: {shown} is given up: {reason}")
         return None
 
-    def _late(self) -> _FailedError:
-        return _FailedError(f"no whole reply came within {self._seconds:g} s (--timeout)")
+    def _late(self) -> FailedError:
+        return FailedError(f"no whole reply came within {self._seconds:g} s (--timeout)")
 
-    def _leave_alone(self, endpoint: _Endpoint, now: float, seconds: float) -> None:
+    def _leave_alone(self, endpoint: Endpoint, now: float, seconds: float) -> None:
         """Send an endpoint nothing for some seconds."""
         if endpoint.ready_at <= now and seconds > _TOLD_SECONDS:
             self._progress.say(f"fastmtp: {endpoint.address.shown} asks to wait {seconds:.0f} s")
@@ -272,20 +220,20 @@ class Endpoints:
         return body if self._model is None else body | {"model": self._model}
 
     def _completion(self, request: Request, choice: dict[str, Any]) -> Completion:
-        """Raises _MalformedError if it cannot be the target's."""
+        """Raises MalformedError if it cannot be the target's."""
         tokens: list[int] | None = choice["token_ids"]
         reason = choice["finish_reason"]
         if reason in _BROKEN_OFF:
-            raise _MalformedError(f"its answer was broken off: {reason}")
+            raise MalformedError(f"its answer was broken off: {reason}")
         retokenised = tokens is None
         if tokens is None:
             if wrong := not_unicode(choice["text"]):
-                raise _MalformedError(f"its text {wrong}")
+                raise MalformedError(f"its text {wrong}")
             if len(choice["text"]) > _TOKEN_CHARACTERS * request.max_new_tokens:
-                raise _MalformedError(f"its text is too long for {request.max_new_tokens} tokens")
+                raise MalformedError(f"its text is too long for {request.max_new_tokens} tokens")
             tokens = self.target.tokenizer.encode(choice["text"], add_special_tokens=False)
         elif not all(type(token) is int and 0 <= token < self.target.vocabulary_size for token in tokens):
-            raise _MalformedError(
+            raise MalformedError(
                 f"it gave token ids beyond the vocabulary of {self.target.source}; serve the same target"
             )
         tokens = tokens[: request.max_new_tokens]
@@ -296,77 +244,14 @@ class Endpoints:
             # Some servers leave out the end token.
             tokens = [*tokens, self._end]
         if not tokens:
-            raise _MalformedError("its answer is empty")
+            raise MalformedError("its answer is empty")
         if retokenised:
             self.retokenised += 1
             self.mismatched += self.target.decode(tokens) != choice["text"]
         return Completion(request, tokens, tokens[-1] in request.end_ids)
 
 
-async def _post(client: httpx2.AsyncClient, endpoint: _Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """The reply's one choice: `text`, `finish_reason`, and `token_ids` (None where only text came)."""
-    own = endpoint.address.authorization
-    headers = {"Authorization": own} if own is not None else {}
-    try:
-        async with client.stream("POST", endpoint.address.url(_PATH), json=body, headers=headers) as response:
-            content = await _read(
-                response, _REPLY_BYTES + _TOKEN_BYTES * (len(body["prompt"]) + body["max_tokens"])
-            )
-    except httpx2.HTTPError as error:
-        raise _FailedError(in_one_line(f"{type(error).__name__} {error}")[:200]) from error
-    status = response.status_code
-    if status == _OK:
-        choice = _choice(content)
-        if choice is None:
-            raise _MalformedError("its reply is not that of an OpenAI-compatible completions server")
-        return choice
-    reason = f"HTTP {status}: {in_one_line(content[:2000].decode(errors='replace'))[:200]}"
-    if 400 <= status < 500 and status not in (*_HOPELESS, *_AGAIN):
-        raise _RefusedError(f"{endpoint.address.shown}: {reason}")
-    raise _FailedError(
-        reason,
-        worth_another_try=status not in _HOPELESS or endpoint.answered_at > 0,
-        busy=status in _BUSY,
-        seconds=_retry_after(response.headers.get("Retry-After", "")),
-    )
-
-
-async def _read(response: httpx2.Response, most: int) -> bytes:
-    """The content of a response; raises _MalformedError beyond `most` bytes."""
-    content = bytearray()
-    async for part in response.aiter_bytes():
-        content += part
-        if len(content) > most:
-            raise _MalformedError(f"its reply is longer than {most} bytes")
-    return bytes(content)
-
-
-def _retry_after(value: str) -> float:
-    """Seconds to wait, of a number or a date; 0 if there is neither."""
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        until = parsedate_to_datetime(value)
-        return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-    except (ValueError, OverflowError):
-        return 0.0
-
-
-def _choice(content: bytes) -> dict[str, Any] | None:
-    """None if the reply holds no completion."""
-    try:
-        reply = json.loads(content)
-        choice = reply["choices"][0]
-        text, finish_reason = choice["text"], choice["finish_reason"]
-        token_ids = choice.get("token_ids") or (reply.get("__verbose") or {}).get("tokens") or None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(text, str) or not isinstance(token_ids, list | None):
-        return None
-    return {"text": text, "finish_reason": finish_reason, "token_ids": token_ids}
-
-
-def _least_busy(pool: list[_Endpoint]) -> _Endpoint:
+def _least_busy(pool: list[Endpoint]) -> Endpoint:
     living = [endpoint for endpoint in pool if not endpoint.dead]
     if not living:
         reasons = "; ".join(f"{endpoint.address.shown}: {endpoint.dead}" for endpoint in pool)
