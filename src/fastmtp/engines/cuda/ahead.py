@@ -19,8 +19,9 @@ from fastmtp.engines.cuda.graphs import upload
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.cuda.kernels.chains import begin, follow
 from fastmtp.engines.cuda.kernels.shapes import TILE
-from fastmtp.engines.cuda.machine import Machine, Text, candidates_of
+from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.pool import Room
+from fastmtp.engines.cuda.scoring import candidates_of
 from fastmtp.engines.cuda.weights import CudaHead
 from fastmtp.engines.protocol import Candidates
 
@@ -109,7 +110,7 @@ class Ahead:
 
     def _launch(self, steps: Steps, start: int) -> None:
         machine = self._machine
-        fixed_D, spans = machine.draft_ids(steps.ids_D), machine.spans_for(start + TILE + steps.levels)
+        fixed_D, spans = machine.scoring.draft_ids(steps.ids_D), machine.spans_for(start + TILE + steps.levels)
         if steps.width not in self._answers:
             numbers = TILE + DEEPEST * 2 * steps.width
             self._answers[steps.width] = torch.zeros(numbers, device=machine.target.device)
@@ -128,7 +129,7 @@ class Ahead:
         last_1H = views.states.index_select(0, self._state[1:2] - 1)
         for level in range(steps.levels):
             self._states_LH[level : level + 1] = last_1H
-            self._machine.likeliest_of(last_1H, steps.ids_D, likely_L2W[level : level + 1])
+            self._machine.scoring.likeliest_of(last_1H, steps.ids_D, likely_L2W[level : level + 1])
             if level < steps.levels - 1:
                 row = self._rows[level]
                 row.tokens.copy_(likely_L2W[level, :1].clamp(min=0))

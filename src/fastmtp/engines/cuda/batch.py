@@ -29,11 +29,11 @@ class CudaBatch:
         for slot, prompt in prompts.items():
             ends.append(self._machine.forward([Text(self._rooms[slot], 0, prompt)])[0][-1:])
             self._lengths[slot] = len(prompt)
-        return self._machine.logits(torch.cat(ends))
+        return self._machine.scoring.logits(torch.cat(ends))
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
         texts = [Text(self._rooms[slot], self._lengths[slot], [token]) for slot, token in tokens.items()]
         states_RH = torch.cat(self._machine.forward(texts))
         for slot in tokens:
             self._lengths[slot] += 1
-        return self._machine.logits(states_RH)
+        return self._machine.scoring.logits(states_RH)

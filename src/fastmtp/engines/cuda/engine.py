@@ -82,7 +82,7 @@ class CudaEngine:
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
     ) -> list[Logits]:
         states_MH = self._rows_together(sequences, trees, rows)
-        logits_MV: Iterator[Logits] = iter(self.machine.logits(states_MH) if len(states_MH) else [])
+        logits_MV: Iterator[Logits] = iter(self.machine.scoring.logits(states_MH) if len(states_MH) else [])
         empty = np.empty((0, self.target.vocabulary_size), np.float32)
         return [np.stack(list(islice(logits_MV, len(own)))) if own else empty for own in rows]
 
@@ -93,7 +93,7 @@ class CudaEngine:
             found = [sequences[0].verify_greedy(trees[0])]
         elif sum(len(tree.verified) for tree in trees) > TILE:
             states_MH = self._rows_together(sequences, trees, rows)
-            wanted = iter(self.machine.argmax(states_MH) if len(states_MH) else [])
+            wanted = iter(self.machine.scoring.argmax(states_MH) if len(states_MH) else [])
             return [list(islice(wanted, len(own))) for own in rows]
         else:
             with self.machine.held():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.engines.capture import Step, capture
+
+# Rows of the graphs: those of a round, and those of prompts.
+SMALL, LARGE = (1, 2, 4, 8, 16), (64, 256)
 
 
 class Graphs:
@@ -22,11 +27,25 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._lock = device, RLock()
         # With each graph its function, which keeps the memory that the graph knows.
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Step]] = {}
         self._memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.launched = self.copied = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around every use of what calls share; kernels are launched on the target's device."""
+        device = self._device
+        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+
+    def rows_for(self, count: int) -> int:
+        """The rows of the graph that so many rows are filled up to."""
+        if count > SMALL[-1] and self._device.type != "cuda":
+            # There are no graphs, and an interpreter takes its time for every row.
+            return count
+        return next(size for size in (*SMALL, *LARGE) if size >= count)
 
     def run(self, key: Hashable, function: Step) -> None:
         """Call a function, the one that came with this key first."""

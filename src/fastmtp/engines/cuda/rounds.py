@@ -76,7 +76,7 @@ class Rounds:
             machine.pool.reserve(room, length + steps + 1)
             if not self._is_at(room, start, tokens, states_TH):
                 self._go_to(head, room, start, tokens, states_TH)
-            fixed_D, spans = machine.draft_ids(ids_D), machine.spans_for(length + steps)
+            fixed_D, spans = machine.scoring.draft_ids(ids_D), machine.spans_for(length + steps)
             key = ("round", steps, id(head), None if ids_D is None else len(ids_D), spans)
             # If it fails, nobody knows where the device is.
             self._at = None
@@ -115,13 +115,13 @@ class Rounds:
         views.given[:rows] = self._states_TH
         network.head(head, self._waiting, spans)
         # Those rows that belong to no token have a draft, too, which nobody takes.
-        self._machine.argmax_of(views.states, ids_D, self._drafted)
+        self._machine.scoring.argmax_of(views.states, ids_D, self._drafted)
         for number, row in enumerate([*self._steps_rows, None]):
             hand_on(self._state, views.states, self._drafted, views.given, row, self._verified, number)
             if row is not None:
                 network.head(head, row, spans)
-                self._machine.argmax_of(views.states, ids_D, self._drafted[:1])
+                self._machine.scoring.argmax_of(views.states, ids_D, self._drafted[:1])
         network.forward(self._verified, spans)
-        self._machine.argmax_of(views.states, None, self._found)
+        self._machine.scoring.argmax_of(views.states, None, self._found)
         accept(self._state, self._found, self._verified, self._answer)
         self._states_TH.copy_(views.states[:rows])

@@ -66,10 +66,10 @@ class CudaRunner:
             self._machine.pool.move(self.room, [start + row for row in rows], start)
 
     def logits(self, states_TH: Tensor) -> Logits:
-        return self._machine.logits(states_TH)
+        return self._machine.scoring.logits(states_TH)
 
     def argmax(self, states_TH: Tensor) -> list[int]:
-        return self._machine.argmax(states_TH)
+        return self._machine.scoring.argmax(states_TH)
 
     def verify(
         self, start: int, tokens: Sequence[int], parents: Sequence[int] | None, *, is_followed: bool
@@ -257,7 +257,7 @@ def _answers(
     if wanted:
         width = max(questions[asked[place]].width for place in wanted)
         states, ids = [nodes[place] for place in wanted], [runners[asked[place]].ids_D for place in wanted]
-        for place, own in zip(wanted, machine.likeliest(states, ids, width), strict=True):
+        for place, own in zip(wanted, machine.scoring.likeliest(states, ids, width), strict=True):
             most = questions[asked[place]].width
             answers[place] = [Candidates(one.tokens[:most], one.confidences[:most]) for one in own]
     return answers

@@ -1,0 +1,168 @@
+"""What follows a state, by the output layer: the likeliest token, all logits, or a head's candidates.
+
+Shapes: T rows asked for, M rows of a part, N nodes, H hidden, V vocabulary, D tokens scored, W candidates,
+S tiles, each with a list of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmtp.engines.cuda.graphs import LARGE, SMALL, Graphs
+from fastmtp.engines.cuda.kernels.scores import BLOCK, argmax, scores
+from fastmtp.engines.cuda.kernels.shapes import TILE, in_tiles
+from fastmtp.engines.cuda.target import CudaTarget
+from fastmtp.engines.protocol import Candidates, Logits
+
+
+class Scoring:
+    """The output layer of a target, and of its head."""
+
+    def __init__(self, target: CudaTarget, graphs: Graphs) -> None:
+        self._target, self._graphs = target, graphs
+        blocks = in_tiles(LARGE[-1]) * -(-target.vocabulary_size // BLOCK)
+        self._best = self._zeros(blocks, dtype=torch.float32), self._zeros(blocks, dtype=torch.int32)
+        self._asked = self._zeros(in_tiles(LARGE[-1]), target.config.hidden_size)
+        self._found = self._zeros(LARGE[-1], dtype=torch.int32)
+        self._logits = self._zeros(TILE, target.vocabulary_size, dtype=torch.float32)
+        self._ids: dict[tuple[int, int], Tensor] = {}
+        self._draft_logits: dict[tuple[int, int], Tensor] = {}
+        self._answers: dict[tuple[int, int], Tensor] = {}
+
+    def argmax(self, states_TH: Tensor) -> list[int]:
+        with self._graphs.held():
+            found: list[int] = []
+            for part_MH in _parts(states_TH, LARGE[-1]):
+                count = len(part_MH)
+                self._asked[:count] = part_MH
+                size = self._graphs.rows_for(count)
+                rows = self._asked[: in_tiles(size)], None, self._found[:size]
+                self._graphs.run(("argmax", size), partial(self.argmax_of, *rows))
+                found += self._graphs.to_host(self._found[:count]).tolist()
+            return found
+
+    def logits(self, states_TH: Tensor) -> Logits:
+        """[T, V]"""
+        with self._graphs.held():
+            parts = []
+            score = partial(scores, self._asked[:TILE], self._target.lm_head, None, self._logits)
+            for part_MH in _parts(states_TH, TILE):
+                self._asked[: len(part_MH)] = part_MH
+                self._graphs.run("logits", score)
+                parts.append(self._graphs.to_host(self._logits[: len(part_MH)]))
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def likeliest(
+        self, states: Sequence[Tensor], ids: Sequence[Tensor | None], width: int
+    ) -> list[list[Candidates]]:
+        """The `width` likeliest tokens of each row, the first of equal ones, with their probabilities.
+
+        Args:
+            states: of each sequence, [N, H].
+            ids: of each sequence, the tokens scored, [D]; None is all.
+        """
+        with self._graphs.held():
+            found: list[list[Candidates]] = [[] for _ in states]
+            # Sequences with as many tokens to score go together, each in tiles of its own.
+            for number in dict.fromkeys(map(_size, ids)):
+                of_number = [index for index, own in enumerate(ids) if _size(own) == number]
+                tiles = [(index, part_MH) for index in of_number for part_MH in _parts(states[index], TILE)]
+                for begin in range(0, len(tiles), SMALL[-1]):
+                    some = tiles[begin : begin + SMALL[-1]]
+                    answers = self._likeliest_in_tiles([part for _, part in some], [ids[i] for i, _ in some], width)
+                    for (index, _), own in zip(some, answers, strict=True):
+                        found[index] += own
+            return found
+
+    def _likeliest_in_tiles(
+        self, parts: Sequence[Tensor], ids: Sequence[Tensor | None], width: int
+    ) -> Iterator[list[Candidates]]:
+        """In one launch and one copy."""
+        tiles, size = self._graphs.rows_for(len(parts)), self._graphs.rows_for(max(map(len, parts)))
+        fixed_SD = None if ids[0] is None else self._fixed_ids(tiles, len(ids[0]))
+        for tile, (part_MH, ids_D) in enumerate(zip(parts, ids, strict=True)):
+            self._asked[tile * TILE :][: len(part_MH)] = part_MH
+            if fixed_SD is not None and ids_D is not None:
+                fixed_SD[tile] = ids_D
+        answer = self._answer(tiles * size, width)
+        key = ("likeliest", tiles, size, _size(ids[0]), width)
+        self._graphs.run(key, lambda: self._likeliest(tiles, size, fixed_SD, answer))
+        answers = self._graphs.to_host(answer[: (len(parts) - 1) * size + len(parts[-1])])
+        return (list(map(candidates_of, answers[tile * size :][: len(part)])) for tile, part in enumerate(parts))
+
+    def likeliest_of(self, state_1H: Tensor, ids_D: Tensor | None, answer_12W: Tensor) -> None:
+        """The likeliest tokens of one row and then their probabilities, as kernels."""
+        self._asked[:1] = state_1H
+        self._likeliest(1, 1, None if ids_D is None else ids_D[None], answer_12W)
+
+    def draft_ids(self, ids_D: Tensor | None) -> Tensor | None:
+        """A list of tokens in the memory that graphs know for lists of its length."""
+        return None if ids_D is None else self._fixed_ids(1, len(ids_D))[0].copy_(ids_D)
+
+    def _fixed_ids(self, tiles: int, number: int) -> Tensor:
+        """[S, D]; -1 is no token."""
+        if (tiles, number) not in self._ids:
+            self._ids[tiles, number] = self._zeros(tiles, number, dtype=torch.int32) - 1
+        return self._ids[tiles, number]
+
+    def argmax_of(self, states_RH: Tensor, ids_D: Tensor | None, out_M: Tensor) -> None:
+        """The likeliest token after each row, as kernels."""
+        argmax(states_RH, self._target.lm_head, ids_D, self._best, out_M)
+
+    def _likeliest(self, tiles: int, size: int, ids_SD: Tensor | None, answer_N2W: Tensor) -> None:
+        """Of the first rows of each tile.
+
+        Args:
+            ids_SD: the tokens that the rows of each tile score.
+        """
+        count = self._target.vocabulary_size if ids_SD is None else ids_SD.shape[1]
+        if (tiles, count) not in self._draft_logits:
+            self._draft_logits[tiles, count] = self._zeros(tiles * TILE, count, dtype=torch.float32)
+        logits_RD, ids_ND = self._draft_logits[tiles, count], None
+        scores(self._asked[: tiles * TILE], self._target.lm_head, ids_SD, logits_RD)
+        if ids_SD is not None:
+            ids_ND = ids_SD[:, None].expand(-1, size, -1).reshape(-1, count)
+        logits_ND = logits_RD.view(tiles, TILE, count)[:, :size].reshape(-1, count)
+        left_ND, likely_ND, width = logits_ND, logits_ND.softmax(-1), answer_N2W.shape[1] // 2
+        for place in range(min(width, count)):
+            best_N1 = left_ND.argmax(-1, keepdim=True)
+            is_there = left_ND.gather(-1, best_N1) > -torch.inf
+            token_N1 = best_N1 if ids_ND is None else ids_ND.gather(-1, best_N1)
+            answer_N2W[:, place] = torch.where(is_there, token_N1, -1)[:, 0]
+            answer_N2W[:, width + place] = likely_ND.gather(-1, best_N1)[:, 0]
+            if ids_ND is None:
+                left_ND = left_ND.scatter(-1, best_N1, -torch.inf)
+            else:
+                left_ND = left_ND.masked_fill(ids_ND == token_N1, -torch.inf)
+
+    def _answer(self, size: int, width: int) -> Tensor:
+        """Tokens and then probabilities, in float32, which holds every token exactly."""
+        if (size, width) not in self._answers:
+            self._answers[size, width] = torch.full((size, 2 * width), -1.0, device=self._target.device)
+        return self._answers[size, width]
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self._target.dtype, device=self._target.device)
+
+
+def _size(ids_D: Tensor | None) -> int:
+    """How many tokens are scored, 0 for all."""
+    return 0 if ids_D is None else len(ids_D)
+
+
+def _parts(states_TH: Tensor, most: int) -> list[Tensor]:
+    return [states_TH[begin : begin + most] for begin in range(0, len(states_TH), most)]
+
+
+def candidates_of(answer: NDArray[Any]) -> Candidates:
+    """From tokens, -1 where there is none, and then probabilities."""
+    width = len(answer) // 2
+    count = int((answer[:width] >= 0).sum())
+    return Candidates([int(token) for token in answer[:count]], answer[width : width + count].tolist())
