@@ -17,6 +17,8 @@ from fastmtp.api import load
 from fastmtp.cli.main import commands
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain, chains
+from fastmtp.decode.drafting.open import open_drafting
+from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.grammar import json_schema_grammar
 from fastmtp.decode.plain import plain
@@ -82,14 +84,13 @@ def passages(characters: int) -> Iterator[str]:
     return (text[start : start + characters] for start in range(0, len(text), characters))
 
 
-def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
-    """Greedy, on the native int8 engine: every token of every answer, drafted 1 to 8 at a time."""
-    target, greedy = load_native_target("smollm2"), SamplingConfig()
-    directory = shipped_head("smollm2")
-    assert directory is not None
-    engine = NativeEngine(target)
-    head = engine.load_head(directory)
-    sequence = engine.new_sequence(head, DraftLists(head.lists, target.vocabulary_size))
+@pytest.mark.parametrize("weight_type", ["int8", "int4"])
+def test_speculative_output_is_plain_output_over_200_000_tokens(weight_type: WeightType) -> None:
+    """Greedy, on the native engine: every token of every answer, by trees and by chains of 1 to 8 in turn."""
+    engine, greedy = NativeEngine(load_native_target("smollm2", weight_type=weight_type)), SamplingConfig()
+    target, drafting = engine.target, open_drafting(engine, DraftOptions())
+    trees = drafting.drafters(constrained=False)
+    assert trees is not None
     tasks = [
         "Summarize this:",
         "What does this say, in one sentence?",
@@ -98,13 +99,15 @@ def test_speculative_output_is_plain_output_over_200_000_tokens() -> None:
         "Ask three questions that this text answers, then answer them:",
         "Continue this text:",
     ]
+    sequence = drafting.new_sequence()
     compared = different = rounds = 0
     for number, passage in enumerate(passages(1000)):
         prompt = target.encode_chat([{"role": "user", "content": f"{tasks[number % len(tasks)]}\n\n{passage}"}])
         expected = list(islice(plain(sequence, prompt, greedy), 512))
         sequence.reset()
         found: list[int] = []
-        for one in speculative(sequence, prompt, Chain(1 + number % 8, greedy), greedy):
+        drafter = Chain(1 + number // 2 % 8, greedy) if number % 2 else trees(prompt, greedy)
+        for one in speculative(sequence, prompt, drafter, greedy):
             found += one.tokens
             rounds += 1
             if len(found) >= len(expected):
