@@ -178,6 +178,9 @@ def test_bench_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(ms > 0 for ms in found["forward_ms"].values())
     assert found["floor_ms"] == pytest.approx(found["forward_bytes"] / found["bandwidth_gb_s"] / 1e6)
     assert found["plain_tokens_per_second"] > 0
+    assert found["together"].keys() == {"1", "4", "8", "16"}
+    for one in found["together"].values():
+        assert one["share"] == pytest.approx(one["tokens_per_second"] / one["most_tokens_per_second"])
     limit = open_engine(str(model)).target.context_limit
     assert found["prefill_tokens_per_second"].keys() == {str(one) for one in PREFILLS if one <= limit} != set()
     assert found["draft_ms"] == found["level_ms"] == found["llama_cpp"] == {}
@@ -191,7 +194,7 @@ def test_bench_engine_by_part(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (found["context"], found["turns"]) == (40, 1)
     assert found["parts"].keys() == found["forward_ms"].keys() == {"1", "2", "4", "8", "16"}
     for parts in found["parts"].values():
-        assert {part for part, times in parts.items() if "floor_ms" in times} == found["amounts"].keys()
+        assert {part for part, times in parts.items() if "floor_ms" in times} == found["amounts"]["1"].keys()
         assert all(times["work_ms"] > 0 for times in parts.values())
     shown = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--parts", "--context", "40"])
     assert shown.exit_code == 0, shown.output

@@ -8,15 +8,8 @@ import pytest
 from fastmtp import _native
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.native.runner import forward, logits
-from fastmtp.evaluate.parts import (
-    PRODUCTS,
-    REST,
-    TOKENS_TOGETHER,
-    amounts,
-    key_value_bytes,
-    measure_parts,
-    timed_forward,
-)
+from fastmtp.evaluate.limits import PRODUCTS, Amount, Speeds, amounts, key_value_bytes
+from fastmtp.evaluate.parts import REST, TOKENS_TOGETHER, measure_parts, timed_forward
 from tests.conftest import random_ids
 from tests.native.conftest import native_of
 
@@ -65,9 +58,7 @@ def test_the_amounts_are_those_of_the_whole_model() -> None:
     A weight is multiplied once for each token, a key and a value once for each token and query head that sees them.
     """
     target = native_of("llama", "int8", _native.available_kernels()[0], 2)
-    found, config = amounts(target, CONTEXT), target.config
-    total = sum(amount.bytes for amount in found.values())
-    assert total == target.forward_bytes + key_value_bytes(config, CONTEXT)
+    config = target.config
     hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
     key_heads, layers = config.num_key_value_heads, config.num_hidden_layers
     weights = {
@@ -78,10 +69,33 @@ def test_the_amounts_are_those_of_the_whole_model() -> None:
         "lm_head": hidden * target.vocabulary_size,
     }
     for together in TOKENS_TOGETHER:
+        found = amounts(target, CONTEXT, together)
+        total = sum(amount.bytes for amount in found.values())
+        assert total == target.forward_bytes + key_value_bytes(config, CONTEXT)
         seen = sum(CONTEXT + row + 1 for row in range(together))
         expected = {part: together * count for part, count in weights.items()}
         expected["attention"] = layers * heads * size * 2 * seen
-        assert {part: amount.multiply_adds[together] for part, amount in found.items()} == expected
+        assert {part: amount.multiply_adds for part, amount in found.items()} == expected
+
+
+def test_sequences_together_read_the_weights_once() -> None:
+    """Of several sequences a forward reads each one's keys and values, and multiplies for each one's tokens."""
+    target = native_of("llama", "int8", _native.available_kernels()[0], 2)
+    one, five = amounts(target, CONTEXT, 1), amounts(target, CONTEXT, 1, 5)
+    assert {part: amount.multiply_adds for part, amount in five.items()} == {
+        part: 5 * amount.multiply_adds for part, amount in one.items()
+    }
+    assert five["attention"].bytes == 5 * one["attention"].bytes
+    assert all(five[part].bytes == one[part].bytes for part in PRODUCTS)
+
+
+def test_the_least_time_is_of_memory_or_of_arithmetic() -> None:
+    """Whichever takes longer, part by part."""
+    speeds = Speeds(10.0, {"out": 100.0, "down": 50.0})
+    reading, computing = Amount(20_000_000, 100_000_000), Amount(10_000_000, 100_000_000)
+    assert speeds.least_ms("out", reading) == pytest.approx(2)
+    assert speeds.least_ms("down", computing) == pytest.approx(2)
+    assert speeds.least_forward_ms({"out": reading, "down": computing}) == pytest.approx(4)
 
 
 def test_a_window_limits_what_attention_reads() -> None:

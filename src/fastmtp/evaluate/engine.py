@@ -2,7 +2,7 @@
 
 Tasks are measured several times in turn (A B C A B C), and medians are taken: a shared machine drifts. For a large
 model there are fewer turns, which decode fewer tokens, so that it ends in minutes too.
-Shapes: M tokens verified together, D draft vocabulary.
+Shapes: M tokens verified together, D draft vocabulary, R sequences.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from fastmtp import _native
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
@@ -23,7 +22,9 @@ from fastmtp.decode.speculative import Round, speculative
 from fastmtp.engines.costs import CONTEXT, Task, ask_task, forward_task, some_ids, timed
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.protocol import Floor, Head
-from fastmtp.evaluate.parts import key_value_bytes, product_seconds
+from fastmtp.engines.tree import Tree
+from fastmtp.evaluate.limits import Speeds, amounts, key_value_bytes, speed_tasks
+from fastmtp.evaluate.parts import product_seconds
 from fastmtp.evaluate.prompts import short_prompts
 from fastmtp.evaluate.turns import turns
 from fastmtp.method.acceptance import Acceptance
@@ -38,8 +39,7 @@ TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
 # Tokens: of context in the rounds, of answers, of the prompts whose prefill is timed.
 ROUNDS_CONTEXT, ANSWER, PREFILLS = 500, 128, (512, 2048)
-SEQUENCES = 16
-_READ_BYTES = 1 << 28
+SEQUENCES_TOGETHER = (1, 4, 8, 16)
 _MOST_TURNS = 7
 # Seconds after which no other turn begins: of the tasks, and of the rounds; and of decoding in one task.
 _TASKS_SECONDS, _ROUNDS_SECONDS, _ANSWER_SECONDS = 180.0, 40.0, 4.0
@@ -62,6 +62,18 @@ class Rounds:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Plain decoding of some sequences together, as a server decodes them: one forward and one argmax a step."""
+
+    tokens_per_second: float
+    most_tokens_per_second: float  # that the memory's bandwidth and the products' arithmetic allow
+
+    @property
+    def share(self) -> float:
+        return self.tokens_per_second / self.most_tokens_per_second
+
+
+@dataclass(frozen=True)
 class EngineReport:
     """What `measure` found; milliseconds and tokens a second."""
 
@@ -74,7 +86,7 @@ class EngineReport:
     draft_ms: dict[int, float]  # a step of a draft chain, by D; empty without a head
     level_ms: dict[int, float]  # a level of a draft tree, by D
     plain_tokens_per_second: float
-    batch_tokens_per_second: float  # plain decoding of SEQUENCES together
+    together: dict[int, Together]  # by R
     prefill_tokens_per_second: dict[int, float]  # by tokens of the prompt
     turns: int  # of which medians were taken
     answer_tokens: int  # decoded in a turn
@@ -93,7 +105,7 @@ class EngineReport:
             **{name: value for name, value in vars(self).items() if name != "rounds"},
             "context": CONTEXT,
             "rounds_context": ROUNDS_CONTEXT,
-            "sequences": SEQUENCES,
+            "together": {count: vars(one) | {"share": one.share} for count, one in self.together.items()},
             "floor_ms": self.floor_ms,
             "bandwidth_share": self.floor_ms / self.forward_ms[1],
             "rounds": None if self.rounds is None else vars(self.rounds),
@@ -110,10 +122,11 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
     forwards = _forward_tasks(engine)
     answer = max(_LEAST_ANSWER, min(ANSWER, int(_ANSWER_SECONDS / forwards["forward 1"]())))
     tasks = {
-        "read": lambda: _READ_BYTES / _native.read_seconds(target.runtime, _READ_BYTES, 3) / 1e9,
+        **speed_tasks(target),
         **forwards,
         **(_draft_tasks(engine, head) if head else {}),
-        **_speed_tasks(engine, answer),
+        **_decoding_tasks(engine, answer),
+        **_together_tasks(engine, answer // 4),
         **_llama_cpp_tasks(engine, answer),
     }
     found: dict[str, list[float]] = defaultdict(list)
@@ -127,17 +140,24 @@ def measure(engine: NativeEngine, head: Head | None, progress: Progress = QUIET)
     def by_key(kind: str) -> dict[str, float]:
         return {name.removeprefix(kind): value for name, value in medians.items() if name.startswith(kind)}
 
+    speeds = Speeds.of(target, medians)
+
+    def together(count: int) -> Together:
+        # Half of the steps have more context than this, half less.
+        least_ms = speeds.least_forward_ms(amounts(target, CONTEXT + answer // 8, 1, count))
+        return Together(medians[f"together {count}"], 1e3 * count / least_ms)
+
     return EngineReport(
         model=target.source,
         engine=engine.name,
         machine=machine(),
-        bandwidth_gb_s=medians["read"],
+        bandwidth_gb_s=speeds.bandwidth_gb_s,
         forward_bytes=target.forward_bytes + key_value_bytes(target.config, CONTEXT),
         forward_ms={int(count): 1e3 * seconds for count, seconds in by_key("forward ").items()},
         draft_ms={int(size): 1e3 * seconds for size, seconds in by_key("draft ").items()},
         level_ms={int(size): 1e3 * seconds for size, seconds in by_key("level ").items()},
         plain_tokens_per_second=medians["plain"],
-        batch_tokens_per_second=medians["batch"],
+        together={count: together(count) for count in SEQUENCES_TOGETHER},
         prefill_tokens_per_second={int(length): speed for length, speed in by_key("prefill ").items()},
         turns=turn + 1,
         answer_tokens=answer,
@@ -167,7 +187,7 @@ def _draft_tasks(engine: NativeEngine, head: Head) -> dict[str, Task]:
     return tasks
 
 
-def _speed_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
+def _decoding_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
     sequence, size = engine.new_sequence(), engine.target.vocabulary_size
     prompt = some_ids(size, CONTEXT)
 
@@ -181,20 +201,30 @@ def _speed_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:
         sequence.reset()
         return len(long_prompt) / timed(lambda: sequence.prefill(long_prompt))
 
-    def decode_batch() -> float:
-        batch = engine.batch(SEQUENCES)
-        for slot in range(SEQUENCES):
-            batch.prefill({slot: prompt})
-        tokens = dict.fromkeys(range(SEQUENCES), prompt[0])
+    prefills = {f"prefill {length}": partial(prefill, some_ids(size, length)) for length in _prefills(engine)}
+    return {"plain": decode, **prefills}
+
+
+def _together_tasks(engine: NativeEngine, steps: int) -> dict[str, Task]:
+    prompt = some_ids(engine.target.vocabulary_size, CONTEXT)
+    sequences = [engine.new_sequence() for _ in range(max(SEQUENCES_TOGETHER))]
+
+    def decode(count: int) -> float:
+        own, rows = sequences[:count], [[0]] * count
+        for one in own:
+            one.prefill(prompt)
 
         def run() -> None:
-            for _ in range(answer // 4):
-                tokens.update(enumerate(batch.step(tokens).argmax(-1).tolist()))
+            tokens = [prompt[0]] * count
+            for _ in range(steps):
+                found = engine.verify_together_greedy(own, [Tree(token) for token in tokens], rows)
+                for one in own:
+                    one.commit([0])
+                tokens = [token for (token,) in found]
 
-        return answer // 4 * SEQUENCES / timed(run)
+        return steps * count / timed(run)
 
-    prefills = {f"prefill {length}": partial(prefill, some_ids(size, length)) for length in _prefills(engine)}
-    return {"plain": decode, "batch": decode_batch, **prefills}
+    return {f"together {count}": partial(decode, count) for count in SEQUENCES_TOGETHER}
 
 
 def _llama_cpp_tasks(engine: NativeEngine, answer: int) -> dict[str, Task]:

@@ -34,15 +34,19 @@ def engine_report(report: EngineReport) -> Iterator[Grid | str]:
         ["tokens/s", *names],
         [
             ["plain", *_texts([report.plain_tokens_per_second, *report.llama_cpp.values()], 0)],
-            [
-                f"plain, {facts['sequences']} together",
-                *_texts([report.batch_tokens_per_second], 0),
-                *[""] * len(report.llama_cpp),
-            ],
             *(
                 [f"prefill, {length} tokens", *_texts([speed, *report.llama_cpp_prefill[length].values()], 0)]
                 for length, speed in report.prefill_tokens_per_second.items()
             ),
+        ],
+    )
+    together = report.together.values()
+    yield Grid(
+        "",
+        ["sequences together", *map(str, report.together)],
+        [
+            ["tokens/s", *_texts([one.tokens_per_second for one in together], 0)],
+            ["of what memory and arithmetic allow", *(f"{100 * one.share:.0f}%" for one in together)],
         ],
     )
     if (rounds := report.rounds) is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fastmtp.evaluate.parts import PRODUCTS, REST
+from fastmtp.evaluate.limits import PRODUCTS
+from fastmtp.evaluate.parts import REST
 from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
     """Milliseconds by part, then the share of what the machine can do."""
     counts = list(report.forward_ms)
     columns = list(map(str, counts))
-    layers, lm_head, attention = (report.peaks[part] for part in ("out", "lm_head", "attention"))
+    speeds = report.speeds
+    layers, lm_head, attention = (speeds.peaks[part] for part in ("out", "lm_head", "attention"))
     yield (
         f"{report.model}, {report.engine}, {report.machine}\n"
-        f"reads {report.bandwidth_gb_s:.1f} GB/s; 10^9 multiply-adds a second with data in the first-level cache: "
+        f"reads {speeds.bandwidth_gb_s:.1f} GB/s; 10^9 multiply-adds a second with data in the first-level cache: "
         f"{layers:.0f} in the layers' products, {lm_head:.0f} in the LM head, {attention:.0f} in attention\n"
         f"medians of {report.turns} turns, forwards after {report.context} tokens"
     )
@@ -65,8 +67,8 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
         return [name, *amount, *(f"{100 * share(count):.0f}%" for count in counts)]
 
     def part_shares(part: str) -> list[str]:
-        amount = report.amounts[part]
-        numbers = f"{amount.bytes / 1e6:.1f}", f"{amount.multiply_adds[1] / 1e6:.1f}"
+        amount = report.amounts[1][part]
+        numbers = f"{amount.bytes / 1e6:.1f}", f"{amount.multiply_adds / 1e6:.1f}"
         return shares(
             _name(part), numbers, lambda count: report.floor_ms(part, count) / report.parts[count][part].ms
         )
@@ -74,7 +76,7 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
     yield Grid(
         "Share of what the machine can do, waiting included",
         ["tokens together", "MB", "million multiply-adds", *columns],
-        [part_shares(part) for part in report.amounts],
+        [part_shares(part) for part in report.amounts[1]],
         [shares("whole", ("", ""), lambda count: report.whole_floor_ms(count) / report.forward_ms[count])],
     )
 
