@@ -39,6 +39,7 @@ NB_MODULE(_native, m) {
   m.def("read_seconds", &Runtime::read_seconds, "runtime"_a, "bytes"_a, "repeats"_a, WithoutGil());
   m.def("product_peak", &Runtime::product_peak, "runtime"_a, "type"_a, WithoutGil());
   m.def("attention_peak", &Runtime::attention_peak, "runtime"_a, WithoutGil());
+  m.def("barrier_seconds", &Runtime::barrier_seconds, "runtime"_a, WithoutGil());
   m.def("product_seconds",
         [](Runtime& runtime, const Matrix& matrix, int rows) {
           require(rows > 0, "rows must be 1 or more");

@@ -109,6 +109,19 @@ double Runtime::attention_peak() {
   return rate([&](int thread) { return kernels.attention_peak(memory.get() + thread * kPeakBytes); });
 }
 
+double Runtime::barrier_seconds() {
+  constexpr int kWaits = 50, kRepeats = 20;
+  const Call call(*this);
+  double seconds = 0;
+  run([&](Team team) {
+    const double least = least_seconds(kRepeats, [&] {
+      for (int wait = 0; wait < kWaits; wait++) team.wait(Part::read);
+    });
+    if (team.id == 0) seconds = least;
+  });
+  return seconds / kWaits;
+}
+
 double Runtime::product_seconds(const Matrix& matrix, int rows) {
   constexpr int kTimes = 200;
   const Call call(*this);

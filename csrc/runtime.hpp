@@ -126,6 +126,8 @@ class Runtime {
   // Multiply-adds a second of all threads, if memory cost nothing: of products with weights of a type, and of attention.
   double product_peak(Type type);
   double attention_peak();
+  // Seconds that all threads take to wait for each other, when none is late; the least of some repeats.
+  double barrier_seconds();
   // Seconds of a product that each thread computes alone, again and again; for a matrix that stays in its cache.
   double product_seconds(const Matrix& matrix, int rows);
 

@@ -108,7 +108,7 @@ MISTAKES = {
     "bench-engine": [
         ("--head nowhere", "nowhere: no such head directory"),
         ENGINE[0],
-        ("--parts --head full", "--parts measures forwards of the target; leave out --head"),
+        ("--parts --head nowhere", "nowhere: no such head directory"),
         ("--context 100", "--context belongs to --parts"),
     ],
     "replay answers.gz": [

@@ -196,10 +196,26 @@ def test_bench_engine_by_part(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for parts in found["parts"].values():
         assert {part for part, times in parts.items() if "floor_ms" in times} == found["amounts"]["1"].keys()
         assert all(times["work_ms"] > 0 for times in parts.values())
-    shown = CliRunner().invoke(commands, ["bench-engine", "--target", str(model), "--parts", "--context", "40"])
+    assert found["barrier_us"] > 0
+    assert found["rounds"] == {}
+
+
+def test_bench_engine_by_part_of_rounds(model: Path, head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of a chain and of trees, whose parts add up to the whole; a chain asks the head K times."""
+    for module in ("parts", "rounds"):
+        monkeypatch.setattr(f"fastmtp.evaluate.{module}._MOST_TURNS", 1)
+    found: Any = run("bench-engine", model, "--parts", "--head", head, "--context", 40, "--json", "--threads", 1)
+    assert found["rounds"].keys() == {"chain:2", "auto"}
+    for one in found["rounds"].values():
+        assert sum(one["parts_ms"].values()) == pytest.approx(one["round_ms"])
+        assert one["settled"] >= 1
+    assert found["rounds"]["chain:2"]["asks"] == 2
+    assert found["rounds"]["chain:2"]["verified"] == 3
+    options = ["--target", str(model), "--head", str(head), "--parts", "--context", "40"]
+    shown = CliRunner().invoke(commands, ["bench-engine", *options])
     assert shown.exit_code == 0, shown.output
-    assert "waiting after products" in shown.stdout
-    assert "ms a forward, 8 tokens" in shown.stdout
+    for text in ("waiting after products", "ms a forward, 8 tokens", "drafting policy", "a barrier of the threads"):
+        assert text in shown.stdout
 
 
 def test_bench_engine_with_a_head(model: Path, head: Path, monkeypatch: pytest.MonkeyPatch) -> None:

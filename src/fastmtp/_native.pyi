@@ -159,6 +159,9 @@ def product_peak(runtime: Runtime, type: Type) -> float:
 def attention_peak(runtime: Runtime) -> float:
     """The same in attention."""
 
+def barrier_seconds(runtime: Runtime) -> float:
+    """Seconds that the threads take to wait for each other, when none is late."""
+
 def product_seconds(runtime: Runtime, matrix: Matrix, rows: int) -> float:
     """Seconds of a whole product on each thread at once, again and again with a small matrix."""
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from fastmtp import _native
+from fastmtp.decode.drafting.drafter import chains
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.native.runner import forward, logits
 from fastmtp.evaluate.limits import PRODUCTS, Amount, Speeds, amounts, key_value_bytes
 from fastmtp.evaluate.parts import REST, TOKENS_TOGETHER, measure_parts, timed_forward
-from tests.conftest import random_ids
-from tests.native.conftest import native_of
+from fastmtp.evaluate.rounds import timed_rounds
+from fastmtp.method.head import MTPHead
+from tests.conftest import random_ids, tiny_target
+from tests.native.conftest import native_of, sequence_of
 
 CONTEXT = 40
 
@@ -121,8 +124,26 @@ def test_peaks_are_measured_for_every_kind_of_kernels(kernels: str) -> None:
         _native.product_seconds(runtime, matrix, 0)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_round_knows_what_the_head_took(kernels: str, steps: int) -> None:
+    """Native time while the head is asked is the head's, and the parts add up; who drafts nothing asks nobody."""
+    target = native_of("llama", "int8", kernels, 2)
+    sequence = sequence_of(target, MTPHead(tiny_target("llama").model))
+    found = timed_rounds(target.runtime, sequence, random_ids(CONTEXT), chains(steps), 12)
+    assert (found.asks, found.verified) == (steps, steps + 1)
+    assert sum(found.parts_ms.values()) == pytest.approx(found.round_ms)
+    assert {part for part, ms in found.parts_ms.items() if ms <= 0} == (
+        set() if steps else {"head_products", "head_rest"}
+    )
+
+
+def test_a_barrier_takes_time_on_any_number_of_threads() -> None:
+    """How much is for the benchmark to say."""
+    assert all(_native.barrier_seconds(_native.Runtime(threads)) > 0 for threads in (1, 2))
+
+
 def test_a_context_beyond_the_model_is_refused() -> None:
     """By name, before anything is measured."""
     target = native_of("llama", "int8", _native.available_kernels()[0], 2)
     with pytest.raises(ValueError, match=r"takes \d+ tokens; 1000016 were asked for"):
-        measure_parts(NativeEngine(target), 1_000_000)
+        measure_parts(NativeEngine(target), None, 1_000_000)

@@ -17,8 +17,10 @@ from fastmtp.engines.open import NATIVE_DTYPES, EngineOptions, open_engine
 @click.option("--dtype", type=click.Choice(NATIVE_DTYPES), default="int8", show_default=True)
 @click.option("--threads", type=CountRange(1), help="[default: one for each physical core]")
 @head_option
-@click.option("--parts", is_flag=True, help="where the time of a forward goes, by part, instead of all else")
-@click.option("--context", type=CountRange(1), help="tokens before the forwards of --parts  [default: 500]")
+@click.option(
+    "--parts", is_flag=True, help="where the time goes, by part, of forwards and rounds; instead of all else"
+)
+@click.option("--context", type=CountRange(1), help="tokens before what --parts times  [default: 500]")
 @json_option
 def bench_engine(
     target: str,
@@ -35,16 +37,14 @@ def bench_engine(
     from fastmtp.heads.shipped import shipped_head
     from fastmtp.report.engine import engine_report
 
-    if parts:
-        if head is not None:
-            raise ValueError("--parts measures forwards of the target; leave out --head")
-        _bench_parts(target, EngineOptions("native", dtype, None, threads), context, as_json)
-        return
-    if context is not None:
+    if context is not None and not parts:
         raise ValueError("--context belongs to --parts")
     directory = head or shipped_head(target)
     if directory is not None:
         check_head(directory)
+    if parts:
+        _bench_parts(target, EngineOptions("native", dtype, None, threads), directory, context, as_json)
+        return
     engine: Any = open_engine(target, EngineOptions("native", dtype, None, threads), progress=TERMINAL)
     report = measure(engine, None if directory is None else engine.load_head(directory), TERMINAL)
     if not as_json:
@@ -57,12 +57,14 @@ def bench_engine(
     )
 
 
-def _bench_parts(target: str, options: EngineOptions, context: int | None, as_json: bool) -> None:
+def _bench_parts(
+    target: str, options: EngineOptions, head: Path | None, context: int | None, as_json: bool
+) -> None:
     from fastmtp.evaluate.parts import CONTEXT, measure_parts
     from fastmtp.report.engine_parts import parts_report
 
     engine: Any = open_engine(target, options, progress=TERMINAL)
-    report = measure_parts(engine, context or CONTEXT, TERMINAL)
+    report = measure_parts(engine, head, context or CONTEXT, TERMINAL)
     if not as_json:
         results(*parts_report(report))
     ratio = report.forward_ms[8] / report.forward_ms[1]

@@ -8,7 +8,6 @@ Shapes: M tokens verified together, D draft vocabulary, R sequences.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,14 +17,14 @@ from typing import Any
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Chain
 from fastmtp.decode.plain import plain
-from fastmtp.decode.speculative import Round, speculative
+from fastmtp.decode.speculative import speculative
 from fastmtp.engines.costs import CONTEXT, Task, ask_task, forward_task, some_ids, timed
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.protocol import Floor, Head
 from fastmtp.engines.tree import Tree
 from fastmtp.evaluate.limits import Speeds, amounts, key_value_bytes, speed_tasks
 from fastmtp.evaluate.parts import product_seconds
-from fastmtp.evaluate.prompts import short_prompts
+from fastmtp.evaluate.rounds import ANSWER, long_prompt, until
 from fastmtp.evaluate.turns import turns
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.models.source import locate
@@ -37,8 +36,8 @@ from fastmtp.vocabulary.lists import VocabularyLists
 
 TOKENS_TOGETHER = (1, 2, 4, 8, 16)
 DRAFT_SIZES = (4096, 8192, 16384, 32768)
-# Tokens: of context in the rounds, of answers, of the prompts whose prefill is timed.
-ROUNDS_CONTEXT, ANSWER, PREFILLS = 500, 128, (512, 2048)
+# Tokens: of context in the rounds, of the prompts whose prefill is timed.
+ROUNDS_CONTEXT, PREFILLS = 500, (512, 2048)
 SEQUENCES_TOGETHER = (1, 4, 8, 16)
 _MOST_TURNS = 7
 # Seconds after which no other turn begins: of the tasks, and of the rounds; and of decoding in one task.
@@ -256,8 +255,7 @@ def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -
     """Plain and speculative decoding in turn, around ROUNDS_CONTEXT tokens of context."""
     target, steps, greedy = engine.target, head.draft_steps, SamplingConfig()
     sequence = engine.new_sequence(head, DraftLists(head.lists, target.vocabulary_size))
-    prompt = target.encode_chat([{"role": "user", "content": "\n\n".join(short_prompts())}])
-    prompt = prompt[: ROUNDS_CONTEXT - ANSWER // 2]
+    prompt = long_prompt(target, ROUNDS_CONTEXT - ANSWER // 2)
     rounds_ms, speedups, shares = [], [], []
     with progress.bar(f"rounds of {steps} drafts", _MOST_TURNS, seconds=_ROUNDS_SECONDS) as bar:
         for _ in turns(_MOST_TURNS, _ROUNDS_SECONDS):
@@ -268,7 +266,7 @@ def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -
             rounds = speculative(sequence, prompt, Chain(steps, greedy), greedy)
             done = [next(rounds)]
             target.runtime.time_parts(True)
-            seconds = timed(lambda: done.extend(_until(rounds, answer)))  # noqa: B023
+            seconds = timed(lambda: done.extend(until(rounds, answer)))  # noqa: B023
             shares.append(1 - product_seconds(target.runtime.part_seconds) / seconds)
             target.runtime.time_parts(False)
             rounds_ms.append(1e3 * seconds / (len(done) - 1))
@@ -287,13 +285,3 @@ def _rounds(engine: NativeEngine, head: Head, answer: int, progress: Progress) -
         outside_matmul=median(shares),
         identical=decoded[: len(expected)] == expected,
     )
-
-
-def _until(rounds: Iterator[Round], tokens: int) -> Iterator[Round]:
-    """Rounds until they have committed `tokens` tokens."""
-    committed = 0
-    for one in rounds:
-        yield one
-        committed += len(one.tokens)
-        if committed >= tokens:
-            return

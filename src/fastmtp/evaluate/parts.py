@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
 from fastmtp.evaluate.limits import PRODUCTS, Amount, Speeds, amounts, matrix_type, matrix_types, speed_tasks
+from fastmtp.evaluate.rounds import RoundTime, measure_rounds
 from fastmtp.evaluate.turns import turns
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import machine
@@ -58,6 +60,8 @@ class PartsReport:
     forward_ms: dict[int, float]  # whole calls
     parts: dict[int, dict[str, PartTime]]
     cached_ms: dict[int, float]  # of all products, if weights came from the first-level cache
+    barrier_us: float  # microseconds that all threads take to wait for each other
+    rounds: dict[str, RoundTime]  # by way of drafting; empty without a head
 
     def floor_ms(self, part: str, together: int) -> float:
         """The least time of a product or of attention."""
@@ -86,12 +90,19 @@ class PartsReport:
                 }
                 for count, parts in self.parts.items()
             },
+            "rounds": {
+                name: vars(one) | {"outside_products": one.outside_products} for name, one in self.rounds.items()
+            },
         }
 
 
-def measure_parts(engine: NativeEngine, context: int = CONTEXT, progress: Progress = QUIET) -> PartsReport:
-    """Forwards of M tokens after `context` others, in turn; as many turns as two minutes allow.
+def measure_parts(
+    engine: NativeEngine, head: Path | None, context: int = CONTEXT, progress: Progress = QUIET
+) -> PartsReport:
+    """Forwards of M tokens after `context` others, in turn; as many turns as two minutes allow. Then rounds.
 
+    Args:
+        head: the directory of an MTP head, for rounds of drafts; None leaves them out.
     Raises:
         ValueError: the model cannot take so many tokens.
     """
@@ -111,6 +122,7 @@ def measure_parts(engine: NativeEngine, context: int = CONTEXT, progress: Progre
         for turn in turns(_MOST_TURNS, _SECONDS):
             for name, task in speeds.items():
                 rates[name].append(task())
+            rates["barrier"].append(_native.barrier_seconds(runtime))
             for count in TOKENS_TOGETHER:
                 for kind in kinds:
                     rates[f"small {kind.name} {count}"].append(_native.product_seconds(runtime, small[kind], count))
@@ -143,6 +155,8 @@ def measure_parts(engine: NativeEngine, context: int = CONTEXT, progress: Progre
             for count in TOKENS_TOGETHER
         },
         cached_ms={count: sum(cached_ms(part, count) for part in PRODUCTS) for count in TOKENS_TOGETHER},
+        barrier_us=1e6 * medians["barrier"],
+        rounds={} if head is None else measure_rounds(engine, head, context, progress),
     )
 
 

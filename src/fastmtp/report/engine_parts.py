@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from fastmtp.evaluate.limits import PRODUCTS
 from fastmtp.evaluate.parts import REST
+from fastmtp.evaluate.rounds import ROUND_PARTS
 from fastmtp.report.grid import Grid
 
 if TYPE_CHECKING:
     from fastmtp.evaluate.parts import PartsReport
+    from fastmtp.evaluate.rounds import RoundTime
 
 _NAMES = {
     "query_key_value": "query, key, value",
@@ -26,10 +28,20 @@ _NAMES = {
     "team": "starting threads",
     "python": "Python",
 }
+_ROUND_NAMES = {
+    "products": "matrix products",
+    "attention": "attention, rounding",
+    "rest": "norms, rope, activation, argmax",
+    "planning": "planning, starting threads",
+    "head_products": "head: matrix products",
+    "head_rest": "head: all else",
+    "policy": "drafting policy",
+    "python": "other Python",
+}
 
 
 def parts_report(report: PartsReport) -> Iterator[Grid | str]:
-    """Milliseconds by part, then the share of what the machine can do."""
+    """Milliseconds by part, then the share of what the machine can do, then rounds."""
     counts = list(report.forward_ms)
     columns = list(map(str, counts))
     speeds = report.speeds
@@ -38,7 +50,8 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
         f"{report.model}, {report.engine}, {report.machine}\n"
         f"reads {speeds.bandwidth_gb_s:.1f} GB/s; 10^9 multiply-adds a second with data in the first-level cache: "
         f"{layers:.0f} in the layers' products, {lm_head:.0f} in the LM head, {attention:.0f} in attention\n"
-        f"medians of {report.turns} turns, forwards after {report.context} tokens"
+        f"medians of {report.turns} turns, forwards after {report.context} tokens; a barrier of the threads takes "
+        f"{report.barrier_us:.2f} us"
     )
 
     def row(name: str, ms: Callable[[int], float], digits: int = 3) -> list[str]:
@@ -78,6 +91,31 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
         ["tokens together", "MB", "million multiply-adds", *columns],
         [part_shares(part) for part in report.amounts[1]],
         [shares("whole", ("", ""), lambda count: report.whole_floor_ms(count) / report.forward_ms[count])],
+    )
+    if report.rounds:
+        yield _rounds(report)
+
+
+def _rounds(report: PartsReport) -> Grid:
+    rounds = report.rounds.values()
+
+    def row(name: str, value: Callable[[RoundTime], str]) -> list[str]:
+        return [name, *map(value, rounds)]
+
+    def share(part: str) -> Callable[[RoundTime], str]:
+        return lambda one: f"{one.parts_ms[part]:.3f} ({100 * one.parts_ms[part] / one.round_ms:.1f}%)"
+
+    return Grid(
+        f"Milliseconds of a round of drafts, around {report.context} tokens; waiting included",
+        ["", *report.rounds],
+        [row(_ROUND_NAMES[part], share(part)) for part in ROUND_PARTS],
+        [
+            row("whole", lambda one: f"{one.round_ms:.3f}"),
+            row("outside the matrix products", lambda one: f"{100 * one.outside_products:.0f}%"),
+            row("tokens verified", lambda one: f"{one.verified:.2f}"),
+            row("questions to the head", lambda one: f"{one.asks:.2f}"),
+            row("tokens settled", lambda one: f"{one.settled:.2f}"),
+        ],
     )
 
 
