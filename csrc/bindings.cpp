@@ -24,6 +24,7 @@ NB_MODULE(_native, m) {
   // An application that holds a model when Python ends would read of leaks.
   nb::set_leak_warnings(false);
   m.attr("PAGE_TOKENS") = kPageTokens;
+  m.attr("HAS_OPENMP") = kHasOpenMp;
 
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<int>(), "threads"_a)

@@ -17,6 +17,13 @@
 
 namespace fastmtp {
 
+// Without it all runs on the caller's thread, however many are asked for.
+#ifdef _OPENMP
+constexpr bool kHasOpenMp = true;
+#else
+constexpr bool kHasOpenMp = false;
+#endif
+
 // Memory that grows to the largest size asked for; growing loses the contents. Throws std::bad_alloc.
 template <class T>
 class Scratch {

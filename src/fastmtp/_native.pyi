@@ -16,6 +16,8 @@ _Integers = NDArray[np.int32]
 _Rows = Sequence[tuple["Matrix", _Integers]]
 
 PAGE_TOKENS: int
+HAS_OPENMP: bool
+"""Without it a runtime has one thread."""
 
 class Type(Enum):
     bf16 = ...
