@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web fuzz soak check check-kernels check-arm sanitize docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
+.PHONY: demo test test-web fuzz soak check check-kernels check-arm check-portable sanitize docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -26,25 +26,39 @@ TIME ?= 1h
 fuzz: .venv/installed
 	$(BIN)/python -m tests.fuzz $(TIME)
 
-# All kernels of this processor against the portable ones, on random shapes.
+# All kernels of this processor against the portable ones, on random shapes; others with make check-kernels SEED=2.
+SEED ?= 1
 check-kernels:
 	cmake -S . -B build/check -DFASTMTP_KERNEL_CHECK=ON
 	cmake --build build/check --parallel
-	build/check/kernel_check 1000
+	build/check/kernel_check 1000 $(SEED)
 
 # Those of ARM, in an emulator (Debian's g++-aarch64-linux-gnu and qemu-user).
 check-arm:
 	cmake -S . -B build/check-arm -DFASTMTP_KERNEL_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux \
 		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	cmake --build build/check-arm --parallel
-	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/check-arm/kernel_check 100
+	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/check-arm/kernel_check 100 $(SEED)
+
+# The engine as it is where a processor has no SIMD that it knows, in an environment of its own.
+check-portable: .venv-portable/installed
+	cmake -S . -B build/check-portable -DFASTMTP_KERNEL_CHECK=ON -DFASTMTP_PORTABLE=ON
+	cmake --build build/check-portable --parallel
+	build/check-portable/kernel_check 100 $(SEED)
+	.venv-portable/bin/pytest tests/native
+
+.venv-portable/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv .venv-portable
+	.venv-portable/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--config-settings=cmake.define.FASTMTP_PORTABLE=ON --config-settings=build-dir=build/portable
+	touch $@
 
 # The engine's tests under the compiler's sanitizers, in an environment of their own (Linux, GCC). The test left out limits
 # the address space, which the sanitizers need terabytes of.
 sanitize: .venv-sanitize/installed
 	cmake -S . -B build/check-sanitized -DFASTMTP_KERNEL_CHECK=ON -DFASTMTP_SANITIZE=ON
 	cmake --build build/check-sanitized --parallel
-	build/check-sanitized/kernel_check 100
+	build/check-sanitized/kernel_check 100 $(SEED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 .venv-sanitize/bin/pytest tests/native \
 		--deselect tests/native/test_target.py::test_refused_memory_is_an_error_not_a_crash
@@ -110,4 +124,4 @@ gpu-pieces: gpu-bundle
 	tar -C build -cz gpu | split --bytes $(GPU_PIECE) --numeric-suffixes - build/gpu.tar.gz.
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sanitize build
+	rm -rf .venv .venv-vllm .venv-sanitize .venv-portable build

@@ -1,5 +1,6 @@
 // Every table of kernels that a processor can run, against the portable one, on shapes drawn at random: a program of its
 // own, so that it can be compiled for another processor and run in an emulator (`make check-arm`), or with sanitizers.
+// Its arguments are the number of rounds and the seed of the shapes.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,7 +16,7 @@ using namespace fastmtp;
 
 namespace {
 
-std::mt19937 dice(1);
+std::mt19937 dice;
 int cases = 0;
 
 int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(dice); }
@@ -220,6 +221,9 @@ void check_attention(const Kernels& kernels, const Kernels& portable) {
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 100;
+  const unsigned seed = count > 2 ? unsigned(std::strtoul(arguments[2], nullptr, 10)) : 1;
+  std::printf("%d rounds, seed %u\n", rounds, seed);
+  dice.seed(seed);
   const Kernels& portable = *available_kernels().back();
   for (const Kernels* kernels : available_kernels()) {
     cases = 0;
