@@ -7,10 +7,11 @@ namespace {
 
 constexpr int kRounds = 20000;
 
-// Calls dot(sum, 64 bytes of weights, inputs) for lines of two blocks and some rows.
+// Calls dot(sum, 64 bytes of weights, inputs) for lines of some blocks and some rows: of one block where registers are few,
+// since loads of weights for two would take longer than the products.
 template <class Sum, class Dot>
 double peak(uint8_t* memory, int inputs, Dot dot) {
-  constexpr int kBlocks = 2, kRows = kSums / kBlocks, kLines = 16, kWidth = 128;
+  constexpr int kBlocks = kSums < 8 ? 1 : 2, kRows = kSums < 8 ? 5 : kSums / kBlocks, kLines = 16, kWidth = 128;
   const uint8_t* rows = memory + kBlocks * kLines * 64;
   Sum sums[kBlocks][kRows] = {};
   static_assert(kBlocks * kLines * 64 + kRows * kWidth + sizeof sums <= kPeakBytes);

@@ -9,7 +9,13 @@
 
 namespace {
 
-constexpr int kTileRows = 4, kInt8TileRows = 3, kUnroll = 2, kQueries = 4, kSums = 4;
+constexpr int kTileRows = 4, kUnroll = 2, kQueries = 4, kSums = 4;
+// Of the sixteen registers AVX2's products of bytes need more than AVX-VNNI's.
+#ifdef __AVXVNNI__
+constexpr int kInt8TileRows = 5;
+#else
+constexpr int kInt8TileRows = 3;
+#endif
 
 struct Floats {
   __m256 low, high;
