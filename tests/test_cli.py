@@ -225,6 +225,7 @@ def test_bench_engine_with_a_head(model: Path, head: Path, monkeypatch: pytest.M
     assert "ms a draft step" in result.stdout
     assert "ms a level of a tree" in result.stdout
     assert "K = 2, 100 draft tokens" in result.stdout
+    assert re.search(r"of what memory and arithmetic allow( +\d+%){4}", result.stdout)
 
 
 def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
