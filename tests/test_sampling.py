@@ -23,6 +23,7 @@ from transformers import (
 from fastmtp.config import SamplingConfig
 from fastmtp.decode import sampling as module
 from fastmtp.decode.penalties import adjusted
+from fastmtp.decode.random_numbers import key, mixed, tokens_below, uniforms
 from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.sampling import choose, race, support
 
@@ -88,14 +89,83 @@ def test_places_are_independent() -> None:
 def test_the_winner_is_the_least_time_by_weight(values: list[float], seed: int) -> None:
     """The bound that spares logarithms leaves nobody out."""
     weights = np.array(values, np.float32) + np.float32(1e-30)
-    uniforms = module._uniforms(seed, 3, np.arange(len(weights)))
-    assert ((uniforms > 0) & (uniforms < 1)).all()
-    assert module._winner(weights, uniforms) == int((-np.log1p(-uniforms) / weights).argmin())
+    numbers = uniforms(key(seed, 3), np.arange(len(weights)))
+    assert ((numbers > 0) & (numbers < 1)).all()
+    assert module._winner(weights, numbers) == int((-np.log1p(-numbers) / weights).argmin())
+
+
+def of_a_vocabulary(spread: float, seed: int) -> np.ndarray:
+    """Logits of more tokens than are computed together."""
+    return (spread * np.random.default_rng(seed).standard_normal(20001)).astype(np.float32)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
+def test_of_all_tokens_the_same_one_wins_without_the_times_of_all(spread: float, temperature: float) -> None:
+    """From flat distributions to ones with a single likely token; tokens that a grammar forbids never win."""
+    for position in range(25):
+        row, config = of_a_vocabulary(spread, position), SamplingConfig(temperature=temperature, seed=position)
+        row[position::3] = -np.inf
+        weights = np.exp((row - row.max()) / np.float32(temperature))
+        numbers = uniforms(key(position, 9), np.arange(len(row)))
+        with np.errstate(divide="ignore"):
+            assert choose(row, config, 9) == int((-np.log1p(-numbers) / weights).argmin())
+
+
+def test_unlikely_tokens_win_as_often_as_they_are_likely_together() -> None:
+    """Twenty thousand of them, each a little below what is looked at first, against a single likely one."""
+    row, every = np.full(20001, -7.0, np.float32), np.arange(20001)
+    row[11] = 0.0
+    won = 0
+    for position in range(60):
+        times = -np.log1p(-uniforms(key(3, position), every)) / np.exp(row)
+        drawn = choose(row, SamplingConfig(temperature=1.0, seed=3), position)
+        assert drawn == int(times.argmin())
+        won += drawn != 11
+    assert won > 50
+
+
+@pytest.mark.parametrize("number", [0.0, 2.0**-40, 1e-5, 0.04, 0.4])
+def test_no_token_with_a_small_number_is_missed(number: float) -> None:
+    """And little more than those are found."""
+    found = tokens_below(key(7, 1), 20001, number)
+    expected = np.flatnonzero(uniforms(key(7, 1), np.arange(20001)) <= number)
+    assert set(expected) <= set(found)
+    assert len(found) <= len(expected) + 2
+
+
+@pytest.mark.parametrize("top_k", [1, 20, 312, 313, 20000])
+def test_the_largest_logits_are_kept(top_k: int) -> None:
+    """By groups or, where many are wanted, without."""
+    row = of_a_vocabulary(3.0, top_k)
+    ids, _ = support(row, SamplingConfig(temperature=0.7, top_k=top_k))
+    assert set(ids) == set(np.argsort(-row)[:top_k])
+
+
+# By name: settings, and the tokens at the first places.
+DRAWN: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "all": ({"temperature": 1.0}, [16903, 19951, 3590, 19409, 3979, 11548]),
+    "flat": ({"temperature": 4.0}, [16903, 13712, 3590, 10961, 12592, 13273]),
+    "top_k": ({"temperature": 0.7, "top_k": 20}, [6089, 392, 14297, 2649, 13905, 2112]),
+    "top_p": ({"temperature": 1.5, "top_p": 0.9}, [16903, 19951, 3590, 18722, 3979, 9728]),
+    "min_p": ({"temperature": 0.6, "min_p": 0.1}, [16903, 19951, 9776, 19409, 3979, 8992]),
+    "every": (
+        {"temperature": 1.2, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+        [5944, 392, 14297, 784, 13905, 8992],
+    ),
+}
+
+
+def test_a_seed_s_text_stays_the_same() -> None:
+    """Whatever is made faster: these tokens were drawn by the first version, which took the time of each token."""
+    row = ((np.arange(20001) * 7919 % 20001) % 4096 / np.float32(128)).astype(np.float32)
+    for chosen, drawn in DRAWN.values():
+        assert [choose(row, SamplingConfig(seed=5, **chosen), place) for place in range(6)] == drawn
 
 
 def test_numbers_are_those_of_splitmix() -> None:
     """The first output for state 0, which is published with the generator."""
-    assert int(module._mixed(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF
+    assert int(mixed(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF
 
 
 def test_greedily_the_likeliest_token_is_taken() -> None:

@@ -10,6 +10,7 @@ Shapes: V vocabulary, N some tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,22 +18,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmtp.config import SamplingConfig
+from fastmtp.decode.random_numbers import key, tokens_below, uniforms
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
+
+# How many logits `_largest` takes the maximum of at once.
+_GROUP = 64
+# From this share of the likeliest token's probability on, a token is likely.
+_LIKELY = 2.0**-10
+# More than rounding changes of a weight, in proportion.
+_SLACK = 1e-4
 
 
 def choose(logits_V: NDArray[np.float32], sampling: SamplingConfig, position: int) -> int:
     """The token at a position; at temperature 0 the argmax, of equal logits the first."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
+    if not (0 < sampling.top_k < len(logits_V) or sampling.min_p > 0 or sampling.top_p < 1):
+        return _winner_of_all(logits_V, sampling.temperature, key(sampling.seed, position))
     ids_N, weights_N = support(logits_V, sampling)
-    return int(ids_N[_winner(weights_N, _uniforms(sampling.seed, position, ids_N))])
+    return int(ids_N[_winner(weights_N, uniforms(key(sampling.seed, position), ids_N))])
 
 
 def derived_seed(seed: int, *numbers: int) -> int:
     """A seed of its own for each sequence of numbers."""
     for number in numbers:
-        seed = int(_key(seed, number)[0])
+        seed = key(seed, number)
     return seed
 
 
@@ -42,15 +53,17 @@ def support(logits_V: NDArray[np.float32], sampling: SamplingConfig) -> tuple[ND
     Of the `top_k` likeliest tokens, those at least `min_p` times as likely as the likeliest; of these, those before
     which `top_p` of the probability is not reached.
     """
-    size = len(logits_V)
-    ids_N, kept_N = _every(size), logits_V
+    size, most = len(logits_V), logits_V.max()
     if 0 < sampling.top_k < size:
-        ids_N = np.argpartition(logits_V, size - sampling.top_k)[size - sampling.top_k :]
-        kept_N = logits_V[ids_N]
-    weights_N = np.exp((kept_N - kept_N.max()) / sampling.temperature)
+        ids_N = _largest(logits_V, sampling.top_k)
+    elif sampling.min_p > 0:
+        ids_N = np.flatnonzero(logits_V >= _least_logit(most, sampling.temperature, sampling.min_p))
+    else:
+        ids_N = _every(size)
+    weights_N = _weights(logits_V if len(ids_N) == size else logits_V[ids_N], most, sampling.temperature)
     if sampling.min_p > 0:
-        likely_N = weights_N >= sampling.min_p
-        ids_N, weights_N = ids_N[likely_N], weights_N[likely_N]
+        inside_N = weights_N >= sampling.min_p
+        ids_N, weights_N = ids_N[inside_N], weights_N[inside_N]
     if sampling.top_p < 1:
         # What is less likely than this has no share in top_p, all such tokens together: only the rest is sorted.
         least = (1 - sampling.top_p) * float(weights_N.sum()) / size
@@ -86,7 +99,7 @@ def race(
         inside = int((before_N < sampling.top_p * tempered_N.sum()).sum())
         ids_N, weights_N = ids_N[:inside], weights_N[:inside]
     # In units of temperature 1, where the head's probability of its likeliest token is how often it is accepted.
-    times_N = -np.log1p(-_uniforms(sampling.seed, position, ids_N))
+    times_N = -np.log1p(-uniforms(key(sampling.seed, position), ids_N))
     with np.errstate(divide="ignore"):
         scores_N = np.log(weights_N) - sampling.temperature * np.log(times_N)
     order_N = np.argsort(-scores_N, kind="stable")
@@ -102,6 +115,31 @@ def _every(size: int) -> NDArray[np.int64]:
     return ids_V
 
 
+def _largest(logits_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The tokens of the `count` largest logits, in any order."""
+    ids_N = _every(len(logits_V))
+    groups = len(logits_V) // _GROUP
+    if count <= groups:
+        # So many groups have a maximum of at least this, so that nothing below it is among the largest.
+        maxima = logits_V[: groups * _GROUP].reshape(_GROUP, groups).max(0)
+        ids_N = np.flatnonzero(logits_V >= np.partition(maxima, groups - count)[groups - count])
+    kept_N = logits_V[ids_N]
+    return ids_N[np.argpartition(kept_N, len(ids_N) - count)[len(ids_N) - count :]]
+
+
+def _weights(logits_N: NDArray[np.float32], most: np.float32, temperature: float) -> NDArray[np.float32]:
+    """Probabilities up to a factor."""
+    weights_N = logits_N - most
+    weights_N /= temperature
+    np.exp(weights_N, out=weights_N)
+    return weights_N
+
+
+def _least_logit(most: np.float32, temperature: float, weight: float) -> float:
+    """A little less than a logit needs to be for this weight."""
+    return float(most) + temperature * (math.log(weight) - _SLACK) - _SLACK * abs(float(most))
+
+
 def _winner(weights_N: Floats, uniforms_N: NDArray[np.float64]) -> int:
     """Where the time -log(1 - u) divided by the weight is least."""
     with np.errstate(divide="ignore"):
@@ -112,20 +150,16 @@ def _winner(weights_N: Floats, uniforms_N: NDArray[np.float64]) -> int:
         return int(near_N[(-np.log1p(-uniforms_N[near_N]) / weights_N[near_N]).argmin()])
 
 
-def _uniforms(seed: int, position: int, tokens_N: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A number above 0 and below 1 for each token, from a counter-based generator (SplitMix64)."""
-    bits_N = _mixed(_key(seed, position) + tokens_N.astype(np.uint64) * _STEP)
-    return ((bits_N >> np.uint64(12)) + 0.5) * np.float64(2.0**-52)
+def _winner_of_all(logits_V: NDArray[np.float32], temperature: float, key: int) -> int:
+    """The winner if every token may be drawn.
 
-
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _key(seed: int, number: int) -> NDArray[np.uint64]:
-    return _mixed(_mixed(np.array([seed], np.uint64)) + np.array([number], np.uint64) * _STEP)
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    Few tokens are likely. The least of their times bounds the number with which an unlikely one could win: whose
+    number is larger needs neither a weight nor a logarithm.
+    """
+    most = logits_V.max()
+    ids_N = np.flatnonzero(logits_V >= _least_logit(most, temperature, _LIKELY))
+    weights_N, uniforms_N = _weights(logits_V[ids_N], most, temperature), uniforms(key, ids_N)
+    first = _winner(weights_N, uniforms_N)
+    time = -math.log1p(-uniforms_N[first]) / float(weights_N[first])
+    ids_N = np.union1d(ids_N, tokens_below(key, len(logits_V), time * _LIKELY * (1 + _SLACK)))
+    return int(ids_N[_winner(_weights(logits_V[ids_N], most, temperature), uniforms(key, ids_N))])
