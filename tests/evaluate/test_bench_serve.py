@@ -195,7 +195,7 @@ def test_schemas_are_asked_for() -> None:
     """As OpenAI's `response_format`, and beside them the same questions as free text."""
     asked = questions(JSON, "")
     assert len({one.id for one in asked}) == len(asked) >= 16
-    kept, free = ways("it", "http://x", {"draft": False}, schemas=True)
+    kept, free = ways("it", "http://x", {"draft": False}, 0.0, schemas=True)
     requests = [way._request(asked[0], 9) for way in (kept, free)]
     assert [one.asked for one in requests] == ["booking+schema", "booking"]
     form = requests[0].body["response_format"]
@@ -205,6 +205,18 @@ def test_schemas_are_asked_for() -> None:
     }
     assert "response_format" not in requests[1].body
     assert (requests[1].body["draft"], requests[1].body["max_tokens"]) == (False, 9)
+
+
+def test_drawn_answers_are_asked_for_with_seeds() -> None:
+    """The same for a question in every turn and way; greedy answers need none."""
+    asked = questions(TEXT, "builtin")
+    (drawn,), (greedy,) = (ways("it", "http://x", {}, temperature, schemas=False) for temperature in (0.7, 0.0))
+    bodies = [drawn._request(question, 9).body for question in (*asked, *asked)]
+    assert {body["temperature"] for body in bodies} == {0.7}
+    seeds = [body["seed"] for body in bodies]
+    assert seeds[: len(asked)] == seeds[len(asked) :]
+    assert len(set(seeds)) == len(asked)
+    assert "seed" not in greedy._request(asked[0], 9).body
 
 
 def test_kinds_of_questions_take_turns() -> None:
@@ -262,6 +274,18 @@ class TestOwnServer:
         assert found["identical"] == {"same": 12, "total": 12}
         assert list(found["levels"]["2"]) == ["lookup+schema", "lookup", "plain+schema"]
         assert found["levels"]["2"]["lookup+schema"]["forced_share"] > 0.2
+
+    def test_drawn_answers_are_those_of_plain_decoding(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """With the requests' seeds."""
+        words = ["--target", str(model), "--threads", "1", "--draft", "lookup", "--temperature", "0.9"]
+        sizes = ["--concurrency", "2", "--prompts", "4", "--turns", "1", "--max-new-tokens", "24"]
+        assert command(monkeypatch, *words, *sizes, "--out", str(tmp_path)) == 0
+        found = json.loads((tmp_path / "bench-serve.json").read_text())
+        assert found["identical"] == {"same": 8, "total": 8}
+        assert found["settings"]["temperature"] == 0.9
+        assert "drawn at temperature 0.9" in (tmp_path / "report.md").read_text()
 
     def test_fails_if_an_answer_differs(
         self, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

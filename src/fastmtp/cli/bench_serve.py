@@ -71,6 +71,9 @@ class _Levels(click.ParamType[tuple[int, ...]]):
     help="requests for each concurrency, but two of each client at least",
 )
 @click.option("--max-new-tokens", type=CountRange(1), default=128, show_default=True, help="for each answer")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="above 0 each question is drawn with its seed"
+)
 @click.option("--turns", type=CountRange(1), default=3, show_default=True, help="of everybody, at each concurrency")
 @click.option(
     "--against",
@@ -91,7 +94,7 @@ def bench_serve(
 ) -> None:
     """A server under many clients: `fastmtp serve` with drafts and without, and others, on the same questions.
 
-    The servers run in processes of their own and answer over HTTP, as streams, greedily.
+    The servers run in processes of their own and answer over HTTP, as streams.
 
     Exit code 1: an answer is not the one that plain decoding gives alone, although the engine promises it.
     """

@@ -77,6 +77,8 @@ def grids(document: ServingDocument) -> list[Grid]:
 def remarks(document: ServingDocument) -> list[str]:
     """What a reader should know besides the figures."""
     found = [document.machine + (f"; {document.engine}" if document.engine else "")]
+    if temperature := document.settings.get("temperature"):
+        found.append(f"drawn at temperature {temperature}, each question with its seed")
     if document.floor is not None:
         found.append(said_of_floor(document.floor))
     found.append(said_of_steadiness(document.steadiness))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 
 from fastmtp.addresses import address
 from fastmtp.decode.drafting.options import LOOKUP, PLAIN, DraftOptions
@@ -52,7 +53,7 @@ def bench_url(settings: Settings, url: str, progress: Progress = QUIET) -> Servi
     server = address(url, "--url")
     model, is_own = described(server)
     more = {"model": model, **({"timings": True} if is_own else {})}
-    asking = ways("server", url, more, schemas=settings.schemas)
+    asking = ways("server", url, more, settings.temperature, schemas=settings.schemas)
     measured = measure(settings, Lineup(asking), progress=progress)
     return ServingDocument(
         main=asking[0].name,
@@ -93,11 +94,14 @@ def bench_target(
     with ExitStack() as stack:
         with progress.status("starting fastmtp serve"):
             url = stack.enter_context(own_server(target, options, drafting, max(settings.concurrency)))
-        own = ways(drafting.draft, url, {"timings": True}, schemas=settings.schemas)
+        asked_alike = partial(ways, url=url, temperature=settings.temperature, schemas=settings.schemas)
+        own = asked_alike(drafting.draft, more={"timings": True})
         if drafting.draft != PLAIN:
-            own += ways(PLAIN, url, {"timings": True, "draft": False}, schemas=settings.schemas, free=False)
-        right = [Alone(plain), *([Alone(plain, schema=True)] if settings.schemas else [])]
-        measured = measure(settings, Lineup(own, Alone(main), llama), right, progress)
+            own += asked_alike(PLAIN, more={"timings": True, "draft": False}, free=False)
+        right = [Alone(plain, settings.temperature)]
+        if settings.schemas:
+            right.append(Alone(plain, settings.temperature, schema=True))
+        measured = measure(settings, Lineup(own, Alone(main, settings.temperature), llama), right, progress)
     ours = {way.name for way in own} | {ALONE}
     answers = [one for one in measured.passes if one.name in ours]
     identical, differing = compare(measured.right, answers)

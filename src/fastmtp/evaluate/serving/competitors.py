@@ -16,12 +16,14 @@ from fastmtp.evaluate.serving.figures import Pass, Reply
 from fastmtp.evaluate.serving.questions import Question
 from fastmtp.progress import Bar
 
+# A chat request to llama.cpp's server that draws from all tokens, as ours does.
+FROM_ALL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 # Behind the name of a competitor whose answers keep to a schema.
 SCHEMA = "+schema"
 
 
 class Competitor(Protocol):
-    """Gives greedy answers of at most `limit` tokens, `concurrency` at once."""
+    """Gives answers of at most `limit` tokens, `concurrency` at once; drawn ones with the question's seed."""
 
     @property
     def name(self) -> str: ...
@@ -41,6 +43,7 @@ class Way:
     name: str
     url: str
     more: Mapping[str, Any]
+    temperature: float = 0.0
     schema: bool = False
 
     def ask_all(self, asked: Sequence[Question], concurrency: int, turn: int, limit: int, bar: Bar) -> Pass:
@@ -49,7 +52,9 @@ class Way:
 
     def _request(self, question: Question, limit: int) -> Request:
         messages = [{"role": "user", "content": question.text}]
-        body = {"messages": messages, "temperature": 0, "max_tokens": limit, **self.more}
+        body = {"messages": messages, "temperature": self.temperature, "max_tokens": limit, **self.more}
+        if self.temperature:
+            body["seed"] = question.seed
         if not self.schema:
             return Request(question.id, body)
         schema = {"name": "record", "strict": True, "schema": question.schema}
@@ -57,10 +62,12 @@ class Way:
         return Request(question.id + SCHEMA, body | {"response_format": form})
 
 
-def ways(name: str, url: str, more: Mapping[str, Any], *, schemas: bool, free: bool = True) -> list[Way]:
+def ways(
+    name: str, url: str, more: Mapping[str, Any], temperature: float, *, schemas: bool, free: bool = True
+) -> list[Way]:
     """A server's ways: with schemas where the questions have them, and as free text."""
-    kept = [Way(name + SCHEMA, url, more, schema=True)] if schemas else []
-    return [*kept, Way(name, url, more)] if free or not schemas else kept
+    kept = [Way(name + SCHEMA, url, more, temperature, schema=True)] if schemas else []
+    return [*kept, Way(name, url, more, temperature)] if free or not schemas else kept
 
 
 class Alone:
@@ -68,12 +75,12 @@ class Alone:
 
     name = ALONE
 
-    def __init__(self, own: Own, *, schema: bool = False) -> None:
+    def __init__(self, own: Own, temperature: float, *, schema: bool = False) -> None:
         """
         Args:
             schema: whether answers must keep to the questions' schemas.
         """
-        self._own, self._schema = own, schema
+        self._own, self._temperature, self._schema = own, temperature, schema
 
     def ask_all(self, asked: Sequence[Question], concurrency: int, turn: int, limit: int, bar: Bar) -> Pass:
         assert concurrency == 1
@@ -87,7 +94,8 @@ class Alone:
     def _reply(self, question: Question, limit: int) -> Reply:
         prompt = self._own.engine.target.encode_chat([{"role": "user", "content": question.text}])
         grammar = json_schema_grammar(question.schema) if self._schema and question.schema is not None else None
-        found = self._own.answer(prompt, limit, SamplingConfig(), grammar)
+        sampling = SamplingConfig(temperature=self._temperature, seed=question.seed)
+        found = self._own.answer(prompt, limit, sampling, grammar)
         return Reply(
             asked=question.id if grammar is None else question.id + SCHEMA,
             text=found.text,

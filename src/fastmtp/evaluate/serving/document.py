@@ -25,7 +25,8 @@ class ServingDocument:
         engine: ours; empty where a running server was measured, of which nothing more is known.
         versions: of what each competitor is.
         levels: figures by concurrency and competitor.
-        identical: our greedy answers that are those of plain decoding alone; None where nothing is promised.
+        identical: our answers that are those of plain decoding alone, with the same seeds; None where nothing is
+            promised.
         passes: every pass, with tokens, seconds to the first text and seconds of each answer.
     """
 

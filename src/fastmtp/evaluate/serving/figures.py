@@ -16,7 +16,7 @@ class Reply:
     """One answer. What a server does not tell is None.
 
     Attributes:
-        asked: what identifies the request: equal ones have equal greedy answers.
+        asked: what identifies the request: equal ones have equal answers.
         tokens: of the answer, with the end token.
         first_token_seconds, seconds: from sending the request to the first text, and to the end.
         rounds: forwards after the prompt's own.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain, zip_longest
+from zlib import crc32
 
 from fastmtp.evaluate.prompts import suite
 from fastmtp.evaluate.records import Json
@@ -23,6 +24,11 @@ class Question:
     id: str
     text: str
     schema: Json | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn for an answer: the same in every run, another for each question."""
+        return crc32(self.id.encode())
 
 
 def questions(workload: str, suite_name: str, skipped: Skipped | None = None) -> list[Question]:

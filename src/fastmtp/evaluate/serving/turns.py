@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.drift import Kernels, Reading
 from fastmtp.evaluate.prompts import BUILTIN
-from fastmtp.evaluate.serving.competitors import Competitor, ways
+from fastmtp.evaluate.serving.competitors import FROM_ALL, Competitor, ways
 from fastmtp.evaluate.serving.figures import Pass, Reply
 from fastmtp.evaluate.serving.processes import llama_server
 from fastmtp.evaluate.serving.questions import JSON, TEXT, Question, questions
@@ -38,6 +39,7 @@ class Settings:
         turns: how often everybody's turn comes at each level; figures are medians over them.
         suite, workload: as `questions` takes them.
         strict: a row of the suite that does not fit is an error; else it is left out.
+        temperature: of all requests; above 0 each question has a seed of its own.
     """
 
     concurrency: tuple[int, ...]
@@ -47,6 +49,7 @@ class Settings:
     suite: str
     workload: str
     strict: bool = False
+    temperature: float = 0.0
 
     @property
     def schemas(self) -> bool:
@@ -55,8 +58,10 @@ class Settings:
     def check(self, progress: Progress = QUIET) -> None:
         """Tell what is left out of the suite.
 
-        Raises FileNotFoundError or ValueError if there are no such questions, or fewer than clients.
+        Raises FileNotFoundError or ValueError if there are no such questions, or fewer than clients, or the
+        temperature is out of range.
         """
+        SamplingConfig(temperature=self.temperature)
         if self.schemas and self.suite != BUILTIN:
             raise ValueError(f"--suite is of --workload {TEXT}; --workload {JSON} has questions of its own")
         skipped = Skipped(strict=self.strict)
@@ -88,6 +93,7 @@ class Llama:
     context: int
     threads: int
     schemas: bool
+    temperature: float
 
     @classmethod
     def of(cls, engine: Engine, settings: Settings) -> Llama:
@@ -104,12 +110,14 @@ class Llama:
             context=longest + settings.max_new_tokens + _SPARE_TOKENS,
             threads=engine.threads,
             schemas=settings.schemas,
+            temperature=settings.temperature,
         )
 
     @contextmanager
     def serving(self, level: int) -> Iterator[Sequence[Competitor]]:
         with llama_server(self.model, self.context, self.threads, level) as url:
-            yield ways(LLAMA_SERVER, url, {"cache_prompt": False}, schemas=self.schemas, free=False)
+            more = {"cache_prompt": False, **FROM_ALL}
+            yield ways(LLAMA_SERVER, url, more, self.temperature, schemas=self.schemas, free=False)
 
 
 @dataclass(frozen=True)
