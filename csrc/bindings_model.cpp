@@ -110,9 +110,11 @@ void forward(const Model& model, const std::vector<Cache*>& caches, const Number
   model.forward(segments, tokens.data(), to, inputs);
 }
 
-Numbers argmax(const Model& model, const Input& states) {
-  const int rows = length_of(states);
-  return model.runtime.argmax(model.lm_head, states_of(states, "states", rows, model.stack), rows);
+Numbers argmax(const Model& model, const Input& states, const std::optional<Output>& logits) {
+  const int rows = length_of(states), kept = logits ? length_of(*logits) : 0, stride = stride_of(model.lm_head);
+  require(kept <= rows, "the logits of more rows than there are states");
+  float* out = logits ? data_of<float>(*logits, "logits", "[rows, stride]", {kept, stride}) : nullptr;
+  return model.runtime.argmax(model.lm_head, states_of(states, "states", rows, model.stack), rows, kept, out);
 }
 
 void head_forward(const Head& head, Cache& cache, int start, const Numbers& tokens, const Input& before,
@@ -187,7 +189,7 @@ void bind_model(nb::module_& m) {
       .def("logits", [](const Model& model, const Input& states,
                         const Output& out) { scores(model.runtime, model.lm_head, states, out); },
            "states"_a, "out"_a.noconvert(), WithoutGil())
-      .def("argmax", &argmax, "states"_a, WithoutGil());
+      .def("argmax", &argmax, "states"_a, "logits"_a.noconvert() = nb::none(), WithoutGil());
 
   nb::class_<Head>(m, "Head")
       .def(nb::init<const Model&, const UniformStack&, const Projection&>(), "model"_a, "stack"_a, "projection"_a,

@@ -53,15 +53,21 @@ void Runtime::scores(const Matrix& matrix, const float* states, int rows, float*
   run([&](Team team) { product(team, matrix, states, rows, out, stride); });
 }
 
-std::vector<int32_t> Runtime::argmax(const Matrix& matrix, const float* states, int rows) {
+std::vector<int32_t> Runtime::argmax(const Matrix& matrix, const float* states, int rows, int kept, float* out) {
   const Call call(*this);
   const int stride = stride_of(matrix);
-  float* out = logits.reserve(size_t(rows) * stride);
+  const float* scores = logits.reserve(size_t(rows) * stride);
   reserve_operand(rows, matrix.inputs());
-  std::vector<int32_t> best(rows);
+  std::vector<int32_t> best(rows - kept);
   run([&](Team team) {
-    product(team, matrix, states, rows, out, stride);
-    team.each(Part::argmax, rows, [&](int m) { best[m] = kernels.argmax(out + size_t(m) * stride, matrix.outputs()); });
+    product(team, matrix, states, rows, logits.get(), stride);
+    team.each(Part::argmax, rows, [&](int m) {
+      const float* row = scores + size_t(m) * stride;
+      if (m < kept)
+        std::copy_n(row, matrix.outputs(), out + size_t(m) * stride);
+      else
+        best[m - kept] = kernels.argmax(row, matrix.outputs());
+    });
   });
   return best;
 }

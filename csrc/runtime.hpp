@@ -125,8 +125,9 @@ class Runtime {
 
   // out[m * stride + n] = states[m] times output n, plus its bias. Both take the runtime until they return.
   void scores(const Matrix& matrix, const float* states, int rows, float* out, int stride);
-  // The output with the highest score for each row; of equal ones the first.
-  std::vector<int32_t> argmax(const Matrix& matrix, const float* states, int rows);
+  // The output with the highest score, of equal ones the first, for each row but the first `kept`, whose scores go to
+  // `out` as above.
+  std::vector<int32_t> argmax(const Matrix& matrix, const float* states, int rows, int kept, float* out);
 
   // Seconds to read `bytes` of memory, many times the size of the processor's caches: the best of some repeats.
   double read_seconds(size_t bytes, int repeats);

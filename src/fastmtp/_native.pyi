@@ -124,8 +124,12 @@ class Model:
         """
     def logits(self, states: _Floats, out: _Floats) -> None:
         """Fill `out` [M, lm_head.stride]."""
-    def argmax(self, states: _Floats) -> list[int]:
-        """The token with the largest logit for each row; of equal ones the first."""
+    def argmax(self, states: _Floats, logits: _Floats | None = None) -> list[int]:
+        """The token with the largest logit for each row; of equal ones the first.
+
+        Args:
+            logits: [N, lm_head.stride], filled with those of the first N rows, which are left out of the result.
+        """
 
 class Head:
     """The MTP head over a model."""

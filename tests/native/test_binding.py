@@ -87,7 +87,7 @@ def scores(parts: Parts, **changed: Any) -> None:
 
 
 def argmax(parts: Parts, **changed: Any) -> list[int]:
-    return parts.model.argmax(**({"states": floats(2, HIDDEN)} | changed))
+    return parts.model.argmax(**({"states": floats(2, HIDDEN), "logits": floats(1, matrix().stride)} | changed))
 
 
 def commit(parts: Parts, **changed: Any) -> None:
@@ -165,7 +165,10 @@ BAD: dict[Callable[..., Any], dict[str, list[Any]]] = {
     },
     logits: {"states": BAD_STATES, "out": BAD_OUT},
     scores: {"states": BAD_STATES, "out": BAD_OUT},
-    argmax: {"states": [bad for bad in BAD_STATES if np.shape(bad) != (3, HIDDEN)]},
+    argmax: {
+        "states": [bad for bad in BAD_STATES if np.shape(bad) != (3, HIDDEN)],
+        "logits": [*BAD_OUT[:3], BAD_OUT[4], floats(3, matrix().stride), floats(0, matrix().stride)],
+    },
     commit: {"start": [-1, 2, 300], "slots": [[256], [-1], [1, 1], [2, 1], None]},
 }
 

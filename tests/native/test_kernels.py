@@ -192,6 +192,10 @@ def test_argmax_is_the_first_of_the_largest(kernels: str, outputs: int) -> None:
     assert len(np.unique(found)) < found.size
     model = _native.Model(_native.Runtime(2), small_stack(hidden=8), matrix, matrix, 1.0)
     assert model.argmax(states) == found.argmax(-1).tolist()
+    for kept in (1, 7, 40):
+        logits = np.empty((kept, matrix.stride), np.float32)
+        assert model.argmax(states, logits) == found[kept:].argmax(-1).tolist()
+        assert np.array_equal(logits[:, :outputs], found[:kept])
 
 
 def test_what_does_not_fit_is_refused(kind: _native.Type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -63,6 +64,24 @@ def test_trees_and_chunks_together(target: Target, weight_type: WeightType, mix:
     """In every architecture; each tree alone is its plain decoding (test_trees.py)."""
     native = native_target(target, weight_type)
     check_together(native, native, mix)
+
+
+@pytest.mark.parametrize("greedy", list(product((False, True), repeat=3)), ids=str)
+def test_a_sequence_gets_logits_or_their_argmax(llama: Target, greedy: tuple[bool, ...]) -> None:
+    """Whatever those beside it want, from one forward; those that want nothing as well."""
+    engine = NativeEngine(native_target(llama, "int8"))
+    sequences = [engine.new_sequence() for _ in greedy]
+    for count, sequence in enumerate(sequences):
+        sequence.prefill(random_ids(4 + count, seed=count))
+    trees = [Tree(3), Tree.chain(random_ids(9, seed=1)), Tree.chain([4, 5, 6])]
+    expected = [sequence.verify(tree) for sequence, tree in zip(sequences, trees, strict=True)]
+    for rows in ([[0], [0, 1, 8], [2, 1]], [[0], [], [2]], [[], [], []]):
+        found = engine.verify_together(sequences, trees, rows, greedy)
+        for logits, own, is_greedy, values in zip(expected, rows, greedy, found, strict=True):
+            if is_greedy:
+                assert values == logits[own].argmax(-1).tolist()
+            else:
+                assert np.array_equal(values, logits[own])
 
 
 def test_in_every_kind_of_kernels(kernels: str, weight_type: WeightType) -> None:

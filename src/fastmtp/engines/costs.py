@@ -186,7 +186,8 @@ def asking_task(engine: Engine, sequences: Sequence[EngineSequence], runs: int, 
 
     def run() -> float:
         # As above; with logits, since after a greedy one an engine may have drafted before it is asked.
-        engine.verify_together(sequences, [Tree(0)] * len(sequences), [[0]] * len(sequences))
+        count = len(sequences)
+        engine.verify_together(sequences, [Tree(0)] * count, [[0]] * count, [False] * count)
         for sequence in sequences:
             sequence.commit([0])
         return timed(paths) / 4

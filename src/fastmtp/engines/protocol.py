@@ -20,6 +20,8 @@ from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
 Logits = NDArray[np.float32]
+# By row: its logits [M, V], or their argmax alone.
+Values = Logits | list[int]
 
 
 @dataclass(frozen=True)
@@ -237,19 +239,18 @@ class Engine(Protocol):
         ...
 
     def verify_together(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[Logits]:
-        """`verify` of each sequence with its tree, in one forward where the engine can.
+        self,
+        sequences: Sequence[EngineSequence],
+        trees: Sequence[Tree],
+        rows: Sequence[Sequence[int]],
+        greedy: Sequence[bool],
+    ) -> list[Values]:
+        """`verify` of each sequence with its tree, or `verify_greedy`, in one forward where the engine can.
 
         Args:
-            rows: of each tree's verified nodes, those whose logits are wanted.
+            rows: of each tree's verified nodes, those whose values are wanted.
+            greedy: whether of a sequence's rows only the argmax is wanted; of equal logits the first.
         """
-        ...
-
-    def verify_together_greedy(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        """Like `verify_together`, but only the argmax of each row; of equal logits the first."""
         ...
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:

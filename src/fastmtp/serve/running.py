@@ -13,14 +13,11 @@ from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.transcript import Transcript
-from fastmtp.engines.protocol import EngineSequence, Logits
+from fastmtp.engines.protocol import EngineSequence, Logits, Values
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
 from fastmtp.serve.logprobs import logprobs
 from fastmtp.serve.requests import Reason, Request, Source, Token, Usage
-
-# By row that was asked for: its logits [M, V], or their argmax alone.
-Values = Logits | Sequence[int]
 
 
 class Running:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from fastmtp.decode.drafting.drafter import Load, Planning
-from fastmtp.engines.protocol import Ask, Candidates, Engine
+from fastmtp.engines.protocol import Ask, Candidates, Engine, Values
 from fastmtp.engines.tree import Tree
 from fastmtp.serve.requests import Token
-from fastmtp.serve.running import Running, Values
+from fastmtp.serve.running import Running
 
 log = logging.getLogger("fastmtp")
 
@@ -122,14 +122,12 @@ def verified(engine: Engine, work: Sequence[Work], fail: Fail) -> list[tuple[Wor
     """The values that were wanted, of one forward."""
 
     def verify(work: Sequence[Work]) -> Sequence[Values]:
-        # If anybody needs logits, the rows of all are computed as logits: the LM head is read once.
-        call: Callable[..., Any] = engine.verify_together
-        if all(one.running.is_greedy for one in work):
-            call = engine.verify_together_greedy
-        values: Sequence[Values] = call(
-            [one.running.sequence for one in work], [one.tree for one in work], [one.rows for one in work]
+        return engine.verify_together(
+            [one.running.sequence for one in work],
+            [one.tree for one in work],
+            [one.rows for one in work],
+            [one.running.is_greedy for one in work],
         )
-        return values
 
     return together(verify, work, fail)
 

@@ -5,7 +5,7 @@ Shapes: T tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fastmtp.engines.cuda.rounds import Rounds
 from fastmtp.engines.cuda.runner import CudaRunner, ask_many, forward_many, verify_many
 from fastmtp.engines.cuda.sequence import CudaSequence
 from fastmtp.engines.cuda.target import CudaTarget
-from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
 from fastmtp.engines.sequence import ask_together, forward_together
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
@@ -79,34 +79,43 @@ class CudaEngine:
         return False
 
     def verify_together(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[Logits]:
-        states_MH = self._rows_together(sequences, trees, rows)
-        logits_MV: Iterator[Logits] = iter(self.machine.scoring.logits(states_MH) if len(states_MH) else [])
+        self,
+        sequences: Sequence[EngineSequence],
+        trees: Sequence[Tree],
+        rows: Sequence[Sequence[int]],
+        greedy: Sequence[bool],
+    ) -> list[Values]:
+        if all(greedy) and (len(sequences) == 1 or sum(len(tree.verified) for tree in trees) <= TILE):
+            return self._verified(sequences, trees, rows)
+        every = forward_together(sequences, trees, forward_many)
+        asked = [states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)]
+        scoring = self.machine.scoring
+        drawn = [states_TH for states_TH, is_greedy in zip(asked, greedy, strict=True) if not is_greedy]
+        others = [states_TH for states_TH, is_greedy in zip(asked, greedy, strict=True) if is_greedy]
+        logits_MV = iter(scoring.logits(torch.cat(drawn)) if sum(map(len, drawn)) else ())
+        tokens = iter(scoring.argmax(torch.cat(others)) if sum(map(len, others)) else ())
         empty = np.empty((0, self.target.vocabulary_size), np.float32)
-        return [np.stack(list(islice(logits_MV, len(own)))) if own else empty for own in rows]
+        return [
+            list(islice(tokens, len(own)))
+            if is_greedy
+            else np.stack(list(islice(logits_MV, len(own))))
+            if own
+            else empty
+            for own, is_greedy in zip(rows, greedy, strict=True)
+        ]
 
-    def verify_together_greedy(
+    def _verified(
         self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
+    ) -> list[Values]:
+        """The argmax of rows, in one launch."""
         if len(sequences) == 1:
             found = [sequences[0].verify_greedy(trees[0])]
-        elif sum(len(tree.verified) for tree in trees) > TILE:
-            states_MH = self._rows_together(sequences, trees, rows)
-            wanted = iter(self.machine.scoring.argmax(states_MH) if len(states_MH) else [])
-            return [list(islice(wanted, len(own))) for own in rows]
         else:
             with self.machine.held():
                 counts = [len(states_TH) for states_TH in forward_together(sequences, trees, verify_many)]
                 tokens = iter(self.machine.verified(sum(counts)))
             found = [list(islice(tokens, count)) for count in counts]
         return [[every[row] for row in own] for every, own in zip(found, rows, strict=True)]
-
-    def _rows_together(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> Tensor:
-        every = forward_together(sequences, trees, forward_many)
-        return torch.cat([states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)])
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
         return ask_together(sequences, asks, ask_many)

@@ -16,9 +16,9 @@ from fastmtp import _native
 from fastmtp.engines import forks
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
-from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, logits, parts
+from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, parts, scored
 from fastmtp.engines.native.target import NativeHead, NativeTarget
-from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
 from fastmtp.engines.sequence import TextSequence, ask_together, forward_together
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
@@ -64,24 +64,23 @@ class NativeEngine:
         return self.target.model.spare_page()
 
     def verify_together(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[Logits]:
-        states_MH = self._rows_together(sequences, trees, rows)
-        logits_MV = logits(self.target, states_MH) if len(states_MH) else states_MH
-        return parts(logits_MV, rows)
-
-    def verify_together_greedy(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        states_MH = self._rows_together(sequences, trees, rows)
-        tokens = iter(self.target.model.argmax(states_MH) if len(states_MH) else [])
-        return [list(islice(tokens, len(own))) for own in rows]
-
-    def _rows_together(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> States:
+        self,
+        sequences: Sequence[EngineSequence],
+        trees: Sequence[Tree],
+        rows: Sequence[Sequence[int]],
+        greedy: Sequence[bool],
+    ) -> list[Values]:
         every = forward_together(sequences, trees, partial(forward_many, self.target))
-        return np.concatenate([states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)])
+        # Those whose logits are wanted first.
+        order = sorted(range(len(every)), key=greedy.__getitem__)
+        states_MH = np.concatenate([every[one][list(rows[one])] for one in order])
+        logits_NV, tokens = scored(self.target, states_MH, sum(len(rows[one]) for one in order if not greedy[one]))
+        drawn = iter(parts(logits_NV, [rows[one] for one in order if not greedy[one]]))
+        argmax = iter(tokens)
+        return [
+            list(islice(argmax, len(own))) if is_greedy else next(drawn)
+            for own, is_greedy in zip(rows, greedy, strict=True)
+        ]
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
         return ask_together(sequences, asks, ask_many)

@@ -168,6 +168,18 @@ def logits(target: NativeTarget, states_TH: States) -> Logits:
     return out[:, : target.vocabulary_size]
 
 
+def scored(target: NativeTarget, states_TH: States, drawn: int) -> tuple[Logits, list[int]]:
+    """The logits [N, V] of the first `drawn` rows, and the argmax of each other one; the LM head is read once."""
+    if not drawn:
+        tokens = target.model.argmax(states_TH) if len(states_TH) else []
+        return np.empty((0, target.vocabulary_size), np.float32), tokens
+    if drawn == len(states_TH):
+        return logits(target, states_TH), []
+    out = np.empty((drawn, target.lm_head.stride), np.float32)
+    tokens = target.model.argmax(states_TH, out)
+    return out[:, : target.vocabulary_size], tokens
+
+
 def reserve(cache: _native.Cache, tokens: int) -> None:
     """Room for `tokens` in a cache.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastmtp.engines.costs import costs_of
-from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Logits
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.torch.batch import TorchBatch
 from fastmtp.engines.torch.runner import TorchRunner
@@ -70,15 +70,17 @@ class TorchEngine:
         return False
 
     def verify_together(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[Logits]:
+        self,
+        sequences: Sequence[EngineSequence],
+        trees: Sequence[Tree],
+        rows: Sequence[Sequence[int]],
+        greedy: Sequence[bool],
+    ) -> list[Values]:
         """One after the other."""
-        return [one.verify(tree)[list(own)] for one, tree, own in zip(sequences, trees, rows, strict=True)]
-
-    def verify_together_greedy(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
-    ) -> list[list[int]]:
-        return [logits_TV.argmax(-1).tolist() for logits_TV in self.verify_together(sequences, trees, rows)]
+        return [
+            [one.verify_greedy(tree)[row] for row in own] if is_greedy else one.verify(tree)[list(own)]
+            for one, tree, own, is_greedy in zip(sequences, trees, rows, greedy, strict=True)
+        ]
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
         """One after the other: each has a cache of its own, of another length."""
