@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -39,6 +39,20 @@ class ByHand:
         return Begun()
 
 
+@dataclass
+class Noted:
+    """What a listener was told."""
+
+    began_after: list[float] = field(default_factory=list)
+    ends: list[Finish] = field(default_factory=list)
+
+    def began(self, seconds: float) -> None:
+        self.began_after.append(seconds)
+
+    def finished(self, finish: Finish) -> None:
+        self.ends.append(finish)
+
+
 def said(*tokens: int) -> list[Token]:
     return [Token(token, str(token), "target") for token in tokens]
 
@@ -53,7 +67,7 @@ def test_tokens_that_come_close_together_are_one_event(monkeypatch: pytest.Monke
     scheduler = ByHand()
 
     async def events() -> list[Event]:
-        asked = Answers(scheduler, [request()], lambda _: None)
+        asked = Answers(scheduler, [request()], Noted())
         (tell,) = scheduler.tell
         coming = asked.events()
         tell(said(1))
@@ -75,7 +89,7 @@ def test_collected_tokens_are_sent_after_the_interval(monkeypatch: pytest.Monkey
     scheduler = ByHand()
 
     async def events() -> list[Event]:
-        coming = Answers(scheduler, [request()], lambda _: None).events()
+        coming = Answers(scheduler, [request()], Noted()).events()
         (tell,) = scheduler.tell
         tell(said(1))
         first = await anext(coming)
@@ -92,7 +106,7 @@ def test_answers_to_one_request_stay_apart() -> None:
     scheduler = ByHand()
 
     async def events() -> list[tuple[int, Event]]:
-        asked = Answers(scheduler, [request(), request()], lambda _: None)
+        asked = Answers(scheduler, [request(), request()], Noted())
         one, two = scheduler.tell
         for token in range(3):
             one(said(token))
@@ -105,3 +119,23 @@ def test_answers_to_one_request_stay_apart() -> None:
     found = asyncio.run(asyncio.wait_for(events(), 10))
     assert [event for index, event in found if index == 0] == [said(0, 1, 2, 3), END]
     assert [event for index, event in found if index == 1] == [said(10, 11, 12), END]
+
+
+def test_a_first_token_is_told_when_it_comes() -> None:
+    """Once of each answer, before it ends, and however it ends."""
+    scheduler, noted = ByHand(), Noted()
+
+    async def told() -> None:
+        Answers(scheduler, [request(), request(), request()], noted)
+        one, two, never = scheduler.tell
+        one(said(1))
+        assert len(noted.began_after) == 1
+        one(said(2))
+        two(said(1))
+        for tell in (one, two, never):
+            tell(replace(END, reason="cancelled"))
+
+    asyncio.run(told())
+    assert len(noted.began_after) == 2
+    assert all(0 <= seconds < 5 for seconds in noted.began_after)
+    assert len(noted.ends) == 3

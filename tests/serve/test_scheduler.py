@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 from threading import Event as Signal
@@ -21,7 +22,7 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.generation import Generation
 from fastmtp.engines.protocol import Costs
-from fastmtp.serve.requests import Event, Finish, QueueFull, Stopping
+from fastmtp.serve.requests import Event, Finish, QueueFull, Stopping, Token
 from fastmtp.serve.scheduler import Scheduler
 from fastmtp.serve.step import shares
 from tests.conftest import FAMILIES, random_ids
@@ -424,6 +425,28 @@ def test_stats_add_up(drafting: Drafting) -> None:
     assert all(deeper <= before for before, deeper in pairwise((stats.drafts, *stats.accepted_by_position)))
     assert stats.step_tokens == stats.prompt_tokens + sum(one.rounds + one.drafted for one in usages)
     assert all(0 < (one.first_token_seconds or 0) <= one.seconds for one in usages)
+
+
+def test_counts_move_with_every_step(drafting: Drafting) -> None:
+    """Before anything has ended they say what was told so far."""
+    scheduler, asked, told = Scheduler(drafting, slots=3), various(3), list[Token]()
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, Finish):
+            told.extend(event)
+
+    for one in asked:
+        scheduler.submit(replace(one, max_new_tokens=60), tell)
+    for _ in range(12):
+        scheduler.step()
+        stats = scheduler.stats
+        assert stats.prompts == 3
+        assert stats.prompt_tokens == sum(len(one.prompt) for one in asked)
+        assert stats.generated_tokens == len(told)
+        assert stats.accepted_tokens == sum(token.source != "target" for token in told)
+        assert stats.accepted_tokens == sum(stats.accepted_by_position)
+    assert stats.finished == ()
+    assert stats.drafted_tokens >= stats.accepted_tokens > 0
 
 
 def test_in_its_own_thread(drafting: Drafting) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
@@ -38,22 +39,31 @@ class Scheduler(Protocol):
     def stats(self) -> Stats: ...
 
 
+class Listener(Protocol):
+    """Told of requests, from the scheduler's thread."""
+
+    def began(self, seconds: float) -> None:
+        """One's first token came, so long after it was submitted."""
+        ...
+
+    def finished(self, finish: Finish) -> None:
+        """One ended, for whatever reason."""
+        ...
+
+
 class Answers:
     """Submits requests, all or none of them. Whoever has one calls `cancel` at the end, whatever happened.
 
     What a client does not read waits here, at most the tokens of its answers, so it holds nobody up.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, requests: Sequence[Request], finished: Callable[[Finish], None]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, requests: Sequence[Request], listener: Listener) -> None:
         """
-        Args:
-            finished: told how each ended, from the scheduler's thread.
         Raises:
             ApiError: the queue is full, or the scheduler refuses a request.
         """
-        self._finished = finished
+        self._listener = listener
+        self._submitted, self._begun = time.monotonic(), set[int]()
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Event]] = deque()
         self._come, self._is_awaited = asyncio.Event(), False
@@ -126,7 +136,10 @@ class Answers:
 
     def _tell(self, index: int, event: Event) -> None:
         if isinstance(event, Finish):
-            self._finished(event)
+            self._listener.finished(event)
+        elif index not in self._begun:
+            self._begun.add(index)
+            self._listener.began(time.monotonic() - self._submitted)
         self._events.append((index, event))
         if self._is_awaited or isinstance(event, Finish):
             # After the loop's end nobody listens.

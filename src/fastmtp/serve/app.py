@@ -119,7 +119,7 @@ class Endpoints:
             asked = await _asked(request, service, chat)
         except ApiError as error:
             raise renamed(error) from None
-        answers = Answers(service.scheduler, asked, service.metrics.finished)
+        answers = Answers(service.scheduler, asked, service.metrics)
         form, envelope = Chat(None, service.style if offered(chat) else None), Envelope.new(service.name, "resp")
         reply = ResponseReply(answers, envelope, form, 1, 1, timings=False, sources=False, asked=body)
         return reply.stream(usage=False) if body.stream else await reply.whole(request)
@@ -166,7 +166,7 @@ class Endpoints:
             message = "stream_options needs stream: true"
             raise ApiError(400, message, param="stream_options", code="invalid_value")
         service = self._loaded()
-        answers = Answers(service.scheduler, asked, service.metrics.finished)
+        answers = Answers(service.scheduler, asked, service.metrics)
         reply = Reply(answers, envelope, form, len(asked), len(asked) // body.n, body.timings, body.sources)
         if body.stream:
             return reply.stream(usage=body.stream_options is not None and body.stream_options.include_usage)

@@ -6,45 +6,58 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fastmtp.serve.requests import Reason, Stats, Usage
+from fastmtp.serve.requests import Reason, Stats, Token
+from fastmtp.serve.step import Work
 
 
 class Counts:
-    """Written by the scheduler's thread; read by any."""
+    """Of what has happened, while requests run. Written by the scheduler's thread; read by any."""
 
     def __init__(self) -> None:
-        self.generated = 0
+        # Replaced as a whole, so that a reader sees all of a step or nothing.
         self._so_far = Stats()
         self._finished: Counter[Reason] = Counter()
         self._seconds = 0.0
 
-    def step(self, tokens: int) -> None:
+    def begin(self, prompt: int, cached: int) -> None:
+        """A request with so many tokens has a slot, and some of them were computed before."""
         before = self._so_far
-        self._so_far = replace(before, steps=before.steps + (tokens > 0), step_tokens=before.step_tokens + tokens)
-
-    def finish(self, reason: Reason, usage: Usage, accepted: Sequence[int]) -> None:
-        """
-        Args:
-            accepted: by round with drafts, how many were accepted.
-        """
-        before = self._so_far
-        self._finished[reason] += 1
-        self._seconds += usage.seconds
-        depth = max([*accepted, len(before.accepted_by_position)])
-        known = [*before.accepted_by_position, *[0] * depth]
-        by_position = [known[place] + sum(count > place for count in accepted) for place in range(depth)]
         self._so_far = replace(
             before,
-            prompts=before.prompts + (usage.prompt_tokens > 0),
-            prompt_tokens=before.prompt_tokens + usage.prompt_tokens,
-            cached_tokens=before.cached_tokens + usage.cached_tokens,
-            prefix_hits=before.prefix_hits + (usage.cached_tokens > 0),
-            drafts=before.drafts + len(accepted),
-            drafted_tokens=before.drafted_tokens + usage.drafted,
-            accepted_tokens=before.accepted_tokens + usage.accepted,
-            forced_tokens=before.forced_tokens + usage.forced,
-            accepted_by_position=tuple(by_position),
+            prompts=before.prompts + 1,
+            prompt_tokens=before.prompt_tokens + prompt,
+            cached_tokens=before.cached_tokens + cached,
+            prefix_hits=before.prefix_hits + (cached > 0),
         )
+
+    def step(self, found: Sequence[tuple[Work, Sequence[Token]]]) -> None:
+        """A forward gave these tokens."""
+        if not found:
+            return
+        before = self._so_far
+        rounds = [[one.source for one in tokens] for work, tokens in found if work.drafted]
+        accepted = [len(sources) - sources.count("target") for sources in rounds]
+        by_position = list(before.accepted_by_position)
+        for count in accepted:
+            by_position += [0] * (count - len(by_position))
+            for place in range(count):
+                by_position[place] += 1
+        self._so_far = replace(
+            before,
+            generated_tokens=before.generated_tokens + sum(len(tokens) for _, tokens in found),
+            drafts=before.drafts + len(rounds),
+            drafted_tokens=before.drafted_tokens + sum(work.drafted for work, _ in found),
+            accepted_tokens=before.accepted_tokens + sum(accepted),
+            forced_tokens=before.forced_tokens + sum(sources.count("grammar") for sources in rounds),
+            accepted_by_position=tuple(by_position),
+            steps=before.steps + 1,
+            step_tokens=before.step_tokens + sum(len(work.tree.verified) for work, _ in found),
+        )
+
+    def finish(self, reason: Reason, seconds: float) -> None:
+        """A request ended so long after it came."""
+        self._finished[reason] += 1
+        self._seconds += seconds
 
     def retry_after(self, ahead: int, slots: int) -> int:
         """Seconds after which so many requests that are ahead may have left one place; a guess."""
@@ -61,5 +74,4 @@ class Counts:
             kept=now.kept,
             kept_bytes=now.kept_bytes,
             finished=finished,
-            generated_tokens=self.generated,
         )

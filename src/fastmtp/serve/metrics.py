@@ -18,7 +18,7 @@ _WHOLE = tuple(0.1 * 2**step for step in range(13))
 
 
 class Metrics(Collector):
-    """Counts of the scheduler, read when they are asked for, and durations of finished requests."""
+    """Counts of the scheduler, read when they are asked for, and durations of requests."""
 
     def __init__(self, model: str, stats: Callable[[], Stats]) -> None:
         self._model, self._stats = model, stats
@@ -38,13 +38,16 @@ class Metrics(Collector):
             registry=self._registry,
         )
 
+    def began(self, seconds: float) -> None:
+        """Take note of a request's first token, so long after it came; from any thread."""
+        self._first.labels(self._model).observe(seconds)
+
     def finished(self, finish: Finish) -> None:
         """Take note of a request that ended, for whatever reason; from any thread."""
         usage = finish.usage
         self._finished.labels(self._model, finish.reason).inc()
         if finish.reason not in ("stop", "length") or usage.first_token_seconds is None:
             return
-        self._first.labels(self._model).observe(usage.first_token_seconds)
         self._whole.labels(self._model).observe(usage.seconds)
         if usage.completion_tokens > 1:
             mean = (usage.seconds - usage.first_token_seconds) / (usage.completion_tokens - 1)

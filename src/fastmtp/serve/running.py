@@ -24,8 +24,8 @@ class Running:
     """Either its prompt is not computed yet, a part of it a step, or it decodes, a round a step.
 
     Attributes:
+        cached: of the prompt, the tokens that its sequence began with.
         verified: how many tokens its last round verified.
-        accepted: by round, how many drafts were accepted; empty for rounds without drafts.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Running:
         """
         target = drafting.engine.target
         self.request, self.sequence = request, sequence
-        self.verified, self.accepted = 1, list[int]()
+        self.verified = 1
         self._drafting = drafting
         self._drafter: Drafter | None = None
         self._grammar = grammar
@@ -52,9 +52,9 @@ class Running:
         special = self._grammar is not None and not request.ignore_end
         self._room = target.room(len(request.prompt), request.max_new_tokens, context)
         self._transcript = Transcript(target, self._room, request.stop, ends, special=special)
-        self._cached = sequence.begin(request.prompt)
+        self.cached = sequence.begin(request.prompt)
         self._token: int | None = None  # the next one, which is not in the sequence yet
-        self._rounds = self._drafted = self._forced = 0
+        self._rounds = self._drafted = self._accepted = self._forced = 0
         self._first_token: float | None = None
 
     @property
@@ -107,7 +107,7 @@ class Running:
         self._rounds += 1
         self._drafted += len(tree.verified) - 1
         if len(tree.verified) > 1:
-            self.accepted.append(sum(one.source != "target" for one in settled))
+            self._accepted += sum(one.source != "target" for one in settled)
             self._forced += sum(one.source == "grammar" for one in settled)
         return settled
 
@@ -116,11 +116,11 @@ class Running:
         first = self._first_token
         return Usage(
             prompt_tokens=len(self.request.prompt),
-            cached_tokens=self._cached,
+            cached_tokens=self.cached,
             completion_tokens=len(self._transcript.tokens),
             rounds=self._rounds,
             drafted=self._drafted,
-            accepted=sum(self.accepted),
+            accepted=self._accepted,
             first_token_seconds=None if first is None else first - submitted,
             seconds=time.monotonic() - submitted,
             forced=self._forced,

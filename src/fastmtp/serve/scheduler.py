@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from queue import SimpleQueue
 from threading import Condition, Thread
 
@@ -169,11 +168,10 @@ class Scheduler:
             self._finish(answers[id(one)], "error", f"{type(error).__name__}: {error}")
 
         found = step(self._drafting.engine, running, self._chunk, fail)
-        self._counts.step(sum(len(work.tree.verified) for work, _ in found))
+        self._counts.step(found)
         for work, tokens in found:
             answer = answers[id(work.running)]
             if tokens:
-                self._counts.generated += len(tokens)
                 answer.tell(tokens)
             if work.running.reason is not None:
                 self._finish(answer, work.running.reason)
@@ -216,6 +214,7 @@ class Scheduler:
                 sequence = self._drafting.new_sequence()
                 self._prefixes.share(sequence, prompt, [one.sequence for one in others])
                 answer.running = Running(answer.request, answer.grammar, self._drafting, sequence, self.context)
+                self._counts.begin(len(prompt), answer.running.cached)
             except Exception as error:
                 self._finish(answer, "error", f"{type(error).__name__}: {error}")
 
@@ -224,12 +223,9 @@ class Scheduler:
         if answer in self._running:
             self._running.remove(answer)
         usage = answer.usage()
-        if answer.running is not None:
-            self._counts.finish(reason, usage, answer.running.accepted)
-            if reason != "error":
-                self._prefixes.keep(answer.running.sequence)
-        else:
-            self._counts.finish(reason, replace(usage, prompt_tokens=0), [])
+        self._counts.finish(reason, usage.seconds)
+        if answer.running is not None and reason != "error":
+            self._prefixes.keep(answer.running.sequence)
         answer.running = None
         answer.tell(Finish(reason, usage, error))
 

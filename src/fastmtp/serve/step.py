@@ -44,11 +44,12 @@ class Asking:
 
 @dataclass(frozen=True)
 class Work:
-    """What a request has in the forward, and the rows of it whose values it wants."""
+    """What a request has in the forward, the rows of it whose values it wants, and how many of them are drafts."""
 
     running: Running
     tree: Tree
     rows: Sequence[int]
+    drafted: int = 0
 
 
 def step(engine: Engine, running: Sequence[Running], chunk: int, fail: Fail) -> list[tuple[Work, list[Token]]]:
@@ -80,7 +81,8 @@ def planned(engine: Engine, running: Sequence[Running], chunk: int, fail: Fail) 
     # Of the others as many tokens are taken to be verified as the last time.
     loads = [Load(len(decoding), total - one.verified, sum(counts)) for one in decoding]
     plannings = [(one, one.propose(load)) for one, load in zip(decoding, loads, strict=True)]
-    return work + [Work(one, tree, range(one.verified)) for one, tree in proposed(engine, plannings, fail)]
+    trees = proposed(engine, plannings, fail)
+    return work + [Work(one, tree, range(one.verified), one.verified - 1) for one, tree in trees]
 
 
 def proposed(
