@@ -209,17 +209,17 @@ def _together_tasks(engine: NativeEngine, steps: int) -> dict[str, Task]:
     sequences = [engine.new_sequence() for _ in range(max(SEQUENCES_TOGETHER))]
 
     def decode(count: int) -> float:
-        own, rows = sequences[:count], [[0]] * count
+        own, rows, greedy = sequences[:count], [[0]] * count, [True] * count
         for one in own:
             one.prefill(prompt)
 
         def run() -> None:
             tokens = [prompt[0]] * count
             for _ in range(steps):
-                found = engine.verify_together_greedy(own, [Tree(token) for token in tokens], rows)
+                found = engine.verify_together(own, [Tree(token) for token in tokens], rows, greedy)
                 for one in own:
                     one.commit([0])
-                tokens = [token for (token,) in found]
+                tokens = [int(token) for (token,) in found]
 
         return steps * count / timed(run)
 
