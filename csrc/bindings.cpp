@@ -1,6 +1,8 @@
 // The extension module.
 #include "bindings.hpp"
 
+#include <algorithm>
+
 using namespace fastmtp;
 
 namespace {
@@ -41,6 +43,13 @@ NB_MODULE(_native, m) {
   m.def("product_peak", &Runtime::product_peak, "runtime"_a, "type"_a, WithoutGil());
   m.def("attention_peak", &Runtime::attention_peak, "runtime"_a, WithoutGil());
   m.def("barrier_seconds", &Runtime::barrier_seconds, "runtime"_a, WithoutGil());
+  m.def("small_numbers",
+        [](uint64_t key, int size, uint64_t limit) {
+          Numbers found(std::max(size, 0));
+          found.resize(kernels().small_numbers(key, size, limit, found.data()));
+          return found;
+        },
+        "key"_a, "size"_a, "limit"_a, WithoutGil());
   m.def("product_seconds",
         [](Runtime& runtime, const Matrix& matrix, int rows) {
           require(rows > 0, "rows must be 1 or more");

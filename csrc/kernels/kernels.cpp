@@ -21,7 +21,7 @@ namespace fastmtp {
 extern const Kernels FASTMTP_TABLE;
 const Kernels FASTMTP_TABLE = {
     FASTMTP_NAME, matmul, convert, norm, add_rows, activate, rotate, store_key, store_value, attend, merge,
-    divide, argmax, sum_exponentials, read, product_peak, attention_peak,
+    divide, argmax, sum_exponentials, small_numbers, read, product_peak, attention_peak,
 };
 
 }  // namespace fastmtp

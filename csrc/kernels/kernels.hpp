@@ -113,6 +113,9 @@ struct Kernels {
   int (*argmax)(const float* x, int size);
   // The sum of exp(x - top).
   float (*sum_exponentials)(const float* x, int size, float top);
+  // The tokens of the first `size` whose random number is at most `limit`, in 64 bits, or has the same high 31 bits;
+  // returns how many. `found` has room for all.
+  int (*small_numbers)(uint64_t key, int size, uint64_t limit, int32_t* found);
   // Reads memory as fast as possible, and returns the sum of its numbers.
   float (*read)(const float* memory, size_t count);
   // Does as many multiply-adds a second as it can, with weights of a type or as attention does them, in kPeakBytes of

@@ -135,6 +135,30 @@ float sum_exponentials(const float* x, int size, float top) {
   return sum(total);
 }
 
+// SplitMix64 (decode/random_numbers.py) but for its last step, which leaves the high 31 bits alone.
+int small_numbers(uint64_t key, int size, uint64_t limit, int32_t* found) {
+  constexpr int kStrip = 256;
+  const uint64_t most = limit | 0x1ffffffffull;
+  uint8_t is_small[kStrip];
+  int count = 0;
+  for (int start = 0; start < size; start += kStrip) {
+    const int strip = size - start < kStrip ? size - start : kStrip;
+    const uint64_t first = key + uint64_t(start) * 0x9E3779B97F4A7C15ull;
+    uint8_t any = 0;
+    for (int i = 0; i < strip; i++) {
+      uint64_t bits = first + uint64_t(i) * 0x9E3779B97F4A7C15ull;
+      bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9ull;
+      bits = (bits ^ bits >> 27) * 0x94D049BB133111EBull;
+      is_small[i] = bits <= most;
+      any |= is_small[i];
+    }
+    if (!any) continue;
+    for (int i = 0; i < strip; i++)
+      if (is_small[i]) found[count++] = start + i;
+  }
+  return count;
+}
+
 // Four streams at once, as in the matrix products with few rows.
 float read(const float* memory, size_t count) {
   constexpr int kStreams = 4;

@@ -171,4 +171,7 @@ def barrier_seconds(runtime: Runtime) -> float:
 def product_seconds(runtime: Runtime, matrix: Matrix, rows: int) -> float:
     """Seconds of a whole product on each thread at once, again and again with a small matrix."""
 
+def small_numbers(key: int, size: int, limit: int) -> list[int]:
+    """The tokens of the first `size` whose random number, in 64 bits, is at most `limit` or little more."""
+
 def available_kernels() -> list[str]: ...

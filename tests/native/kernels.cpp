@@ -144,6 +144,14 @@ void check_rows(const Kernels& kernels, const Kernels& portable) {
   const float total = kernels.sum_exponentials(scores.data(), int(scores.size()), scores[best]);
   const float sum = portable.sum_exponentials(scores.data(), int(scores.size()), scores[best]);
   expect(kernels, "a sum of exponentials", &total, &sum, 1, 1e-5f);
+
+  const uint64_t key = uint64_t(draw(0, 1 << 30)) << 34 | draw(0, 1 << 30);
+  const uint64_t limit = uint64_t(draw(0, 1 << 30)) << draw(20, 33);
+  std::vector<int32_t> small(scores.size()), same_small(scores.size());
+  small.resize(kernels.small_numbers(key, int(small.size()), limit, small.data()));
+  same_small.resize(portable.small_numbers(key, int(same_small.size()), limit, same_small.data()));
+  cases++;
+  if (small != same_small) fail(kernels, "not the small numbers");
 }
 
 // A page and the one after it, filled by `store_key` and `store_value` of tokens in the order of slots.
