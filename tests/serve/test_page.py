@@ -21,10 +21,10 @@ SOURCES = ("target", "head", "text")
 
 
 class Coloured(FakeScheduler):
-    """Tokens come from everywhere in turn."""
+    """Tokens come from everywhere in turn: a round has three, and the first is the prompt's own."""
 
     def submit(self, request: Request, on_event: OnEvent) -> FakeAnswer:
-        count = 0
+        count = -1
 
         def coloured(event: Event) -> None:
             nonlocal count
@@ -104,6 +104,26 @@ def test_a_conversation_from_the_keyboard(page: Any, scheduler: FakeScheduler) -
     ask(page, "third")
     answered(page, 2)
     assert len(scheduler.requests[-1].prompt) == prompts[0]
+
+
+def test_tokens_a_round(page: Any, scheduler: FakeScheduler) -> None:
+    """While an answer comes they are its rounds', however many came together; at the end what was measured."""
+    scheduler.reply, scheduler.pace = REPLY * 20, 0.01
+    ask(page, "hi")
+    page.locator(".said .target").nth(9).wait_for(state="attached")
+    page.keyboard.press("Escape")
+    answered(page, 2)
+    tokens, rounds = (page.locator(f".said {kind}").count() for kind in ("span", ".target"))
+    figures = page.locator(".figures").last.text_content()
+    shown = re.fullmatch(r"(\d+) tokens, [\d.]+ tokens/s, ([\d.]+) tokens a round, stopped", figures)
+    assert shown is not None, figures
+    assert int(shown[1]) == tokens
+    assert float(shown[2]) == pytest.approx((tokens - 1) / (rounds - 1), abs=0.006) == pytest.approx(3.1, abs=0.2)
+    scheduler.reply, scheduler.pace = REPLY, 0.0
+    ask(page, "hi")
+    answered(page, 4)
+    # Of the five rounds that the scheduler says it took.
+    assert page.locator(".figures").last.text_content().endswith(f", {len(REPLY.encode()) / 5:.2f} tokens a round")
 
 
 def test_settings(page: Any, scheduler: FakeScheduler) -> None:
