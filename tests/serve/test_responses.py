@@ -53,6 +53,9 @@ def test_text(client: Any, scheduler: FakeScheduler) -> None:
     assert (request.sampling.temperature, request.grammar) == (0.5, None)
     assert (reply.output_text, reply.status, reply.text.format.type) == (REPLY, "completed", "text")
     assert reply.usage.total_tokens == len(request.prompt) + len(REPLY.encode()) + 1
+    for choice in ("auto", "none"):
+        client.responses.create(model="tiny", input="hi", tool_choice=choice)
+        assert scheduler.requests[-1].grammar is None
     reply = client.responses.create(model="tiny", input="hi", max_output_tokens=4)
     assert (reply.status, reply.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
@@ -138,6 +141,8 @@ def test_items_come_back(client: Any, scheduler: FakeScheduler) -> None:
         ),
         ("text.format", {"text": {"format": {"type": "json_schema"}}}, "missing_required_parameter"),
         ("tool_choice.name", {"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "invalid_value"),
+        ("tool_choice", {"tool_choice": "required"}, "invalid_value"),
+        ("tool_choice", {"tools": [], "tool_choice": {"type": "function", "name": "x"}}, "invalid_value"),
         ("max_output_tokens", {"max_output_tokens": 0}, "invalid_value"),
     ],
 )

@@ -146,10 +146,11 @@ class ResponsesBody(Strict):
         if self.tools:
             functions = [tool.model_dump(exclude={"type"}) for tool in self.tools]
             asked["tools"] = [{"type": "function", "function": function} for function in functions]
-            choice = self.tool_choice
-            asked["tool_choice"] = choice
-            if isinstance(choice, _Named):
-                asked["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        choice = self.tool_choice
+        # The default asks for nothing where there are no tools.
+        if self.tools or choice != "auto":
+            named = {"type": "function", "function": {"name": choice.name}} if isinstance(choice, _Named) else None
+            asked["tool_choice"] = named or choice
         try:
             return ChatBody.model_validate(asked)
         except ValidationError as error:
