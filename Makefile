@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web fuzz soak check check-kernels check-arm check-portable sanitize docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
+.PHONY: demo test test-web chromium fuzz soak check check-kernels check-arm check-portable sanitize docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -10,9 +10,13 @@ test: check
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # The server's page in a browser (Debian's chromium, or the one that $$CHROMIUM names), and OpenAI's package for Node.
-test-web: .venv/installed .venv/node
+test-web: chromium .venv/installed .venv/node
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
 	$(BIN)/pytest -m web -rs tests/serve
+
+chromium:
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || \
+		{ echo "make test-web: there is no $${CHROMIUM:-chromium}: install Debian's chromium, or name one in CHROMIUM" >&2; exit 1; }
 
 # Mixed work on one process for an hour, or for another time: make soak TIME=10m.
 soak: .venv/installed

@@ -38,7 +38,7 @@ class Coloured(FakeScheduler):
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("no chromium; name one in $CHROMIUM")
+        pytest.fail("there is no Chromium: install Debian's chromium, or name one in CHROMIUM")
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
