@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from fastmtp.serve.requests import Event, OnEvent, Request
+from tests.serve.conftest import Running
 from tests.serve.serving import REPLY, FakeAnswer, FakeScheduler, eventually, service, serving
 
 pytestmark = pytest.mark.web
@@ -161,6 +163,87 @@ def test_colours(page: Any) -> None:
     page.get_by_label("Colour tokens").check()
     assert len(set(shades())) == 3
     assert page.locator("#legend").is_visible()
+
+
+def test_a_schema(page: Any, scheduler: FakeScheduler) -> None:
+    """It reaches the request, from the keyboard; what is none is said beside the field, and nothing is sent."""
+    field, wrong = page.get_by_label("JSON schema"), page.get_by_role("alert")
+    page.get_by_role("button", name="Settings").click()
+    for text, said_of_it in [
+        ('{"type": ', "This is no JSON: "),
+        ("[]", "a schema is a JSON object"),
+        ("null", "a schema"),
+    ]:
+        field.fill(text)
+        page.get_by_role("button", name="Settings").click()
+        page.locator("#prompt").focus()
+        ask(page, "hi")
+        playwright.expect(field).to_be_focused()
+        playwright.expect(wrong).to_contain_text(said_of_it)
+        playwright.expect(wrong).to_be_in_viewport()
+        assert field.get_attribute("aria-invalid") == "true"
+        assert page.locator("#prompt").input_value() == "hi"
+        page.locator("#prompt").fill("")
+    assert (scheduler.requests, said(page)) == ([], [])
+    field.fill("")
+    page.keyboard.type('{"type": "object",')
+    page.keyboard.press("Enter")
+    page.keyboard.type('"properties": {"kind": {"const": "celsius"}}}')
+    assert wrong.count() == 0
+    page.keyboard.press("Tab")
+    page.locator("#prompt").focus()
+    ask(page, "hi")
+    answered(page, 2)
+    assert '"celsius"' in (scheduler.requests[0].grammar or "")
+    field.fill(" ")
+    page.locator("#prompt").focus()
+    ask(page, "hi")
+    answered(page, 4)
+    assert scheduler.requests[1].grammar is None
+
+
+def test_a_refused_schema(browser: Any, scheduler: FakeScheduler) -> None:
+    """With the server's words; the question comes back."""
+    loaded = service(scheduler)
+    with serving(lambda: loaded) as url:
+        opened = browser.new_page()
+        opened.goto(url)
+        opened.get_by_role("button", name="Settings").click()
+        opened.get_by_label("JSON schema").fill('{"type": "array", "contains": {}}')
+        opened.locator("#prompt").focus()
+        ask(opened, "hi")
+        answered(opened, 2)
+        assert "contains" in opened.locator(".figures.bad").text_content()
+        assert opened.locator("#prompt").input_value() == "hi"
+        assert scheduler.requests == []
+        opened.close()
+
+
+def test_all_sources(browser: Any, running: Running) -> None:
+    """A real grammar forces tokens, the head and the text draft others: each has a colour."""
+    note = {"type": "string", "maxLength": 200}
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["celsius", "fahrenheit"]}, "first": note, "second": note},
+        "required": ["kind", "first", "second"],
+        "additionalProperties": False,
+    }
+    opened = browser.new_page()
+    opened.goto(running.url)
+    opened.get_by_role("button", name="Settings").click()
+    opened.get_by_label("JSON schema").fill(json.dumps(schema))
+    opened.get_by_label("Colour tokens").check()
+    opened.locator("#prompt").focus()
+    ask(opened, "abcabcabc " * 10)
+    answered(opened, 2)
+    assert list(json.loads(said(opened)[1])) == schema["required"]
+    # Those of the model's own have the page's colour.
+    shades = {
+        opened.locator(f".said .{source}").first.evaluate("one => getComputedStyle(one).backgroundColor")
+        for source in ("target", "head", "text", "grammar")
+    }
+    assert len(shades) == 4
+    opened.close()
 
 
 def test_what_is_said_is_never_markup(browser: Any) -> None:
