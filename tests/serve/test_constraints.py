@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from fastmtp.models.tokenizer import Tokenizer
 from fastmtp.serve.constraints import Constraints
+from fastmtp.serve.errors import ApiError
 from fastmtp.serve.schema import ChatBody
 from fastmtp.serve.styles import HERMES, LLAMA, MISTRAL, Style, style_of
 from tests.conftest import byte_tokenizer
@@ -119,6 +122,55 @@ def test_forms(form: Any, right: list[str], wrong: list[str]) -> None:
         assert not allows(HERMES, text, response_format=form, tools=TOOLS)
     assert allows(HERMES, one, response_format=form, tools=TOOLS)
     assert not allows(HERMES, right[0] + one, response_format=form, tools=TOOLS)
+
+
+UNSUPPORTED: list[tuple[str, Any]] = [
+    *(
+        (f'Unimplemented keys: ["{key}"]', {key: value})
+        for key, value in {
+            "contains": {},
+            "uniqueItems": False,
+            "if": {},
+            "then": {},
+            "else": {},
+            "not": {},
+            "propertyNames": {},
+            "dependentRequired": {},
+            "dependentSchemas": {},
+            "unevaluatedProperties": False,
+            "unevaluatedItems": False,
+            "$dynamicRef": "#a",
+        }.items()
+    ),
+    ("oneOf constraints are not supported", {"oneOf": [{"type": "string"}, {"enum": ["a"]}]}),
+    ("Unknown format: iri", {"type": "string", "format": "iri"}),
+    ("Unknown format", {"type": "string", "format": "regex"}),
+    ("regex parse error", {"type": "string", "pattern": "(?=a)b"}),
+    ("is not present in a registry", {"$ref": "https://example.com/a"}),
+    ("does not exist", {"$ref": "#/$defs/a"}),
+    ("Unsatisfiable schema", {"type": "integer", "minimum": 2, "maximum": 1}),
+]
+NAMED_KINDS = [
+    {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in ("a", "b")
+]
+
+
+@pytest.mark.parametrize(("why", "schema"), UNSUPPORTED, ids=str)
+def test_what_schemas_lack_is_said(why: str, schema: dict[str, Any]) -> None:
+    """As the documentation has it; the field is named."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(ApiError, match=re.escape(why)) as told:
+        allows(None, "", response_format=form)
+    assert (told.value.status, told.value.param) == (400, "response_format.json_schema.schema")
+    documented = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    names = [f"`{name}`" for name in re.findall(r'"(\S+)"', why)]
+    assert all(name in documented for name in names or [why])
+
+
+@pytest.mark.parametrize("schema", [{"oneOf": [{"type": "string"}, {"type": "null"}]}, {"oneOf": NAMED_KINDS}])
+def test_alternatives_that_cannot_overlap(schema: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert allows(None, "null" if schema["oneOf"] is not NAMED_KINDS else '{"kind": "b"}', response_format=form)
 
 
 def test_arguments_in_templates_are_written_the_same() -> None:
