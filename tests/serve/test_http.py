@@ -211,6 +211,16 @@ def test_seeds_of_choices(client: httpx2.Client, scheduler: FakeScheduler) -> No
     assert len(set(seeds)) == 3
 
 
+def test_seeds_of_64_bits(client: httpx2.Client, scheduler: FakeScheduler) -> None:
+    """Negative ones are seeds like others, but -1, with which each answer is another one, as without a seed."""
+    for seed in (-(2**63), -2, -2, 2**64 - 1, -1, -1):
+        post(client, CHAT, messages=HI, seed=seed, temperature=1)
+    *given, first, second = (request.sampling.seed for request in scheduler.requests[-6:])
+    assert given == [2**63, 2**64 - 2, 2**64 - 2, 2**64 - 1]
+    assert first != second
+    assert 2**64 - 1 not in (first, second)
+
+
 def test_timings(client: httpx2.Client) -> None:
     """On request: time, and what was drafted and accepted."""
     told = post(client, CHAT, messages=HI, timings=True)["timings"]
@@ -268,7 +278,7 @@ COMMON = [
     ("repetition_penalty", 0, 400, "invalid_value"),
     ("frequency_penalty", 1000, 400, "invalid_value"),
     ("presence_penalty", -1000, 400, "invalid_value"),
-    ("seed", -1, 400, "invalid_value"),
+    ("seed", -(2**63) - 1, 400, "invalid_value"),
     ("seed", 2**64, 400, "invalid_value"),
     ("seed", 1.0, 400, "invalid_value"),
     ("max_tokens", 0, 400, "invalid_value"),
@@ -342,7 +352,7 @@ OF_CHAT = [
     ("messages[0].content", [{"role": "user"}], 400, "missing_required_parameter"),
     ("messages[0].content", [{"role": "user", "content": 1}], 400, "invalid_value"),
     ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "image_url"}]}], 400, "invalid_value"),
-    ("messages[1].name", [*HI, {"role": "user", "content": "x", "name": "n"}], 400, "unsupported_parameter"),
+    ("messages[1].name", [*HI, {"role": "user", "content": "x", "name": 1}], 400, "invalid_value"),
     ("messages", [{"role": "user", "content": "x" * CONTEXT}], 400, "context_length_exceeded"),
     ("max_completion_tokens", -1, 400, "invalid_value"),
     ("top_logprobs", 1, 400, "invalid_value"),

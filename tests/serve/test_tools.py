@@ -149,6 +149,24 @@ def test_a_conversation_with_calls(client: Any, scheduler: FakeScheduler) -> Non
     assert returned == f"<|user|>{first}\n{second}"
 
 
+@pytest.mark.parametrize("template", ["{{ messages|tojson }}", "{{ messages|tojson }}{{ '' if tools }}"])
+def test_names_reach_the_template(template: str) -> None:
+    """Of whoever speaks, whether the template takes tools or not; what a function returned has the function's."""
+    scheduler = FakeScheduler()
+    loaded = service(scheduler)
+    loaded.target.tokenizer = Tokenizer(tokenizer().backend_tokenizer, {}, template)
+    messages = [
+        {"role": "system", "content": "s", "name": "rules"},
+        {"role": "user", "content": "x", "name": "Zoë"},
+        {"role": "assistant", "content": "y", "name": "poet"},
+        {"role": "user", "content": "z"},
+    ]
+    with serving(lambda: loaded) as url:
+        reply = httpx2.post(url + "/v1/chat/completions", json={"messages": messages})
+    assert reply.status_code == 200, reply.text
+    assert json.loads(tokenizer().decode(scheduler.requests[-1].prompt)) == messages
+
+
 def test_templates_that_take_tools(scheduler: FakeScheduler) -> None:
     """Get them, calls with their arguments as objects, and the name of the function that returned something."""
     loaded = service(scheduler)

@@ -38,6 +38,8 @@ def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
             called |= {call.id: call.function.name for call in message.tool_calls}
         if message.tool_call_id is not None:
             one |= {"tool_call_id": message.tool_call_id, "name": called[message.tool_call_id]}
+        if message.name is not None:
+            one["name"] = message.name
         found.append(one)
     return found
 
@@ -61,6 +63,7 @@ def taught(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, A
     found: list[dict[str, Any]] = []
     for before, message in zip([{}, *messages], messages, strict=False):
         role, content = message["role"], message["content"]
+        named = {"name": message["name"]} if "name" in message and role != "tool" else {}
         if role == "tool":
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
             if before.get("role") == "tool":
@@ -70,11 +73,11 @@ def taught(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, A
             functions = [call["function"] for call in calls]
             called = [(one["name"], json.dumps(one["arguments"], ensure_ascii=False)) for one in functions]
             content = "\n".join(filter(None, [content, OWN.written(called)]))
-        found.append({"role": role, "content": content})
+        found.append({"role": role, "content": content, **named})
     if not tools:
         return found
     shown = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     lesson = _TAUGHT.format(tools=shown, example=OWN.written([("<name>", "<arguments>")]))
     if found[0]["role"] != "system":
         return [{"role": "system", "content": lesson}, *found]
-    return [{"role": "system", "content": found[0]["content"] + "\n\n" + lesson}, *found[1:]]
+    return [found[0] | {"content": found[0]["content"] + "\n\n" + lesson}, *found[1:]]

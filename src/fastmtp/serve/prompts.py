@@ -161,7 +161,12 @@ def _check_length(service: Service, length: int, param: str) -> None:
 def _sampling(service: Service, body: ChatBody | CompletionBody) -> list[SamplingConfig]:
     """For each choice: the same with seeds of their own. Without a seed each request has another."""
     asked = {name: getattr(body, name) for name in _SAMPLING if getattr(body, name) is not None}
-    settings = {"seed": secrets.randbits(63)} | service.sampling | asked
+    if body.seed is not None and body.seed < 0:
+        asked["seed"] = body.seed % 2**64
+    # As in vLLM and llama.cpp, -1 is as good as none.
+    if body.seed in (None, -1):
+        asked["seed"] = secrets.randbits(63)
+    settings = service.sampling | asked
     try:
         first = SamplingConfig(**settings, logit_bias=_bias(service, body.logit_bias))
     except ValueError as error:

@@ -51,7 +51,6 @@ LACKING_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),
     "refusal": (),
 }
 # Of responses, and what stands in them.
@@ -132,7 +131,7 @@ class _Generation(Strict):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({})
     user: str | None = None
     timings: bool = False
@@ -168,6 +167,8 @@ class Message(Strict):
     ] = None
     tool_calls: list[Call] = Field([])
     tool_call_id: str | None = None
+    # For chat templates that show it.
+    name: str | None = None
 
     @property
     def text(self) -> str:
