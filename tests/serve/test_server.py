@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from threading import Event, Thread
 from typing import Any
 
@@ -15,7 +15,8 @@ import httpx2
 import psutil
 import pytest
 
-from fastmtp.serve import prompts, security
+from fastmtp.serve import connections, prompts, security
+from fastmtp.serve import server as server_module
 from fastmtp.serve.security import is_loopback
 from fastmtp.serve.server import Server, listen
 from tests.serve.serving import REPLY, FakeScheduler, eventually, ids, sent, service, serving
@@ -225,6 +226,39 @@ def test_too_many_requests_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
             assert httpx2.get(url + "/health").status_code == 200
         scheduler.pace = 0
         eventually(lambda: httpx2.post(url + CHAT, json=BODY).status_code == 200)
+
+
+def test_requests_that_do_not_arrive_free_their_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are told 408, also one that trickles in, and one that says nothing is closed; others have time."""
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 5)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    texts = [
+        "",
+        "GET /hea",
+        f"{head}Content-Length: 100\r\n\r\n{{",
+        f"{head}Transfer-Encoding: chunked\r\n\r\n1\r\n",
+    ]
+    loaded = service(FakeScheduler(), template=False)
+    with serving(lambda: loaded) as url, ExitStack() as stack:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        opened = [stack.enter_context(socket.create_connection(address, 20)) for _ in texts]
+        for one, text in zip(opened, texts, strict=True):
+            one.sendall(text.encode())
+        with suppress(OSError):
+            for _ in range(50):
+                opened[1].sendall(b"x")
+                time.sleep(0.05)
+        answers = [one.recv(65536) for one in opened if one is not opened[1]]
+        assert answers[0] == b""
+        for answer in answers[1:]:
+            assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
+        # Neither the time between requests on a connection counts, nor that for an answer.
+        with httpx2.Client(base_url=url, timeout=20) as client:
+            for pause in (1.5, 0):
+                loaded.scheduler.pace = 0.06
+                assert client.post(CHAT, json=BODY).status_code == 200
+                time.sleep(pause)
 
 
 @pytest.mark.parametrize("stream", [True, False])

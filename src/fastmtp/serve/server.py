@@ -15,6 +15,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fastmtp.serve.app import Endpoints
+from fastmtp.serve.connections import Connection
 from fastmtp.serve.security import guards
 from fastmtp.serve.service import Service
 from fastmtp.serve.styles import takes_tools
@@ -90,8 +91,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._endpoints.app(guards(host, key), self._life),
-                # Of uvicorn's two it alone bounds the head of a request.
-                http="h11",
+                # With h11, which alone of uvicorn's two bounds the size of a request's head.
+                http=Connection,
                 log_config=None,
                 access_log=False,
                 lifespan="on",
