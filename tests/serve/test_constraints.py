@@ -148,6 +148,10 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("regex parse error", {"type": "string", "pattern": "(?=a)b"}),
     ("is not present in a registry", {"$ref": "https://example.com/a"}),
     ("does not exist", {"$ref": "#/$defs/a"}),
+    # Each would be compiled for hours.
+    ("multipleOf", {"type": "integer", "multipleOf": 1_000_000_007}),
+    ("multipleOf", {"type": "number", "multipleOf": 0.1234567891}),
+    ("multipleOf", {"allOf": [{"type": "integer", "multipleOf": 99_991}, {"items": {"multipleOf": 99_989}}]}),
     ("Unsatisfiable schema", {"type": "integer", "minimum": 2, "maximum": 1}),
 ]
 NAMED_KINDS = [
@@ -165,6 +169,17 @@ def test_what_schemas_lack_is_said(why: str, schema: dict[str, Any]) -> None:
     documented = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
     names = [f"`{name}`" for name in re.findall(r'"(\S+)"', why)]
     assert all(name in documented for name in names or [why])
+
+
+@pytest.mark.parametrize("divisor", [3, 250, 0.01, 1000, 99_991])
+def test_multiples(divisor: float) -> None:
+    """Of every number whose remainders are few."""
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "number", "multipleOf": divisor}},
+    }
+    assert allows(None, str(7 * divisor), response_format=form)
+    assert not allows(None, f"{7 * divisor}1234567", response_format=form)
 
 
 @pytest.mark.parametrize("schema", [{"oneOf": [{"type": "string"}, {"type": "null"}]}, {"oneOf": NAMED_KINDS}])

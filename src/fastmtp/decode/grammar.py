@@ -6,8 +6,10 @@ The library llguidance parses. A grammar is a text as its LLMatcher takes it: La
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 # How many compiled grammars a target keeps.
 KEPT = 32
+# The least common multiple of a schema's `multipleOf`, without decimal point and last zeros. The library has a
+# state for each remainder, which none of its limits bounds: half a second for this, hours for a billion.
+MOST_REMAINDERS = 100_000
 # As models write JSON by themselves. Without a choice of spaces, more of its tokens are forced.
 SEPARATORS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -41,10 +46,26 @@ def json_schema_grammar(schema: str | Mapping[str, Any]) -> str:
 
     text = schema if isinstance(schema, str) else json.dumps(schema)
     grammar = LLMatcher.grammar_from_json_schema(text, defaults=SEPARATORS)
+    # Of all together, since those that hold for one number are multiplied.
+    if math.lcm(*_divisors(json.loads(text, parse_float=Decimal))) > MOST_REMAINDERS:
+        raise ValueError(f"multipleOf: too large a divisor, or too many; at most {MOST_REMAINDERS:,} together")
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if wrong:
         raise ValueError(_one_line(messages[0]))
     return grammar
+
+
+def _divisors(schema: Any) -> Iterator[int]:
+    """The digits of every `multipleOf`, without decimal point and last zeros."""
+    if isinstance(schema, list):
+        for one in schema:
+            yield from _divisors(one)
+    elif isinstance(schema, dict):
+        divisor = schema.get("multipleOf")
+        if isinstance(divisor, int | Decimal) and Decimal(divisor).is_finite() and divisor > 0:
+            yield int("".join(map(str, Decimal(divisor).as_tuple().digits)).rstrip("0"))
+        for one in schema.values():
+            yield from _divisors(one)
 
 
 def check_grammar(target: TargetInfo, text: str) -> None:
