@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from fastmtp.accelerate import facts as measuring
 from fastmtp.accelerate import plan as planning
 from fastmtp.accelerate import prediction, rates
-from fastmtp.accelerate.facts import Facts
+from fastmtp.accelerate.facts import Facts, measure_facts
 from fastmtp.accelerate.plan import Prediction, Stage, plan
 from fastmtp.accelerate.stages import NoLists, Result, Settings, Vocabulary
 from fastmtp.accelerate.state import State
 from fastmtp.cli.main import commands
 from fastmtp.config import BATCH_SLOTS, TrainConfig, VocabularyConfig
+from fastmtp.distill import answers
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import DataSet
-from fastmtp.engines.open import EngineName, EngineOptions, open_engine
+from fastmtp.engines.open import EngineName, EngineOptions, open_engine, open_torch
 from fastmtp.evaluate.lists import build_lists
 from fastmtp.progress import QUIET, Progress
 from fastmtp.vocabulary.builder import TooLittleTextError
@@ -38,6 +41,25 @@ FACTS = Facts(
     step_seconds=0.4,
     target_bytes=270_000_000,
     head_parameters=4_200_000,
+)
+
+
+# About those of a 1.5B model on an H100, by the runs of the embedded model there.
+GPU_FACTS = Facts(
+    prefill_per_second=120_000.0,
+    answered_few=1500.0,
+    answered_many=40_000.0,
+    many=2048,
+    plain_ms=1.2,
+    verify_ms=1.3,
+    head_seconds=1e-5,
+    step_seconds=5e-3,
+    target_bytes=3_100_000_000,
+    head_parameters=52_000_000,
+    compiler=True,
+    slots=2048,
+    batch_tokens=16384,
+    card="NVIDIA H100 80GB HBM3, 79 GiB",
 )
 
 
@@ -77,6 +99,51 @@ def test_the_last_answers_end_in_time(times: float) -> None:
     assert seconds <= 0.25 * 60 * 30.0 or slots == 8
     assert slots in (8, BATCH_SLOTS) or seconds > 0.2 * 60 * 30.0
     assert (planning.distill_config(1.0, facts).slots or BATCH_SLOTS) >= 8
+
+
+def test_a_quarter_of_an_hour_on_a_gpu() -> None:
+    """Answers in all the slots that the memory holds, some ten million tokens, and at least a pass over them."""
+    fast = {"prefill_per_second": 3e5, "answered_many": 3e5, "head_seconds": 1 / 3e5, "many": 4096, "slots": 4096}
+    for facts, least, most in ((GPU_FACTS, 8e6, 16e6), (replace(GPU_FACTS, **fast), 25e6, 60e6)):
+        stages = plan("m", 15.0, "transformers", OUT, facts, None, DATA)
+        assert option(stages[0], "--slots") == "0"
+        assert float(option(stages[1], "--epochs")) >= 1
+        predicted = planning.predict(15.0, "transformers", stages, facts, is_gguf=False)
+        assert least < predicted.tokens < most
+        assert sum(predicted.minutes.values()) < 1.1 * 15
+        # In half a minute the last answers of so many would not end; of fewer they do.
+        assert 8 < planning.distill_config(0.6, facts).slots < facts.slots
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_each_kind_of_work_is_timed_where_it_will_be_done(
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another engine computes many tokens, the one that decodes is gone before that one is opened."""
+    monkeypatch.setattr(measuring, "MEASURED_SECONDS", 0.3)
+    monkeypatch.setattr(measuring, "is_for_throughput", lambda: not apart)
+    for module in (rates, answers):
+        monkeypatch.setattr(module, "runs_in_slots", lambda engine: apart)
+    monkeypatch.setattr("fastmtp.distill.slots.open.BATCH_SLOTS", 12)
+    opened: list[bool] = []
+    last: list[weakref.ref[Any]] = []
+
+    def open_here(name: str, *, for_throughput: bool = False, progress: Progress = QUIET) -> Any:
+        assert [one() for one in last] == [None] * len(last)
+        opened.append(for_throughput)
+        engine = open_torch(name, "float32")
+        last.append(weakref.ref(engine.target))
+        return engine
+
+    monkeypatch.setattr(measuring, "open_engine", open_here)
+    target = tiny_target("qwen2")
+    target.model.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    facts = measure_facts(str(tmp_path))
+    assert opened == ([False, True] if apart else [False])
+    assert (facts.slots, facts.many) == ((12, 12) if apart else (BATCH_SLOTS, rates.FEW))
+    assert facts.trained_per_second() > 0 < facts.answered_few
+    assert facts.card is None
 
 
 def test_too_little_text_for_lists_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +281,7 @@ def test_a_plan_measures_once_and_does_nothing(tmp_path: Path, monkeypatch: pyte
     assert "nothing was begun; the measured rates are kept" in refused.stderr
     shown = CliRunner().invoke(commands, [*call, "--plan"])
     assert shown.exit_code == 0, shown.output
+    assert "600 tokens/s drawn by 96 together" in shown.stdout
     assert "WARNING: the budget is too small for a useful head" in shown.stdout
     for said in ("distill     about", "tokens  ", "held-out tau, chain of 3  1.", "speed-up of auto  1.", "disk  "):
         assert said in shown.stdout
@@ -300,6 +368,7 @@ def test_rates_of_a_tiny_model(name: EngineName, tmp_path: Path) -> None:
     assert all(ms > 0 for ms in rates.forward_ms(engine, (1, 4)).values())
     assert rates.answered_per_second(engine, 4, prefill, 0.1) > 0
     assert all(seconds > 0 for seconds in rates.training_seconds(engine, 0.1))
+    assert rates.batches_per_second(engine, 0.1) > 0
 
 
 def test_a_slow_model_is_timed_with_few_sequences() -> None:

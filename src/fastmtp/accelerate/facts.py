@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastmtp.accelerate import rates
-from fastmtp.engines.open import open_engine
+from fastmtp.config import BATCH_SLOTS
+from fastmtp.engines.memory import card, release_memory
+from fastmtp.engines.open import is_for_throughput, open_engine
+from fastmtp.engines.protocol import Engine
 from fastmtp.errors import PARSING
 from fastmtp.evaluate.records import from_json
 from fastmtp.files import cache_directory, read_json, write_json
@@ -22,6 +25,7 @@ from fastmtp.models.info import TargetInfo, head_size
 from fastmtp.models.source import locate
 from fastmtp.progress import QUIET, Progress
 from fastmtp.provenance import machine
+from fastmtp.train.memory import CPU_BATCH
 
 # For all measurements together; loading the model is not among them.
 MEASURED_SECONDS = 30.0
@@ -34,7 +38,9 @@ class Facts:
 
     Attributes:
         prefill_per_second: tokens that the target reads a second; also what computing states for training takes.
-        answered_few, answered_many: tokens a second, drawn by `rates.FEW` and by `many` sequences together.
+            On a GPU in the batches that training reads.
+        answered_few, answered_many: tokens a second, drawn by `rates.FEW` and by `many` sequences together, as
+            `distill` draws them on this device.
         plain_ms, verify_ms: a forward over one token, and over the four of a round with three drafts.
         head_seconds: training the head, for each token, without the target's states.
         step_seconds: the optimiser, for each step.
@@ -43,6 +49,9 @@ class Facts:
         shipped_head: the directory of the head that ships with the target, and the tokens it was trained on.
         native_head: whether the checkpoint has an MTP layer.
         compiler: whether torch.compile can work.
+        slots: sequences that `distill` decodes together where nothing is said.
+        batch_tokens: of a training step where nothing is said.
+        card: the GPU.
     """
 
     prefill_per_second: float
@@ -59,6 +68,9 @@ class Facts:
     shipped_tokens: int = 0
     native_head: bool = False
     compiler: bool = False
+    slots: int = BATCH_SLOTS
+    batch_tokens: int = CPU_BATCH
+    card: str | None = None
 
     def answered_per_second(self, slots: int) -> float:
         """Tokens a second of so many sequences together; beyond those that were timed it grows no more."""
@@ -67,9 +79,9 @@ class Facts:
         share = min(1.0, (slots - rates.FEW) / max(1, self.many - rates.FEW))
         return self.answered_few + share * max(0.0, self.answered_many - self.answered_few)
 
-    def trained_per_second(self, batch_tokens: int) -> float:
+    def trained_per_second(self) -> float:
         """Tokens a second of training steps, the target's states included."""
-        return 1 / (1 / self.prefill_per_second + self.head_seconds + self.step_seconds / batch_tokens)
+        return 1 / (1 / self.prefill_per_second + self.head_seconds + self.step_seconds / self.batch_tokens)
 
 
 def read_facts(value: Any) -> Facts:
@@ -98,23 +110,32 @@ def facts_of(target: str, progress: Progress = QUIET) -> Facts:
 
 
 def measure_facts(target: str, progress: Progress = QUIET) -> Facts:
-    """Load a target and measure it for at most about MEASURED_SECONDS."""
-    engine, shipped = open_engine(target, progress=progress), shipped_head(target)
-    with progress.status(f"measuring {target} for a plan, at most {MEASURED_SECONDS:.0f} s"):
-        started = time.monotonic()
-        prefill = rates.prefill_per_second(engine, MEASURED_SECONDS / 10)
+    """Load a target and measure it for at most about MEASURED_SECONDS.
+
+    Each kind of work is timed in the engine that its stage opens: decoding in one, answers and training in another
+    where that is faster.
+    """
+    measuring = f"measuring {target} for a plan, at most {MEASURED_SECONDS:.0f} s"
+    engine = open_engine(target, progress=progress)
+    with progress.status(measuring):
         forward = rates.forward_ms(engine, (1, 4))
-        few = rates.answered_per_second(engine, rates.FEW, prefill, MEASURED_SECONDS / 10)
-        seconds = MEASURED_SECONDS / 5
-        many = rates.many_slots(few, forward[1], seconds)
-        answered = few if many == rates.FEW else rates.answered_per_second(engine, many, prefill, seconds)
+    if not is_for_throughput():
+        del engine
+        release_memory()
+        engine = open_engine(target, for_throughput=True, progress=progress)
+    shipped = shipped_head(target)
+    with progress.status(measuring):
+        started = time.monotonic()
+        prefill = rates.read_per_second(engine, MEASURED_SECONDS / 10)
+        answered = _answered(engine, prefill, forward[1])
+        # Slots take all of a GPU's memory.
+        release_memory()
         left = MEASURED_SECONDS - (time.monotonic() - started)
-        head, step = rates.training_seconds(engine, min(MEASURED_SECONDS / 3, left / 2))
+        batch_tokens = rates.batch_tokens(engine)
+        head, step = rates.training_seconds(engine, min(MEASURED_SECONDS / 3, left / 2), batch_tokens)
     return Facts(
         prefill_per_second=prefill,
-        answered_few=few,
-        answered_many=answered,
-        many=many,
+        **answered,
         plain_ms=forward[1],
         verify_ms=forward[4],
         head_seconds=head,
@@ -125,7 +146,23 @@ def measure_facts(target: str, progress: Progress = QUIET) -> Facts:
         shipped_tokens=0 if shipped is None else int(read_json(shipped / "provenance.json").get("tokens", 0)),
         native_head=_has_native_head(target),
         compiler=shutil.which("c++") is not None or engine.device.startswith("cuda"),
+        batch_tokens=batch_tokens,
+        card=card(engine.device),
     )
+
+
+def _answered(engine: Engine, prefill: float, plain_ms: float) -> dict[str, Any]:
+    """Of `Facts` those about answers."""
+    short, long = MEASURED_SECONDS / 10, MEASURED_SECONDS / 5
+    if rates.decodes_in_slots(engine):
+        slots, drawn_by_all = rates.answered_in_slots(engine, 0, long)
+        release_memory()
+        _, drawn = rates.answered_in_slots(engine, min(rates.FEW, slots), short)
+        return {"answered_few": drawn, "answered_many": drawn_by_all, "many": slots, "slots": slots}
+    drawn = rates.answered_per_second(engine, rates.FEW, prefill, short)
+    many = rates.many_slots(drawn, plain_ms, long)
+    drawn_by_many = drawn if many == rates.FEW else rates.answered_per_second(engine, many, prefill, long)
+    return {"answered_few": drawn, "answered_many": drawn_by_many, "many": many}
 
 
 def _fingerprint(target: str) -> str:

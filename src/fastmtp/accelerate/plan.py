@@ -11,11 +11,10 @@ from fastmtp.accelerate import prediction
 from fastmtp.accelerate.facts import Facts
 from fastmtp.accelerate.prediction import Range
 from fastmtp.accelerate.stages import Bench, Distill, Export, Native, Settings, Train, Vocabulary
-from fastmtp.config import BATCH_SLOTS, DistillConfig, TrainConfig, VocabularyConfig
+from fastmtp.config import DistillConfig, TrainConfig, VocabularyConfig
 from fastmtp.distill.dataset import DataSet
 from fastmtp.models.source import locate
 from fastmtp.train.initial import TOKENS as FIRST_WEIGHTS_TOKENS
-from fastmtp.train.memory import CPU_BATCH
 
 # Of an exchange that a model writes (docs/experiments.md): tokens of the prompt, which are drawn, of the answer,
 # and of the prompt and the template, which are read.
@@ -78,7 +77,7 @@ def data_per_second(facts: Facts, slots: int) -> float:
 
 def default_minutes(facts: Facts) -> float:
     """The budget for answers of a million tokens and two passes over them."""
-    seconds = _DEFAULT_TOKENS * (1 / data_per_second(facts, BATCH_SLOTS) + _EPOCHS / _trained(facts))
+    seconds = _DEFAULT_TOKENS * (1 / data_per_second(facts, facts.slots) + _EPOCHS / _trained(facts))
     seconds += _before_training(facts, _DEFAULT_TOKENS)
     return float(round(max(1.0, seconds / 60 + sum(_other_minutes(facts).values()))))
 
@@ -105,7 +104,7 @@ def distill_config(minutes: float, facts: Facts) -> DistillConfig:
     """Answers for so many minutes; of a slow model fewer together, so that they end in time."""
     slots = _slots(minutes, facts)
     # As many as usual, or as a GPU's memory holds, where those end in time.
-    return DistillConfig(count=1_000_000, minutes=minutes, slots=0 if slots == BATCH_SLOTS else slots)
+    return DistillConfig(count=1_000_000, minutes=minutes, slots=0 if slots == facts.slots else slots)
 
 
 def _slots(minutes: float, facts: Facts) -> int:
@@ -114,7 +113,7 @@ def _slots(minutes: float, facts: Facts) -> int:
     return next(
         (
             slots
-            for slots in range(BATCH_SLOTS, _FEWEST_SLOTS, -1)
+            for slots in range(facts.slots, _FEWEST_SLOTS, -1)
             if slots * longest / facts.answered_per_second(slots) <= _LAST_ANSWERS * 60 * minutes
         ),
         _FEWEST_SLOTS,
@@ -229,7 +228,7 @@ def _expected_tokens(answering: float, facts: Facts) -> int:
 
 def _trained(facts: Facts) -> float:
     """Tokens a second of training, with the measurements on the way."""
-    return 1 / (1 / facts.trained_per_second(CPU_BATCH) + _MEASURING * facts.head_seconds)
+    return 1 / (1 / facts.trained_per_second() + _MEASURING * facts.head_seconds)
 
 
 def _before_training(facts: Facts, tokens: int) -> float:

@@ -1,14 +1,15 @@
 """How fast the stages' work is here, each kind timed for a few seconds on the real model.
 
-Training is timed on the head itself, of the target's own sizes, over a stand-in for the target of one layer: for a
-plan the target is not loaded in PyTorch.
+On a GPU that is the work as it is done there: many slots that advance together, forwards over batches, and steps of
+the batch that fits. On a CPU the target is not loaded in PyTorch for a plan; there training is timed on the head
+itself, of the target's own sizes, over a stand-in for the target of one layer.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,28 +17,57 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastmtp.config import DistillConfig, TrainConfig
+from fastmtp.decode.batch import LOOP_EVERY, Request
 from fastmtp.decode.sampler import Sampler
+from fastmtp.distill.answers import open_decoder, runs_in_slots
+from fastmtp.distill.own_prompts import UserTurn
+from fastmtp.distill.slots.open import Slots
 from fastmtp.engines.costs import forward_task, least_ms, some_ids, timed
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.engine import TorchEngine
+from fastmtp.engines.torch.slots import is_supported
 from fastmtp.engines.torch.target import Target, throughput_dtype
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import trained_starts
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.layers import steady_attention
 from fastmtp.models.source import transformers_config
+from fastmtp.progress import QUIET
 from fastmtp.train.batches import make_batch
+from fastmtp.train.memory import CPU_BATCH, planned
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers
-from fastmtp.train.pace import to_device
+from fastmtp.train.pace import GPU, pace_of, to_device
 from fastmtp.train.step import forward_backward
 
 # Sequences answered together: few, and as many as are quickly timed.
 FEW, _MANY = 8, (96, 32)
 _PREFILL, _CONTEXT, _STEPS = 512, 100, 50
 _FORWARD_CONTEXT, _TURNS = 32, 5
-# A training text, and the largest batch that is timed.
-_TEXT, _TEXTS = 256, 8
+# A training text.
+_TEXT = 256
+# Tokens that a text in a slot has on average; exchanges, of which there are more than slots.
+_SLOT_CONTEXT, _EXCHANGES = 192, 1_000_000
+
+
+def read_per_second(engine: Engine, seconds: float) -> float:
+    """Tokens that the target reads a second where many are read, in about so many seconds."""
+    if engine.device == "cpu":
+        return prefill_per_second(engine, seconds)
+    return batches_per_second(engine, seconds)
+
+
+def batches_per_second(engine: Engine, seconds: float) -> float:
+    """Tokens a second of forwards over batches of whole texts."""
+    target = engine.target
+    length = min(_TEXT, target.context_limit - 1)
+    texts = [some_ids(target.vocabulary_size, length)] * max(1, GPU.tokens // length)
+
+    def read() -> None:
+        engine.forward(texts)
+        _wait(engine.device)
+
+    return len(texts) * length / _settled(read, seconds)
 
 
 def prefill_per_second(engine: Engine, seconds: float) -> float:
@@ -100,17 +130,74 @@ def answered_per_second(engine: Engine, slots: int, prefill: float, seconds: flo
     return slots * steps / (time.perf_counter() - started)
 
 
-def training_seconds(engine: Engine, seconds: float) -> tuple[float, float]:
-    """Seconds of training the head for a token, and of an optimiser step, measured in about so many seconds."""
+def decodes_in_slots(engine: Engine) -> bool:
+    """Whether `distill` does so."""
+    return runs_in_slots(engine) and isinstance(engine.target, Target) and is_supported(engine.target)
+
+
+def answered_in_slots(engine: Engine, slots: int, seconds: float) -> tuple[int, float]:
+    """How many slots `distill` decodes in, and the tokens a second that they draw together.
+
+    Args:
+        slots: 0 is as many as the memory holds.
+    """
+    config, target = DistillConfig(slots=slots), engine.target
+    decode, _ = open_decoder(engine, config, [], UserTurn(target), _EXCHANGES)
+    assert isinstance(decode, Slots)
+    machine = decode.machine
+    ids = some_ids(target.vocabulary_size, min(_SLOT_CONTEXT, machine.length // 2))
+    # Alike, so that they are read once. None ends; one that is cut takes part in every step all the same.
+    request = Request(
+        key=None,
+        prompt=ids,
+        max_new_tokens=config.max_new_tokens,
+        sampling=config.answer_sampling(0),
+        end_ids=frozenset(),
+    )
+    assert machine.fits(request)
+    machine.fill(dict.fromkeys(range(machine.slots), request))
+
+    def advance() -> None:
+        machine.advance()
+        # Waits for the device.
+        machine.drawn()
+
+    return machine.slots, machine.slots * LOOP_EVERY / _settled(advance, seconds)
+
+
+def batch_tokens(engine: Engine) -> int:
+    """Tokens of a training step on this device."""
+    if not isinstance(engine, TorchEngine):
+        return CPU_BATCH
+    config, target = TrainConfig(), engine.target
+    columns = min(config.draft_vocabulary, target.vocabulary_size)
+    chosen = planned(target, config, columns, 1, False, QUIET).batch_tokens
+    assert chosen != "auto"
+    return chosen
+
+
+def training_seconds(engine: Engine, seconds: float, batch_tokens: int = CPU_BATCH) -> tuple[float, float]:
+    """Seconds of training the head for a token, and of an optimiser step, measured in about so many seconds.
+
+    Args:
+        batch_tokens: of the largest step that is timed.
+    """
     config = TrainConfig()
     target = engine.target if isinstance(engine, TorchEngine) else _StandIn(engine.target.config)
     head = MTPHead(target.model).float()
     optimizers = make_optimizers(head, config)
     drafted = list(range(min(config.draft_vocabulary, target.vocabulary_size)))
     objective = Objective(config.objective, target, drafted)
-    length = min(_TEXT, int(target.config.max_position_embeddings) - config.draft_steps - 1)
+    length = pace_of(target.device).padded(_TEXT)
+    length = min(length, int(target.config.max_position_embeddings) - config.draft_steps - 1)
 
     def train(texts: int, tokens: int) -> tuple[float, float]:
+        if target.device.type != "cpu":
+            # The first step of a shape compiles and takes memory.
+            once(texts, tokens)
+        return once(texts, tokens)
+
+    def once(texts: int, tokens: int) -> tuple[float, float]:
         started = time.perf_counter()
         with steady_attention():
             _step(head, target, objective, config, texts, tokens)
@@ -118,13 +205,14 @@ def training_seconds(engine: Engine, seconds: float) -> tuple[float, float]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        _wait(target.device)
         return (between - started) / (texts * tokens), time.perf_counter() - between
 
     small = min(64, length)
     for_token, for_step = train(1, small)
     left = seconds - small * for_token - for_step
     # The first is slower for each token, so that the next takes less than this.
-    texts = min(_TEXTS, int((left - for_step) / (length * for_token)))
+    texts = min(max(1, batch_tokens // length), int((left - for_step) / (length * for_token)))
     return train(texts, length) if texts >= 1 else (for_token, for_step)
 
 
@@ -140,7 +228,21 @@ def _step(
     states_BTH = torch.randn(texts, tokens, size, device=device, generator=_generator(device)).to(target.dtype)
     starts_S = trained_starts(tokens, 0, torch.device("cpu"))
     forward_backward(head, target, objective, config, batch, ids_BT, states_BTH, starts_S)
-    if device.type == "cuda":
+    _wait(device)
+
+
+def _settled(run: Callable[[], None], seconds: float) -> float:
+    """The seconds that something takes on average, after a first time, in about so many seconds."""
+    run()
+    taken = [timed(run)]
+    while sum(taken) < seconds:
+        taken.append(timed(run))
+    return sum(taken) / len(taken)
+
+
+def _wait(device: str | torch.device) -> None:
+    """Until all that was launched there is done."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 

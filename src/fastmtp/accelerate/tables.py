@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmtp.accelerate.facts import Facts
 from fastmtp.accelerate.plan import Prediction, Stage, duration
 from fastmtp.accelerate.prediction import Range
 from fastmtp.distill.dataset import token_count
@@ -42,7 +43,7 @@ def measured(out: Path, engine: str, seconds: Mapping[str, float]) -> Measured:
 
 
 def plan_report(
-    target: str, out: Path, stages: list[Stage], done: set[str], prediction: Prediction
+    target: str, out: Path, stages: list[Stage], done: set[str], prediction: Prediction, facts: Facts
 ) -> list[Grid | str]:
     """Tokens, what they are worth, time by stage and disk by what for, and the warnings."""
     whole = duration(sum(stage.minutes for stage in stages if stage.name not in done))
@@ -50,6 +51,7 @@ def plan_report(
     return [
         f"{target} into {out}: {whole}, of a budget of {duration(prediction.budget)}, by rates measured here",
         *(f"  {stage.name:11} {_time(stage, done):11} {stage.shown()}" for stage in stages),
+        f"measured      {_rates(facts)}",
         f"tokens        {prediction.tokens:,} of prompts and answers, {prediction.epochs:g} passes of training",
         f"{_TAU}  {_range(prediction.tau)}, by the published runs",
         f"{_SPEEDUP}  {_range(prediction.speedup, 'x')}, by these and forwards timed here",
@@ -58,12 +60,12 @@ def plan_report(
     ]
 
 
-def plan_json(stages: list[Stage], done: set[str], prediction: Prediction) -> dict[str, Any]:
+def plan_json(stages: list[Stage], done: set[str], prediction: Prediction, facts: Facts) -> dict[str, Any]:
     listed = [
         {"name": stage.name, "minutes": stage.minutes, "done": stage.name in done, "command": stage.shown()}
         for stage in stages
     ]
-    return {"stages": listed, "predicted": asdict(prediction)}
+    return {"stages": listed, "predicted": asdict(prediction), "facts": asdict(facts)}
 
 
 def compared(prediction: Prediction, found: Measured) -> Grid:
@@ -85,6 +87,15 @@ def compared(prediction: Prediction, found: Measured) -> Grid:
     sizes = (sum(prediction.disk.values()), sum(found.disk.values()))
     totals = [["time", *map(duration, times)], ["disk", *map(_bytes, sizes)]]
     return Grid("predicted and measured", ["", "predicted", "measured"], rows, totals)
+
+
+def _rates(facts: Facts) -> str:
+    answered, trained = facts.answered_per_second(facts.slots), facts.trained_per_second()
+    where = "" if facts.card is None else f", on {facts.card}"
+    return (
+        f"{answered:,.0f} tokens/s drawn by {facts.slots:,} together, "
+        f"{trained:,.0f} trained in steps of {facts.batch_tokens:,}{where}"
+    )
 
 
 def _time(stage: Stage, done: set[str]) -> str:

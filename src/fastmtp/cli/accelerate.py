@@ -71,10 +71,10 @@ def accelerate(
     stages = state.stages(minutes, to)
     done, prediction = {stage.name for stage in stages if state.done(stage)}, state.prediction(minutes, to)
     if not (only_plan and as_json):
-        results(*plan_report(target, out, stages, done, prediction), to_stderr=not only_plan)
+        results(*plan_report(target, out, stages, done, prediction, facts), to_stderr=not only_plan)
     if only_plan:
         if as_json:
-            finish(as_json, {"out": str(out), **plan_json(stages, done, prediction)}, "")
+            finish(as_json, {"out": str(out), **plan_json(stages, done, prediction, facts)}, "")
         return
     if not done:
         # What is replaced is there twice for a moment.

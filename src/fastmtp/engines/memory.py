@@ -1,8 +1,10 @@
-"""Checks before memory is taken."""
+"""Checks before memory is taken, and what a GPU has of it."""
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 from collections.abc import Callable
 
 from fastmtp.models import tensors
@@ -27,3 +29,24 @@ def check_memory(needed: int, free: int, what: str, instead: str, where: str = "
         raise MemoryError(
             f"{what} needs {needed / 1e9:.1f} GB {where} and {free / 1e9:.1f} GB are free; use {instead}"
         )
+
+
+def release_memory() -> None:
+    """Give back what dropped engines leave behind, so that the next one can have it."""
+    # An engine may be a part of a reference cycle.
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        # What PyTorch keeps for later tensors, others cannot have. Without a GPU this does nothing.
+        torch.cuda.empty_cache()
+
+
+def card(device: str) -> str | None:
+    """The name and memory of a device, as PyTorch calls it, if it is a GPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name}, {found.total_memory / (1 << 30):.0f} GiB"

@@ -70,6 +70,11 @@ def open_engine(
     return NativeEngine(target)
 
 
+def is_for_throughput() -> bool:
+    """Whether the engine that decodes here by default is the one for many tokens at once, too."""
+    return choose_engine(EngineOptions()) == "native"
+
+
 def open_torch(
     name: str,
     dtype: str | None = None,
