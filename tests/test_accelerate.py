@@ -290,10 +290,18 @@ def test_a_plan_measures_once_and_does_nothing(tmp_path: Path, monkeypatch: pyte
     assert f"{found['predicted']['tokens']:,} of prompts and answers" in shown.stdout
     assert measured == [str(model)]
     assert not out.exists()
+    # Another card in the same machine is measured, too.
+    for gpu in ("H100, 79 GiB", "H100, 93 GiB"):
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: True)
+            patch.setattr(measuring, "card", lambda device, gpu=gpu: gpu)
+            patch.setattr(measuring, "choose_engine", lambda options: "cuda")
+            CliRunner().invoke(commands, [*call, "--plan"])
+    assert len(measured) == 3
     # Another model at the same place is another one.
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     CliRunner().invoke(commands, [*call, "--plan"])
-    assert len(measured) == 2
+    assert len(measured) == 4
 
 
 def test_the_plan_is_a_prediction() -> None:

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastmtp.accelerate import rates
 from fastmtp.config import BATCH_SLOTS
 from fastmtp.engines.memory import card, release_memory
-from fastmtp.engines.open import is_for_throughput, open_engine
+from fastmtp.engines.open import EngineOptions, choose_engine, is_for_throughput, open_engine
 from fastmtp.engines.protocol import Engine
 from fastmtp.errors import PARSING
 from fastmtp.evaluate.records import from_json
@@ -166,11 +168,13 @@ def _answered(engine: Engine, prefill: float, plain_ms: float) -> dict[str, Any]
 
 
 def _fingerprint(target: str) -> str:
-    """Changes with the model's files, the machine and the version."""
+    """Changes with the model's files, the machine, its GPU, the engine that runs there, and the version."""
     source = locate(target)
     paths = [source.gguf] if source.gguf is not None else sorted(Path(source.location).glob("*"))
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-    facts = [importlib.metadata.version("fastmtp"), machine(), source.location, files]
+    versions = [importlib.metadata.version(name) for name in ("fastmtp", "torch")]
+    gpu = card("cuda") if torch.cuda.is_available() else None
+    facts = [versions, machine(), gpu, choose_engine(EngineOptions()), source.location, files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
