@@ -14,6 +14,7 @@ from fastmtp.accelerate.plan import Prediction, Stage
 from fastmtp.accelerate.prediction import Range
 from fastmtp.accelerate.stages import Result
 from fastmtp.distill.dataset import DataSet, token_count
+from fastmtp.engines.memory import release_memory
 from fastmtp.errors import parsing
 from fastmtp.evaluate.records import from_json
 from fastmtp.files import is_empty, read_json, recover, remove, write_json
@@ -124,6 +125,8 @@ class State:
             result = stage.settings.run(progress)
             found["done"] = True
         finally:
+            # The next stage opens an engine of its own.
+            release_memory()
             found["seconds"] = before + time.monotonic() - started
             self._save()
         return result

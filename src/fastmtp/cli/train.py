@@ -25,6 +25,7 @@ from fastmtp.cli.options import (
 from fastmtp.cli.stopping import on_stop
 from fastmtp.cli.terminal import TERMINAL
 from fastmtp.config import TrainConfig, load_config
+from fastmtp.engines.memory import release_memory
 from fastmtp.engines.open import TORCH_DTYPES, EngineName, open_states_engine, open_torch
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def train(
     summary = run(chosen, out, shard_target=shard_target)
     facts = asdict(summary)
     if vanilla:
+        release_memory()
         one_step = run(replace(chosen, draft_steps=1), beside, measure_steps=chosen.draft_steps)
         facts["vanilla"] = asdict(one_step)
     if not processes.first:

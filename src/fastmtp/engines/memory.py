@@ -6,9 +6,13 @@ import gc
 import math
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fastmtp.models import tensors
 from fastmtp.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 def weight_bytes(config: ModelConfig, bytes_of: Callable[[str], float]) -> int:
@@ -29,6 +33,14 @@ def check_memory(needed: int, free: int, what: str, instead: str, where: str = "
         raise MemoryError(
             f"{what} needs {needed / 1e9:.1f} GB {where} and {free / 1e9:.1f} GB are free; use {instead}"
         )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has free, with what PyTorch holds of it and does not use."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def release_memory() -> None:

@@ -10,7 +10,10 @@ from fastmtp.config import VocabularyConfig
 from fastmtp.distill.dataset import DataSet, data_sha256
 from fastmtp.distill.token_counts import count
 from fastmtp.engines import costs
-from fastmtp.engines.open import open_engine, open_torch
+from fastmtp.engines.costs import ChainCosts
+from fastmtp.engines.memory import release_memory
+from fastmtp.engines.open import is_for_throughput, open_engine, open_torch
+from fastmtp.engines.protocol import Engine
 from fastmtp.evaluate.list_sizes import SizePoint, curve, sizes_for
 from fastmtp.heads.format import read_description
 from fastmtp.models.source import describe
@@ -82,21 +85,28 @@ def fastest(points: Sequence[SizePoint]) -> SizePoint:
 
 def _fastest(name: str, head: Path, least: int, curves: dict[str, list[SizePoint]], progress: Progress) -> SizeOf:
     """The size with the highest predicted speed on this machine's default engine; fills `curves`."""
-    engine = open_engine(name, progress=progress)
+    engine: Engine = open_engine(name, progress=progress)
+    timed = _timed(engine, head, least, progress)
+    if not is_for_throughput():
+        del engine
+        release_memory()
     loaded = open_torch(name, for_throughput=True, progress=progress)
-    decoding, trained = engine.load_head(head), loaded.load_head(head)
-    vocabulary_size = engine.target.vocabulary_size
-    everything = range(vocabulary_size)
-    with progress.status("timing draft steps"):
-        drafting = {}
-        for size in sizes_for(vocabulary_size, least):
-            lists = DraftLists(VocabularyLists.of(everything[:size]), vocabulary_size, 0)
-            drafting[size] = engine.new_sequence(decoding, lists)
-        timed = costs.of_chains(drafting, decoding.draft_steps, vocabulary_size)
+    trained, reading = loaded.load_head(head), engine if is_for_throughput() else loaded
 
     def size_of(ranking: Ranking) -> int:
         with progress.status(f"acceptance by size, {ranking.label}"):
-            curves[ranking.label] = curve(trained.weights, loaded.target, engine, ranking, timed)
+            curves[ranking.label] = curve(trained.weights, loaded.target, reading, ranking, timed)
         return fastest(curves[ranking.label]).size
 
     return size_of
+
+
+def _timed(engine: Engine, head: Path, least: int, progress: Progress) -> ChainCosts:
+    """Chains of a head's drafts, by the size of the list."""
+    decoding, vocabulary_size = engine.load_head(head), engine.target.vocabulary_size
+    everything, drafting = range(vocabulary_size), {}
+    with progress.status("timing draft steps"):
+        for size in sizes_for(vocabulary_size, least):
+            lists = DraftLists(VocabularyLists.of(everything[:size]), vocabulary_size, 0)
+            drafting[size] = engine.new_sequence(decoding, lists)
+        return costs.of_chains(drafting, decoding.draft_steps, vocabulary_size)

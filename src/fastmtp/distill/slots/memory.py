@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fastmtp.distill.slots.machine import room
 from fastmtp.engines.torch.slots import PREFILL_KEYS, PREFILL_TOKENS
 from fastmtp.models.info import head_size
@@ -69,12 +67,6 @@ def fitting_slots(free: int, config: Any, length: int, most: int, element: int) 
             "GPU with more memory"
         )
     return slots if slots < _TILE else slots // _TILE * _TILE
-
-
-def free_bytes(device: torch.device) -> int:
-    """What the GPU has free, with what PyTorch holds and does not use."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _row_bytes(config: Any, element: int) -> int:

@@ -15,7 +15,8 @@ from fastmtp.distill.prompts import Prompt
 from fastmtp.distill.requests import prompt_ids
 from fastmtp.distill.slots.decode import decode_slots
 from fastmtp.distill.slots.machine import SlotMachine
-from fastmtp.distill.slots.memory import fitting_slots, free_bytes
+from fastmtp.distill.slots.memory import fitting_slots
+from fastmtp.engines.memory import free_bytes
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.slots import is_supported
 from fastmtp.engines.torch.target import Target

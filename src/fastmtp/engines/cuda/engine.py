@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -45,6 +46,8 @@ class CudaEngine:
         self.machine = Machine(target, pool_tokens)
         self._rounds: dict[int, Rounds] = {}
         self._ahead = Ahead(self.machine)
+        # Otherwise graphs would keep a dropped engine's memory until the next collection of reference cycles.
+        weakref.finalize(self, self.machine.graphs.forget).atexit = False
 
     @property
     def name(self) -> str:

@@ -58,6 +58,11 @@ class Graphs:
         if self._device.type == "cuda":
             self._captured[key] = capture(function, self._device, self._memory), function
 
+    def forget(self) -> None:
+        """Drop all graphs; their functions hold what holds this. A function that is run again is captured again."""
+        with self._lock:
+            self._captured.clear()
+
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
         """A copy, which later calls leave alone."""
         self.copied += 1

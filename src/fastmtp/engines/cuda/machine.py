@@ -22,6 +22,7 @@ from fastmtp.engines.cuda.pool import Pool, Room
 from fastmtp.engines.cuda.scoring import Scoring
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.cuda.weights import CudaHead
+from fastmtp.engines.memory import free_bytes
 from fastmtp.progress import QUIET, Progress
 
 # Rows times spans of a forward: what attention's memory is made for, unless one tile needs more.
@@ -195,8 +196,7 @@ def _pages(target: CudaTarget, shape: tuple[int, int, int], tokens: int | None) 
     wanted = -(-(tokens or 16 * (target.context_limit + PAGE)) // PAGE)
     if target.device.type != "cuda":
         return wanted
-    free, _ = torch.cuda.mem_get_info(target.device)
-    fitting = free // 2 // page_bytes
+    fitting = free_bytes(target.device) // 2 // page_bytes
     if fitting < 1:
         raise MemoryError(
             f"{target.source}: there is no memory left for its caches on {target.device}; use a smaller model"

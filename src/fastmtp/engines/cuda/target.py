@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtp.engines.cuda.pool import BEYOND
 from fastmtp.engines.cuda.weights import CudaHead, Reader
-from fastmtp.engines.memory import check_memory, weight_bytes
+from fastmtp.engines.memory import check_memory, free_bytes, weight_bytes
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import TargetInfo
@@ -57,8 +57,8 @@ class CudaTarget(TargetInfo):
         self.kinds = sorted({*config.layer_types, FULL})
         frequencies = ropes(config, self.kinds, weights.rope_factors, source)
         if device.type == "cuda":
-            needed, (free, _) = weight_bytes(config, lambda _: dtype.itemsize), torch.cuda.mem_get_info(device)
-            check_memory(needed, free, f"{source} in {str(dtype)[6:]}", "a smaller model", f"on {device}")
+            needed, what = weight_bytes(config, lambda _: dtype.itemsize), f"{source} in {str(dtype)[6:]}"
+            check_memory(needed, free_bytes(device), what, "a smaller model", f"on {device}")
         reader = self.reader(weights)
         self.embedding = self.lm_head = reader.matrix("model.embed_tokens.weight")
         if not config.tie_word_embeddings:
