@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastmtp.config import TrainConfig
+from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.models.config import ModelConfig
-from fastmtp.train import memory
-from fastmtp.train.memory import BATCHES, USABLE, MemoryPlan, fitting, plan_memory
+from fastmtp.train import memory, pace
+from fastmtp.train.agreement import Reference, agreements
+from fastmtp.train.initial import fit_input_projection
+from fastmtp.train.memory import (
+    BATCHES,
+    USABLE,
+    MemoryPlan,
+    first_weights_bytes,
+    fitting,
+    measuring_bytes,
+    plan_memory,
+    reading_bytes,
+)
 from fastmtp.train.optimizers import make_optimizers
+from fastmtp.train.pace import GPU
+from fastmtp.train.step import autocast
 from tests.conftest import random_ids
 from tests.engines import text_states
 
@@ -93,6 +113,61 @@ def test_activations(steps: int, half: bool, target: Target) -> None:
     assert reckoned - states_bytes == pytest.approx(found, rel=0.1)
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it take at a time, views of those given left out."""
+
+    def __init__(self, *there: torch.Tensor) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        self.most = max(self.most, self._now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measuring_and_first_weights(dtype: torch.dtype, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they take on a CPU in the pieces of a GPU, beside weights and the measured texts, is less, not by far."""
+    pieces = replace(GPU, logits=1 << 18, tokens=1024)
+    monkeypatch.setitem(pace.PACES, "cpu", pieces)
+    own = Target(deepcopy(target.model).to(dtype), target.tokenizer, target.source)
+    model = ModelConfig.from_json(target.config.to_dict(), target.source)
+    config, columns = TrainConfig(max_length=128), target.vocabulary_size
+    head, engine, texts = MTPHead(own.model).float(), TorchEngine(own), [random_ids(128, seed) for seed in range(8)]
+    weights = [*own.model.parameters(), *head.parameters()]
+
+    with Peak(*weights) as reading, torch.no_grad():
+        references = [Reference.of(own, ids, one) for ids, one in zip(texts, engine.forward(texts), strict=True)]
+    with Peak(*weights, *(reference.states_TH for reference in references)) as drafting, autocast(own):
+        agreements(head, own, references, None, config.draft_steps, [1] * len(texts))
+    with Peak(*weights) as fitting_weights:
+        fit_input_projection(head, own, texts, engine)
+
+    for found, planned in (
+        (reading.most, reading_bytes(model, config, dtype, pieces)),
+        (drafting.most, measuring_bytes(model, config, columns, dtype, pieces)),
+        (fitting_weights.most, first_weights_bytes(model, config, dtype, pieces)),
+    ):
+        assert 0.5 * planned < found < planned
+
+
 def test_an_8b_target_fits_on_80_gb() -> None:
     """Weights, head, Muon and 16,384 tokens a step in bfloat16; in half of that memory with a smaller batch."""
     plans = [plan_memory(LLAMA_8B, TrainConfig(), tokens, torch.bfloat16, columns=32768) for tokens in BATCHES]
@@ -105,6 +180,24 @@ def test_an_8b_target_fits_on_80_gb() -> None:
     assert fitting(1, plans).batch_tokens == min(BATCHES)
     assert "likely too little" in small.line(20_000_000_000)
     assert "likely" not in large.line(80_000_000_000)
+
+
+def test_dropped_layers_make_room_for_a_larger_batch() -> None:
+    """They are there while texts are read and the first weights are fit: that, and a step, fits on 24 GB."""
+    with_layers, without = (
+        [
+            plan_memory(LLAMA_8B, TrainConfig(), tokens, torch.bfloat16, columns=32768, without_layers=dropped)
+            for tokens in BATCHES
+        ]
+        for dropped in (False, True)
+    )
+    layers = with_layers[0].parts["target"] - without[0].parts["target"]
+    assert layers == pytest.approx(2 * 6.98e9, rel=1e-3)
+    assert without[0].instead["reading"] > layers > without[0].instead["measuring"]
+    memory = 24_000_000_000
+    assert fitting(memory, with_layers).total > USABLE * memory
+    assert (chosen := fitting(memory, without)).batch_tokens == 16384
+    assert "likely" not in chosen.line(memory)
 
 
 def test_processes_share_a_batch_and_a_sharded_target() -> None:
@@ -135,7 +228,7 @@ def test_the_batch_is_the_devices(llama: Target, monkeypatch: pytest.MonkeyPatch
     assert chosen(TrainConfig()).batch_tokens == memory.CPU_BATCH
     assert chosen(TrainConfig(batch_tokens=77)).batch_tokens == 77
     assert said.lines == []
-    for tokens in (16384, 4096):
+    for tokens in (16384, 8192):
         most = int(plan_with(llama, 100, tokens).total / USABLE) + 1
         monkeypatch.setattr(memory, "device_memory", lambda device, most=most: most)
         assert chosen(TrainConfig()).batch_tokens == tokens

@@ -23,7 +23,8 @@ from fastmtp.models.config import ModelConfig
 from fastmtp.models.families import FAMILIES
 from fastmtp.models.tensors import family, layer_shapes, tensor_shapes
 from fastmtp.progress import Progress
-from fastmtp.train.pace import FORMULA_TENSORS, GPU
+from fastmtp.train.agreement import CHUNK as MEASURED_TOGETHER
+from fastmtp.train.pace import FORMULA_TENSORS, GPU, Pace
 
 # Batches that `auto` chooses from: of more tokens a step is no faster, and there would be fewer steps.
 BATCHES = (16384, 8192, 4096, 2048, 1024)
@@ -31,29 +32,42 @@ BATCHES = (16384, 8192, 4096, 2048, 1024)
 USABLE = 0.9
 # On a CPU, whose caches are small.
 CPU_BATCH = 2048
+# Parts of a plan that a step takes and gives back.
+WORK = ("activations", "logits")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, at so many tokens a step."""
+    """Bytes by part, at so many tokens a step.
+
+    Attributes:
+        parts: of a step.
+        instead: what other work takes in place of a step's `WORK`.
+    """
 
     batch_tokens: int
     parts: dict[str, int]
+    instead: dict[str, int]
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        step = sum(self.parts[name] for name in WORK)
+        return sum(self.parts.values()) - step + max(step, *self.instead.values())
 
     def line(self, memory: int) -> str:
         """For a device of so many bytes."""
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.parts.items())
+        most = max(self.instead, key=self.instead.__getitem__)
+        if self.instead[most] > sum(self.parts[name] for name in WORK):
+            parts += f", or {most} {self.instead[most] / 1e9:.1f} in place of {' and '.join(WORK)}"
         line = (
             f"memory at {self.batch_tokens:,} tokens a step, in GB: {parts}; {self.total / 1e9:.1f} of "
             f"{memory / 1e9:.1f}"
         )
         if self.total <= USABLE * memory:
             return line
-        return f"{line}, which is likely too little: try a smaller --batch-tokens, --draft-vocabulary or --dtype"
+        smaller = "--states, or a smaller --batch-tokens, --draft-vocabulary or --dtype"
+        return f"{line}, which is likely too little: try {smaller}"
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -70,6 +84,7 @@ def plan_memory(
     columns: int,
     processes: int = 1,
     sharded: bool = False,
+    without_layers: bool = False,
 ) -> MemoryPlan:
     """The plan of one of the processes that share each batch.
 
@@ -77,6 +92,7 @@ def plan_memory(
         dtype: the target's.
         columns: D, the tokens that the loss scores.
         sharded: whether they share the target's layers too.
+        without_layers: the layers are dropped before the first step.
     """
     half = dtype.itemsize < 4
     tokens = -(-batch_tokens // processes)
@@ -84,7 +100,8 @@ def plan_memory(
     if model.tie_word_embeddings:
         del weights["lm_head.weight"]
     layers = sum(size for name, size in weights.items() if ".layers." in name)
-    target = dtype.itemsize * (sum(weights.values()) - (layers - layers // processes if sharded else 0))
+    held = dtype.itemsize * (layers // processes if sharded else layers)
+    target = dtype.itemsize * (sum(weights.values()) - layers) + (0 if without_layers else held)
     rows = dtype.itemsize * columns * model.hidden_size if columns < model.vocab_size else 0
     matrices = [prod(shape) for shape in layer_shapes(model).values() if len(shape) == 2]
     matrices.append(2 * model.hidden_size**2)
@@ -94,16 +111,83 @@ def plan_memory(
     # Muon: a buffer, and a few copies of the largest matrix while it is orthogonalised; AdamW: two buffers.
     muon = config.optimizer == "muon"
     optimizer = 4 * head + 8 * max(matrices) if muon else 8 * head
+    # Of as many training exchanges as are held out, too.
+    texts = 2 * config.held_out * config.max_length * model.hidden_size * dtype.itemsize
     return MemoryPlan(
         batch_tokens,
         {
             "target": target + rows,
             "head": head_bytes,
             "optimiser": optimizer,
+            "measured texts": texts,
             "activations": _activations(model, config.draft_steps, tokens, dtype),
             "logits": _logits(config, columns, tokens, dtype),
         },
+        _instead(model, config, columns, dtype, held if without_layers else 0, (4 * head, optimizer, texts)),
     )
+
+
+def _instead(
+    model: ModelConfig,
+    config: TrainConfig,
+    columns: int,
+    dtype: torch.dtype,
+    dropped: int,
+    later: tuple[int, int, int],
+) -> dict[str, int]:
+    """What else than steps is done, in place of what a step takes and gives back.
+
+    Args:
+        dropped: bytes of layers, which are there until the texts that are measured were read.
+        later: gradients, optimiser and measured texts. The first weights come before all of them; there are no
+            gradients while acceptance is measured, but the optimiser's state in a run that goes on.
+    """
+    gradients = later[0]
+    found = {
+        "reading": reading_bytes(model, config, dtype) + dropped - gradients,
+        "measuring": measuring_bytes(model, config, columns, dtype) - gradients,
+        "first weights": first_weights_bytes(model, config, dtype) + dropped - sum(later),
+    }
+    return {name: max(0, size) for name, size in found.items()}
+
+
+def reading_bytes(model: ModelConfig, config: TrainConfig, dtype: torch.dtype, pace: Pace = GPU) -> int:
+    """What reading the texts that are measured takes: a forward over a group, and all logits of some positions."""
+    tokens = max(pace.tokens, config.max_length)
+    rows = min(tokens, pace.positions(model.vocab_size * FORMULA_TENSORS, MEASURED_TOGETHER))
+    # As they are, in float32, and as a copy from which they are summed.
+    return max(_forward(model, tokens, dtype), 3 * 4 * model.vocab_size * rows)
+
+
+def measuring_bytes(
+    model: ModelConfig, config: TrainConfig, columns: int, dtype: torch.dtype, pace: Pace = GPU
+) -> int:
+    """What measuring acceptance takes beside the measured texts' states.
+
+    In a group of texts all chains have K steps, and some positions at a time the logits of drafts and target.
+    """
+    size, steps, tokens = dtype.itemsize, config.draft_steps, max(pace.tokens, config.max_length)
+    hidden = tokens * model.hidden_size
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    # Keys that are normed are in float32, if the norm does not give back what it takes.
+    kind = family(model)
+    normed = torch.float32 if kind.query_key_norms and not kind.norm_offset else dtype
+    # Keys and values of all steps: each, their copy as one, and that for each query head.
+    cached = (size + normed.itemsize) * steps * tokens * (2 * keys + queries)
+    embedded = size * hidden
+    rows = min(tokens, pace.positions(columns * FORMULA_TENSORS, MEASURED_TOGETHER))
+    work = max(embedded + cached + _forward(model, tokens, normed), 4 * FORMULA_TENSORS * columns * rows)
+    # The texts' states together, and the head's in float32.
+    return size * hidden + 4 * steps * hidden + work
+
+
+def first_weights_bytes(model: ModelConfig, config: TrainConfig, dtype: torch.dtype, pace: Pace = GPU) -> int:
+    """What fitting `input_proj` takes: least squares of 2 H inputs over a group of texts at a time."""
+    tokens, squares = max(pace.tokens, config.max_length), 4 * (2 * model.hidden_size) ** 2
+    # Both states as they are and in float32, the inputs, and the weighted ones with a copy.
+    positions = tokens * model.hidden_size * (2 * dtype.itemsize + 4 * (2 + 3 * 2))
+    # The products are half of the squares; a sum and its addend, or ridge, identity and factors of the solution.
+    return squares + squares // 2 + max(positions + squares, _forward(model, tokens, dtype), 4 * squares)
 
 
 def fitting(memory: int, plans: Sequence[MemoryPlan]) -> MemoryPlan:
@@ -113,7 +197,13 @@ def fitting(memory: int, plans: Sequence[MemoryPlan]) -> MemoryPlan:
 
 
 def planned(
-    target: Target, config: TrainConfig, columns: int, processes: int, sharded: bool, progress: Progress
+    target: Target,
+    config: TrainConfig,
+    columns: int,
+    processes: int,
+    sharded: bool,
+    progress: Progress,
+    without_layers: bool = False,
 ) -> TrainConfig:
     """The settings with a batch of so many tokens that it fits, if they leave it open; says what will be taken.
 
@@ -129,7 +219,16 @@ def planned(
         return chosen
     model = ModelConfig.from_json(target.config.to_dict(), target.source)
     plans = [
-        plan_memory(model, config, tokens, target.dtype, columns=columns, processes=processes, sharded=sharded)
+        plan_memory(
+            model,
+            config,
+            tokens,
+            target.dtype,
+            columns=columns,
+            processes=processes,
+            sharded=sharded,
+            without_layers=without_layers,
+        )
         for tokens in (BATCHES if config.batch_tokens == "auto" else (config.batch_tokens,))
     ]
     plan = fitting(memory, plans)
@@ -149,8 +248,14 @@ def _activations(model: ModelConfig, draft_steps: int, tokens: int, dtype: torch
     # Keys and values of all steps before are copied for each step, once for each query head.
     copied = sum(2 * size * queries * (tokens + (step - 1) * later) for step in range(2, draft_steps + 1))
     kept = position * (tokens + (draft_steps - 1) * later) + copied
-    forward = size * tokens * (4 * hidden + 3 * inner + 3 * queries + 2 * keys)
-    return max(kept, forward) + size * hidden * tokens * 3
+    return max(kept, _forward(model, tokens, dtype)) + size * hidden * tokens * 3
+
+
+def _forward(model: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """One layer's activations, of which nothing is kept."""
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    row = 4 * model.hidden_size + 3 * model.intermediate_size + 3 * queries + 2 * keys
+    return dtype.itemsize * tokens * row
 
 
 def _logits(config: TrainConfig, columns: int, tokens: int, dtype: torch.dtype) -> int:
