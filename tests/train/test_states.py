@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,9 @@ from fastmtp.cli.terminal import TERMINAL
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
+from fastmtp.train.pace import GPU, PACES
 from fastmtp.train.processes import Processes
+from fastmtp.train.read_ahead import ReadAhead
 from fastmtp.train.states import StateCache
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, tiny_target
@@ -53,6 +57,56 @@ def test_losses_are_those_without_a_cache(tmp_path: Path, llama: Target) -> None
     again = losses(Trainer(llama, data, None, CONFIG, tmp_path / "again", states=tmp_path / "states"), 6)
     assert again == found
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()} == written
+
+
+def test_states_are_read_in_batches_on_a_gpu(
+    tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few forwards for a shard, and every text has its own states all the same."""
+    monkeypatch.setitem(PACES, "cpu", replace(GPU, tokens=30))
+    whole, forwards = llama.whole, list[tuple[int, ...]]()
+    monkeypatch.setattr(llama, "whole", lambda ids: forwards.append(tuple(ids.shape)) or whole(ids))
+    held = cache(tmp_path, llama)
+    assert len(forwards) < len(TEXTS)
+    for index, text in enumerate(TEXTS):
+        expected = whole(torch.tensor([text]))[0]
+        torch.testing.assert_close(held[index], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_dropped_change_nothing(tmp_path: Path, llama: Target) -> None:
+    """Once all states are on disk: the same losses, measurements and head, to the bit."""
+    data, heads = exchanges(llama), []
+    for dropped in (False, True):
+        target = Target(deepcopy(llama.model), llama.tokenizer, llama.source)
+        directory = tmp_path / str(dropped)
+        trainer = Trainer(target, data, None, CONFIG, directory, states=tmp_path / "states", drop_layers=dropped)
+        assert len(target.model.model.layers) == (0 if dropped else len(llama.model.model.layers))
+        heads.append((losses(trainer, 6), trainer.measure(trained=True), trainer.head.state_dict()))
+    (kept, same, before), (without, measured, after) = heads
+    assert (kept, same) == (without, measured)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(AssertionError, match="were dropped"):
+        target.whole(torch.tensor([[1, 2]]))
+
+
+def test_the_next_is_read_while_one_is_in_use() -> None:
+    """In any order each is what it is, and an error comes to whoever asks for it."""
+    numbers: list[int] = []
+
+    def read(number: int) -> int:
+        numbers.append(number)
+        if number == 3:
+            raise OSError("gone")
+        return 10 * number
+
+    ahead = ReadAhead(read, 4)
+    assert [ahead[0], ahead[1]] == [0, 10]
+    assert ahead[0] == 0
+    assert [ahead[1], ahead[2]] == [10, 20]
+    with pytest.raises(OSError, match="gone"):
+        ahead[3]
+    assert ahead[2] == 20
+    assert numbers[:3] == [0, 1, 2]
 
 
 def test_missing_shards_are_made(tmp_path: Path, llama: Target) -> None:

@@ -82,7 +82,7 @@ def test_a_step_follows_the_gradient_of_the_weighted_loss(
     """Of sum alpha_k L_k, the L_k written out, by autograd (FastMTP, equations 2 and 3)."""
     trainer = Trainer(llama, exchanges(llama), None, CONFIG, tmp_path)
     head = deepcopy(trainer.head)
-    batch, _, states = trainer._batch(trainer._order[0])
+    batch, _, states = trainer._batch(0)
     found: list[torch.Tensor] = []
     monkeypatch.setattr(
         torch.nn.utils,

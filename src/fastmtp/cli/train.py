@@ -112,11 +112,11 @@ def train(
         lists=lists,
         progress=TERMINAL,
     )
-    summary = run(chosen, out, shard_target=shard_target)
+    summary = run(chosen, out, shard_target=shard_target, drop_layers=not vanilla)
     facts = asdict(summary)
     if vanilla:
         release_memory()
-        one_step = run(replace(chosen, draft_steps=1), beside, measure_steps=chosen.draft_steps)
+        one_step = run(replace(chosen, draft_steps=1), beside, measure_steps=chosen.draft_steps, drop_layers=True)
         facts["vanilla"] = asdict(one_step)
     if not processes.first:
         return

@@ -76,6 +76,7 @@ def train_head(
     lists: Path | None = None,
     shard_target: bool = False,
     measure_steps: int | None = None,
+    drop_layers: bool = False,
     progress: Progress = QUIET,
 ) -> TrainSummary:
     """Train, and write the head with the best held-out acceptance length to `out`.
@@ -91,6 +92,7 @@ def train_head(
         lists: the file of the draft vocabulary, whose union the loss scores; None is one list, counted on the data.
         shard_target: spread the target's layers over the processes.
         measure_steps: length of the chains that acceptance is measured on; None is the length trained.
+        drop_layers: free the target's layers once all states are in `states`; nobody needs them afterwards.
     Raises:
         OSError: somebody else writes there.
     """
@@ -109,7 +111,8 @@ def train_head(
             vocabulary = read_vocabulary(lists, target)
         draft_ids = vocabulary.union() or None
         columns = len(draft_ids) if draft_ids else target.vocabulary_size
-        config = planned(target, config, columns, processes.count, shard_target, shown)
+        without_layers = drop_layers and states is not None
+        config = planned(target, config, columns, processes.count, shard_target, shown, without_layers)
         # Before the training, during which the code may change.
         record = provenance(config)
         directory = out.with_name(out.name + ".training")
@@ -125,6 +128,7 @@ def train_head(
             processes=processes,
             shard_target=shard_target,
             measure_steps=measure_steps,
+            drop_layers=drop_layers,
             progress=shown,
         )
         started, tokens = time.monotonic(), 0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,7 +28,8 @@ from fastmtp.files import clear_leftovers, file_sha256, is_empty, read_json, rep
 from fastmtp.locking import locked
 from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
-from fastmtp.train.pace import Pace
+from fastmtp.train.batches import by_length
+from fastmtp.train.pace import Pace, pace_of, to_device
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256
@@ -62,6 +64,21 @@ def stacked(parts: Sequence[Tensor], length: int) -> Tensor:
     return torch.cat([whole, whole.new_zeros(len(whole), length - whole.shape[1], *whole.shape[2:])], 1)
 
 
+def _computed(engine: Engine, texts: Sequence[Sequence[int]], target: Target) -> Tensor:
+    """The states of some texts, one after the other [T, H], on the host.
+
+    Read as training reads them: on a GPU in batches, on a CPU by themselves.
+    """
+    pace, found = pace_of(target.device), dict[int, Tensor]()
+    for group in by_length([len(text) for text in texts], pace.tokens):
+        chosen = [texts[index] for index in group]
+        ids_BT = to_device(padded(chosen, pace), target.device)
+        # In one copy.
+        states_BTH = padded_states(engine, chosen, ids_BT, target).cpu()
+        found |= {index: own_TH[: len(texts[index])] for index, own_TH in zip(group, states_BTH, strict=True)}
+    return torch.cat([found[index] for index in range(len(texts))])
+
+
 class StateCache:
     """The states of a list of texts: a directory of shards, each with a JSON file that holds its hash."""
 
@@ -83,6 +100,8 @@ class StateCache:
         self._directory = directory
         self._lengths = [len(text) for text in texts]
         self._starts = [sum(self._lengths[index - index % SHARD_TEXTS : index]) for index in range(len(texts))]
+        # By the first text, those that were read.
+        self._shards: dict[int, Any] = {}
         shards = range(0, len(texts), SHARD_TEXTS)
         fingerprint = hashlib.sha256(
             json.dumps([asdict(target.identity), engine.arithmetic, list(map(list, texts))]).encode()
@@ -110,20 +129,20 @@ class StateCache:
             bar_of_all = progress.bar("hidden states", len(shards), len(shards) - len(missing))
             with bar_of_all as bar, steady_attention():
                 for start in processes.share_of_forwards(missing):
-                    # One text at a time, so that a state does not depend on its neighbours in a batch.
-                    states = [states_of(engine, [text], target)[0] for text in texts[start : start + SHARD_TEXTS]]
-                    states_TH = torch.cat(states).to("cpu", target.dtype)
+                    states_TH = _computed(engine, texts[start : start + SHARD_TEXTS], target)
                     if start in processes.share(missing):
                         self._write(start, states_TH)
                     bar.advance(1, len(states_TH))
             processes.wait()
 
     def __getitem__(self, index: int) -> Tensor:
-        """The states [T, H] of one text."""
-        path = self._path(index - index % SHARD_TEXTS)
-        with safe_open(path, "pt") as shard:
-            start = self._starts[index]
-            states: Tensor = shard.get_slice("states")[start : start + self._lengths[index]]
+        """The states [T, H] of one text. For one thread."""
+        first = index - index % SHARD_TEXTS
+        if first not in self._shards:
+            # A file is mapped, and then closed: so many are not open.
+            self._shards[first] = safe_open(self._path(first), "pt")
+        start = self._starts[index]
+        states: Tensor = self._shards[first].get_slice("states")[start : start + self._lengths[index]]
         return states
 
     def _announcement(self, target: Target) -> str:

@@ -34,6 +34,7 @@ from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.pace import pace_of, to_device
 from fastmtp.train.processes import Processes
+from fastmtp.train.read_ahead import ReadAhead
 from fastmtp.train.states import StateCache, padded_states, stacked, states_of
 from fastmtp.train.step import autocast, forward_backward
 
@@ -69,6 +70,7 @@ class Trainer:
         processes: Processes | None = None,
         shard_target: bool = False,
         measure_steps: int | None = None,
+        drop_layers: bool = False,
         progress: Progress = QUIET,
     ) -> None:
         """Start a run, or continue from the directory's checkpoint.
@@ -81,6 +83,7 @@ class Trainer:
             processes: those that share the work; None is this one alone.
             shard_target: spread the target's layers over the processes.
             measure_steps: length of the chains that acceptance is measured on; None is the length trained.
+            drop_layers: free the target's layers once all states are in `states`.
         Raises:
             FileNotFoundError: there is no head in `init`.
             ValueError: too little data, a head that does not fit, or `directory` has another run's checkpoint.
@@ -123,6 +126,7 @@ class Trainer:
         self._states = (
             StateCache(states, target, self._engine, self._texts, self._processes, progress) if states else None
         )
+        self._kept = ReadAhead(self._read_states, len(self._order))
         self._texts_measured: dict[bool, list[list[tuple[Reference, int]]]] = {}
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
@@ -133,6 +137,10 @@ class Trainer:
         if not self._resume() and init is None:
             with steady_attention(), self.clock("first weights"):
                 fit_input_projection(self.head, target, self._texts, self._engine)
+        if drop_layers and self._states is not None:
+            for of_training in (False, True):
+                self._references(of_training)
+            target.drop_layers()
 
     @property
     def steps(self) -> int:
@@ -207,8 +215,7 @@ class Trainer:
 
         Nothing here waits for the device, but the check of a float16 target's states; the losses stay there.
         """
-        chosen = self._order[self.step]
-        batch, ids_BT, states_BTH = self._batch(chosen)
+        batch, ids_BT, states_BTH = self._batch(self.step)
         length, host = ids_BT.shape[1], torch.device("cpu")
         is_per_step = self.config.pattern == "per_step"
         starts_S = torch.arange(length) if is_per_step else trained_starts(length, self.step, host)
@@ -236,25 +243,34 @@ class Trainer:
                     group["lr"] = factor * self.config.learning_rate
                 optimizer.step()
                 optimizer.zero_grad()
-        return losses_K, sum(len(self._texts[index]) for index in chosen)
+        return losses_K, sum(len(self._texts[index]) for index in self._order[self.step])
 
-    def _batch(self, chosen: Sequence[int]) -> tuple[Batch, Tensor, Tensor]:
+    def _batch(self, step: int) -> tuple[Batch, Tensor, Tensor]:
         """This process's part of a batch, and on the device its ids [B, T] and the target's states [B, T, H]."""
         device = self.target.device
-        # Every process must take the same steps: one without a text of its own runs one whose mask is empty.
-        own = self._processes.share(chosen)
-        indices = own or chosen[:1]
+        indices, length = self._share(step)
         texts = [self._texts[index] for index in indices]
-        length = self._pace.padded(max(map(len, texts)))
         batch = make_batch(texts, [self._masks[index] for index in indices], length)
-        if not own:
+        if not self._processes.share(self._order[step]):
             batch = Batch(batch.ids_BT, batch.inside_BT & False, batch.answer_BT & False)
         ids_BT = to_device(batch.ids_BT, device)
         with torch.no_grad(), self.clock("target"):
             if self._states is None:
                 return batch, ids_BT, padded_states(self._engine, texts, ids_BT, self.target)
-            kept_BTH = stacked([self._states[index] for index in indices], length)
-            return batch, ids_BT, to_device(kept_BTH, device).to(self.target.dtype)
+            return batch, ids_BT, to_device(self._kept[step], device).to(self.target.dtype)
+
+    def _share(self, step: int) -> tuple[Sequence[int], int]:
+        """This process's texts of a batch, and their length with padding."""
+        # Every process must take the same steps: one without a text of its own runs one whose mask is empty.
+        indices = self._processes.share(self._order[step]) or self._order[step][:1]
+        return indices, self._pace.padded(max(len(self._texts[index]) for index in indices))
+
+    def _read_states(self, step: int) -> Tensor:
+        """Those of `_share` from disk, [B, T, H] on the host, ready to be copied to a GPU."""
+        assert self._states is not None
+        indices, length = self._share(step)
+        states_BTH = stacked([self._states[index] for index in indices], length)
+        return states_BTH.pin_memory() if self.target.device.type == "cuda" else states_BTH
 
     @property
     def _best_path(self) -> Path:

@@ -51,6 +51,10 @@ class Target(TargetInfo):
         self.device: torch.device = model.lm_head.weight.device
         self.dtype: torch.dtype = model.lm_head.weight.dtype
 
+    def drop_layers(self) -> None:
+        """Free the layers: embeddings and logits are left, and no states."""
+        self.model.model.layers = nn.ModuleList()
+
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Raises RuntimeError in a process that was forked after the target was used on several threads."""
         if self.device.type == "cpu" and torch.get_num_threads() > 1:
@@ -81,6 +85,7 @@ class Target(TargetInfo):
 
     def states(self, ids_BT: Tensor, positions_BT: Tensor, masks: Masks, cache: Cache | None) -> Tensor:
         """States [B, T, H] after the final norm, for any positions and masks."""
+        assert len(self.model.model.layers), "the layers were dropped"
         rotation = self.rotations(positions_BT, self.kinds)
         hidden_BTH = run_layers(self.model.model.layers, self.kinds, self.embed(ids_BT), rotation, masks, cache)
         return cast(Tensor, self.model.model.norm(hidden_BTH))
