@@ -364,7 +364,83 @@ for heads, key_heads, size, room, window in shapes:
 """
 
 
-def test_the_kernel_is_attention() -> None:
-    """Triton's interpreter, for groups, sizes that are no power of 2, and windows; as PyTorch computes it."""
+PARTS = """
+import torch
+from fastmtp.engines.torch.slot_attention import place_by_index
+from fastmtp.engines.torch.slot_kernels import gate_slots, place_slots
+
+generator = torch.Generator().manual_seed(0)
+for heads, key_heads, size, room in [(4, 2, 8, 128), (9, 3, 64, 128), (4, 4, 24, 64)]:
+    positions = torch.tensor([0, room - 1, 63, 17])
+    joint = torch.randn(4, heads + 2 * key_heads, size, generator=generator)
+    cosines, sines = (torch.randn(room, size, generator=generator) for _ in "cs")
+    held = [torch.full((4, key_heads, room, size), torch.nan) for _ in "kv"]
+    expected = [part.clone() for part in held]
+    got = place_slots(joint, cosines, sines, positions, *held)
+    torch.testing.assert_close(got, place_by_index(joint, cosines, sines, positions, *expected))
+    # Nothing else is written.
+    torch.testing.assert_close(held, expected, equal_nan=True)
+joint = 3 * torch.randn(3, 2 * 1100, generator=generator)
+gate, up = joint.chunk(2, -1)
+torch.testing.assert_close(gate_slots(joint, gelu=False), torch.nn.functional.silu(gate) * up)
+gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+torch.testing.assert_close(gate_slots(joint, gelu=True), gelu * up, rtol=1e-4, atol=1e-5)
+"""
+
+STEP = """
+from copy import deepcopy
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from fastmtp.engines.torch import slots
+from fastmtp.engines.torch.slot_attention import StepParts, step_parts
+from fastmtp.engines.torch.slot_kernels import attend_slots, gate_slots, place_slots
+from fastmtp.engines.torch.target import Target
+from tests.conftest import FAMILIES, tiny_target
+
+VIEWS = ("view", "split", "chunk", "slice", "select", "expand", "t", "transpose", "detach", "alias", "unsqueeze")
+
+
+class Counted(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1].lstrip("_")
+        self.count += not name.startswith(VIEWS) and not name.startswith("empty")
+        return function(*args, **(kwargs or {}))
+
+
+def counting(kernel):
+    def run(*arguments, **named):
+        # The interpreter's own work is on the host.
+        before = counted.count
+        found = kernel(*arguments, **named)
+        counted.count = before + 1
+        return found
+    return run
+
+
+kernels = StepParts(*map(counting, (place_slots, attend_slots, gate_slots)))
+for family in FAMILIES:
+    own = tiny_target(family)
+    found, counts = [], []
+    for parts in (step_parts(torch.device("cpu")), kernels):
+        slots.step_parts = lambda device: parts
+        model = slots.SlotModel(Target(deepcopy(own.model), own.tokenizer, own.source), 3, 64)
+        with torch.inference_mode():
+            model.prefill(torch.arange(3), torch.arange(30).view(3, 10), 0)
+            for step in range(3):
+                with Counted() as counted:
+                    logits = model.logits(torch.tensor([5, 6, 7]) + step, torch.tensor([10, 4, 7]) + step)
+        found.append(logits)
+        counts.append(counted.count)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    print(family, *counts, len(own.model.model.layers))
+    assert counts[1] < counts[0]
+"""
+
+
+@pytest.mark.parametrize("script", [KERNEL, PARTS, STEP], ids=["attention", "placement and gate", "step"])
+def test_the_kernels_are_what_pytorch_computes(script: str) -> None:
+    """Triton's interpreter, for groups, sizes that are no power of 2, and windows; a step of every family."""
     pytest.importorskip("triton")
-    subprocess.run([sys.executable, "-c", KERNEL], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})

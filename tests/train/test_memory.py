@@ -144,7 +144,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measuring_and_first_weights(dtype: torch.dtype, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they take on a CPU in the pieces of a GPU, beside weights and the measured texts, is less, not by far."""
+    """What they take on a CPU in the pieces of a GPU, beside what is planned apart, is less, not by far."""
     pieces = replace(GPU, logits=1 << 18, tokens=1024)
     monkeypatch.setitem(pace.PACES, "cpu", pieces)
     own = Target(deepcopy(target.model).to(dtype), target.tokenizer, target.source)

@@ -1,6 +1,9 @@
-"""Triton: decode attention over many slots, each up to its own length.
+"""Triton: what a step of many slots does between its matrix products, in few kernels.
 
-Shapes: S slots, L room for tokens, Q query heads, K key/value heads, D size of a head.
+Rotary embeddings with the writes of keys and values, decode attention of each slot up to its own length, and the
+gate of the feed-forward network.
+
+Shapes: S slots, L room for tokens, Q query heads, K key/value heads, D size of a head, I intermediate.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from torch import Tensor
 
 # Tensor cores multiply tiles of at least 16 x 16.
 _TILE = 16
+# Columns of one program of the gate.
+_COLUMNS = 1024
 # A block of keys: so many, or as many bytes, for the pipeline of a small GPU's shared memory.
 _KEYS, _KEY_BYTES = 64, 1 << 14
 
@@ -63,6 +68,102 @@ def _attention(  # type: ignore[no-untyped-def]
         sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         most = higher
     tl.store(output + program * GROUP * D + own, (sums / total[:, None]).to(output.dtype.element_ty), mask=is_own)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(  # type: ignore[no-untyped-def]
+    joint,
+    cosines,
+    sines,
+    positions,
+    queries,
+    keys,
+    values,
+    room,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program for a slot and a head of the joint product: queries, then keys, then values."""
+    slot, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + slot)
+    columns = tl.arange(0, COLUMNS)
+    is_own = columns < D
+    # The other half of the head: of a rotation's two numbers each needs both.
+    other = tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
+    source = joint + (slot.to(tl.int64) * (Q + 2 * K) + head) * D
+    found = tl.load(source + columns, mask=is_own, other=0.0).to(tl.float32)
+    if head < Q + K:
+        partner = tl.load(source + other, mask=is_own, other=0.0).to(tl.float32)
+        partner = tl.where(columns < D // 2, -partner, partner)
+        cosine = tl.load(cosines + position * D + columns, mask=is_own, other=0.0).to(tl.float32)
+        sine = tl.load(sines + position * D + columns, mask=is_own, other=0.0).to(tl.float32)
+        found = found * cosine + partner * sine
+    found = found.to(queries.dtype.element_ty)
+    if head < Q:
+        tl.store(queries + (slot.to(tl.int64) * Q + head) * D + columns, found, mask=is_own)
+    elif head < Q + K:
+        row = (slot.to(tl.int64) * K + head - Q) * room + position
+        tl.store(keys + row * D + columns, found, mask=is_own)
+    else:
+        row = (slot.to(tl.int64) * K + head - Q - K) * room + position
+        tl.store(values + row * D + columns, found, mask=is_own)
+
+
+def place_slots(
+    joint_SJD: Tensor,
+    cosines_LD: Tensor,
+    sines_LD: Tensor,
+    positions_S: Tensor,
+    keys_SKLD: Tensor,
+    values_SKLD: Tensor,
+) -> Tensor:
+    """`StepPlacement` of slot_attention.py."""
+    slots, key_heads, room, size = keys_SKLD.shape
+    heads = joint_SJD.shape[1] - 2 * key_heads
+    assert all(part.is_contiguous() for part in (joint_SJD, cosines_LD, sines_LD, keys_SKLD, values_SKLD))
+    queries_SQD = torch.empty(slots, heads, size, dtype=joint_SJD.dtype, device=joint_SJD.device)
+    _place[(slots, heads + 2 * key_heads)](
+        joint_SJD,
+        cosines_LD,
+        sines_LD,
+        positions_S,
+        queries_SQD,
+        keys_SKLD,
+        values_SKLD,
+        room,
+        heads,
+        key_heads,
+        size,
+        triton.next_power_of_2(size),
+    )
+    return queries_SQD
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gate(joint, output, INNER: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program for a slot and some columns."""
+    slot = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < INNER
+    gate = tl.load(joint + slot * 2 * INNER + columns, mask=is_column, other=0.0).to(tl.float32)
+    up = tl.load(joint + slot * 2 * INNER + INNER + columns, mask=is_column, other=0.0).to(tl.float32)
+    inner = gate
+    if GELU:
+        # tanh(z) = 2 sigmoid(2 z) - 1, so (1 + tanh(z)) / 2 = sigmoid(2 z).
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    found = gate * tl.sigmoid(inner) * up
+    tl.store(output + slot * INNER + columns, found.to(output.dtype.element_ty), mask=is_column)
+
+
+def gate_slots(joint_SG: Tensor, *, gelu: bool) -> Tensor:
+    """activation(gate) * up for G = 2 I columns, first those of the gate: SiLU, or GELU by tanh."""
+    slots, inner = joint_SG.shape[0], joint_SG.shape[1] // 2
+    assert joint_SG.is_contiguous()
+    output_SI = torch.empty(slots, inner, dtype=joint_SG.dtype, device=joint_SG.device)
+    _gate[(slots, triton.cdiv(inner, _COLUMNS))](joint_SG, output_SI, inner, gelu, _COLUMNS)
+    return output_SI
 
 
 def attend_slots(

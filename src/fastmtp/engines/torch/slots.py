@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmtp.engines.torch.slot_attention import Attention, attend_many, step_attention
+from fastmtp.engines.torch.slot_attention import Attention, attend_many, rotated, step_parts
 from fastmtp.engines.torch.target import Target
 from fastmtp.extras import has_triton
 from fastmtp.models.families import FAMILIES
@@ -53,6 +53,7 @@ class _Layer:
     down: tuple[Tensor, Tensor | None]
     down_norm: _Norm | None
     activation: Callable[[Tensor], Tensor]
+    gelu: bool
 
 
 class _Norm:
@@ -78,10 +79,13 @@ class SlotModel:
         assert is_supported(target) and room % CHUNK == 0
         config, device = target.config, target.device
         self.slots, self.room, self._target = slots, room, target
+        # The families that are supported have SiLU or this.
+        named = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+        gelu = named == "gelu_pytorch_tanh"
         self._heads, self._key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._size = head_size(config)
         self._layers = [
-            _fused(layer, kind) for layer, kind in zip(target.model.model.layers, target.kinds, strict=True)
+            _fused(layer, kind, gelu) for layer, kind in zip(target.model.model.layers, target.kinds, strict=True)
         ]
         self._norm = _Norm(target.model.model.norm)
         positions = torch.arange(room, device=device)
@@ -91,25 +95,23 @@ class SlotModel:
         }
         self._windows = windows(config)
         shape = (slots, self._key_heads, room, self._size)
-        self._caches = [
-            tuple(torch.zeros(shape, dtype=target.dtype, device=device) for _ in "kv") for _ in self._layers
-        ]
+
+        def cache() -> Tensor:
+            return torch.zeros(shape, dtype=target.dtype, device=device)
+
+        self._caches = [(cache(), cache()) for _ in self._layers]
         self._beginning: list[tuple[Tensor, ...]] = []
-        self._every = torch.arange(slots, device=device)
-        self._attend_step = step_attention(device)
+        self._step = step_parts(device)
 
     def logits(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
         """Append a token to every slot, at its position; logits [S, V] of what follows it."""
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            held_keys, held_values = self._caches[layer]
-            held_keys[self._every, :, positions_S] = keys
-            held_values[self._every, :, positions_S] = values
-            own = self._layers[layer]
-            window = self._windows[own.kind]
-            return self._attend_step(queries, held_keys, held_values, positions_S, own.scale, window)
+        def attend(layer: int, joint: Tensor) -> Tensor:
+            own, held = self._layers[layer], self._caches[layer]
+            queries = self._step.place(joint, *self._rotations[own.kind], positions_S, *held)
+            return self._step.attend(queries, *held, positions_S, own.scale, self._windows[own.kind])
 
-        hidden_SH = self._forward(self._target.embed(ids_S), positions_S, attend)
+        hidden_SH = self._forward(self._target.embed(ids_S), attend, self._step.gate)
         return self._target.logits(self._norm(hidden_SH))
 
     def prefill(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
@@ -145,8 +147,13 @@ class SlotModel:
         def by_row(part: Tensor) -> Tensor:
             return part.reshape(rows, tokens, *part.shape[1:])
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rotations = {
+            kind: [part[positions_C].repeat(rows, 1) for part in parts] for kind, parts in self._rotations.items()
+        }
+
+        def attend(layer: int, joint: Tensor) -> Tensor:
             own, (held_keys, held_values) = self._layers[layer], self._caches[layer]
+            queries, keys, values = rotated(joint, self._key_heads, *rotations[own.kind])
             held_keys[slots_R[:, None], :, positions_C] = by_row(keys)
             held_values[slots_R[:, None], :, positions_C] = by_row(values)
             queries_RQCD = by_row(queries).transpose(1, 2)
@@ -154,40 +161,34 @@ class SlotModel:
             found_RQCD = attend_many(queries_RQCD, *held, masks[own.kind], own.scale)
             return found_RQCD.transpose(1, 2).flatten(0, 1)
 
-        hidden_NH = self._forward(self._target.embed(ids_RC).flatten(0, 1), positions_C.repeat(rows), attend)
+        hidden_NH = self._forward(self._target.embed(ids_RC).flatten(0, 1), attend, None)
         if start == 0:
             self._target.check_states(hidden_NH)
 
-    def _forward(self, hidden_NH: Tensor, positions_N: Tensor, attend: Attention) -> Tensor:
+    def _forward(self, hidden_NH: Tensor, attend: Attention, gate: Callable[..., Tensor] | None) -> Tensor:
         """The residual stream after all layers."""
-        rotations = {
-            kind: (cosines[positions_N][:, None], sines[positions_N][:, None])
-            for kind, (cosines, sines) in self._rotations.items()
-        }
-        heads = [self._heads, self._key_heads]
+        heads = [self._heads, self._key_heads, self._key_heads]
         for index, layer in enumerate(self._layers):
             joint = nn.functional.linear(layer.norm(hidden_NH), *layer.query_key_value)
-            turned, values = torch.split(joint.view(len(joint), -1, self._size), [sum(heads), heads[1]], 1)
+            joint_NJD = joint.view(len(joint), -1, self._size)
             if layer.query_norm is not None and layer.key_norm is not None:
-                queries, keys = torch.split(turned, heads, 1)
-                turned = torch.cat([layer.query_norm(queries), layer.key_norm(keys)], 1)
-            queries, keys = torch.split(_rotated(turned, rotations[layer.kind]), heads, 1)
-            found_NQD = attend(index, queries, keys, values)
+                queries, keys, values = torch.split(joint_NJD, heads, 1)
+                joint_NJD = torch.cat([layer.query_norm(queries), layer.key_norm(keys), values], 1)
+            found_NQD = attend(index, joint_NJD)
             output_NH = nn.functional.linear(found_NQD.flatten(1), *layer.output)
             hidden_NH = hidden_NH + (layer.output_norm(output_NH) if layer.output_norm else output_NH)
-            gate, up = nn.functional.linear(layer.second_norm(hidden_NH), *layer.gate_up).chunk(2, -1)
-            down_NH = nn.functional.linear(layer.activation(gate) * up, *layer.down)
+            joint = nn.functional.linear(layer.second_norm(hidden_NH), *layer.gate_up)
+            if gate is not None:
+                inner_NI = gate(joint, gelu=layer.gelu)
+            else:
+                own, up = joint.chunk(2, -1)
+                inner_NI = layer.activation(own) * up
+            down_NH = nn.functional.linear(inner_NI, *layer.down)
             hidden_NH = hidden_NH + (layer.down_norm(down_NH) if layer.down_norm else down_NH)
         return hidden_NH
 
 
-def _rotated(heads_NQD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    cosines, sines = rotation
-    first, second = heads_NQD.chunk(2, -1)
-    return heads_NQD * cosines + torch.cat([-second, first], -1) * sines
-
-
-def _fused(layer: Any, kind: str) -> _Layer:
+def _fused(layer: Any, kind: str, gelu: bool) -> _Layer:
     attention, network = layer.self_attn, layer.mlp
 
     def norm(module: Any, name: str) -> _Norm | None:
@@ -210,6 +211,7 @@ def _fused(layer: Any, kind: str) -> _Layer:
         down=(network.down_proj.weight, network.down_proj.bias),
         down_norm=norm(layer, "post_feedforward_layernorm"),
         activation=network.act_fn,
+        gelu=gelu,
     )
 
 
