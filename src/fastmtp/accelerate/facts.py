@@ -104,6 +104,7 @@ def facts_of(target: str, progress: Progress = QUIET) -> Facts:
         return read_facts(read_json(path)[fingerprint])
     except (OSError, *PARSING):
         found = measure_facts(target, progress)
+        release_memory()
     try:
         write_json(path, {fingerprint: asdict(found)})
     except OSError as error:

@@ -1,9 +1,10 @@
 """Triton: what a step of many slots does between its matrix products, in few kernels.
 
-Rotary embeddings with the writes of keys and values, decode attention of each slot up to its own length, and the
-gate of the feed-forward network.
+Norms and rotary embeddings of queries and keys with the writes of keys and values, decode attention of each slot up
+to its own length, the residual stream's sums with their norms, and the gate of the feed-forward network.
 
-Shapes: S slots, L room for tokens, Q query heads, K key/value heads, D size of a head, I intermediate.
+Shapes: S slots, L room for tokens, Q query heads, K key/value heads, D size of a head, H hidden, I intermediate;
+J = Q + 2 K heads that are computed together, G = 2 I columns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastmtp.engines.torch.slot_parts import HeadNorms, Norm
 
 # Tensor cores multiply tiles of at least 16 x 16.
 _TILE = 16
@@ -73,6 +76,8 @@ def _attention(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _place(  # type: ignore[no-untyped-def]
     joint,
+    query_gains,
+    key_gains,
     cosines,
     sines,
     positions,
@@ -80,9 +85,11 @@ def _place(  # type: ignore[no-untyped-def]
     keys,
     values,
     room,
+    epsilon,
     Q: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
+    NORMED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program for a slot and a head of the joint product: queries, then keys, then values."""
@@ -96,6 +103,16 @@ def _place(  # type: ignore[no-untyped-def]
     found = tl.load(source + columns, mask=is_own, other=0.0).to(tl.float32)
     if head < Q + K:
         partner = tl.load(source + other, mask=is_own, other=0.0).to(tl.float32)
+        if NORMED:
+            scale = 1 / tl.sqrt(tl.sum(found * found, 0) / D + epsilon)
+            if head < Q:
+                gains = tl.load(query_gains + columns, mask=is_own, other=0.0)
+                other_gains = tl.load(query_gains + other, mask=is_own, other=0.0)
+            else:
+                gains = tl.load(key_gains + columns, mask=is_own, other=0.0)
+                other_gains = tl.load(key_gains + other, mask=is_own, other=0.0)
+            found = found * scale * gains
+            partner = partner * scale * other_gains
         partner = tl.where(columns < D // 2, -partner, partner)
         cosine = tl.load(cosines + position * D + columns, mask=is_own, other=0.0).to(tl.float32)
         sine = tl.load(sines + position * D + columns, mask=is_own, other=0.0).to(tl.float32)
@@ -113,19 +130,22 @@ def _place(  # type: ignore[no-untyped-def]
 
 def place_slots(
     joint_SJD: Tensor,
+    norms: HeadNorms | None,
     cosines_LD: Tensor,
     sines_LD: Tensor,
     positions_S: Tensor,
     keys_SKLD: Tensor,
     values_SKLD: Tensor,
 ) -> Tensor:
-    """`StepPlacement` of slot_attention.py."""
+    """`StepPlacement` of slot_parts.py."""
     slots, key_heads, room, size = keys_SKLD.shape
     heads = joint_SJD.shape[1] - 2 * key_heads
     assert all(part.is_contiguous() for part in (joint_SJD, cosines_LD, sines_LD, keys_SKLD, values_SKLD))
     queries_SQD = torch.empty(slots, heads, size, dtype=joint_SJD.dtype, device=joint_SJD.device)
+    gains = (cosines_LD, cosines_LD) if norms is None else (norms[0].gains, norms[1].gains)
     _place[(slots, heads + 2 * key_heads)](
         joint_SJD,
+        *gains,
         cosines_LD,
         sines_LD,
         positions_S,
@@ -133,12 +153,66 @@ def place_slots(
         keys_SKLD,
         values_SKLD,
         room,
+        0.0 if norms is None else norms[0].epsilon,
         heads,
         key_heads,
         size,
+        norms is not None,
         triton.next_power_of_2(size),
     )
     return queries_SQD
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_norm(  # type: ignore[no-untyped-def]
+    hidden,
+    added,
+    outer_gains,
+    gains,
+    total,
+    output,
+    outer_epsilon,
+    epsilon,
+    H: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program for a slot."""
+    columns = tl.arange(0, COLUMNS)
+    is_own = columns < H
+    row = tl.program_id(0).to(tl.int64) * H
+    more = tl.load(added + row + columns, mask=is_own, other=0.0).to(tl.float32)
+    if HAS_OUTER:
+        outer = tl.load(outer_gains + columns, mask=is_own, other=0.0)
+        more = more * (1 / tl.sqrt(tl.sum(more * more, 0) / H + outer_epsilon)) * outer
+    kept = tl.load(hidden + row + columns, mask=is_own, other=0.0).to(tl.float32) + more
+    kept = kept.to(total.dtype.element_ty)
+    tl.store(total + row + columns, kept, mask=is_own)
+    # As the next layers read it.
+    x = kept.to(tl.float32)
+    found = x * (1 / tl.sqrt(tl.sum(x * x, 0) / H + epsilon)) * tl.load(gains + columns, mask=is_own, other=0.0)
+    tl.store(output + row + columns, found.to(output.dtype.element_ty), mask=is_own)
+
+
+def add_norm_slots(hidden_SH: Tensor, added_SH: Tensor, outer: Norm | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`add_norm` of `StepParts`."""
+    assert hidden_SH.is_contiguous() and added_SH.is_contiguous()
+    total_SH, output_SH = torch.empty_like(hidden_SH), torch.empty_like(hidden_SH)
+    slots, size = hidden_SH.shape
+    _add_norm[(slots,)](
+        hidden_SH,
+        added_SH,
+        (outer or norm).gains,
+        norm.gains,
+        total_SH,
+        output_SH,
+        (outer or norm).epsilon,
+        norm.epsilon,
+        size,
+        outer is not None,
+        triton.next_power_of_2(size),
+    )
+    return total_SH, output_SH
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -157,8 +231,8 @@ def _gate(joint, output, INNER: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.co
     tl.store(output + slot * INNER + columns, found.to(output.dtype.element_ty), mask=is_column)
 
 
-def gate_slots(joint_SG: Tensor, *, gelu: bool) -> Tensor:
-    """activation(gate) * up for G = 2 I columns, first those of the gate: SiLU, or GELU by tanh."""
+def gate_slots(joint_SG: Tensor, gelu: bool) -> Tensor:
+    """`gate` of `StepParts`."""
     slots, inner = joint_SG.shape[0], joint_SG.shape[1] // 2
     assert joint_SG.is_contiguous()
     output_SI = torch.empty(slots, inner, dtype=joint_SG.dtype, device=joint_SG.device)

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmtp.engines.torch.slot_attention import Attention, attend_many, rotated, step_parts
+from fastmtp.engines.torch.slot_attention import attend_many
+from fastmtp.engines.torch.slot_parts import PLAIN, HeadNorms, Norm, StepParts, rotated, step_parts
 from fastmtp.engines.torch.target import Target
 from fastmtp.extras import has_triton
 from fastmtp.models.families import FAMILIES
 from fastmtp.models.info import head_size
-from fastmtp.models.layers import norm_offset
 from fastmtp.models.tensors import windows
 
+# Of a layer's number, and its queries, keys and values [N, J, D], of J = Q + 2 K heads, as they were computed.
+Attention = Callable[[int, Tensor], Tensor]
 # Tokens of a chunk, of which texts are read; the room of a slot is a multiple of it.
 CHUNK = 64
 # Tokens, padding included, and keys and values of one forward of a prefill, which bound its memory.
@@ -42,32 +44,16 @@ class _Layer:
 
     kind: str
     scale: float
-    norm: _Norm
+    norm: Norm
     query_key_value: tuple[Tensor, Tensor | None]
-    query_norm: _Norm | None
-    key_norm: _Norm | None
+    head_norms: HeadNorms | None
     output: tuple[Tensor, Tensor | None]
-    output_norm: _Norm | None
-    second_norm: _Norm
+    output_norm: Norm | None
+    second_norm: Norm
     gate_up: tuple[Tensor, Tensor | None]
     down: tuple[Tensor, Tensor | None]
-    down_norm: _Norm | None
-    activation: Callable[[Tensor], Tensor]
+    down_norm: Norm | None
     gelu: bool
-
-
-class _Norm:
-    """An RMSNorm of transformers, in fewer kernels where its gains are its weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._is_plain = module, norm_offset(module) == 0
-        self._weight = cast(Tensor, module.weight)
-        self._epsilon = float(cast("Any", getattr(module, "variance_epsilon", getattr(module, "eps", None))))
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if self._is_plain:
-            return nn.functional.rms_norm(hidden, self._weight.shape, self._weight, self._epsilon)
-        return cast(Tensor, self._module(hidden))
 
 
 class SlotModel:
@@ -87,7 +73,7 @@ class SlotModel:
         self._layers = [
             _fused(layer, kind, gelu) for layer, kind in zip(target.model.model.layers, target.kinds, strict=True)
         ]
-        self._norm = _Norm(target.model.model.norm)
+        self._norm = Norm(target.model.model.norm)
         positions = torch.arange(room, device=device)
         self._rotations = {
             kind: (cosines[0], sines[0])
@@ -108,11 +94,12 @@ class SlotModel:
 
         def attend(layer: int, joint: Tensor) -> Tensor:
             own, held = self._layers[layer], self._caches[layer]
-            queries = self._step.place(joint, *self._rotations[own.kind], positions_S, *held)
+            rotation = self._rotations[own.kind]
+            queries = self._step.place(joint, own.head_norms, *rotation, positions_S, *held)
             return self._step.attend(queries, *held, positions_S, own.scale, self._windows[own.kind])
 
-        hidden_SH = self._forward(self._target.embed(ids_S), attend, self._step.gate)
-        return self._target.logits(self._norm(hidden_SH))
+        _, states_SH = self._forward(self._target.embed(ids_S), attend, self._step)
+        return self._target.logits(states_SH)
 
     def prefill(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
         """Append tokens to some slots from position `start` on.
@@ -153,7 +140,7 @@ class SlotModel:
 
         def attend(layer: int, joint: Tensor) -> Tensor:
             own, (held_keys, held_values) = self._layers[layer], self._caches[layer]
-            queries, keys, values = rotated(joint, self._key_heads, *rotations[own.kind])
+            queries, keys, values = rotated(joint, own.head_norms, self._key_heads, *rotations[own.kind])
             held_keys[slots_R[:, None], :, positions_C] = by_row(keys)
             held_values[slots_R[:, None], :, positions_C] = by_row(values)
             queries_RQCD = by_row(queries).transpose(1, 2)
@@ -161,56 +148,47 @@ class SlotModel:
             found_RQCD = attend_many(queries_RQCD, *held, masks[own.kind], own.scale)
             return found_RQCD.transpose(1, 2).flatten(0, 1)
 
-        hidden_NH = self._forward(self._target.embed(ids_RC).flatten(0, 1), attend, None)
+        hidden_NH, _ = self._forward(self._target.embed(ids_RC).flatten(0, 1), attend, PLAIN)
         if start == 0:
             self._target.check_states(hidden_NH)
 
-    def _forward(self, hidden_NH: Tensor, attend: Attention, gate: Callable[..., Tensor] | None) -> Tensor:
-        """The residual stream after all layers."""
-        heads = [self._heads, self._key_heads, self._key_heads]
-        for index, layer in enumerate(self._layers):
-            joint = nn.functional.linear(layer.norm(hidden_NH), *layer.query_key_value)
-            joint_NJD = joint.view(len(joint), -1, self._size)
-            if layer.query_norm is not None and layer.key_norm is not None:
-                queries, keys, values = torch.split(joint_NJD, heads, 1)
-                joint_NJD = torch.cat([layer.query_norm(queries), layer.key_norm(keys), values], 1)
-            found_NQD = attend(index, joint_NJD)
+    def _forward(self, hidden_NH: Tensor, attend: Attention, parts: StepParts) -> tuple[Tensor, Tensor]:
+        """The residual stream after all layers, and that after the final norm."""
+        after = [layer.norm for layer in self._layers[1:]] + [self._norm]
+        normed_NH = self._layers[0].norm(hidden_NH)
+        for index, (layer, next_norm) in enumerate(zip(self._layers, after, strict=True)):
+            joint_NJ = nn.functional.linear(normed_NH, *layer.query_key_value)
+            found_NQD = attend(index, joint_NJ.view(len(joint_NJ), -1, self._size))
             output_NH = nn.functional.linear(found_NQD.flatten(1), *layer.output)
-            hidden_NH = hidden_NH + (layer.output_norm(output_NH) if layer.output_norm else output_NH)
-            joint = nn.functional.linear(layer.second_norm(hidden_NH), *layer.gate_up)
-            if gate is not None:
-                inner_NI = gate(joint, gelu=layer.gelu)
-            else:
-                own, up = joint.chunk(2, -1)
-                inner_NI = layer.activation(own) * up
+            hidden_NH, normed_NH = parts.add_norm(hidden_NH, output_NH, layer.output_norm, layer.second_norm)
+            inner_NI = parts.gate(nn.functional.linear(normed_NH, *layer.gate_up), layer.gelu)
             down_NH = nn.functional.linear(inner_NI, *layer.down)
-            hidden_NH = hidden_NH + (layer.down_norm(down_NH) if layer.down_norm else down_NH)
-        return hidden_NH
+            hidden_NH, normed_NH = parts.add_norm(hidden_NH, down_NH, layer.down_norm, next_norm)
+        return hidden_NH, normed_NH
 
 
 def _fused(layer: Any, kind: str, gelu: bool) -> _Layer:
     attention, network = layer.self_attn, layer.mlp
 
-    def norm(module: Any, name: str) -> _Norm | None:
+    def norm(module: Any, name: str) -> Norm | None:
         own = getattr(module, name, None)
-        return None if own is None else _Norm(own)
+        return None if own is None else Norm(own)
 
     # With norms after attention and network, the second norm has another name.
     outer = hasattr(layer, "pre_feedforward_layernorm")
+    query_norm, key_norm = norm(attention, "q_norm"), norm(attention, "k_norm")
     return _Layer(
         kind=kind,
         scale=float(attention.scaling),
-        norm=_Norm(layer.input_layernorm),
+        norm=Norm(layer.input_layernorm),
         query_key_value=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        query_norm=norm(attention, "q_norm"),
-        key_norm=norm(attention, "k_norm"),
+        head_norms=(query_norm, key_norm) if query_norm and key_norm else None,
         output=(attention.o_proj.weight, attention.o_proj.bias),
         output_norm=norm(layer, "post_attention_layernorm") if outer else None,
-        second_norm=_Norm(layer.pre_feedforward_layernorm if outer else layer.post_attention_layernorm),
+        second_norm=Norm(layer.pre_feedforward_layernorm if outer else layer.post_attention_layernorm),
         gate_up=_joined(network.gate_proj, network.up_proj),
         down=(network.down_proj.weight, network.down_proj.bias),
         down_norm=norm(layer, "post_feedforward_layernorm"),
-        activation=network.act_fn,
         gelu=gelu,
     )
 
