@@ -141,7 +141,9 @@ def test_each_kind_of_work_is_timed_where_it_will_be_done(
     target.tokenizer.save_pretrained(tmp_path)
     facts = measure_facts(str(tmp_path))
     assert opened == ([False, True] if apart else [False])
-    assert (facts.slots, facts.many) == ((12, 12) if apart else (BATCH_SLOTS, rates.FEW))
+    assert facts.slots == (12 if apart else BATCH_SLOTS)
+    # On a CPU as many as are quickly timed.
+    assert facts.many == 12 if apart else rates.FEW <= facts.many <= BATCH_SLOTS
     assert facts.trained_per_second() > 0 < facts.answered_few
     assert facts.card is None
 
