@@ -1,4 +1,7 @@
-"""Compiles every kernel for a GPU that need not be there: python -m tests.cuda.compiling CAPABILITY."""
+"""Compiles every kernel for a GPU that need not be there: python -m tests.cuda.compiling CAPABILITY [--once].
+
+With `--once` each kernel is compiled at its first launch only: with some of its features, and in one dtype.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from fastmtp.engines.cuda.kernels import attention, chains, norms, products, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
+from fastmtp.engines.torch.slot_kernels import attend_slots
+from fastmtp.train.kernels import fused_kl_
 
 
 class Absent:
@@ -33,15 +38,17 @@ class Absent:
         return 0
 
 
-def compile_only() -> set[str]:
+def compile_only(*, once: bool) -> set[str]:
     """From now on a launch compiles its kernel and does nothing else; the names of the kernels compiled."""
     driver.set_active(Absent())
     run, names = JITFunction.run, set[str]()
 
     def compiled(self: Any, *arguments: Any, grid: Any, **named: Any) -> None:
-        found = run(self, *arguments, grid=grid, **{**named, "warmup": True})
-        assert found.asm["cubin"]
-        names.add(self.__name__)
+        name = f"{self.module}.{self.__name__}"
+        if not (once and name in names):
+            found = run(self, *arguments, grid=grid, **{**named, "warmup": True})
+            assert found.asm["cubin"]
+        names.add(name)
 
     JITFunction.run = compiled
     return names
@@ -90,10 +97,16 @@ def launch_all(kind: torch.dtype) -> None:
     for number, following in ((0, step), (1, step), (2, None)):
         chains.hand_on(state, x, found, x, following, verified, number)
     chains.accept(state, found, verified, whole(7))
+    slots, caches = zeros(4, dtype=torch.long), (half(4, key_heads, 128, size), half(4, key_heads, 128, size))
+    attend_slots(half(4, heads, size), *caches, slots, 0.1, None)
+    for columns in (300, 16384):
+        fused_kl_(half(4, columns), half(4, columns), slots)
 
 
 if __name__ == "__main__":
-    names = compile_only()
-    for kind in (torch.bfloat16, torch.float16):
+    once = "--once" in sys.argv
+    names = compile_only(once=once)
+    # PyTorch's engine and training run in float32, too.
+    for kind in [torch.bfloat16] if once else [torch.bfloat16, torch.float16, torch.float32]:
         launch_all(kind)
     print(*sorted(names))

@@ -5,8 +5,6 @@ Shapes: N positions, R reference positions, D draft vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,15 +16,15 @@ _BLOCK, _WARPS = 8192, 16
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kl_kernel(
-    LOGITS: Any,
-    REFERENCE: Any,
-    AT: Any,
-    LOSS: Any,
-    columns: Any,
+def _kl_kernel(  # type: ignore[no-untyped-def]
+    LOGITS,
+    REFERENCE,
+    AT,
+    LOSS,
+    columns,
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """A program is a row: the normalisers of both distributions first, then loss and gradient."""
     row = tl.program_id(0).to(tl.int64)
     q_row = LOGITS + row * columns
