@@ -101,6 +101,21 @@ def test_cuda_that_cannot_be_had(
         choose_engine(options)
 
 
+@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(dtype="float16"), EngineOptions(device="cuda")])
+def test_what_the_cuda_engine_lacks_is_said(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, when a model is loaded to decode; not where PyTorch was asked for or is the right one."""
+    on_a("bare gpu", monkeypatch)
+    monkeypatch.setattr(opening, "open_torch", lambda *_, **__: "torch")
+    choose_engine(options)
+    assert opening.open_engine("model", EngineOptions("torch")) == "torch"
+    assert opening.open_engine("model", options, for_throughput=True) == "torch"
+    assert not caplog.messages
+    assert opening.open_engine("model", options) == "torch"
+    assert caplog.messages == ["the CUDA engine is not used: Triton is not installed; decoding with PyTorch"]
+
+
 def test_models_that_only_pytorch_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

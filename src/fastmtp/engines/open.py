@@ -60,6 +60,8 @@ def open_engine(
     if chosen == "cuda" and (options.engine == "cuda" or (not for_throughput and _has_kernels(name, progress))):
         return open_cuda(name, options.dtype, options.device, progress)
     if chosen != "native":
+        if not for_throughput:
+            _say_why_not_cuda(options)
         return open_torch(name, options.dtype, options.device, for_throughput=for_throughput, progress=progress)
     from fastmtp.engines.native.engine import NativeEngine
     from fastmtp.engines.native.load import load_native_target
@@ -111,6 +113,12 @@ def open_cuda(
     engine = load_cuda_engine(name, dtype=getattr(torch, dtype or "bfloat16"), device=chosen, progress=progress)
     progress.say(f"decoding with {engine.name}")
     return engine
+
+
+def _say_why_not_cuda(options: EngineOptions) -> None:
+    """One line if PyTorch decodes on a GPU that lacks something for the CUDA engine."""
+    if _suits_cuda(options) and _has_gpu() and (lacking := _lacking_for_cuda(options.device)):
+        log.warning("the CUDA engine is not used: %s; decoding with PyTorch", lacking)
 
 
 def _has_kernels(name: str, progress: Progress) -> bool:
