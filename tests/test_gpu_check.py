@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 import pytest
 from tools import gpu_check
 from tools.gpu import parts
+from tools.gpu.bars import bars
 from tools.gpu.parts import LIMITS, PARTS, Setting
 
 GOOD = "import json, sys; json.dump({'figure': 1}, open(sys.argv[1], 'w'))"
@@ -96,6 +99,76 @@ def test_each_part_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: 
 def test_the_whole_check(tmp_path: Path) -> None:
     report = gpu_check.check(settings(tmp_path / "report.json", list(PARTS), limit=1.0, tiny=True, seconds=1800.0))
     assert {name: part["error"] for name, part in report["parts"].items() if not part["ok"]} == {}
+    engines = [report["parts"][name]["result"]["engine"] for name in ("lossless", "decode qwen2.5-1.5b")]
+    assert all("interpreted" in engine for engine in engines) or importlib.util.find_spec("triton") is None
+
+
+def test_bars_are_held_against_what_was_measured() -> None:
+    """On either side of each bound; what was not measured is neither reached nor missed."""
+    assert {bar.passed for bar in bars({}).values()} == {None}
+    decoded = {"plain_share": 0.75, "flatness_8": 1.1, "round_steps": 1.36}
+    found = bars(
+        {
+            "decode qwen2.5-1.5b": decoded,
+            "decode llama-3.1-8b": decoded,
+            "lossless": {"chain": {"differing": 0, "tokens": 20_000}, "tree": {"differing": 1, "tokens": 9}},
+            "distillation": {"tokens_per_second": 1e9, "drawn_tokens_per_second": 249_999.0},
+            "training": {"tokens_per_second": 250_000},
+        }
+    )
+    assert {name: bar.passed for name, bar in found.items() if bar.passed is not None} == {
+        "decode qwen2.5-1.5b: share of the copy bandwidth": True,
+        "decode qwen2.5-1.5b: 8 tokens over 1": True,
+        "decode qwen2.5-1.5b: round over plain steps": False,
+        "decode llama-3.1-8b: share of the copy bandwidth": False,
+        "decode llama-3.1-8b: 8 tokens over 1": True,
+        "decode llama-3.1-8b: round over plain steps": False,
+        "lossless: chain, differing tokens": True,
+        "lossless: chain, tokens compared": True,
+        "lossless: tree, differing tokens": False,
+        "lossless: tree, tokens compared": False,
+        "distillation: tokens a second": False,
+        "training: tokens a second": True,
+    }
+
+
+TESTS = """
+import pytest
+
+@pytest.fixture
+def engine():
+    return 1
+
+def test_of_all_engines(engine):
+    pass
+
+def test_that_fails():
+    raise ValueError("no such kernel")
+
+def test_skipped():
+    pytest.skip("not here")
+"""
+PYTEST = """
+import json, sys, pytest
+from tools.gpu.parts import TestProgress
+progress = TestProgress(lambda figures: print("report", json.dumps(figures)))
+pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", sys.argv[1]], plugins=[progress])
+"""
+
+
+def test_what_passed_is_reported_after_each_test(tmp_path: Path) -> None:
+    """Those of all engines last; a failure with its first line."""
+    (tmp_path / "test_some.py").write_text(TESTS)
+    done = subprocess.run(
+        [sys.executable, "-c", PYTEST, str(tmp_path)], capture_output=True, text=True, cwd=parts.ROOT, check=True
+    )
+    lines = [line.partition("report ")[2] for line in done.stdout.splitlines() if "report " in line]
+    reports = [json.loads(line) for line in lines]
+    assert reports[0] == {"collected": 3, "passed": 0, "skipped": [], "failed": {}}
+    assert [name.rpartition("::")[2] for name in reports[-1]["failed"]] == ["test_that_fails"]
+    assert list(reports[-1]["failed"].values()) == ["ValueError: no such kernel"]
+    assert (reports[-1]["passed"], reports[-1]["skipped"]) == (1, ["Skipped: not here"])
+    assert next(report for report in reports if report["passed"])["failed"]
 
 
 def test_a_bundle_for_another_python_is_refused(

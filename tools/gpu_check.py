@@ -3,12 +3,14 @@
     python -m tools.gpu_check [--out gpu-check.json] [--device cuda] [--seconds 480] [--parts tests,training]
 
 Each part is a process of its own with a limit of its own; one that fails or takes too long is named in the report,
-and the next one begins. The report is complete after every part, whatever ends the check.
+and the next one begins. The report is complete after every part, whatever ends the check. With `--tiny --device
+cpu` the CUDA engine's kernels are interpreted, where triton is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -17,9 +19,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tools.gpu.bars import bars
 from tools.gpu.parts import LIMITS, PARTS, ROOT, Setting, machine
 
 FORMAT = 1
@@ -27,14 +31,14 @@ FORMAT = 1
 BUNDLE = ROOT / "build" / "gpu"
 # A part that would have less is not begun.
 _LEAST_SECONDS = 1.0
-# Of the process that finds out about the machine; and more for every tiny part, whose imports take longer than it.
-_MACHINE_SECONDS, _TINY_SECONDS = 30.0, 120.0
+# Of the process that finds out about the machine; and more for tiny parts, with imports and an interpreter.
+_MACHINE_SECONDS, _TINY_SECONDS = 30.0, 300.0
 
 
 def check(given: argparse.Namespace) -> dict[str, Any]:
     """Run the parts; returns the report, which is written to `given.out` after each."""
     begun = time.monotonic()
-    report: dict[str, Any] = {"format": FORMAT, "tiny": given.tiny, "machine": {}, "parts": {}}
+    report: dict[str, Any] = {"format": FORMAT, "tiny": given.tiny, "machine": {}, "bars": {}, "parts": {}}
     ended = _run("machine", _MACHINE_SECONDS, given)
     report["machine"] = ended["result"] if ended["ok"] else {"error": ended["error"]}
     for name in given.parts:
@@ -45,6 +49,8 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         else:
             ended = _run(name, limit, given)
         report["parts"][name] = {"limit_seconds": limit, **ended}
+        figures = {part: found["result"] for part, found in report["parts"].items()}
+        report["bars"] = {bar: asdict(found) for bar, found in bars(figures).items()}
         report["seconds"] = time.monotonic() - begun
         _write(given.out, report)
         print(f"{name}: {'done' if ended['ok'] else ended['error'].splitlines()[-1]}", file=sys.stderr, flush=True)
@@ -55,7 +61,7 @@ def _run(name: str, limit: float, given: argparse.Namespace) -> dict[str, Any]:
     """A part in a process of its own: whether it ended well, why not, its seconds and its figures."""
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as directory:
         result, log = Path(directory) / "result.json", Path(directory) / "log"
-        command, environment = _command(name, limit, result, given), _environment() | {"TMPDIR": directory}
+        command, environment = _command(name, limit, result, given), _environment(given) | {"TMPDIR": directory}
         started, error = time.monotonic(), None
         with log.open("w") as stream:
             process = subprocess.Popen(
@@ -96,7 +102,11 @@ def other_python(packages: Path) -> str | None:
     return None
 
 
-def _environment() -> dict[str, str]:
+def _is_interpreted(given: argparse.Namespace) -> bool:
+    return given.tiny and given.device == "cpu" and importlib.util.find_spec("triton") is not None
+
+
+def _environment(given: argparse.Namespace) -> dict[str, str]:
     """This checkout's package, and what was brought along, before what the machine has."""
     paths = [ROOT / "src", ROOT, BUNDLE / "packages"]
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -105,6 +115,9 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, known)]),
         "HF_HUB_OFFLINE": "1",
     }
+    if _is_interpreted(given):
+        # Triton reads it when it is imported.
+        found["TRITON_INTERPRET"] = "1"
     if (BUNDLE / "cache").is_dir():
         found["FASTMTP_CACHE"] = str(BUNDLE / "cache")
     return found
@@ -122,7 +135,9 @@ def _part(given: argparse.Namespace) -> None:
     if given.part == "machine":
         _write(given.result, machine(given.device))
         return
-    setting = Setting(given.device, given.limit, given.tiny, lambda found: _write(given.result, found))
+    setting = Setting(
+        given.device, given.limit, given.tiny, lambda found: _write(given.result, found), _is_interpreted(given)
+    )
     _write(given.result, PARTS[given.part](setting))
 
 
@@ -150,6 +165,10 @@ def main() -> None:
     report = check(given)
     failed = [name for name, ended in report["parts"].items() if not ended["ok"]]
     print(json.dumps(report, indent=2))
+    if not given.tiny:
+        for name, bar in report["bars"].items():
+            verdict = {True: "reached", False: "MISSED", None: "not measured"}[bar["passed"]]
+            print(f"{name}: {bar['measured']} (bar {bar['bound']}): {verdict}", file=sys.stderr)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

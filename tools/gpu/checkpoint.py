@@ -127,6 +127,12 @@ def write_random_head(directory: Path, target: TargetInfo, model: Path) -> None:
     write_head(directory, _random(sizes), target, draft_steps=3, vocabulary=VocabularyLists({}), provenance={})
 
 
+def head_bytes(model: Path) -> int:
+    """What a draft step of a head for such a model reads of the head, in bfloat16."""
+    config = ModelConfig.from_json(json.loads((model / "config.json").read_text()), str(model))
+    return sum(2 * prod(size) for size in shapes(skeleton(transformers_config(config))).values() if len(size) == 2)
+
+
 def _random(sizes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     block = _SPREAD * torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0))
     block = block.to(torch.bfloat16)
