@@ -382,7 +382,7 @@ def test_lists_that_change_with_the_text(llama: Target) -> None:
 
 
 def test_files_give_the_model_and_its_head(tmp_path: Path) -> None:
-    """Loaded as a user's model is, with kernels compiled beforehand: the same bits as converted in memory."""
+    """Loaded as a user's model is: the same bits as converted in memory."""
     target = shallow("qwen3", 1)
     head = trained_looking_head(target)
     for part in (target.model, target.tokenizer):

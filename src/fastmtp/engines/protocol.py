@@ -234,6 +234,16 @@ class Engine(Protocol):
         """
         ...
 
+    def prepare_drafting(
+        self, head: Head, lists: DraftLists | None, levels: int, widths: Sequence[int], progress: Progress = QUIET
+    ) -> None:
+        """Do beforehand what drafting with a head and lists would do at its first times.
+
+        Args:
+            levels, widths: the most nodes along a path that the head is asked after, and for how many candidates.
+        """
+        ...
+
     def prepare(self) -> bool:
         """Do a little beforehand for sequences to come, while nobody waits; False if there is nothing to do."""
         ...

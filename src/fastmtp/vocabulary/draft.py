@@ -68,6 +68,12 @@ class DraftVocabulary:
         return self._shared.own_tokens
 
     @property
+    def most_listed(self) -> int:
+        """The number of tokens of all lists together."""
+        every, _ = self._shared.union(tuple(self._shared.chooser.names))
+        return len(every)
+
+    @property
     def own_ids(self) -> NDArray[np.int32]:
         """The own tokens by slot."""
         return self._own_ids_G[: len(self._own)]

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from fastmtp.decode.drafting import estimates
-from fastmtp.decode.drafting.adaptive import Adaptive, FromText
-from fastmtp.decode.drafting.drafter import NewDrafter, chains
-from fastmtp.decode.drafting.learned import Learned
+from fastmtp.decode.drafting.adaptive import WIDTH, Adaptive, FromText
+from fastmtp.decode.drafting.drafter import DRAWN_AMONG, NewDrafter, chains
+from fastmtp.decode.drafting.learned import MAX_DEPTH, Learned
 from fastmtp.decode.drafting.options import FULL, GROWING, LISTED, LOOKUP, DraftOptions
 from fastmtp.engines.protocol import Engine, EngineSequence, Head
 from fastmtp.errors import parsing
@@ -70,7 +70,9 @@ def open_drafting(engine: Engine, options: DraftOptions, progress: Progress = QU
     head = engine.load_head(directory)
     lists = draft_lists(head, options.draft_vocabulary, engine.target.vocabulary_size)
     if steps is not None:
+        engine.prepare_drafting(head, lists, steps, (1, DRAWN_AMONG), progress)
         return Drafting(engine, head, lists, chains(steps))
+    engine.prepare_drafting(head, lists, MAX_DEPTH, (WIDTH, DRAWN_AMONG), progress)
     learned = Learned(engine.costs(head, lists, progress), estimates.load(directory))
     return Drafting(engine, head, lists, partial(Adaptive, learned))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from fastmtp.engines.costs import costs_of
 from fastmtp.engines.cuda.ahead import Ahead
 from fastmtp.engines.cuda.bandwidth import copy_gb_s
 from fastmtp.engines.cuda.batch import CudaBatch
+from fastmtp.engines.cuda.beforehand import capture_drafts
+from fastmtp.engines.cuda.graphs import Sizes
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.rounds import Rounds
-from fastmtp.engines.cuda.runner import CudaRunner, ask_many, forward_many, verify_many
+from fastmtp.engines.cuda.runner import CudaRunner, ask_many, forward_many, scored, verify_many
 from fastmtp.engines.cuda.sequence import CudaSequence
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
@@ -37,14 +40,14 @@ from fastmtp.vocabulary.draft import DraftLists, draft_vocabulary
 class CudaEngine:
     """`Engine` on a CUDA device; on a CPU in Triton's interpreter, for tests."""
 
-    def __init__(self, target: CudaTarget, pool_tokens: int | None = None) -> None:
+    def __init__(self, target: CudaTarget, pool_tokens: int | None = None, sizes: Sizes | None = None) -> None:
         """
         Args:
-            pool_tokens: as for `Machine`.
+            pool_tokens, sizes: as for `Machine`.
         """
         self.target = target
-        self.machine = Machine(target, pool_tokens)
-        self._rounds: dict[int, Rounds] = {}
+        self.machine = Machine(target, pool_tokens, sizes)
+        self._rounds = cache(partial(Rounds, self.machine))
         self._ahead = Ahead(self.machine)
         # Otherwise graphs would keep a dropped engine's memory until the next collection of reference cycles.
         weakref.finalize(self, self.machine.graphs.forget).atexit = False
@@ -76,6 +79,16 @@ class CudaEngine:
         weights = head.weights if head else None
         runner = CudaRunner(self.machine, self._rounds, self._ahead, weights, vocabulary)
         return CudaSequence(runner, self.target, vocabulary)
+
+    def prepare_drafting(
+        self, head: Head, lists: DraftLists | None, levels: int, widths: Sequence[int], progress: Progress = QUIET
+    ) -> None:
+        """Capture the graphs of these drafts, which while an answer is written would hold it up."""
+        vocabulary, ids_D = draft_vocabulary(lists), None
+        if vocabulary is not None:
+            ids_D = torch.zeros(scored(vocabulary), dtype=torch.int32, device=self.target.device)
+        with progress.status("capturing the graphs of the head's drafts"):
+            capture_drafts(self.machine, self._ahead, self._rounds, head.weights, ids_D, levels, widths)
 
     def prepare(self) -> bool:
         """Nothing: all memory is there."""
@@ -133,12 +146,8 @@ class CudaEngine:
         return self._alone(text, inputs_TH), inputs_TH.to(target.dtype)
 
     def _alone(self, text: Sequence[int], last_inputs_TH: Tensor | None = None) -> Tensor:
-        pool = self.machine.pool
-        room = pool.room()
-        try:
+        with self.machine.lent_room() as room:
             return self.machine.forward([Text(room, 0, text)], last_inputs_TH)[0]
-        finally:
-            pool.give_back(room)
 
     def batch(self, slots: int) -> CudaBatch:
         return CudaBatch(self.machine, slots)

@@ -1,9 +1,10 @@
-"""Functions over fixed memory, captured as CUDA graphs at their first call; on a CPU they are simply called."""
+"""Functions over fixed memory, captured as CUDA graphs at their first call; on a CPU that one is called."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
@@ -13,23 +14,52 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.engines.capture import Step, capture
+from fastmtp.engines.cuda.kernels.shapes import TILE
 
 # Rows of the graphs: those of a round, and those of prompts.
 SMALL, LARGE = (1, 2, 4, 8, 16), (64, 256)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What graphs are made for.
+
+    Attributes:
+        rows: numbers of rows that fewer are filled up to, a tile's among them; more are taken as they are.
+        spans: the least number of spans of attention, of which the next is fourfold; None: those that are needed.
+    """
+
+    rows: tuple[int, ...] = (*SMALL, *LARGE)
+    spans: int | None = 16
+
+    @property
+    def small(self) -> tuple[int, ...]:
+        """Those of a round."""
+        return tuple(count for count in self.rows if count <= TILE)
+
+
+# An interpreter takes its time for every row and span.
+EXACT = Sizes(SMALL, None)
 
 
 class Graphs:
     """Runs functions that take nothing and return nothing.
 
     Attributes:
+        sizes: of its graphs.
         launched: how many graphs were launched.
         copied: how many copies to the host were waited for.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, sizes: Sizes | None = None) -> None:
+        """
+        Args:
+            sizes: by default what suits the device.
+        """
         self._device, self._lock = device, RLock()
-        # With each graph its function, which keeps the memory that the graph knows.
-        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Step]] = {}
+        self.sizes = sizes or (Sizes() if device.type == "cuda" else EXACT)
+        # The replay of each graph, and its function, which keeps the memory that the graph knows.
+        self._captured: dict[Hashable, tuple[Step, Step]] = {}
         self._memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.launched = self.copied = 0
 
@@ -42,21 +72,24 @@ class Graphs:
 
     def rows_for(self, count: int) -> int:
         """The rows of the graph that so many rows are filled up to."""
-        if count > SMALL[-1] and self._device.type != "cuda":
-            # There are no graphs, and an interpreter takes its time for every row.
-            return count
-        return next(size for size in (*SMALL, *LARGE) if size >= count)
+        return next((size for size in self.sizes.rows if size >= count), count)
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return len(self._captured)
 
     def run(self, key: Hashable, function: Step) -> None:
-        """Call a function, the one that came with this key first."""
+        """Call a function, the one that came with this key first; without graphs, too: tests see the same."""
         self.launched += 1
         if key in self._captured:
-            self._captured[key][0].replay()
+            replay, _ = self._captured[key]
+            replay()
             return
         # The first call compiles the kernels, too, which cannot be done while a graph is captured.
         function()
-        if self._device.type == "cuda":
-            self._captured[key] = capture(function, self._device, self._memory), function
+        replay = capture(function, self._device, self._memory).replay if self._device.type == "cuda" else function
+        self._captured[key] = replay, function
 
     def forget(self) -> None:
         """Drop all graphs; their functions hold what holds this. A function that is run again is captured again."""

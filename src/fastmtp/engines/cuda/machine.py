@@ -5,7 +5,8 @@ Shapes: T rows asked for, M rows of a graph, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmtp.engines.cuda.graphs import LARGE, SMALL, Graphs, upload
+from fastmtp.engines.cuda.graphs import LARGE, Graphs, Sizes, upload
 from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE
 from fastmtp.engines.cuda.network import Network, Views
@@ -27,7 +28,6 @@ from fastmtp.progress import QUIET, Progress
 
 # Rows times spans of a forward: what attention's memory is made for, unless one tile needs more.
 _ROWS_BY_SPANS = 4096
-_LEAST_SPANS = 16
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class Machine:
         found: the target's token after each row that was verified last.
     """
 
-    def __init__(self, target: CudaTarget, pool_tokens: int | None = None) -> None:
+    def __init__(self, target: CudaTarget, pool_tokens: int | None = None, sizes: Sizes | None = None) -> None:
         """
         Args:
             pool_tokens: of all sequences together; by default what suits the device's memory.
+            sizes: as for `Graphs`.
         """
-        self.target, self.graphs = target, Graphs(target.device)
+        self.target, self.graphs = target, Graphs(target.device, sizes)
         self.held, self.scoring = self.graphs.held, Scoring(target, self.graphs)
         config, head_layers = target.config, 1
         shape = config.num_hidden_layers + head_layers, config.num_key_value_heads, config.head_dim
@@ -66,14 +67,21 @@ class Machine:
         self.found = torch.zeros(LARGE[-1], dtype=torch.int32, device=target.device)
 
     def capture(self, progress: Progress = QUIET) -> None:
-        """Compile all kernels, and capture the graphs of a round in a short text."""
+        """Compile all kernels, and capture the graphs of prompts and of plain decoding in a short text."""
+        with progress.status("compiling kernels and capturing graphs"), self.lent_room() as room:
+            for count in self.graphs.sizes.rows:
+                states_TH = self.forward([Text(room, 0, [0] * count)])[0]
+                self.scoring.argmax(states_TH)
+            self.scoring.logits(states_TH[:1])
+            for count in self.graphs.sizes.small:
+                self.verify([Text(room, 0, [0] * count)])
+
+    @contextmanager
+    def lent_room(self) -> Iterator[Room]:
+        """For a text that nobody needs afterwards."""
         room = self.pool.room()
         try:
-            with progress.status("compiling kernels and capturing graphs"):
-                for count in (*SMALL, LARGE[0]):
-                    self.scoring.argmax(self.forward([Text(room, 0, [0] * count)])[0])
-                for count in SMALL:
-                    self.verify([Text(room, 0, [0] * count)])
+            yield room
         finally:
             self.pool.give_back(room)
 
@@ -139,10 +147,10 @@ class Machine:
 
     def spans_for(self, position: int) -> int:
         """Enough spans for a row at this position: graphs are made for few numbers of them."""
-        needed = position // SPAN + 1
-        if self.target.device.type != "cuda":
+        needed, least = position // SPAN + 1, self.graphs.sizes.spans
+        if least is None:
             return needed
-        spans = _LEAST_SPANS
+        spans = least
         while spans < needed:
             spans *= 4
         return spans

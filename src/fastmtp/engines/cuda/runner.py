@@ -32,7 +32,7 @@ class CudaRunner:
     def __init__(
         self,
         machine: Machine,
-        rounds: dict[int, Rounds],
+        rounds: Callable[[int], Rounds],
         ahead: Ahead,
         head: CudaHead | None,
         vocabulary: DraftVocabulary | None,
@@ -174,16 +174,14 @@ class CudaRunner:
         assert self._head is not None and question.states_TH is not None, "this sequence has no head"
         with self._machine.held():
             self.end_round()
-            if steps not in self._rounds:
-                self._rounds[steps] = Rounds(self._machine, steps)
             start, tokens, states_TH = question.start, question.tokens, question.states_TH
-            return self._rounds[steps].run(self._head, self.room, start, tokens, states_TH, self.ids_D)
+            return self._rounds(steps).run(self._head, self.room, start, tokens, states_TH, self.ids_D)
 
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
         listed, own = vocabulary.ids_D, vocabulary.own_ids
         if listed is self._listed and np.array_equal(own, self._own):
             return
-        ids_D = np.full(-(-(len(listed) + vocabulary.own_tokens) // BLOCK) * BLOCK, -1, np.int32)
+        ids_D = np.full(scored(vocabulary), -1, np.int32)
         ids_D[: len(listed)], ids_D[len(listed) : len(listed) + len(own)] = listed, own
         first = 0 if listed is not self._listed or self.ids_D is None else len(listed)
         with self._machine.held():
@@ -203,6 +201,11 @@ class CudaRunner:
 
     def join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
         return torch.cat([states_TH, more_TH])
+
+
+def scored(vocabulary: DraftVocabulary) -> int:
+    """How many tokens draft steps score: whichever lists a text has, there is room for all of them."""
+    return -(-(vocabulary.most_listed + vocabulary.own_tokens) // BLOCK) * BLOCK
 
 
 def forward_many(

@@ -60,6 +60,11 @@ class NativeEngine:
         runner = NativeRunner(self.target, head.weights if head else None, vocabulary)
         return TextSequence(runner, self.target, vocabulary)
 
+    def prepare_drafting(
+        self, head: Head, lists: DraftLists | None, levels: int, widths: Sequence[int], progress: Progress = QUIET
+    ) -> None:
+        """Nothing: the first time is as any other."""
+
     def prepare(self) -> bool:
         return self.target.model.spare_page()
 

@@ -65,6 +65,11 @@ class TorchEngine:
         runner = TorchRunner(self.target, head.weights if head else None, vocabulary)
         return TextSequence(runner, self.target, vocabulary)
 
+    def prepare_drafting(
+        self, head: Head, lists: DraftLists | None, levels: int, widths: Sequence[int], progress: Progress = QUIET
+    ) -> None:
+        """Nothing: the first time is as any other."""
+
     def prepare(self) -> bool:
         """Nothing: PyTorch keeps the memory of earlier sequences."""
         return False

@@ -40,14 +40,17 @@ def _scores(
     columns = block * BN + tl.arange(0, BN)
     is_token = columns < N
     tokens = columns
+    depth = H
     if LISTED:
         if EACH:
             IDS += tl.program_id(0) * N
         tokens = tl.load(IDS + columns, mask=is_token, other=-1)
         is_token = tokens >= 0
+        # Where a list has ended there is nothing to multiply.
+        depth = tl.where(tl.max(tokens, 0) >= 0, H, 0)
     weights = W + tokens.to(tl.int64)[:, None] * H
     total = tl.full([16, BN], 0.0, tl.float32)
-    for step in range(0, H, BK):
+    for step in range(0, depth, BK):
         inputs = step + tl.arange(0, BK)
         is_input = inputs < H
         x = tl.load(STATES + rows[:, None] * H + inputs[None, :], mask=is_input[None, :], other=0.0)
