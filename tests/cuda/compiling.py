@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from fastmtp.engines.cuda.kernels import attention, chains, norms, products, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
-from fastmtp.engines.torch.slot_kernels import attend_slots
+from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.train.kernels import fused_kl_
 
 
@@ -99,6 +100,14 @@ def launch_all(kind: torch.dtype) -> None:
     chains.accept(state, found, verified, whole(7))
     slots, caches = zeros(4, dtype=torch.long), (half(4, key_heads, 128, size), half(4, key_heads, 128, size))
     attend_slots(half(4, heads, size), *caches, slots, 0.1, None)
+    joint, table = half(4, heads + 2 * key_heads, size), half(128, size)
+    head_norm, norm = (SimpleNamespace(gains=zeros(width), epsilon=1e-6) for width in (size, hidden))
+    for own_norms in (None, (head_norm, head_norm)):
+        place_slots(joint, own_norms, table, table, slots, *caches)
+    for outer in (None, norm):
+        add_norm_slots(half(4, hidden), half(4, hidden), outer, norm)
+    for gelu in (False, True):
+        gate_slots(half(4, 2 * inner), gelu)
     for columns in (300, 16384):
         fused_kl_(half(4, columns), half(4, columns), slots)
 
