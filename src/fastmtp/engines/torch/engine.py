@@ -82,10 +82,14 @@ class TorchEngine:
         greedy: Sequence[bool],
     ) -> list[Values]:
         """One after the other."""
-        return [
-            [one.verify_greedy(tree)[row] for row in own] if is_greedy else one.verify(tree)[list(own)]
-            for one, tree, own, is_greedy in zip(sequences, trees, rows, greedy, strict=True)
-        ]
+        found: list[Values] = []
+        for one, tree, own, is_greedy in zip(sequences, trees, rows, greedy, strict=True):
+            if is_greedy:
+                tokens = one.verify_greedy(tree)
+                found.append([tokens[row] for row in own])
+            else:
+                found.append(one.verify(tree)[list(own)])
+        return found
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:
         """One after the other: each has a cache of its own, of another length."""
