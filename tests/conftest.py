@@ -139,9 +139,14 @@ def target(request: pytest.FixtureRequest) -> Target:
     return tiny_target(request.param)
 
 
-@pytest.fixture(params=list(ENGINES))
+# An interpreter takes too long for all that engines pass; tests/cuda/test_lossless.py has a part of it.
+@pytest.fixture(params=[*ENGINES, pytest.param("cuda", marks=pytest.mark.gpu)])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]
+    if request.param != "cuda":
+        return ENGINES[request.param]
+    from tests.cuda.engine import Cuda
+
+    return Cuda()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.adaptive import Adaptive
-from fastmtp.decode.drafting.drafter import Chain, NewDrafter, chains
+from fastmtp.decode.drafting.drafter import Chain, chains
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import Round, speculative
@@ -21,7 +21,7 @@ from fastmtp.engines.cuda.engine import CudaEngine
 from fastmtp.engines.cuda.graphs import Graphs
 from fastmtp.engines.cuda.load import load_cuda_engine
 from fastmtp.engines.cuda.runner import CudaRunner
-from fastmtp.engines.protocol import Ask, Costs, TokenSequence
+from fastmtp.engines.protocol import Ask, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
@@ -29,7 +29,7 @@ from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import FAMILIES, random_ids
 from tests.cuda.conftest import DEVICE, shallow
-from tests.cuda.engine import Cuda, convert, cuda_engine
+from tests.cuda.engine import Cuda, convert, cuda_engine, hopeful_head
 from tests.decode.test_sequences import branching
 from tests.engines import Engine, drafted, feed, text_states
 from tests.models.test_head import save, trained_looking_head
@@ -145,30 +145,6 @@ def test_neighbours_change_no_bit(llama: Target) -> None:
     batch = engine.batch(3)
     batch.prefill({0: prompts[0], 2: prompts[2]})
     assert np.array_equal(batch.step({0: 1, 2: 4}), [expected[0][0], expected[2][0]])
-
-
-def rounds_of(sequence: TokenSequence, prompt: list[int], new_drafter: NewDrafter, rounds: int) -> list[Round]:
-    return list(islice(speculative(sequence, prompt, new_drafter(prompt, GREEDY), GREEDY), rounds))
-
-
-def hopeful_head(target: Target) -> MTPHead:
-    """One that repeats the target's state in part, so that some of its drafts are accepted."""
-    head = MTPHead(target.model)
-    with torch.no_grad():
-        head.input_proj.weight[:, target.config.hidden_size :] *= 0.5
-    return head
-
-
-@pytest.mark.parametrize(("new_drafter", "rounds"), [(chains(3), 5), (adaptive, 3)], ids=["chain", "trees"])
-def test_speculation_changes_no_token(new_drafter: NewDrafter, rounds: int) -> None:
-    """Sixteen-bit weights, where one bit of difference would soon be another token."""
-    target, prompt = shallow("llama", 1), random_ids(3)
-    engine, head = Cuda(dtype=torch.bfloat16), hopeful_head(target)
-    sequence = engine.sequence(target, head, list(range(0, 300, 2)), 8)
-    found = rounds_of(sequence, prompt, new_drafter, rounds)
-    tokens = [token for one in found for token in one.tokens]
-    assert tokens == list(islice(plain(engine.sequence(target), prompt, GREEDY), len(tokens)))
-    assert max(one.drafted for one in found) > 0
 
 
 def test_a_round_on_the_device_is_the_round_step_by_step(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
