@@ -7,7 +7,7 @@ demo: .venv/core
 	$(BIN)/fastmtp demo
 
 test: check
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The server's page in a browser (Debian's chromium, or the one that $$CHROMIUM names), and OpenAI's package for Node.
 test-web: chromium .venv/installed .venv/node

@@ -248,11 +248,13 @@ def test_bench(model: Path, head: Path, tmp_path: Path) -> None:
 
 def test_bench_at_a_temperature_against_others(model: Path, head: Path, tmp_path: Path) -> None:
     """Drawn answers are plain decoding's too; who is named and cannot take part costs the exit code."""
-    common = ["bench", "--target", str(model), "--head", str(head), "--limit", "1", "--max-new-tokens", "6"]
+    (tmp_path / "suite.jsonl").write_text('{"turns": ["one two one two"]}\n{"turns": ["three"]}\n')
+    suite = ["--suite", str(tmp_path / "suite.jsonl"), "--max-new-tokens", "6"]
+    common = ["bench", "--target", str(model), "--head", str(head), *suite]
     drawn = [*common, "--temperature", "0.8", "--top-k", "5", "--against", "chain:2@full"]
     found = CliRunner().invoke(commands, [*drawn, "--json"])
     assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout)["identical"] == {"same": 14, "total": 14}
+    assert json.loads(found.stdout)["identical"] == {"same": 4, "total": 4}
     lost = CliRunner().invoke(commands, [*common, "--against", "llama.cpp:Q8_0"])
     assert lost.exit_code == 1
     assert "llama.cpp:Q8_0 did not take part" in lost.output

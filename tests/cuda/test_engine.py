@@ -219,7 +219,7 @@ def test_trees_drafted_ahead_are_those_drafted_when_asked(llama: Target, monkeyp
             )
             for prompt in prompts
         ]
-        for rounds in zip(*(islice(one, 3) for one in both), strict=True):
+        for rounds in zip(*(islice(one, 2) for one in both), strict=True):
             trees.append([(token, -1, 1.0) for one in rounds for token in one.tokens])
         return list(trees)
 

@@ -75,7 +75,9 @@ def long_sequence(engine: CudaEngine, head: Head | None, ids: list[int]) -> Toke
     return sequence
 
 
-@pytest.mark.parametrize("new_drafter", [chains(2), adaptive], ids=["chain", "trees"])
+@pytest.mark.parametrize(
+    "new_drafter", [pytest.param(chains(2), id="chain"), pytest.param(adaptive, marks=pytest.mark.slow, id="trees")]
+)
 def test_a_text_outgrows_its_graphs(llama: Target, new_drafter: NewDrafter) -> None:
     """Other graphs, the same tokens."""
     engine = CudaEngine(convert(llama, torch.float32), 1024, SMALLER)

@@ -34,7 +34,9 @@ def adaptive(prompt: list[int], sampling: SamplingConfig, grammar: object = None
     return Adaptive(Learned(COSTS), prompt, sampling, grammar)
 
 
-DRAFTERS = pytest.mark.parametrize("new_drafter", [chains(2), adaptive], ids=["chain", "trees"])
+DRAFTERS = pytest.mark.parametrize(
+    "new_drafter", [pytest.param(chains(2), marks=pytest.mark.slow, id="chain"), pytest.param(adaptive, id="trees")]
+)
 
 
 @pytest.fixture
@@ -61,7 +63,9 @@ class Branching:
         pass
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one in ("qwen3", "gemma3") else pytest.mark.slow) for one in FAMILIES]
+)
 def test_every_family(family: str) -> None:
     """Sixteen-bit weights, where one bit of difference would soon be another token; past a sliding window."""
     target, engine, prompt = shallow(family, 1), Cuda(dtype=torch.bfloat16), random_ids(5)

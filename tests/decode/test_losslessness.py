@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import pytest
@@ -21,11 +21,24 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.draft import OWN_TOKENS
-from tests.conftest import random_ids
-from tests.engines import Engine, drafted, feed, plain_tokens
+from tests.conftest import FAMILIES, random_ids
+from tests.engines import ENGINES, Engine, drafted, feed, plain_tokens
 from tests.train.test_recursion import tuned_head
 
 GREEDY = SamplingConfig()
+
+
+def _of(engine: str, family: str) -> Any:
+    """PyTorch's engine is slow: with two families, unless there is time."""
+    if engine == "cuda":
+        return pytest.param(engine, family, marks=pytest.mark.gpu)
+    is_quick = engine != "torch" or family in ("llama", "gemma3")
+    return pytest.param(engine, family, marks=() if is_quick else pytest.mark.slow)
+
+
+EVERY = pytest.mark.parametrize(
+    ("engine", "target"), [_of(*both) for both in product([*ENGINES, "cuda"], FAMILIES)], indirect=True
+)
 
 
 def scripted(engine: Engine, target: Target, script: Sequence[int], wrong_every: int) -> TokenSequence:
@@ -73,6 +86,7 @@ def test_targets_talk_about_many_tokens(engine: Engine, target: Target) -> None:
     assert len(set(plain_tokens(engine, target, random_ids(9, seed=7), 60))) > 10
 
 
+@EVERY
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_random_head(engine: Engine, target: Target, steps: int) -> None:
     """A head that knows nothing changes nothing."""
@@ -89,6 +103,7 @@ def test_prompt_lengths(engine: Engine, target: Target, length: int) -> None:
     assert speculative_tokens(sequence, prompt, 3, 12) == plain_tokens(engine, target, prompt, 12)
 
 
+@EVERY
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 @pytest.mark.parametrize("wrong_every", [0, 1, 2, 5])
 def test_scripted_drafts(engine: Engine, target: Target, steps: int, wrong_every: int) -> None:
@@ -107,6 +122,7 @@ def test_perfect_drafts_are_all_accepted(engine: Engine, target: Target) -> None
     assert [one.accepted for one in islice(rounds, 1, 9)] == [4] * 8
 
 
+@EVERY
 @pytest.mark.parametrize("own_tokens", [0, 3, OWN_TOKENS])
 def test_compressed_draft_vocabulary(engine: Engine, target: Target, own_tokens: int) -> None:
     """Sixteen draft tokens, or one, growing or not: the output stays that of the full vocabulary."""
@@ -288,6 +304,7 @@ def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
     return Adaptive(FLAT, prompt, sampling)
 
 
+@EVERY
 @pytest.mark.parametrize(
     ("sampling", "new_drafter", "ids"),
     [

@@ -28,7 +28,7 @@ from fastmtp.serve.step import shares
 from tests.conftest import FAMILIES, random_ids
 from tests.serve.conftest import GREEDY, WAYS, alone, drafting_of, ended, knowing, request, run, various
 
-TREES, SIZES = ["adaptive", "right and wrong"], [(1, 256), (2, 1), (3, 16), (8, 256), (8, 7)]
+TREES, SIZES = ["adaptive", "right and wrong"], [(1, 256), (2, 4), (3, 16), (8, 256), (8, 7)]
 
 
 @pytest.mark.parametrize(
