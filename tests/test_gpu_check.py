@@ -188,3 +188,14 @@ def test_a_bundle_for_another_python_is_refused(
         gpu_check.main()
     wanted = f"--python-version {sys.version_info[0]}.{sys.version_info[1]} --only-binary :all:"
     assert (said := capsys.readouterr().err).count("is for cpython-39-x86_64-linux-gnu") == 1 and wanted in said
+
+
+def test_nothing_that_the_parts_run_needs_the_compiled_package() -> None:
+    """On a machine with a GPU it is not compiled."""
+    engines = ["torch.engine", *["cuda.load"] * (importlib.util.find_spec("triton") is not None)]
+    modules = ["decode.speculative", "decode.drafting.adaptive", "evaluate.prompts", "distill.speed"]
+    modules += ["train.trainer", *[f"engines.{name}" for name in engines]]
+    imports = "; ".join(f"import fastmtp.{name}" for name in modules)
+    command = [sys.executable, "-c", f"import sys; sys.modules['fastmtp._native'] = None; {imports}"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -125,9 +125,13 @@ def test_unlikely_tokens_win_as_often_as_they_are_likely_together() -> None:
     assert won > 50
 
 
+@pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("number", [0.0, 2.0**-40, 1e-5, 0.04, 0.4])
-def test_no_token_with_a_small_number_is_missed(number: float) -> None:
-    """And little more than those are found."""
+def test_no_token_with_a_small_number_is_missed(
+    number: float, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And little more than those are found, whether the C++ was compiled or not."""
+    monkeypatch.setattr("fastmtp.decode.random_numbers._BUILT", built)
     found = tokens_below(key(7, 1), 20001, number)
     expected = np.flatnonzero(uniforms(key(7, 1), np.arange(20001)) <= number)
     assert set(expected) <= set(found)

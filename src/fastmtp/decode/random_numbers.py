@@ -5,10 +5,15 @@ Shapes: N some tokens.
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmtp import _native
+# Without a C++ compiler PyTorch's and the CUDA engine decode all the same.
+_BUILT = importlib.util.find_spec("fastmtp._native") is not None
+if _BUILT:
+    from fastmtp import _native
 
 _STEP, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _ALL = (1 << 64) - 1
@@ -27,7 +32,10 @@ def uniforms(key: int, tokens_N: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def tokens_below(key: int, size: int, number: float) -> NDArray[np.int64]:
     """Of the first `size` tokens those whose number is at most this one, below 1/2, and perhaps some more."""
-    return np.array(_native.small_numbers(key, size, int(number * 2.0**64) + (1 << 12)), np.int64)
+    limit = int(number * 2.0**64) + (1 << 12)
+    if _BUILT:
+        return np.array(_native.small_numbers(key, size, limit), np.int64)
+    return np.flatnonzero(mixed(np.uint64(key) + np.arange(size, dtype=np.uint64) * _STEP) <= np.uint64(limit))
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
