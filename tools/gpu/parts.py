@@ -62,6 +62,10 @@ def tests(setting: Setting) -> dict[str, Any]:
         "-q",
         "-p",
         "no:cacheprovider",
+        # The machine's own plugins, and what its versions warn of, are not what is tested.
+        "--disable-plugin-autoload",
+        "-W",
+        "default",
         "--continue-on-collection-errors",
         "-m",
         "gpu and not slow",
