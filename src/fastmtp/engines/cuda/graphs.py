@@ -60,7 +60,7 @@ class Graphs:
         self.sizes = sizes or (Sizes() if device.type == "cuda" else EXACT)
         # The replay of each graph, and its function, which keeps the memory that the graph knows.
         self._captured: dict[Hashable, tuple[Step, Step]] = {}
-        self._memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._memory = self._new_memory()
         self.launched = self.copied = 0
 
     @contextmanager
@@ -95,6 +95,11 @@ class Graphs:
         """Drop all graphs; their functions hold what holds this. A function that is run again is captured again."""
         with self._lock:
             self._captured.clear()
+            # PyTorch does not take a pool again that no graph uses.
+            self._memory = self._new_memory()
+
+    def _new_memory(self) -> Any:
+        return torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
         """A copy, which later calls leave alone."""
