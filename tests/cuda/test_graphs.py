@@ -17,6 +17,7 @@ from fastmtp.decode.plain import plain
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.cuda.engine import CudaEngine
 from fastmtp.engines.cuda.graphs import Graphs, Sizes
+from fastmtp.engines.cuda.kernels.shapes import SPAN
 from fastmtp.engines.protocol import Ask, Costs, Head, TokenSequence
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
@@ -81,7 +82,7 @@ def long_sequence(engine: CudaEngine, head: Head | None, ids: list[int]) -> Toke
 def test_a_text_outgrows_its_graphs(llama: Target, new_drafter: NewDrafter) -> None:
     """Other graphs, the same tokens."""
     engine = CudaEngine(convert(llama, torch.float32), 1024, SMALLER)
-    head, prompt, graphs = CUDA.head(llama, MTPHead(llama.model)), random_ids(125), engine.machine.graphs
+    head, prompt, graphs = CUDA.head(llama, MTPHead(llama.model)), random_ids(SPAN - 3), engine.machine.graphs
     exact = CudaEngine(convert(llama, torch.float32), 1024)
     wanted = list(islice(plain(long_sequence(exact, None, prompt[:-1]), prompt, GREEDY), 5))
     rounds = speculative(long_sequence(engine, head, prompt[:-1]), prompt, new_drafter(prompt, GREEDY), GREEDY)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
+from fastmtp.engines.cuda.kernels import attention
 from fastmtp.engines.cuda.kernels.attention import NEVER, Pages, Rows, attend, rotate
 from fastmtp.engines.cuda.kernels.chains import accept, begin, follow, hand_on
 from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
@@ -141,21 +142,24 @@ def expected_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return scaled_dot_product_attention(queries[:, None], *heads)[:, 0].flatten()
 
 
-@pytest.mark.parametrize("window", [None, 5, 70])
-def test_attention(window: int | None) -> None:
-    """Near the beginning, around the ends of pages and spans; what is not attended to may be no number."""
-    positions = [0, 3, PAGE - 1, PAGE, SPAN - 1, SPAN, SPAN + 69]
-    keys, values = drawn(SPAN + 70, KEY_HEADS, SIZE, seed=1), drawn(SPAN + 70, KEY_HEADS, SIZE, seed=2)
+@pytest.mark.parametrize("together", [16, 2])
+@pytest.mark.parametrize("window", [None, 5, 70, 200])
+def test_attention(window: int | None, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the ends of pages, in one group of spans and in several; what is not attended to may be no number."""
+    monkeypatch.setattr(attention, "_TOGETHER", together)
+    positions = [0, 3, PAGE - 1, PAGE, 2 * PAGE + 5, 4 * PAGE + 2]
+    length = positions[-1] + 1
+    keys, values = drawn(length, KEY_HEADS, SIZE, seed=1), drawn(length, KEY_HEADS, SIZE, seed=2)
     queries, found = drawn(len(positions), HEADS, SIZE), []
     for row, position in enumerate(positions):
-        text = Text(1, SPAN + 70)
+        text = Text(1, length)
         text.put(keys[: position + 1], values[: position + 1], list(range(position + 1)))
         text.rows.facts[1:3, 0] = position
         found.append(text.attend(queries[row : row + 1], window)[0])
         first = 0 if window is None else max(0, position - window + 1)
         close(found[-1], expected_attention(queries[row], keys[first : position + 1], values[first : position + 1]))
-    text = Text(len(positions), SPAN + 70)
-    text.put(keys, values, list(range(SPAN + 70)))
+    text = Text(len(positions), length)
+    text.put(keys, values, list(range(length)))
     text.rows.facts[1] = text.rows.facts[2] = torch.tensor(positions)
     assert torch.equal(text.attend(queries, window), torch.stack(found))
 

@@ -27,7 +27,7 @@ from fastmtp.engines.memory import free_bytes
 from fastmtp.progress import QUIET, Progress
 
 # Rows times spans of a forward: what attention's memory is made for, unless one tile needs more.
-_ROWS_BY_SPANS = 4096
+_ROWS_BY_SPANS = 8192
 
 
 @dataclass(frozen=True)

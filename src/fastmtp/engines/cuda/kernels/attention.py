@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
 from fastmtp.engines.cuda.kernels.products import multiply_add
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, padded
 
@@ -24,6 +25,8 @@ from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, padded
 _NONE = tl.constexpr(-1e30)
 
 
+# Spans that are added up together.
+_TOGETHER = 16
 # Where the tree of a row begins that is in none.
 NEVER = 1 << 30
 
@@ -89,6 +92,7 @@ def _rotate(
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
     PAGE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     # One key head, its value head, and the query heads that attend to it.
     row, head = tl.program_id(0), tl.program_id(1)
@@ -100,6 +104,14 @@ def _rotate(
     heads = tl.where(is_query, head * group + members, tl.where(is_key, A + head, A + B + head))
     inside = (members < group + 2)[:, None] & (lanes < half)[None, :]
     place = heads[:, None] * D + lanes[None, :]
+    position = tl.load(FACTS + COUNT + row, cache_modifier=".cg")
+    at = tl.load(FACTS + 2 * COUNT + row, cache_modifier=".cg")
+    table = tl.load(FACTS + 4 * COUNT + row, cache_modifier=".cg")
+    cos = tl.load(COS + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
+    sin = tl.load(SIN + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
+    page = tl.load(TABLES + table * width + at // PAGE, cache_modifier=".cg").to(tl.int64)
+    wait(OVERLAPS)
+    release(OVERLAPS)
     first = tl.full([BM, BD], 0.0, tl.float32)
     second = tl.full([BM, BD], 0.0, tl.float32)
     for part in tl.static_range(P):
@@ -116,18 +128,13 @@ def _rotate(
         known = inside & (is_query | is_key)[:, None]
         first = first * factor * tl.load(GAINS + gain, mask=known, other=1.0)
         second = second * factor * tl.load(GAINS + gain + half, mask=known, other=1.0)
-    position = tl.load(FACTS + COUNT + row)
-    at = tl.load(FACTS + 2 * COUNT + row)
-    table = tl.load(FACTS + 4 * COUNT + row)
-    cos = tl.load(COS + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
-    sin = tl.load(SIN + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
     kind = QUERIES.dtype.element_ty
     turned = (first * cos - second * sin).to(kind)
     turned_second = (second * cos + first * sin).to(kind)
     query = QUERIES + row * A * D + place
     tl.store(query, turned, mask=inside & is_query[:, None])
     tl.store(query + half, turned_second, mask=inside & is_query[:, None])
-    slot = tl.load(TABLES + table * width + at // PAGE).to(tl.int64) * PAGE + at % PAGE
+    slot = page * PAGE + at % PAGE
     cached = (slot * B + head) * D + lanes[None, :] + members[:, None] * 0
     tl.store(KEYS + cached, turned, mask=inside & is_key[:, None])
     tl.store(KEYS + cached + half, turned_second, mask=inside & is_key[:, None])
@@ -157,51 +164,48 @@ def _attend(
     PAGE: tl.constexpr,
     PATH: tl.constexpr,
     SPAN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row, head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(FACTS + COUNT + row)
+    position = tl.load(FACTS + COUNT + row, cache_modifier=".cg")
     least = 0
     if WINDOW > 0:
         least = tl.maximum(position - WINDOW + 1, 0)
     begin = span * SPAN
-    if (begin <= position) & (begin + SPAN > least):
-        start = tl.load(FACTS + 3 * COUNT + row)
-        table = tl.load(FACTS + 4 * COUNT + row)
+    is_needed = (begin <= position) & (begin + SPAN > least)
+    start = tl.load(FACTS + 3 * COUNT + row, cache_modifier=".cg")
+    table = tl.load(FACTS + 4 * COUNT + row, cache_modifier=".cg")
+    places = begin + tl.arange(0, SPAN)
+    seen = (places <= position) & (places >= least)
+    in_tree = seen & (places >= start)
+    rows = tl.load(PATHS + row * PATH + places - start, mask=in_tree, other=0, cache_modifier=".cg")
+    at = tl.where(in_tree, start + rows, places)
+    pages = tl.load(TABLES + table * width + at // PAGE, mask=seen, other=0, cache_modifier=".cg")
+    wait(OVERLAPS)
+    release(OVERLAPS)
+    if is_needed:
         group: tl.constexpr = A // B
         members = tl.arange(0, BG)
         lanes = tl.arange(0, BD)
         inside = (members < group)[:, None] & (lanes < D)[None, :]
         query = (row * A + head * group + members)[:, None] * D + lanes[None, :]
         q = tl.load(QUERIES + query, mask=inside, other=0.0)
-        largest = tl.full([BG], _NONE, tl.float32)
-        weight = tl.full([BG], 0.0, tl.float32)
-        total = tl.full([BG, BD], 0.0, tl.float32)
-        # Pages without a key that is attended to would add zeros.
-        for page in range(tl.maximum(begin, least // PAGE * PAGE), tl.minimum(begin + SPAN, position + 1), PAGE):
-            places = page + tl.arange(0, PAGE)
-            seen = (places <= position) & (places >= least)
-            in_tree = seen & (places >= start)
-            rows = tl.load(PATHS + row * PATH + places - start, mask=in_tree, other=0)
-            at = tl.where(in_tree, start + rows, places)
-            pages = tl.load(TABLES + table * width + at // PAGE, mask=seen, other=0)
-            slots = pages.to(tl.int64) * PAGE + at % PAGE
-            key = (slots * B + head)[:, None] * D + lanes[None, :]
-            mask = seen[:, None] & (lanes < D)[None, :]
-            k = tl.load(KEYS + key, mask=mask, other=0.0)
-            scores = multiply_add(q, tl.trans(k), tl.full([BG, PAGE], 0.0, tl.float32)) * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, 1))
-            likely = tl.exp(scores - larger[:, None])
-            before = tl.exp(largest - larger)
-            weight = weight * before + tl.sum(likely, 1)
-            v = tl.load(VALUES + key, mask=mask, other=0.0)
-            total = multiply_add(likely.to(v.dtype), v, total * before[:, None])
-            largest = larger
+        slots = pages.to(tl.int64) * PAGE + at % PAGE
+        key = (slots * B + head)[:, None] * D + lanes[None, :]
+        mask = seen[:, None] & (lanes < D)[None, :]
+        k = tl.load(KEYS + key, mask=mask, other=0.0)
+        # Asked for now, needed when the scores are there.
+        v = tl.load(VALUES + key, mask=mask, other=0.0)
+        scores = multiply_add(q, tl.trans(k), tl.full([BG, SPAN], 0.0, tl.float32)) * scale
+        scores = tl.where(seen[None, :], scores, _NONE)
+        largest = tl.max(scores, 1)
+        likely = tl.where(seen[None, :], tl.exp(scores - largest[:, None]), 0.0)
+        total = multiply_add(likely.to(v.dtype), v, tl.full([BG, BD], 0.0, tl.float32))
         spans = tl.num_programs(2)
         out = (row * A + head * group + members) * spans + span
         tl.store(SUMS + out[:, None] * D + lanes[None, :], total, mask=inside)
         tl.store(SCALES + out * 2, largest, mask=members < group)
-        tl.store(SCALES + out * 2 + 1, weight, mask=members < group)
+        tl.store(SCALES + out * 2 + 1, tl.sum(likely, 1), mask=members < group)
 
 
 @triton.jit(do_not_specialize=["COUNT", "spans"])
@@ -214,37 +218,41 @@ def _combine(
     spans,
     WINDOW: tl.constexpr,
     A: tl.constexpr,
-    B: tl.constexpr,
     D: tl.constexpr,
-    BG: tl.constexpr,
     BD: tl.constexpr,
     SPAN: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
-    position = tl.load(FACTS + COUNT + row)
-    group: tl.constexpr = A // B
-    members = tl.arange(0, BG)
+    position = tl.load(FACTS + COUNT + row, cache_modifier=".cg")
+    wait(OVERLAPS)
+    release(OVERLAPS)
     lanes = tl.arange(0, BD)
-    is_member = members < group
-    inside = is_member[:, None] & (lanes < D)[None, :]
+    is_lane = lanes < D
     first = 0
     if WINDOW > 0:
         first = tl.maximum(position - WINDOW + 1, 0) // SPAN
-    largest = tl.full([BG], _NONE, tl.float32)
-    weight = tl.full([BG], 0.0, tl.float32)
-    total = tl.full([BG, BD], 0.0, tl.float32)
-    heads = row * A + head * group + members
-    for span in range(first, position // SPAN + 1):
-        source = heads * spans + span
-        own = tl.load(SCALES + source * 2, mask=is_member, other=0.0)
-        larger = tl.maximum(largest, own)
+    last = position // SPAN
+    largest = tl.full([1], _NONE, tl.float32)
+    weight = tl.full([1], 0.0, tl.float32)
+    total = tl.full([BD], 0.0, tl.float32)
+    # Which spans are added up together depends on their numbers alone.
+    for begin in range(first // TOGETHER * TOGETHER, last + 1, TOGETHER):
+        number = begin + tl.arange(0, TOGETHER)
+        is_there = (number >= first) & (number <= last)
+        source = (row * A + head) * spans + number
+        own = tl.load(SCALES + source * 2, mask=is_there, other=_NONE)
+        weights = tl.load(SCALES + source * 2 + 1, mask=is_there, other=0.0)
+        sums = tl.load(
+            SUMS + source[:, None] * D + lanes[None, :], mask=is_there[:, None] & is_lane[None, :], other=0.0
+        )
+        larger = tl.maximum(largest, tl.max(own, 0))
         before, after = tl.exp(largest - larger), tl.exp(own - larger)
-        weight = weight * before + tl.load(SCALES + source * 2 + 1, mask=is_member, other=1.0) * after
-        sums = tl.load(SUMS + source[:, None] * D + lanes[None, :], mask=inside, other=0.0)
-        total = total * before[:, None] + sums * after[:, None]
+        weight = weight * before + tl.sum(weights * after, 0)
+        total = total * before + tl.sum(sums * after[:, None], 0)
         largest = larger
-    found = (total / weight[:, None]).to(OUT.dtype.element_ty)
-    tl.store(OUT + heads[:, None] * D + lanes[None, :], found, mask=inside)
+    tl.store(OUT + (row * A + head) * D + lanes, (total / weight).to(OUT.dtype.element_ty), mask=is_lane)
 
 
 def rotate(
@@ -287,6 +295,7 @@ def rotate(
         bias_N is not None,
         gains_2D is not None,
         PAGE,
+        **overlap(queries_RAD),
         num_warps=4,
     )
 
@@ -330,10 +339,10 @@ def attend(
         PAGE,
         PATH,
         SPAN,
+        **overlap(queries_RAD),
         num_warps=4,
-        num_stages=2,
     )
-    _combine[(len(rows), key_heads)](
+    _combine[(len(rows), heads)](
         sums,
         scales,
         rows.facts,
@@ -342,10 +351,10 @@ def attend(
         spans,
         window or 0,
         heads,
-        key_heads,
         size,
-        triton.next_power_of_2(heads // key_heads),
         triton.next_power_of_2(size),
         SPAN,
+        _TOGETHER,
+        **overlap(queries_RAD),
         num_warps=4,
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
+from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
 from fastmtp.engines.cuda.kernels.shapes import PATH
 
 
@@ -36,7 +37,10 @@ def _begin(
     M: tl.constexpr,
     BW: tl.constexpr,
     NEVER: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     lanes = tl.arange(0, BW)
     first, count, table = tl.load(STATE), tl.load(STATE + 1), tl.load(STATE + 2)
     length = first + count
@@ -61,7 +65,10 @@ def _hand_on(
     BH: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     row = 0
     if FIRST:
         row = tl.load(STATE + 1) - 1
@@ -76,7 +83,9 @@ def _hand_on(
 
 
 @triton.jit
-def _accept(STATE, FOUND, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr):
+def _accept(STATE, FOUND, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     lanes = tl.arange(0, BK)
     tokens = tl.load(FOUND + lanes, mask=lanes <= K, other=-1)
     drafts = tl.load(VERIFIED + 1 + lanes, mask=lanes < K, other=-1)
@@ -101,7 +110,10 @@ def _follow(
     BW: tl.constexpr,
     PATH: tl.constexpr,
     NEVER: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     lanes = tl.arange(0, BM)
     steps = tl.arange(0, BW)
     is_row = lanes < M
@@ -147,6 +159,7 @@ def begin(state: Tensor, found: Tensor, waiting: Rows, steps: Tensor, verified: 
         0 if verified is None else len(verified),
         triton.next_power_of_2(max(count, 0 if verified is None else len(verified))),
         NEVER,
+        **overlap(state),
         num_warps=1,
     )
 
@@ -173,6 +186,7 @@ def follow(rows: Rows, found: Tensor, state: Tensor, taken: Tensor, after: Tenso
         triton.next_power_of_2(len(taken)),
         PATH,
         NEVER,
+        **overlap(state),
         num_warps=1,
     )
 
@@ -204,10 +218,12 @@ def hand_on(
         triton.next_power_of_2(hidden),
         number == 0,
         step is None,
+        **overlap(state),
     )
 
 
 def accept(state: Tensor, found: Tensor, verified: Rows, answer: Tensor) -> None:
     """From the target's tokens, the next round's beginning, and [2 K + 1] numbers: the drafts and these tokens."""
     count = len(verified) - 1
-    _accept[(1,)](state, found, verified.facts, answer, count, triton.next_power_of_2(count + 1), num_warps=1)
+    block = triton.next_power_of_2(count + 1)
+    _accept[(1,)](state, found, verified.facts, answer, count, block, **overlap(state), num_warps=1)

@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
+
+_WARPS = 16
+
 
 @triton.jit
 def _normed(x, GAINS, columns, is_column, epsilon, H: tl.constexpr):
@@ -17,7 +21,9 @@ def _normed(x, GAINS, columns, is_column, epsilon, H: tl.constexpr):
 
 
 @triton.jit
-def _embed(TOKENS, E, RESIDUAL, scale, H: tl.constexpr, BH: tl.constexpr):
+def _embed(TOKENS, E, RESIDUAL, scale, H: tl.constexpr, BH: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, BH)
     is_column = columns < H
@@ -42,7 +48,10 @@ def _add_norm(
     BIASED: tl.constexpr,
     HAS_OUTER: tl.constexpr,
     ADDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, BH)
     is_column = columns < H
@@ -62,7 +71,21 @@ def _add_norm(
 
 
 @triton.jit
-def _join(STATES, TOKENS, E, STATE_GAINS, TOKEN_GAINS, OUT, scale, epsilon, H: tl.constexpr, BH: tl.constexpr):
+def _join(
+    STATES,
+    TOKENS,
+    E,
+    STATE_GAINS,
+    TOKEN_GAINS,
+    OUT,
+    scale,
+    epsilon,
+    H: tl.constexpr,
+    BH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, BH)
     is_column = columns < H
@@ -79,7 +102,9 @@ def _join(STATES, TOKENS, E, STATE_GAINS, TOKEN_GAINS, OUT, scale, epsilon, H: t
 def embed(tokens_M: Tensor, embedding_VH: Tensor, scale: float, residual_RH: Tensor) -> None:
     """The residual stream before the first layer, in float32."""
     hidden = residual_RH.shape[1]
-    _embed[tokens_M.shape](tokens_M, embedding_VH, residual_RH, scale, hidden, triton.next_power_of_2(hidden))
+    _embed[tokens_M.shape](
+        tokens_M, embedding_VH, residual_RH, scale, hidden, triton.next_power_of_2(hidden), **overlap(residual_RH)
+    )
 
 
 def add_norm(
@@ -119,6 +144,8 @@ def add_norm(
         bias_H is not None,
         outer_H is not None,
         adds,
+        **overlap(out_RH),
+        num_warps=_WARPS,
     )
 
 
@@ -134,4 +161,6 @@ def join(
     """The head's input [hidden_norm(s), token_norm(e)]; `gains` are those of the two norms."""
     hidden = states_RH.shape[1]
     size = triton.next_power_of_2(hidden)
-    _join[tokens_M.shape](states_RH, tokens_M, embedding_VH, *gains, out_R2H, scale, epsilon, hidden, size)
+    _join[tokens_M.shape](
+        states_RH, tokens_M, embedding_VH, *gains, out_R2H, scale, epsilon, hidden, size, **overlap(out_R2H)
+    )

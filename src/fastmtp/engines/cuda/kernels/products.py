@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
 from fastmtp.engines.cuda.kernels.shapes import TILE, Division, division
 
+_WARPS, _STAGES, _GATED_STAGES = 4, 4, 3
+# The gate's columns of a program, and inputs of a step.
+_GATED = 32, 128
 # Triton's interpreter has no products of bfloat16.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -25,12 +29,22 @@ def multiply_add(left, right, total):
 
 @triton.jit
 def _product(
-    X, W, OUT, R, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    X,
+    W,
+    OUT,
+    R,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
     is_column = columns < N
+    wait(OVERLAPS)
     total = tl.full([16, BN], 0.0, tl.float32)
     weights = W + columns.to(tl.int64)[:, None] * K
     for step in range(0, DEPTH, BK):
@@ -39,6 +53,7 @@ def _product(
         x = tl.load(X + rows[:, None] * K + inputs[None, :], mask=is_input[None, :], other=0.0)
         w = tl.load(weights + inputs[None, :], mask=is_column[:, None] & is_input[None, :], other=0.0)
         total = multiply_add(x, tl.trans(w), total)
+    release(OVERLAPS)
     tl.store(OUT + (part * R + rows[:, None]) * N + columns[None, :], total, mask=is_column[None, :])
 
 
@@ -56,10 +71,12 @@ def _gated(
     GELU: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     is_column = columns < N
+    wait(OVERLAPS)
     gate = tl.full([16, BN], 0.0, tl.float32)
     up = tl.full([16, BN], 0.0, tl.float32)
     place = columns.to(tl.int64)[:, None] * K
@@ -70,6 +87,7 @@ def _gated(
         mask = is_column[:, None] & is_input[None, :]
         gate = multiply_add(x, tl.trans(tl.load(GATE + place + inputs[None, :], mask=mask, other=0.0)), gate)
         up = multiply_add(x, tl.trans(tl.load(UP + place + inputs[None, :], mask=mask, other=0.0)), up)
+    release(OVERLAPS)
     if BIASED:
         gate += tl.load(GATE_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
         up += tl.load(UP_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -98,8 +116,9 @@ def product(x_RK: Tensor, weight_NK: Tensor, out: Tensor) -> Tensor:
         how.depth,
         how.columns,
         how.step,
-        num_warps=4,
-        num_stages=4,
+        **overlap(x_RK),
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
     return parts_PRN
 
@@ -114,7 +133,7 @@ def gated(
 ) -> None:
     """activation(x Gᵀ + g) (x Uᵀ + u) for the gate's weights [N, K] and those of its partner."""
     (rows, inputs), outputs = x_RK.shape, out_RN.shape[1]
-    how = Division(32, 64, inputs, 1)
+    how = Division(*_GATED, inputs, 1)
     gate_bias, up_bias = biases or (x_RK, x_RK)
     _gated[(rows // TILE, how.programs(outputs))](
         x_RK,
@@ -128,6 +147,7 @@ def gated(
         gelu,
         how.columns,
         how.step,
-        num_warps=4,
-        num_stages=4,
+        **overlap(x_RK),
+        num_warps=_WARPS,
+        num_stages=_GATED_STAGES,
     )

@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
 from fastmtp.engines.cuda.kernels.products import multiply_add
 from fastmtp.engines.cuda.kernels.shapes import TILE
 
 # Tokens of one program.
 BLOCK = 64
-_STEP = 64
+# Bytes of a token's row that are read at a time.
+_STEP_BYTES = 256
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
@@ -34,6 +36,7 @@ def _scores(
     EACH: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     block = tl.program_id(1)
@@ -41,6 +44,7 @@ def _scores(
     is_token = columns < N
     tokens = columns
     depth = H
+    wait(OVERLAPS)
     if LISTED:
         if EACH:
             IDS += tl.program_id(0) * N
@@ -56,6 +60,7 @@ def _scores(
         x = tl.load(STATES + rows[:, None] * H + inputs[None, :], mask=is_input[None, :], other=0.0)
         w = tl.load(weights + inputs[None, :], mask=is_token[:, None] & is_input[None, :], other=0.0)
         total = multiply_add(x, tl.trans(w), total)
+    release(OVERLAPS)
     total = tl.where(is_token[None, :], total, float("-inf"))
     if PICKS:
         best = tl.max(total, 1)
@@ -67,7 +72,9 @@ def _scores(
 
 
 @triton.jit
-def _pick(BEST, PLACES, IDS, TOKENS, R, N, blocks, LISTED: tl.constexpr, BB: tl.constexpr):
+def _pick(BEST, PLACES, IDS, TOKENS, R, N, blocks, LISTED: tl.constexpr, BB: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     row = tl.program_id(0)
     number = tl.arange(0, BB)
     is_block = number < blocks
@@ -90,9 +97,10 @@ def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: T
     (rows, hidden), count = states_RH.shape, out_RN.shape[1]
     ids = out_RN if ids_N is None else ids_N
     listed, each = ids_N is not None, ids_N is not None and ids_N.ndim == 2
+    step = _STEP_BYTES // weight_VH.element_size()
     _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
-        states_RH, weight_VH, ids, out_RN, out_RN, out_RN, rows, count, hidden, listed, False, each, BLOCK, _STEP,
-        num_warps=4, num_stages=4,
+        states_RH, weight_VH, ids, out_RN, out_RN, out_RN, rows, count, hidden, listed, False, each, BLOCK, step,
+        **overlap(states_RH), num_warps=4, num_stages=4,
     )  # fmt: skip
 
 
@@ -107,10 +115,11 @@ def argmax(
     rows, hidden = states_RH.shape
     count = weight_VH.shape[0] if ids_N is None else len(ids_N)
     ids, blocks, listed = out_R if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
+    step = _STEP_BYTES // weight_VH.element_size()
     _scores[(rows // TILE, blocks)](
-        states_RH, weight_VH, ids, states_RH, *memory, rows, count, hidden, listed, True, False, BLOCK, _STEP,
-        num_warps=4, num_stages=4,
+        states_RH, weight_VH, ids, states_RH, *memory, rows, count, hidden, listed, True, False, BLOCK, step,
+        **overlap(states_RH), num_warps=4, num_stages=4,
     )  # fmt: skip
     _pick[(len(out_R),)](
-        *memory, ids, out_R, rows, count, blocks, ids_N is not None, triton.next_power_of_2(blocks)
+        *memory, ids, out_R, rows, count, blocks, listed, triton.next_power_of_2(blocks), **overlap(out_R)
     )

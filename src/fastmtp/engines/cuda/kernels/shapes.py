@@ -9,8 +9,8 @@ from functools import cache
 TILE = 16
 # Positions whose keys and values lie together in memory, and that are attended to in one step.
 PAGE = 64
-# Positions that one program attends to.
-SPAN = 128
+# Positions that one program attends to: those of a page.
+SPAN = PAGE
 # Tokens of a tree that may come before one of its tokens.
 PATH = 128
 
