@@ -2,6 +2,10 @@
 
 import os
 
+# Tests run beside each other: threads that wait for a core which another test has would only take time. It must be
+# set before PyTorch is imported; the engines' tests of several threads say how many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton reads it when it is imported, which transformers does, too.
