@@ -344,6 +344,11 @@ def test_speed_is_measured_over_the_whole_path(in_slots: None) -> None:
     assert usual["drawn_tokens_per_second"] is None and usual["tokens_per_second"] > 0
 
 
+# A quicker interpreter.
+QUICK = """
+import tests.cuda.conftest
+"""
+
 KERNEL = """
 import torch
 from fastmtp.engines.torch.slot_attention import attend_slots_by_mask
@@ -456,9 +461,8 @@ for family in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("script", "families"),
     [
-        pytest.param(KERNEL + PARTS, [], id="parts"),
-        pytest.param(STEP, ["qwen3", "gemma3"], id="step"),
-        pytest.param(STEP, list(FAMILIES), marks=pytest.mark.slow, id="step of every family"),
+        pytest.param(QUICK + KERNEL + PARTS + STEP, ["qwen3", "gemma3"], id="parts and steps"),
+        pytest.param(QUICK + STEP, list(FAMILIES), marks=pytest.mark.slow, id="step of every family"),
     ],
 )
 def test_the_kernels_are_what_pytorch_computes(script: str, families: list[str]) -> None:
