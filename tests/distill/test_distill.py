@@ -306,27 +306,42 @@ def test_reading_bad_data(tmp_path: Path) -> None:
         read_exchanges(DataSet([tmp_path / "data"]), target)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_killed_run_loses_at_most_a_shard(tmp_path: Path, sent: signal.Signals) -> None:
+KILLED = """
+import os, sys
+from tests.distill.test_distill import *
+children = []
+for directory in sys.argv[1:]:
+    children.append(os.fork())
+    if children[-1] == 0:
+        distill(TorchEngine(talkative()), replace(CONFIG, count=4000), Path(directory), None)
+        os._exit(0)
+print(*children, flush=True)
+for child in children:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_killed_run_loses_at_most_a_shard(tmp_path: Path) -> None:
     """Whole shards survive; Ctrl-C also saves the pending ones; the next run makes the rest."""
-    script = (
-        "import sys; from pathlib import Path; from tests.distill.test_distill import *\n"
-        "config = DistillConfig(**{**vars(CONFIG), 'count': 4000})\n"
-        "distill(TorchEngine(talkative()), config, Path(sys.argv[1]), None)\n"
-    )
-    data = tmp_path / "data"
-    process = subprocess.Popen([sys.executable, "-c", script, str(data)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(shards(data)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, sent)
-    assert process.wait(120) != 0
-    done = finished_indices(data)
-    assert 6 <= len(done) < 4000
-    if sent == signal.SIGINT:
+    signals = signal.SIGKILL, signal.SIGINT
+    places = [tmp_path / sent.name for sent in signals]
+    command = [sys.executable, "-c", KILLED, *map(str, places)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        deadline = time.monotonic() + 240
+        for sent, data, child in zip(signals, places, children, strict=True):
+            while len(shards(data)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.kill(child, sent)
+        killed, stopped = map(int, process.communicate(timeout=120)[0].split())
+    assert killed == -signal.SIGKILL
+    assert stopped != 0
+    assert not list(places[1].glob(".*"))
+    for data in places:
+        done = finished_indices(data)
+        assert 6 <= len(done) < 4000
+        # More than there is, so that another shard is written, and what was killed in the writing is replaced.
+        count = max(done) + 7
+        distill(TorchEngine(talkative()), replace(CONFIG, count=count), data, None)
+        assert finished_indices(data) == set(range(count))
         assert not list(data.glob(".*"))
-    # More than there is, so that another shard is written, and what was killed in the writing is replaced.
-    count = max(done) + 7
-    distill(TorchEngine(talkative()), DistillConfig(**{**vars(CONFIG), "count": count}), data, None)
-    assert finished_indices(data) == set(range(count))
-    assert not list(data.glob(".*"))
