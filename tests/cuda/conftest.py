@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _hasten() -> None:
-    """Patch Triton's language once, not for each call of each function, and warn of no overflow."""
+    """Patch Triton's language once, not for each call of each function; make shapes once; warn of no overflow."""
     from triton.runtime import interpreter
 
     class Lasting:
@@ -37,6 +38,28 @@ def _hasten() -> None:
             real(function)
         return Lasting()
 
+    core = interpreter.tl.core
+    checked = core.block_type.__init__
+
+    @cache
+    def numbers(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+
+    @cache
+    def block(shape: tuple[int, ...]) -> Any:
+        checked(found := object.__new__(core.block_type), core.int32, list(shape))
+        return found
+
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.numel, self.shape = numbers(tuple(kind.shape) if kind.is_block() else ())
+
+    def block_type(self: Any, element: Any, shape: Any) -> None:
+        like = block(tuple(map(core._unwrap_if_constexpr, shape)))
+        self.element_ty, self.shape, self.numel = element, like.shape, like.numel
+        self.name = f"<{list(like.shape)}, {element}>"
+
+    core.tensor.__init__, core.block_type.__init__ = tensor, block_type
     call = interpreter.GridExecutor.__call__
 
     def call_as_on_a_device(*arguments: Any, **named: Any) -> None:
