@@ -6,18 +6,16 @@ namespace {
 
 constexpr size_t kAhead = 16 * 1024;
 
-// What one pass over a block, for some of the rows, prefetches: from `start` bytes after the block's beginning on,
-// `step` bytes for each line of weights. The passes over a block share the memory kAhead of it, so that memory is read
-// during all of them, not during the first alone.
-struct Ahead {
-  size_t start, step;
-};
+// One of the passes over a block, each for some of the rows. They take turns in prefetching the groups `ahead` bytes of
+// theirs, so that memory is read during all of them, not during the first alone. No line of weights or scales may be
+// left out: to wait for one takes as long as to read many.
+struct Pass {
+  int index, count;
+  size_t ahead;
 
-// How many lines of weights, and in int4 of scales, a pass goes over.
-inline size_t lines_of(const PackedView& w) {
-  const int lines = w.type == Type::int8 ? kGroup / 4 : w.type == Type::bf16 ? kGroup / 2 : 2 * (kHalf / 8 + 1);
-  return size_t(w.groups) * lines;
-}
+  // How far ahead of group g to prefetch; 0, which is in the cache, where another pass does it.
+  size_t distance(int g) const { return g % count == index ? ahead : 0; }
+};
 
 // How far ahead of a kilobyte of weights to prefetch if several blocks are computed together: the next kilobyte of
 // each of them, and at their ends the beginnings of the next blocks.
@@ -45,25 +43,27 @@ template <int Rows, int Blocks>
 }
 
 template <int Rows, int Blocks>
-void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
+void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const uint8_t* scales = weights + size_t(w.groups) * kGroup * kLanes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
-  const uint8_t* next = weights + ahead.start;
   Floats total[Blocks][Rows] = {};
   for (int g = 0; g < w.groups; g++) {
-    const size_t distance = prefetch_distance<Blocks>(w, g, w.groups);
+    const uint8_t* next = weights + (Blocks > 1 ? prefetch_distance<Blocks>(w, g, w.groups) : pass.distance(g));
+    // A line has the scales of two groups.
+    if (g % 2 == 0)
+      for (int b = 0; b < Blocks; b++)
+        prefetch(scales + b * w.block_bytes + (Blocks > 1 ? Blocks * w.block_bytes : pass.ahead));
     Ints sums[Blocks][Rows];
     for (int b = 0; b < Blocks; b++)
       for (int m = 0; m < Rows; m++) sums[b][m] = splat_int(x.sums[x.index(row + m, g)]);
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup; k += 4) {
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* line = weights + b * w.block_bytes + k * kLanes;
-        prefetch(Blocks == 1 ? next : line + distance);
-        next += ahead.step;
-        const Bytes four = load_bytes(line);
+        const size_t line = b * w.block_bytes + k * kLanes;
+        prefetch(next + line);
+        const Bytes four = load_bytes(weights + line);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4(sums[b][m], four, values + m * width + k);
       }
     }
@@ -82,32 +82,30 @@ void int8_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 }
 
 template <int Rows, int Blocks>
-void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
+void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   constexpr size_t kNear = kGroup * kLanes;
   const uint8_t* weights = w.data + block * w.block_bytes;
   const int8_t* values = x.int8_row(row);
   const size_t width = size_t(x.groups) * kGroup;
   const int groups = 2 * w.groups;
-  const uint8_t* next = weights + ahead.start;
   Floats total[Blocks][Rows] = {};
   for (int g = 0; g < groups; g++) {
-    const size_t distance = prefetch_distance<Blocks>(w, g * kHalfBytes, kNear);
+    const uint8_t* next =
+        weights + (Blocks > 1 ? prefetch_distance<Blocks>(w, g * kHalfBytes, kNear) : pass.distance(g));
     SmallInts sums[Blocks][Rows] = {};
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kHalf; k += 8)
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* line = weights + b * w.block_bytes + k / 8 * 4 * kLanes;
-        prefetch(Blocks == 1 ? next : line + distance);
-        next += ahead.step;
-        const Bytes eight = load_bytes(line), low = low_nibbles(eight), high = high_nibbles(eight);
+        const size_t line = b * w.block_bytes + k / 8 * 4 * kLanes;
+        prefetch(next + line);
+        const Bytes eight = load_bytes(weights + line), low = low_nibbles(eight), high = high_nibbles(eight);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4_small(sums[b][m], low, values + m * width + k);
         for (int m = 0; m < Rows; m++) sums[b][m] = dot4_small(sums[b][m], high, values + m * width + k + 4);
       }
     for (int b = 0; b < Blocks; b++) {
-      const uint8_t* line = weights + b * w.block_bytes + kHalfWords;
-      prefetch(Blocks == 1 ? next : line + distance);
-      next += ahead.step;
-      const auto* scales = reinterpret_cast<const uint16_t*>(line);
+      const size_t line = b * w.block_bytes + kHalfWords;
+      prefetch(next + line);
+      const auto* scales = reinterpret_cast<const uint16_t*>(weights + line);
       const Floats step = load_bf16(scales), least = load_bf16(scales + kLanes);
       for (int m = 0; m < Rows; m++) {
         const size_t index = x.index(row + m, g);
@@ -123,21 +121,19 @@ void int4_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 }
 
 template <int Rows, int Blocks>
-void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
+void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   const uint8_t* weights = w.data + block * w.block_bytes;
   const uint16_t* values = x.bf16_row(row);
   const size_t width = size_t(x.groups) * kGroup;
-  const uint8_t* next = weights + ahead.start;
   Floats total[Blocks][Rows] = {};
   for (int g = 0; g < 2 * w.groups; g++) {
-    const size_t distance = prefetch_distance<Blocks>(w, g, 2 * w.groups);
+    const uint8_t* next = weights + (Blocks > 1 ? prefetch_distance<Blocks>(w, g, 2 * w.groups) : pass.distance(g));
 #pragma GCC unroll kUnroll
     for (int k = 0; k < kGroup / 2; k += 2) {
       for (int b = 0; b < Blocks; b++) {
-        const uint8_t* line = weights + b * w.block_bytes + 2 * k * kLanes;
-        prefetch(Blocks == 1 ? next : line + distance);
-        next += ahead.step;
-        const Bytes two = load_bytes(line);
+        const size_t line = b * w.block_bytes + 2 * k * kLanes;
+        prefetch(next + line);
+        const Bytes two = load_bytes(weights + line);
         for (int m = 0; m < Rows; m++) total[b][m] = dot2(total[b][m], two, values + m * width + k);
       }
     }
@@ -148,13 +144,13 @@ void bf16_blocks(const PackedView& w, const Operand& x, int row, int block, Ahea
 }
 
 template <int Rows, int Blocks>
-void blocks(const PackedView& w, const Operand& x, int row, int block, Ahead ahead, float* out, int stride) {
+void blocks(const PackedView& w, const Operand& x, int row, int block, Pass pass, float* out, int stride) {
   if (w.type == Type::int8)
-    int8_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
+    int8_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
   else if (w.type == Type::bf16)
-    bf16_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
+    bf16_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
   else
-    int4_blocks<Rows, Blocks>(w, x, row, block, ahead, out, stride);
+    int4_blocks<Rows, Blocks>(w, x, row, block, pass, out, stride);
 }
 
 template <int Rows>
@@ -162,19 +158,20 @@ void tiles(const PackedView& w, const Operand& x, int rows, int first_block, int
   // With few rows several blocks are computed together: more streams from memory at once, in registers that are free.
   constexpr int kFew = (Rows + 1) / kBlocksTogether;
   const int passes = (rows - 1) / Rows + 1;
-  const size_t share = w.block_bytes / passes, step = share / lines_of(w);
+  // The first of several passes should find all of its block prefetched.
+  const size_t ahead = passes > 1 && kAhead < w.block_bytes ? w.block_bytes : kAhead;
   int block = first_block;
   if (rows <= kFew)
     for (; block + kBlocksTogether <= last_block; block += kBlocksTogether)
       with_constant<kFew>(rows, [&](auto count) {
-        blocks<count.value, kBlocksTogether>(w, x, 0, block, {kAhead, step}, out + block * kLanes, stride);
+        blocks<count.value, kBlocksTogether>(w, x, 0, block, {0, 1, ahead}, out + block * kLanes, stride);
       });
   for (; block < last_block; block++)
     for (int pass = 0; pass < passes; pass++) {
       const int row = pass * Rows;
-      const Ahead ahead{kAhead + pass * share, step};
       with_constant<Rows>(rows - row < Rows ? rows - row : Rows, [&](auto count) {
-        blocks<count.value, 1>(w, x, row, block, ahead, out + size_t(row) * stride + block * kLanes, stride);
+        float* to = out + size_t(row) * stride + block * kLanes;
+        blocks<count.value, 1>(w, x, row, block, {pass, passes, ahead}, to, stride);
       });
     }
 }
