@@ -81,16 +81,21 @@ def test_twenty_thousand_tokens_of_the_embedded_model(new_drafter: NewDrafter) -
 
 
 def test_launches_and_copies_of_a_round() -> None:
-    """In real graphs too: a chain is one launch and one copy, a tree two and one, and one each where it asks on."""
+    """In real graphs too: of a chain or a token one launch and one copy, the launch being the next one's.
+
+    Of a tree two and one, and one each where it asks on.
+    """
     target, prompt, engine = tiny_target("llama"), random_ids(30), Cuda(dtype=torch.bfloat16)
     graphs = engine.open(target).machine.graphs
-    rounds = speculative(engine.sequence(target, MTPHead(target.model)), prompt, chains(3)(prompt, GREEDY), GREEDY)
-    list(islice(rounds, 3))
+    sequence = engine.sequence(target, MTPHead(target.model))
+    chain = speculative(sequence, prompt, chains(3)(prompt, GREEDY), GREEDY)
+    for rounds in (chain, plain(engine.sequence(target), prompt, GREEDY)):
+        list(islice(rounds, 3))
+        graphs.launched = graphs.copied = 0
+        next(rounds)
+        assert (graphs.launched, graphs.copied) == (1, 1)
+    trees = speculative(engine.sequence(target, MTPHead(target.model)), prompt, adaptive(prompt, GREEDY), GREEDY)
+    list(islice(trees, 4))
     graphs.launched = graphs.copied = 0
-    next(rounds)
-    assert (graphs.launched, graphs.copied) == (1, 1)
-    rounds = speculative(engine.sequence(target, MTPHead(target.model)), prompt, adaptive(prompt, GREEDY), GREEDY)
-    list(islice(rounds, 4))
-    graphs.launched = graphs.copied = 0
-    next(rounds)
+    next(trees)
     assert graphs.launched == graphs.copied + 1

@@ -118,7 +118,7 @@ def test_no_graph_is_captured_while_an_answer_is_written(
     engine = CudaEngine(convert(llama, torch.float32), 1024, SMALLER)
     lists = DraftLists(LISTS, llama.vocabulary_size, 8)
     head, graphs = CUDA.head(llama, MTPHead(llama.model)), engine.machine.graphs
-    engine.machine.capture()
+    engine.capture()
     engine.prepare_drafting(head, lists, levels, (width, *[DRAWN_AMONG] * (DRAWN in samplings)))
     captured = graphs.captured
     sequence = engine.new_sequence(head, lists)

@@ -59,7 +59,7 @@ def test_a_gpu_has_it_back() -> None:
     memory.release_memory()
     before = torch.cuda.memory_allocated()
     engine = CudaEngine(convert(shallow("llama"), torch.bfloat16), 8192)
-    engine.machine.capture()
+    engine.capture()
     assert torch.cuda.memory_allocated() > before
     del engine
     memory.release_memory()

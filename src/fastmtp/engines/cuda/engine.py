@@ -22,6 +22,7 @@ from fastmtp.engines.cuda.bandwidth import copy_gb_s
 from fastmtp.engines.cuda.batch import CudaBatch
 from fastmtp.engines.cuda.beforehand import capture_drafts
 from fastmtp.engines.cuda.graphs import Sizes
+from fastmtp.engines.cuda.greedy import GreedySteps
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.rounds import Rounds
@@ -48,7 +49,7 @@ class CudaEngine:
         self.target = target
         self.machine = Machine(target, pool_tokens, sizes)
         self._rounds = cache(partial(Rounds, self.machine))
-        self._ahead = Ahead(self.machine)
+        self._greedy, self._ahead = GreedySteps(self.machine), Ahead(self.machine)
         # Otherwise graphs would keep a dropped engine's memory until the next collection of reference cycles.
         weakref.finalize(self, self.machine.graphs.forget).atexit = False
 
@@ -70,6 +71,12 @@ class CudaEngine:
     def threads(self) -> int:
         return torch.get_num_threads()
 
+    def capture(self, progress: Progress = QUIET) -> None:
+        """Compile all kernels, and capture the graphs of prompts and of plain decoding in a short text."""
+        with progress.status("compiling kernels and capturing graphs"), self.machine.lent_room() as room:
+            self.machine.capture(room)
+            self._greedy.launch(room, 0, 0)
+
     def load_head(self, directory: Path) -> Head:
         stored = read_head(directory, self.target, head_shapes(self.target.config))
         return Head(self.target.head(stored.tensors, directory), stored.lists, stored.draft_steps, directory)
@@ -77,7 +84,7 @@ class CudaEngine:
     def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         vocabulary = draft_vocabulary(lists)
         weights = head.weights if head else None
-        runner = CudaRunner(self.machine, self._rounds, self._ahead, weights, vocabulary)
+        runner = CudaRunner(self.machine, self._rounds, self._greedy, self._ahead, weights, vocabulary)
         return CudaSequence(runner, self.target, vocabulary)
 
     def prepare_drafting(

@@ -42,6 +42,26 @@ class Sizes:
 EXACT = Sizes(SMALL, None)
 
 
+class Sent:
+    """A copy on its way to the host, of what is in a tensor now, whatever is launched before it is waited for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # PyTorch gives pinned memory to nobody else before the copies to it are done, even if it was dropped.
+        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def wait(self) -> NDArray[Any]:
+        """For this copy, not for what was launched after it."""
+        if self._done is not None:
+            self._done.synchronize()
+        found: NDArray[Any] = self._copy.numpy()
+        return found
+
+
 class Graphs:
     """Runs functions that take nothing and return nothing.
 
@@ -100,6 +120,11 @@ class Graphs:
 
     def _new_memory(self) -> Any:
         return torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+    def arrived(self, sent: Sent) -> NDArray[Any]:
+        """Waits for a copy."""
+        self.copied += 1
+        return sent.wait()
 
     def to_host(self, tensor: Tensor) -> NDArray[Any]:
         """A copy, which later calls leave alone."""

@@ -33,5 +33,5 @@ def load_cuda_engine(
     engine = CudaEngine(target)
     if device.type == "cuda":
         # An interpreter compiles nothing.
-        engine.machine.capture(progress)
+        engine.capture(progress)
     return engine

@@ -24,7 +24,6 @@ from fastmtp.engines.cuda.scoring import Scoring
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.cuda.weights import CudaHead
 from fastmtp.engines.memory import free_bytes
-from fastmtp.progress import QUIET, Progress
 
 # Rows times spans of a forward: what attention's memory is made for, unless one tile needs more.
 _ROWS_BY_SPANS = 8192
@@ -66,14 +65,15 @@ class Machine:
         self._rows: dict[int, Rows] = {}
         self.found = torch.zeros(LARGE[-1], dtype=torch.int32, device=target.device)
 
-    def capture(self, progress: Progress = QUIET) -> None:
-        """Compile all kernels, and capture the graphs of prompts and of plain decoding in a short text."""
-        with progress.status("compiling kernels and capturing graphs"), self.lent_room() as room:
-            for count in self.graphs.sizes.rows:
-                states_TH = self.forward([Text(room, 0, [0] * count)])[0]
-                self.scoring.argmax(states_TH)
-            self.scoring.logits(states_TH[:1])
-            for count in self.graphs.sizes.small:
+    def capture(self, room: Room) -> None:
+        """All graphs of rows and what follows them, in a short text."""
+        for count in self.graphs.sizes.rows:
+            states_TH = self.forward([Text(room, 0, [0] * count)])[0]
+            self.scoring.argmax(states_TH)
+        self.scoring.logits(states_TH[:1])
+        for count in self.graphs.sizes.small:
+            # One row is a greedy step (greedy.py).
+            if count > 1:
                 self.verify([Text(room, 0, [0] * count)])
 
     @contextmanager

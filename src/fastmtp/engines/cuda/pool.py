@@ -90,6 +90,14 @@ class Pool:
         room.pages += taken
         upload(np.array(room.pages, np.int32), self._tables[room.table, : len(room.pages)])
 
+    def try_reserve(self, room: Room, tokens: int) -> bool:
+        """`reserve`, if there are pages left."""
+        try:
+            self.reserve(room, tokens)
+        except MemoryError:
+            return False
+        return True
+
     def give_back(self, room: Room) -> None:
         """Its pages and its table are others' from now on."""
         self._free_pages.extend(room.pages)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmtp.engines.cuda.ahead import DEEPEST, Ahead, Steps
 from fastmtp.engines.cuda.drafted import DraftTree, Foreseen
 from fastmtp.engines.cuda.graphs import upload
+from fastmtp.engines.cuda.greedy import Greedy, GreedySteps
 from fastmtp.engines.cuda.kernels.scores import BLOCK
 from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.rounds import Chain, Rounds
@@ -33,6 +34,7 @@ class CudaRunner:
         self,
         machine: Machine,
         rounds: Callable[[int], Rounds],
+        greedy: GreedySteps,
         ahead: Ahead,
         head: CudaHead | None,
         vocabulary: DraftVocabulary | None,
@@ -46,6 +48,9 @@ class CudaRunner:
         self._ahead = ahead
         self.room = machine.pool.room()
         weakref.finalize(self, machine.pool.give_back, self.room)
+        self._greedy = Greedy(greedy, self.room)
+        # How often the caches were used: what was launched ahead of the last time may write to the same places.
+        self._calls = 0
         self.no_states = target.lm_head.new_empty(0, target.config.hidden_size) if head else None
         # The tokens that draft steps score, those of the lists and then the own ones; -1 is none.
         self.ids_D: Tensor | None = None
@@ -63,6 +68,7 @@ class CudaRunner:
 
     def commit(self, start: int, rows: Sequence[int]) -> None:
         with self._machine.held():
+            self._calls += 1
             self._machine.pool.move(self.room, [start + row for row in rows], start)
 
     def logits(self, states_TH: Tensor) -> Logits:
@@ -84,6 +90,9 @@ class CudaRunner:
         machine, text = self._machine, Text(self.room, start, tokens, parents)
         with machine.held():
             levels = self.end_round()
+            if len(tokens) == 1 and not (levels and is_followed):
+                states_1H, token = self._greedy.verify(self._calls, start, tokens[0])
+                return states_1H, [token]
             if not (levels and is_followed):
                 (states_MH,) = machine.verify([text])
                 return states_MH, machine.verified(len(tokens))
@@ -98,6 +107,7 @@ class CudaRunner:
 
     def end_round(self) -> int:
         """A forward begins: what was foreseen is of no use after it. Returns how many nodes were asked for."""
+        self._calls += 1
         levels, self._levels, self._foreseen = self._levels, 0, None
         self._usual = levels or self._usual
         return levels
@@ -232,6 +242,8 @@ def ask_many(runners: Sequence[CudaRunner], questions: Sequence[Question[Tensor]
     """The candidates that each runner's question is about, from one forward of the head and one copy."""
     machine = runners[0]._machine
     with machine.held():
+        for runner in runners:
+            runner._calls += 1
         found = [runner.known(question) for runner, question in zip(runners, questions, strict=True)]
         left = [index for index, candidates in enumerate(found) if candidates is None]
         if len(left) == 1:
