@@ -49,4 +49,4 @@ def capture_drafts(
             ahead.verify(Text(room, 0, [0] * count), Steps(head, ids_D, 2, widths[0]))
         if _ONE in widths:
             for steps in range(1, min(levels, LONGEST) + 1):
-                rounds(steps).run(head, room, 0, [0], states_TH[:1], ids_D)
+                rounds(steps).run(head, room, 0, [0], states_TH[:1], ids_D, call=0)

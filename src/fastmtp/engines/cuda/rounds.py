@@ -1,5 +1,7 @@
 """Rounds of speculative decoding that stay on the device: K drafts, their verification and acceptance in one graph.
 
+The next round is launched before the host has read the last one's answer, so the device does not wait for the host.
+
 Shapes: K drafts, T rows that the head has not consumed, R rows in whole tiles, H hidden, D draft vocabulary.
 """
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtp.engines.cuda.graphs import upload
+from fastmtp.engines.cuda.graphs import Sent, upload
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.cuda.kernels.chains import accept, begin, hand_on
 from fastmtp.engines.cuda.kernels.shapes import TILE
@@ -32,6 +34,39 @@ class Chain:
     tokens: list[int]
     states_TH: Tensor
 
+    @property
+    def accepted(self) -> int:
+        """How many of the drafts."""
+        pairs = zip(self.drafts, self.tokens, strict=False)
+        return next((count for count, (draft, token) in enumerate(pairs) if draft != token), len(self.drafts))
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A round: what it drafts from, its answer, and the states of its rows."""
+
+    ids_D: Tensor | None
+    answer: Sent
+    states_TH: Tensor
+
+
+@dataclass(frozen=True)
+class _Last:
+    """A round of a sequence, where its rows ended, and the one that was launched after it."""
+
+    room: Room
+    call: int
+    end: int
+    chain: Chain
+    ahead: _Launched | None
+
+    def leads_to(self, room: Room, call: int, start: int, tokens: Sequence[int], states_TH: Tensor) -> bool:
+        """Whether these rows are the accepted ones."""
+        accepted = self.chain.tokens[: self.chain.accepted + 1]
+        is_next = self.room is room and self.call + 1 == call
+        is_same_text = (self.end, accepted) == (start, list(tokens))
+        return is_next and is_same_text and self.chain.states_TH.data_ptr() == states_TH.data_ptr()
+
 
 class Rounds:
     """Rounds of K drafts. Of the sequence that had the last one, the device knows where it is."""
@@ -48,8 +83,8 @@ class Rounds:
         self._waiting, self._verified = Rows.empty(steps + 1, device), Rows.empty(steps + 1, device)
         self._steps_rows = [Rows(facts.view(5, 1), self._waiting.paths) for facts in self._facts]
         self._states_TH = torch.zeros(steps + 1, hidden, dtype=machine.target.dtype, device=device)
-        # Where the device is: room, place of the first row to consume, the tokens, and the last round's states.
-        self._at: tuple[Room, int, list[int], Tensor] | None = None
+        # The round whose answer was read last; the device is where it or the one launched after it ended.
+        self._last: _Last | None = None
 
     def run(
         self,
@@ -59,42 +94,59 @@ class Rounds:
         tokens: Sequence[int],
         states_TH: Tensor,
         ids_D: Tensor | None,
+        call: int,
     ) -> Chain:
         """Draft K tokens, each the likeliest one, and verify them.
+
+        If these rows are the accepted ones of the last round, the next is likely to go on from this one, too: it is
+        launched before this one's answer is waited for, and drafts from the list as it is now.
 
         Args:
             start: position of the first row that the head has not consumed.
             tokens: the token after each such row; the last one is the one to draft from.
             states_TH: the target's states of these rows.
             ids_D: the tokens that are drafted from; None is all.
+            call: number of this use of the sequence's caches: others may write where the next round has.
         Raises:
             MemoryError: there are no pages left.
         """
-        machine, steps = self._machine, self._steps
+        machine, length = self._machine, start + len(tokens)
         with machine.held():
-            length = start + len(tokens)
-            machine.pool.reserve(room, length + steps + 1)
-            if not self._is_at(room, start, tokens, states_TH):
-                self._go_to(head, room, start, tokens, states_TH)
-            fixed_D, spans = machine.scoring.draft_ids(ids_D), machine.spans_for(length + steps)
-            key = ("round", steps, id(head), None if ids_D is None else len(ids_D), spans)
             # If it fails, nobody knows where the device is.
-            self._at = None
-            machine.graphs.run(key, lambda: self._round(head, fixed_D, spans))
-            found_TH = self._states_TH.clone()
-            answer = machine.graphs.to_host(self._answer).tolist()
-            drafts, found = answer[:steps], answer[steps:]
-            accepted = next((n for n, draft in enumerate(drafts) if draft != found[n]), steps)
-            self._at = room, length, found[: accepted + 1], found_TH
-            return Chain(drafts, found, found_TH)
+            last, self._last = self._last, None
+            if last is not None and not last.leads_to(room, call, start, tokens, states_TH):
+                last = None
+            if last is not None and last.ahead is not None and last.ahead.ids_D is ids_D:
+                launched = last.ahead
+            else:
+                machine.pool.reserve(room, length + self._steps + 1)
+                if last is None or last.ahead is not None:
+                    self._go_to(head, room, start, tokens, states_TH)
+                launched = self._launch(head, ids_D, length)
+            ahead = None if last is None else self._launch_ahead(head, room, ids_D, length + self._steps + 1)
+            answer = machine.graphs.arrived(launched.answer).tolist()
+            chain = Chain(answer[: self._steps], answer[self._steps :], launched.states_TH)
+            self._last = _Last(room, call, length, chain, ahead)
+            return chain
 
-    def _is_at(self, room: Room, start: int, tokens: Sequence[int], states_TH: Tensor) -> bool:
-        """Whether these rows are the accepted ones of the last round."""
-        if self._at is None:
-            return False
-        known, length, found, found_TH = self._at
-        is_same_text = known is room and states_TH.data_ptr() == found_TH.data_ptr()
-        return is_same_text and (length, found) == (start, list(tokens))
+    def _launch(self, head: CudaHead, ids_D: Tensor | None, length: int) -> _Launched:
+        """A round from where the device is.
+
+        Args:
+            length: of the text before the rows that are verified, at the most.
+        """
+        machine = self._machine
+        fixed_D, spans = machine.scoring.draft_ids(ids_D), machine.spans_for(length + self._steps)
+        key = ("round", self._steps, id(head), None if ids_D is None else len(ids_D), spans)
+        machine.graphs.run(key, lambda: self._round(head, fixed_D, spans))
+        return _Launched(ids_D, Sent(self._answer), self._states_TH.clone())
+
+    def _launch_ahead(self, head: CudaHead, room: Room, ids_D: Tensor | None, length: int) -> _Launched | None:
+        """The round after the last one; None where the context or the pages end."""
+        machine, end = self._machine, length + self._steps + 1
+        if end > machine.target.context_limit or not machine.pool.try_reserve(room, end):
+            return None
+        return self._launch(head, ids_D, length)
 
     def _go_to(self, head: CudaHead, room: Room, start: int, tokens: Sequence[int], states_TH: Tensor) -> None:
         """Bring the rows of a sequence to the device; of many, the head consumes all but the last one now."""

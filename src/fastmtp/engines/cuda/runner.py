@@ -185,7 +185,7 @@ class CudaRunner:
         with self._machine.held():
             self.end_round()
             start, tokens, states_TH = question.start, question.tokens, question.states_TH
-            return self._rounds(steps).run(self._head, self.room, start, tokens, states_TH, self.ids_D)
+            return self._rounds(steps).run(self._head, self.room, start, tokens, states_TH, self.ids_D, self._calls)
 
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
         listed, own = vocabulary.ids_D, vocabulary.own_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.shapes import TILE
@@ -14,6 +16,8 @@ from fastmtp.engines.tree import Tree
 
 class CudaSequence(TextSequence[Tensor]):
     _runner: CudaRunner
+    # The chain verified last, and how many of its rows the target accepts.
+    _chain: tuple[Tree, int] | None = None
 
     def verify_greedy(self, tree: Tree) -> list[int]:
         if not self._tokens or len(tree.verified) > TILE:
@@ -37,5 +41,13 @@ class CudaSequence(TextSequence[Tensor]):
             tree.select(range(steps + 1))
             # The head has run over all states.
             self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
-            self._verified = tree, found.states_TH
+            self._verified, self._chain = (tree, found.states_TH), (tree, found.accepted + 1)
             return tree, found.tokens
+
+    def commit(self, path: Sequence[int]) -> None:
+        tree, _ = self._last_verified()
+        if self._chain is not None and tree is self._chain[0] and len(path) > self._chain[1]:
+            # The round that was launched ahead has written to the places of what the target does not accept.
+            with self._alone:
+                self._runner.forward(len(self._tokens), tree.tokens_of(path), None)
+        super().commit(path)
