@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -54,9 +54,14 @@ class TensorWeights:
 
 @dataclass(frozen=True)
 class Engine:
-    """`weight_type` of the native engine; None is PyTorch."""
+    """`weight_type` of the native engine; None is PyTorch.
+
+    Attributes:
+        runs_ahead: whether a greedy chain is drafted before the tokens of the round before are known.
+    """
 
     weight_type: WeightType | None = None
+    runs_ahead: ClassVar[bool] = False
 
     def open(self, target: Target) -> protocol.Engine:
         return NativeEngine(native_target(target, self.weight_type)) if self.weight_type else TorchEngine(target)

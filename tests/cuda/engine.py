@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -27,6 +28,7 @@ class Cuda(Engine):
     """`exact` as the native engine's, to the bit."""
 
     dtype: torch.dtype = torch.float32
+    runs_ahead: ClassVar[bool] = True
 
     def open(self, target: Target) -> protocol.Engine:
         return cuda_engine(target, self.dtype)
