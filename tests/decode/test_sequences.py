@@ -100,7 +100,7 @@ def trees(prompt: Sequence[int], sampling: SamplingConfig) -> Adaptive:
 def test_streams_that_take_turns_are_streams_alone(
     engine: Engine, new_drafter: NewDrafter, sampling: SamplingConfig
 ) -> None:
-    """Round by round: the same tokens from the same drafts, where no round is drafted before the last one is known."""
+    """Round by round: the same tokens from the same drafts, where no round is drafted before the last is known."""
     new_sequence, pair = new_sequence_of(engine), prompts()[:2]
     alone = [list(drafted_rounds(new_sequence(), prompt, new_drafter, sampling)) for prompt in pair]
     streams = [drafted_rounds(new_sequence(), prompt, new_drafter, sampling) for prompt in pair]
