@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +166,7 @@ def batch(target: Target) -> Decode:
 
 
 def slots(machine: SlotMachine, target: Target) -> Decode:
-    return lambda queue: decode_slots(machine, TorchEngine(target), queue)
+    return lambda queue: chain.from_iterable(decode_slots(machine, TorchEngine(target), queue))
 
 
 def completions(decode: Decode, asked: deque[Request], between: list[int]) -> dict[object, tuple[list[int], bool]]:

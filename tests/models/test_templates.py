@@ -40,6 +40,29 @@ def child() -> psutil.Process:
     return psutil.Process(PROCESS._process.pid)
 
 
+@pytest.mark.parametrize("refuses", ["{{ raise_exception('no') }}", "{{ nothing.at.all }}", COUNTS])
+def test_conversations_together_are_those_one_by_one(refuses: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some are refused, are no valid Unicode, or exceed the time that all have together."""
+    monkeypatch.setattr(PROCESS, "seconds", 0.5)
+    one = described(CHAT_TEMPLATE + "{% if messages[0].content == 'x' %}" + refuses + "{% endif %}")
+    chats = [[{"role": "user", "content": text}] for text in ("a", "x", "b\nc", "\ud800", "né")]
+    found, expected = one.encode_chats(chats), []
+    for chat in chats:
+        try:
+            expected.append(one.encode_chat(chat))
+        except ValueError as error:
+            expected.append(str(error))
+    assert [str(own) if isinstance(own, Exception) else own for own in found] == expected
+    assert sum(isinstance(own, list) for own in expected) == 3
+
+
+def test_many_conversations_take_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, ask = [], PROCESS.ask
+    monkeypatch.setattr(PROCESS, "ask", lambda job, refusal: jobs.append(job) or ask(job, refusal))
+    described(CHAT_TEMPLATE).encode_chats([MESSAGES] * 5)
+    assert len(jobs) == 1
+
+
 def test_special_tokens_by_name() -> None:
     """A template knows the tokens that have a role."""
     one = Tokenizer(tokenizer().backend_tokenizer, {"eos": "<|end|>"}, CHAT_TEMPLATE + "{{ eos_token }}")

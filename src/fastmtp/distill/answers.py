@@ -17,7 +17,14 @@ from fastmtp.distill.domains import Mix
 from fastmtp.distill.endpoints import Endpoints
 from fastmtp.distill.own_prompts import Opening, UserTurn, check_mix, opening
 from fastmtp.distill.prompts import Prompt, prompts_sha256, read_prompts, user
-from fastmtp.distill.requests import Endings, answer_request, exchange_of, prompt_ids, prompt_request
+from fastmtp.distill.requests import (
+    Endings,
+    answer_request,
+    checked_ids,
+    exchange_of,
+    prompt_ids,
+    prompt_request,
+)
 from fastmtp.engines.protocol import Engine
 from fastmtp.locking import sole_writer
 from fastmtp.models.info import TargetInfo
@@ -28,12 +35,15 @@ from fastmtp.rows import RowError, Skipped
 # These may change between a run and its continuation without changing any exchange.
 FREE_SETTINGS = ("count", "minutes", "slots", "shard_rows", "concurrency", "timeout", "retries")
 
-Decode = Callable[[deque[Request], int], Iterator[Completion]]
+# So many exchanges are judged for the mix, and then one in so many.
+_ALL_JUDGED, _ONE_IN = 1000, 16
+# In groups of what ended at the same time.
+Decode = Callable[[deque[Request], int], Iterator[list[Completion]]]
 
 
 @dataclass
 class DistillSummary(Mix):
-    """What one run added to a data directory, and the mix that resulted.
+    """What one run added to a data directory, and the mix that resulted, of the first thousand and one in sixteen.
 
     `skipped` counts rows of prompts that were left out (`first_skipped` is what the first one's error says), and
     `unended` the target's own prompts that never came to an end.
@@ -59,7 +69,9 @@ class DistillSummary(Mix):
         self.exchanges += 1
         self.truncated += not exchange.finished
         self.answer_tokens += sum(exchange.answer_mask)
-        self.count(exchange.kind, exchange.prompt, exchange.answer)
+        # To judge one takes longer than a GPU takes to make it.
+        if self.exchanges <= _ALL_JUDGED or self.exchanges % _ONE_IN == 0:
+            self.count(exchange.kind, exchange.prompt, exchange.answer)
 
 
 def check(config: DistillConfig, out: Path, prompts: str | None, *, strict: bool = False) -> None:
@@ -121,7 +133,7 @@ def distill(
         writer = ShardWriter(out, config.shard_rows)
         decode: Decode
         if isinstance(engine, Endpoints):
-            decode, width = engine.decode, config.concurrency
+            decode, width = _one_by_one(engine.decode), config.concurrency
         else:
             left = [by_index[index] for index in remaining if index in by_index]
             decode, width = open_decoder(engine, config, left, turn, len(remaining), progress)
@@ -183,7 +195,11 @@ def open_decoder(
         slots = open_slots(engine, config, prompts, turn, count, progress)
         if slots is not None:
             return slots, slots.machine.slots
-    return partial(decode_batch, engine), config.slots or BATCH_SLOTS
+    return _one_by_one(partial(decode_batch, engine)), config.slots or BATCH_SLOTS
+
+
+def _one_by_one(decode: Callable[[deque[Request], int], Iterator[Completion]]) -> Decode:
+    return lambda queue, width: ([completion] for completion in decode(queue, width))
 
 
 class _InTime:
@@ -245,16 +261,18 @@ class Asking:
         yield from self._refill()
         if not self._queue:
             return
-        for completion in decode(self._queue, len(self._queue)):
-            request = completion.request
-            if not completion.tokens:
-                pass  # Refused: it is not written to disk, so the next run asks again.
-            elif isinstance(request.key, Prompt):
-                made = (completion.tokens, completion.finished)
-                yield exchange_of(self.target, request.key, request.prompt, *made)
-            else:
-                self._take_prompt(completion)
-            yield from self._refill()
+        for group in decode(self._queue, len(self._queue)):
+            written = self._written(group)
+            for completion in group:
+                request = completion.request
+                if not completion.tokens:
+                    pass  # Refused: it is not written to disk, so the next run asks again.
+                elif isinstance(request.key, Prompt):
+                    made = (completion.tokens, completion.finished)
+                    yield exchange_of(self.target, request.key, request.prompt, *made)
+                else:
+                    self._take_prompt(request, written.get(request.key))
+                yield from self._refill()
 
     def _refill(self) -> Iterator[Exchange]:
         """Fill the queue; prompts that have an answer already come out at once."""
@@ -264,24 +282,35 @@ class Asking:
                 self._queue.append(prompt_request(self.target, self.config, self.turn, item))
                 continue
             try:
+                ids = prompt_ids(self.target, item)
                 if item.answer_ids is None:
-                    self._queue.append(answer_request(self.target, self.config, item))
+                    self._queue.append(answer_request(self.target, self.config, item, ids))
                 else:
-                    ids = prompt_ids(self.target, item)
                     yield exchange_of(self.target, item, ids, item.answer_ids, item.finished)
             except RowError as error:
                 self.skipped.add(error)
 
-    def _take_prompt(self, completion: Completion) -> None:
+    def _written(self, group: Sequence[Completion]) -> dict[Opening, tuple[Prompt, list[int] | Exception]]:
+        """The prompts of the target's own that have come to their end, with their token ids as they are asked."""
+        prompts: dict[Opening, Prompt] = {}
+        for completion in group:
+            task = completion.request.key
+            if isinstance(task, Opening) and completion.finished:
+                text = (task.words + self.target.decode(completion.tokens)).strip()
+                if text:
+                    prompts[task] = Prompt(task.index, task.kind, user(text))
+        ids = self.target.encode_chats([prompt.messages for prompt in prompts.values()])
+        return {task: (prompt, own) for (task, prompt), own in zip(prompts.items(), ids, strict=True)}
+
+    def _take_prompt(self, request: Request, written: tuple[Prompt, list[int] | Exception] | None) -> None:
         """Queue a prompt of the target's own for its answer, or one that did not end to be written anew."""
-        task = completion.request.key
-        text = (task.words + self.target.decode(completion.tokens)).strip()
-        if completion.finished and text:
-            prompt = Prompt(task.index, task.kind, user(text))
+        if written is not None:
             # It may fill the context, or hold what the template refuses.
             with suppress(RowError):
-                self._queue.appendleft(answer_request(self.target, self.config, prompt))
+                prompt, found = written
+                ids = checked_ids(self.target, prompt, found)
+                self._queue.appendleft(answer_request(self.target, self.config, prompt, ids))
                 self.endings.ended()
                 return
-        if (request := self.endings.again(completion.request)) is not None:
-            self._queue.append(request)
+        if (again := self.endings.again(request)) is not None:
+            self._queue.append(again)

@@ -27,10 +27,22 @@ def prompt_ids(target: TargetInfo, prompt: Prompt) -> list[int]:
     Raises:
         RowError: the chat template refuses it, it leaves no room for an answer, or its answer is not the target's.
     """
+    (found,) = target.encode_chats([prompt.messages])
+    return checked_ids(target, prompt, found)
+
+
+def checked_ids(target: TargetInfo, prompt: Prompt, ids: list[int] | Exception) -> list[int]:
+    """The token ids of a prompt, if it can be asked.
+
+    Args:
+        ids: or why there are none.
+    Raises:
+        RowError: see `prompt_ids`.
+    """
     try:
-        ids = target.encode_chat(prompt.messages)
+        if isinstance(ids, Exception):
+            raise ids
         target.room(len(ids), 1)
-    # A chat template is a program, and may fail in any way.
     except Exception as error:
         why = in_one_line(str(error)) or type(error).__name__
         raise RowError(f"{prompt.where}: cannot be asked: {why}") from error
@@ -60,9 +72,8 @@ def prompt_request(target: TargetInfo, config: DistillConfig, turn: UserTurn, ta
     )
 
 
-def answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt) -> Request:
-    """Let the target answer; raises as `prompt_ids`."""
-    ids = prompt_ids(target, prompt)
+def answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt, ids: list[int]) -> Request:
+    """Let the target answer a prompt of these token ids."""
     room = target.room(len(ids), config.max_new_tokens)
     return Request(key=prompt, prompt=ids, **vars(_continuation(target, config, prompt.index, room)))
 

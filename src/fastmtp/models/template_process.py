@@ -29,22 +29,24 @@ def main() -> None:
 
 
 def _answer(job: dict[str, Any]) -> None:
-    try:
-        reply = _result(job)
-    except TemplateError as error:
-        reply = {"refused": str(error)}
-    except MemoryError:
-        reply = {"exceeded": "needs too much memory"}
-    except Exception as error:  # a template is a program, and may fail in any way
-        reply = {"refused": f"{type(error).__name__}: {error}"}
-    print(json.dumps(reply), flush=True)
+    print(json.dumps(_result(job)), flush=True)
 
 
 def _result(job: dict[str, Any]) -> dict[str, Any]:
-    if "messages" not in job:
-        return {"variables": sorted(variables(job["template"]))}
-    text = render(job["template"], job["messages"], reply=job["reply"], named=job["named"], tools=job["tools"])
-    return {"text": text} if len(text) <= MAX_CHARACTERS else {"exceeded": "makes too long a text"}
+    """A failure is a result, too; of several conversations each has its own."""
+    try:
+        if "conversations" in job:
+            return {"results": [_result({**job, "messages": own}) for own in job.pop("conversations")]}
+        if "messages" not in job:
+            return {"variables": sorted(variables(job["template"]))}
+        text = render(job["template"], job["messages"], reply=job["reply"], named=job["named"], tools=job["tools"])
+        return {"text": text} if len(text) <= MAX_CHARACTERS else {"exceeded": "makes too long a text"}
+    except TemplateError as error:
+        return {"refused": str(error)}
+    except MemoryError:
+        return {"exceeded": "needs too much memory"}
+    except Exception as error:  # a template is a program, and may fail in any way
+        return {"refused": f"{type(error).__name__}: {error}"}
 
 
 def _limit_memory() -> None:

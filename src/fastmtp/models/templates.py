@@ -23,6 +23,7 @@ SECONDS = 5.0
 START_SECONDS = 30.0
 # Of a reason, which the template may have written.
 _MOST_CHARACTERS = 300
+_REFUSAL = "refuses these messages"
 
 
 class TemplateError(ValueError):
@@ -51,7 +52,26 @@ def render(
     """
     told = [dict(message) for message in messages]
     job = {"template": template, "messages": told, "reply": reply, "named": dict(named), "tools": list(tools)}
-    return str(PROCESS.ask(job, "refuses these messages")["text"])
+    return str(PROCESS.ask(job, _REFUSAL)["text"])
+
+
+def render_many(
+    template: str, conversations: Sequence[Sequence[Mapping[str, Any]]], *, named: Mapping[str, str]
+) -> list[str | TemplateError]:
+    """The texts of conversations, with the start of a reply, or why there is none; quicker than one by one.
+
+    Raises:
+        TemplateLimitError: all of them together exceed a limit, which one by one they may not.
+    """
+    told = [[dict(message) for message in messages] for messages in conversations]
+    job = {"template": template, "conversations": told, "reply": True, "named": dict(named), "tools": []}
+    found: list[str | TemplateError] = []
+    for reply in PROCESS.ask(job, _REFUSAL)["results"]:
+        try:
+            found.append(str(_checked(reply, _REFUSAL)["text"]))
+        except TemplateError as error:
+            found.append(error)
+    return found
 
 
 @cache
@@ -89,11 +109,7 @@ class TemplateProcess:
         line = json.dumps(job).encode() + b"\n"
         with self._lock:
             reply = self._answer(line)
-        if "exceeded" in reply:
-            raise TemplateLimitError(f"the model's chat template {reply['exceeded']}")
-        if "refused" in reply:
-            raise TemplateError(f"the model's chat template {refusal}: {_one_line(reply['refused'])}")
-        return reply
+        return _checked(reply, refusal)
 
     def close(self) -> None:
         """End the process."""
@@ -155,6 +171,15 @@ class TemplateProcess:
             assert process.stdin is not None
             with suppress(BrokenPipeError):
                 process.stdin.close()
+
+
+def _checked(reply: dict[str, Any], refusal: str) -> dict[str, Any]:
+    """A job's reply; raises TemplateError if it tells of a failure."""
+    if "exceeded" in reply:
+        raise TemplateLimitError(f"the model's chat template {reply['exceeded']}")
+    if "refused" in reply:
+        raise TemplateError(f"the model's chat template {refusal}: {_one_line(reply['refused'])}")
+    return reply
 
 
 def _read(stream: BinaryIO, lines: SimpleQueue[bytes]) -> None:

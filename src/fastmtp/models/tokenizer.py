@@ -96,6 +96,10 @@ class Tokenizer:
             self.chat_template, messages, reply=add_generation_prompt, named=self.named_tokens, tools=tools
         )
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that are valid Unicode, without special tokens; on several cores."""
+        return [list(one.ids) for one in self.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
     def save_pretrained(self, directory: Path) -> None:
         """Write the files from which Hugging Face libraries read a tokenizer."""
         self.backend_tokenizer.save(str(directory / "tokenizer.json"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fastmtp.decode.batch import Completion, Request, decode_batch
 from fastmtp.distill.slots.machine import Finished, SlotMachine
@@ -13,8 +13,8 @@ from fastmtp.engines.protocol import Engine
 _FEW = 8
 
 
-def decode_slots(machine: SlotMachine, engine: Engine, queue: deque[Request]) -> Iterator[Completion]:
-    """Decode every request in the queue, in order of completion; the caller may append to it as for `decode_batch`.
+def decode_slots(machine: SlotMachine, engine: Engine, queue: deque[Request]) -> Iterator[list[Completion]]:
+    """Decode every request in the queue, in groups of what ended in the same steps; the caller may append to it.
 
     What came out of some steps is told, and its slots' next requests prepared by the caller, while the device is at
     the next steps. Requests that do not fit a slot are decoded by `decode_batch` in the end.
@@ -28,11 +28,13 @@ def decode_slots(machine: SlotMachine, engine: Engine, queue: deque[Request]) ->
         running |= fresh
         if running:
             machine.advance()
-        for request, finished in done:
-            yield from _completions(request, finished, queue)
+        if done:
+            yield [Completion(request, own.first.tokens, own.first.finished) for request, own in done]
+        if seconds := _seconds(done, queue):
+            yield seconds
         done = [(running.pop(own.slot), own) for own in machine.finished()] if running else []
         if unfit and not (queue or running or done):
-            yield from decode_batch(engine, unfit, _FEW)
+            yield from ([completion] for completion in decode_batch(engine, unfit, _FEW))
 
 
 def _fresh(
@@ -52,18 +54,27 @@ def _fresh(
     return fresh
 
 
-def _completions(request: Request, finished: Finished, queue: deque[Request]) -> Iterator[Completion]:
-    """A request's completion, and that of the next one if the slot went on with what was then asked."""
-    yield Completion(request, finished.first.tokens, finished.first.finished)
-    if finished.second is not None and queue and _is_foreseen(queue[0], request, finished):
-        yield Completion(queue.popleft(), finished.second.tokens, finished.second.finished)
+def _seconds(done: Sequence[tuple[Request, Finished]], queue: deque[Request]) -> list[Completion]:
+    """The completions of what was then asked, where the slot went on with it; these requests leave the queue."""
+    ahead = {tuple(own.prompt): (request, own.second) for request, own in done if own.second is not None}
+    found: list[Completion] = []
+    others: list[Request] = []
+    # What was asked just now is in front.
+    for _ in range(min(len(queue), len(done)) if ahead else 0):
+        asked = queue.popleft()
+        request, second = ahead.get(tuple(asked.prompt), (None, None))
+        if request is not None and second is not None and _is_foreseen(asked, request):
+            found.append(Completion(asked, second.tokens, second.finished))
+        else:
+            others.append(asked)
+    queue.extendleft(reversed(others))
+    return found
 
 
-def _is_foreseen(asked: Request, request: Request, finished: Finished) -> bool:
+def _is_foreseen(asked: Request, request: Request) -> bool:
     then = request.then
     return (
         then is not None
-        and asked.prompt == finished.prompt
         and asked.sampling == then.sampling
         and asked.max_new_tokens == then.max_new_tokens
         and asked.end_ids == then.end_ids

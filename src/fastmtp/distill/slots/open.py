@@ -34,7 +34,7 @@ class Slots:
     def __init__(self, engine: Engine, machine: SlotMachine) -> None:
         self._engine, self.machine = engine, machine
 
-    def __call__(self, queue: deque[Request], _: int) -> Iterator[Completion]:
+    def __call__(self, queue: deque[Request], _: int) -> Iterator[list[Completion]]:
         return decode_slots(self.machine, self._engine, queue)
 
 
