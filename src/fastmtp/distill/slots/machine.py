@@ -27,6 +27,8 @@ RUNS, ENDED, CUT, IDLE = range(4)
 # Sets of end tokens that a run may have: those of user's turns and those of answers.
 _END_SETS = 4
 _SHORTEST_BEGINNING = 8
+# Tokens for which the host would take longer to launch a prefill than the device takes for as many steps more.
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class SlotMachine:
 
     @torch.inference_mode()
     def fill(self, requests: Mapping[int, Request]) -> None:
-        """Begin requests that fit in the slots named: their prompts are read, all but the last token of each."""
+        """Begin requests that fit in the slots named: their prompts are read but for the last tokens of each."""
         if not requests:
             return
         slots = sorted(requests, key=lambda slot: len(requests[slot].prompt))
@@ -103,8 +105,8 @@ class SlotMachine:
             ids[row, : len(prompt)] = prompt
         slots_R, ids_RL = (torch.from_numpy(np.asarray(part)).to(self._device) for part in (slots, ids))
         self._tokens[slots_R, : ids_RL.shape[1]] = ids_RL
-        self._prefill(slots_R, ids_RL, lengths, prompts)
-        described = [self._described(requests[slot]) for slot in slots]
+        read = self._prefill(slots_R, ids_RL, lengths, prompts).tolist()
+        described = [self._described(requests[slot], first) for slot, first in zip(slots, read, strict=True)]
         self._numbers[:, slots_R] = torch.tensor([numbers for numbers, _ in described]).T.to(self._device)
         self._factors[:, slots_R] = torch.tensor([factors for _, factors in described]).T.to(self._device)
 
@@ -144,13 +146,13 @@ class SlotMachine:
         """How many tokens were drawn so far, those of texts that were given up included. Waits for the device."""
         return int(self._drawn)
 
-    def _described(self, request: Request) -> tuple[list[int], list[float]]:
-        """The numbers and factors of a slot that begins a request."""
+    def _described(self, request: Request, read: int) -> tuple[list[int], list[float]]:
+        """The numbers and factors of a slot that begins a request, of whose prompt so many tokens were read."""
         length, then = len(request.prompt), request.then
         # A second text begins where the first ends.
         parts = [request, request if then is None else then]
         numbers = [
-            *(RUNS, length - 1, length, 0, int(then is not None)),
+            *(RUNS, read, length, 0, int(then is not None)),
             *(length, 0),
             *(part.max_new_tokens for part in parts),
             *(signed(part.sampling.seed) for part in parts),
@@ -169,8 +171,12 @@ class SlotMachine:
 
     def _prefill(
         self, slots_R: Tensor, ids_RL: Tensor, lengths: NDArray[np.int64], prompts: list[list[int]]
-    ) -> None:
-        """Read prompts, which ascend in length, several at a time; their common beginning only once in a run."""
+    ) -> NDArray[np.int64]:
+        """Read prompts, which ascend in length, several at a time; their common beginning only once in a run.
+
+        Returns:
+            how many tokens of each were read. Few that are left are known to the next steps.
+        """
         if self._beginning is None:
             self._beginning = _common(prompts)
             if self._beginning:
@@ -178,16 +184,19 @@ class SlotMachine:
                 self._model.keep_beginning(int(slots_R[0]), len(self._beginning))
         common = len(self._beginning)
         begins = np.array([common if prompt[:common] == self._beginning else 0 for prompt in prompts])
+        read = begins.copy()
         for start in {0, common}:
             own = np.flatnonzero(begins == start)
             if start and len(own):
                 self._model.begin_alike(slots_R[torch.from_numpy(own).to(self._device)])
-            own = own[lengths[own] - 1 > start]
+            own = own[lengths[own] - 1 > start + _FEW]
+            read[own] = lengths[own] - 1
             while len(own):
                 rows = own[-max(1, min(PREFILL_TOKENS // CHUNK, PREFILL_KEYS // int(lengths[own[-1]]))) :]
                 own = own[: -len(rows)]
                 at = torch.from_numpy(rows).to(self._device)
                 self._model.prefill(slots_R[at], ids_RL[at, start : lengths[rows[-1]] - 1], start)
+        return read
 
     def _step(self) -> None:
         """Append a token to every text that runs; the others stay as they are."""
