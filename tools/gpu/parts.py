@@ -400,12 +400,12 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 # Seconds; together the eight minutes of a check.
 LIMITS: dict[str, float] = {
     "tests": 90,
-    "decode qwen2.5-1.5b": 70,
+    "decode qwen2.5-1.5b": 60,
     "lossless": 80,
-    "training": 50,
-    "distillation": 50,
+    "training": 65,
+    "distillation": 65,
     "decode llama-3.2-1b": 40,
-    "decode llama-3.1-8b": 100,
+    "decode llama-3.1-8b": 80,
 }
 
 
