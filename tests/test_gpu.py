@@ -107,6 +107,24 @@ def test_training_is_the_cpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_whole_texts_are_the_modules(family: str, dtype: torch.dtype) -> None:
+    """Through fused layers, within a window and beyond it, as near to the exact states as the modules."""
+    target = on_gpu(family)
+    half = Target(target.model.to(dtype), target.tokenizer, target.source)
+    exact = Target(deepcopy(half.model).float(), target.tokenizer, target.source)
+    for length in (24, 72):
+        ids = torch.tensor([random_ids(length, seed) for seed in range(5)], device="cuda")
+        half.is_sharded = exact.is_sharded = True
+        expected, modules = exact.whole_with_inputs(ids), half.whole_with_inputs(ids)
+        half.is_sharded = False
+        for found, module, wanted in zip(half.whole_with_inputs(ids), modules, expected, strict=True):
+            assert found.dtype == dtype
+            assert (found - wanted).norm() < 1.5 * (module - wanted).norm() + 1e-4 * wanted.norm()
+    assert half._fused is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [300, 8192, 151936])
 def test_the_kl_kernel_is_the_formula(columns: int, dtype: torch.dtype) -> None:
     from fastmtp.train.kernels import fused_kl_

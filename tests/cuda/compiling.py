@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from fastmtp.engines.cuda.kernels import attention, chains, norms, overlap, products, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
+from fastmtp.engines.torch.text_kernels import rotate_texts
 from fastmtp.train.kernels import fused_kl_
 
 # The shared memory of a program, in bytes, that GPUs have of which it is least (compute capability 8.6).
@@ -109,6 +110,7 @@ def launch_all(kind: torch.dtype) -> None:
     head_norm, norm = (SimpleNamespace(gains=zeros(width), epsilon=1e-6) for width in (size, hidden))
     for own_norms in (None, (head_norm, head_norm)):
         place_slots(joint, own_norms, table, table, slots, *caches)
+        rotate_texts(joint, own_norms, key_heads, table[:2], table[:2])
     for outer in (None, norm):
         add_norm_slots(half(4, hidden), half(4, hidden), outer, norm)
     for gelu in (False, True):

@@ -324,7 +324,7 @@ def test_others_are_distilled_without_slots(
 ) -> None:
     """A family that the slots do not compute goes the usual way, after one line that says so."""
     target, said = talking("llama"), []
-    monkeypatch.setattr("fastmtp.engines.torch.slots.FAMILIES", {"qwen2": SUPPORTED["qwen2"]})
+    monkeypatch.setattr("fastmtp.engines.torch.fused_layers.FAMILIES", {"qwen2": SUPPORTED["qwen2"]})
     monkeypatch.setattr("fastmtp.progress._Quiet.say", lambda self, line: said.append(line))
     assert len(made(target, tmp_path / "data")) == 6
     (line,) = said
@@ -412,7 +412,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastmtp.engines.torch import slots
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
-from fastmtp.engines.torch.slot_parts import PLAIN, StepParts
+from fastmtp.engines.torch.slot_parts import PLAIN, LayerParts
+from fastmtp.engines.torch.text_kernels import rotate_texts
 from fastmtp.engines.torch.target import Target
 from tests.conftest import tiny_target
 
@@ -438,12 +439,12 @@ def counting(kernel):
     return run
 
 
-kernels = StepParts(*map(counting, (place_slots, attend_slots, add_norm_slots, gate_slots)))
+kernels = LayerParts(*map(counting, (rotate_texts, place_slots, attend_slots, add_norm_slots, gate_slots)))
 for family in sys.argv[1:]:
     own = tiny_target(family)
     found, counts = [], []
     for parts in (PLAIN, kernels):
-        slots.step_parts = lambda device: parts
+        slots.layer_parts = lambda device: parts
         model = slots.SlotModel(Target(deepcopy(own.model), own.tokenizer, own.source), 3, 64)
         with torch.inference_mode():
             model.prefill(torch.arange(3), torch.arange(30).view(3, 10), 0)

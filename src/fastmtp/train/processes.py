@@ -68,7 +68,7 @@ class Processes:
         """
         from torch.distributed.fsdp import fully_shard
 
-        self._target_is_sharded = True
+        self._target_is_sharded = target.is_sharded = True
         for layer in target.model.model.layers:
             # Explicit: by default the root module of FSDP2 is not resharded after its forward.
             fully_shard(layer, reshard_after_forward=True)

@@ -195,7 +195,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
 
 
 def add_norm_slots(hidden_SH: Tensor, added_SH: Tensor, outer: Norm | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """`add_norm` of `StepParts`."""
+    """`add_norm` of `LayerParts`."""
     assert hidden_SH.is_contiguous() and added_SH.is_contiguous()
     total_SH, output_SH = torch.empty_like(hidden_SH), torch.empty_like(hidden_SH)
     slots, size = hidden_SH.shape
@@ -232,7 +232,7 @@ def _gate(joint, output, INNER: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.co
 
 
 def gate_slots(joint_SG: Tensor, gelu: bool) -> Tensor:
-    """`gate` of `StepParts`."""
+    """`gate` of `LayerParts`."""
     slots, inner = joint_SG.shape[0], joint_SG.shape[1] // 2
     assert joint_SG.is_contiguous()
     output_SI = torch.empty(slots, inner, dtype=joint_SG.dtype, device=joint_SG.device)

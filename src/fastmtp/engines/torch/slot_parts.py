@@ -1,7 +1,7 @@
-"""What a step of many slots does between its matrix products, in plain PyTorch, or on a GPU in kernels.
+"""What layers do between their matrix products, in plain PyTorch, or on a GPU in kernels.
 
-Shapes: S slots, L room for tokens, N rows, Q query heads, K key/value heads, D size of a head, H hidden;
-J = Q + 2 K heads that are computed together, G = 2 I columns of the gate and its partner.
+Shapes: S slots, L room for tokens, B texts, T tokens of each, N rows, Q query heads, K key/value heads, D size of a
+head, H hidden; J = Q + 2 K heads that are computed together, G = 2 I columns of the gate and its partner.
 """
 
 from __future__ import annotations
@@ -59,27 +59,53 @@ class StepPlacement(Protocol):
     ) -> Tensor: ...
 
 
+class TextRotation(Protocol):
+    """Norms and rotates the queries and keys of whole texts, whose rows lie one text after the other, N = B T.
+
+    Returns queries [N, Q, D], keys [N, K, D] and values [N, K, D].
+    """
+
+    def __call__(
+        self,
+        joint_NJD: Tensor,
+        norms: HeadNorms | None,
+        key_heads: int,
+        cosines_TD: Tensor,
+        sines_TD: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
-class StepParts:
+class LayerParts:
     """
     Attributes:
         add_norm: hidden + added, `added` normed before if there is a norm for it; and that normed by the last one.
         gate: activation(gate) * up, of SiLU or of GELU by tanh.
     """
 
+    rotate: TextRotation
     place: StepPlacement
     attend: StepAttention
     add_norm: Callable[[Tensor, Tensor, Norm | None, Norm], tuple[Tensor, Tensor]]
     gate: Callable[[Tensor, bool], Tensor]
 
 
-def step_parts(device: torch.device) -> StepParts:
+def layer_parts(device: torch.device) -> LayerParts:
     """Those for a device."""
     if device.type != "cpu":
-        from fastmtp.engines.torch import slot_kernels as kernels
+        from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
+        from fastmtp.engines.torch.text_kernels import rotate_texts
 
-        return StepParts(kernels.place_slots, kernels.attend_slots, kernels.add_norm_slots, kernels.gate_slots)
+        return LayerParts(rotate_texts, place_slots, attend_slots, add_norm_slots, gate_slots)
     return PLAIN
+
+
+def rotate_by_repeating(
+    joint_NJD: Tensor, norms: HeadNorms | None, key_heads: int, cosines_TD: Tensor, sines_TD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`TextRotation`."""
+    texts = len(joint_NJD) // len(cosines_TD)
+    return rotated(joint_NJD, norms, key_heads, cosines_TD.repeat(texts, 1), sines_TD.repeat(texts, 1))
 
 
 def place_by_index(
@@ -113,15 +139,15 @@ def rotated(
 
 
 def add_norm(hidden_NH: Tensor, added_NH: Tensor, outer: Norm | None, norm: Norm) -> tuple[Tensor, Tensor]:
-    """As `StepParts` says."""
+    """As `LayerParts` says."""
     hidden_NH = hidden_NH + (outer(added_NH) if outer else added_NH)
     return hidden_NH, norm(hidden_NH)
 
 
 def gate(joint_NG: Tensor, gelu: bool) -> Tensor:
-    """As `StepParts` says; the gate's columns come first."""
+    """As `LayerParts` says; the gate's columns come first."""
     own, up = joint_NG.chunk(2, -1)
     return (nn.functional.gelu(own, approximate="tanh") if gelu else nn.functional.silu(own)) * up
 
 
-PLAIN = StepParts(place_by_index, attend_slots_by_mask, add_norm, gate)
+PLAIN = LayerParts(rotate_by_repeating, place_by_index, attend_slots_by_mask, add_norm, gate)

@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from fastmtp.engines import forks
+from fastmtp.engines.torch.fused_layers import FusedLayers, is_fusible
 from fastmtp.engines.torch.kv_cache import KVCache
+from fastmtp.engines.torch.slot_parts import layer_parts
 from fastmtp.engines.torch.trees import tree_mask, tree_positions
+from fastmtp.engines.torch.whole_texts import read_texts
 from fastmtp.models.config import FULL, ModelConfig, ids_of
 from fastmtp.models.info import GATHERED, TargetInfo, raise_problems
 from fastmtp.models.layers import Cache, Masks, Rotations, causal_masks, rotations, run_layers, set_ropes, skeleton
@@ -29,10 +32,16 @@ from fastmtp.models.tensors import layer_types, tensor_shapes, windows
 from fastmtp.models.torch_tensors import as_tensor, check_finite
 
 _SETTINGS: dict[str, Any] = {"attn_implementation": "sdpa", "output_loading_info": True}
+# Where launching the operations of transformers' modules takes longer than whole texts take to compute.
+_BOUND_BY_LAUNCHES = ("cuda",)
 
 
 class Target(TargetInfo):
-    """A frozen model with its tokenizer. States are those after the final norm."""
+    """A frozen model with its tokenizer. States are those after the final norm.
+
+    Attributes:
+        is_sharded: several processes hold parts of each layer, which only its module gathers.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, source: str, end_ids: Iterable[int] = ()) -> None:
         """Wrap a loaded transformers model.
@@ -50,10 +59,19 @@ class Target(TargetInfo):
         self.lm_head: nn.Linear = model.lm_head
         self.device: torch.device = model.lm_head.weight.device
         self.dtype: torch.dtype = model.lm_head.weight.dtype
+        self.is_sharded = False
+        self._fused: FusedLayers | None = None
 
     def drop_layers(self) -> None:
         """Free the layers: embeddings and logits are left, and no states."""
-        self.model.model.layers = nn.ModuleList()
+        self.model.model.layers, self._fused = nn.ModuleList(), None
+
+    def fused(self) -> FusedLayers:
+        """The layers in few operations; the modules share the memory of its weights from the first call on."""
+        assert len(self.model.model.layers), "the layers were dropped"
+        if self._fused is None:
+            self._fused = FusedLayers(self.model, self.kinds)
+        return self._fused
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Raises RuntimeError in a process that was forked after the target was used on several threads."""
@@ -92,6 +110,8 @@ class Target(TargetInfo):
 
     def whole(self, ids_BT: Tensor) -> Tensor:
         """States [B, T, H] of whole texts; padding on the right does not change the states before it."""
+        if self._reads_fused():
+            return self._whole_fused(ids_BT)[0]
         positions = torch.arange(ids_BT.shape[1], device=self.device)[None]
         masks = causal_masks(self.config, 0, ids_BT.shape[1], self.device)
         states_BTH = self.states(ids_BT, positions, masks, None)
@@ -100,6 +120,8 @@ class Target(TargetInfo):
 
     def whole_with_inputs(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         """`whole`, and what the last layer was given [B, T, H]."""
+        if self._reads_fused():
+            return self._whole_fused(ids_BT)
         given: list[Tensor] = []
 
         def note(_: Any, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
@@ -110,6 +132,18 @@ class Target(TargetInfo):
             return self.whole(ids_BT), given[0]
         finally:
             hook.remove()
+
+    def _reads_fused(self) -> bool:
+        is_bound = self.device.type in _BOUND_BY_LAUNCHES
+        return is_bound and not self.is_sharded and is_fusible(self.config, self.device)
+
+    def _whole_fused(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        layers, tokens = self.fused(), ids_BT.shape[1]
+        rotation = self.rotations(torch.arange(tokens, device=self.device)[None], self.kinds)
+        masks = causal_masks(self.config, 0, tokens, self.device)
+        found = read_texts(layers, self.embed(ids_BT), rotation, masks, layer_parts(self.device))
+        self.check_states(found[0])
+        return found
 
     def check_states(self, states: Tensor) -> None:
         """Raises ValueError if they are beyond float16's range, as those of a model made for bfloat16 may be."""
