@@ -24,6 +24,7 @@ class Pace:
         tokens: of texts that are read together beside the steps, with padding; 1 is one text at a time.
         report_steps: losses are read once in so many steps.
         fused: the KL objective is one kernel (kernels.py).
+        fused_norms: so is each norm of the head (norms.py).
     """
 
     bucket: int
@@ -31,6 +32,7 @@ class Pace:
     tokens: int
     report_steps: int
     fused: bool
+    fused_norms: bool
 
     def positions(self, columns: int, least: int) -> int:
         """How many rows of so many logits are computed together."""
@@ -40,10 +42,10 @@ class Pace:
         return -(-length // self.bucket) * self.bucket
 
 
-CPU = Pace(bucket=1, logits=0, tokens=1, report_steps=1, fused=False)
+CPU = Pace(bucket=1, logits=0, tokens=1, report_steps=1, fused=False, fused_norms=False)
 # Multiples of 24: a third of the positions begins longer chains (recursion.py), and that too is a multiple of the 8
 # that attention kernels want of a mask.
-GPU = Pace(bucket=24, logits=1 << 28, tokens=8192, report_steps=16, fused=True)
+GPU = Pace(bucket=24, logits=1 << 28, tokens=8192, report_steps=16, fused=True, fused_norms=True)
 
 
 PACES = {"cpu": CPU, "cuda": GPU}
