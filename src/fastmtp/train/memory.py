@@ -108,9 +108,9 @@ def plan_memory(
     head = sum(matrices)
     # Weights and gradients in float32, and the weights once more as the products take them.
     head_bytes = (8 + (dtype.itemsize if half else 0)) * head
-    # Muon: a buffer, and a few copies of the largest matrix while it is orthogonalised; AdamW: two buffers.
+    # Muon: a buffer, and some copies of the largest matrix, or of what it takes at once; AdamW: two buffers.
     muon = config.optimizer == "muon"
-    optimizer = 4 * head + 8 * max(matrices) if muon else 8 * head
+    optimizer = 4 * head + 8 * max(*matrices, min(head, GPU.together)) if muon else 8 * head
     # Of as many training exchanges as are held out, too.
     texts = 2 * config.held_out * config.max_length * model.hidden_size * dtype.itemsize
     return MemoryPlan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,34 +23,64 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], *, lr: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        together: int = 0,
     ) -> None:
+        """
+        Args:
+            together: numbers, at most, of matrices that are orthogonalised at once.
+        """
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self._dtype = dtype
+        self._dtype, self._together = dtype, together
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             rate = group["lr"]
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
-                update = orthogonalized(matrix.grad.lerp(momentum, MOMENTUM).to(self._dtype))
-                matrix.mul_(1 - rate * group["weight_decay"])
-                matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * rate)
+            for matrices in alike([one for one in group["params"] if one.grad is not None], self._together):
+                updates = orthogonalized([self._direction(matrix) for matrix in matrices])
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.mul_(1 - rate * group["weight_decay"])
+                    matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * rate)
+
+    def _direction(self, matrix: nn.Parameter) -> Tensor:
+        assert matrix.grad is not None
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
+        return matrix.grad.lerp(momentum, MOMENTUM).to(self._dtype)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """About U V^T for a matrix U S V^T, by Newton-Schulz iteration; its singular values are from 0.5 to 1.5."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if tall else matrix
+def alike(matrices: Sequence[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+    """Groups of one shape, or its transpose, with at most so many numbers each; larger matrices are alone."""
+    groups: list[list[nn.Parameter]] = []
+    for matrix in sorted(matrices, key=lambda one: sorted(one.shape)):
+        last = groups[-1] if groups else []
+        fits = (len(last) + 1) * matrix.numel() <= most
+        if last and fits and sorted(last[0].shape) == sorted(matrix.shape):
+            last.append(matrix)
+        else:
+            groups.append([matrix])
+    return groups
+
+
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """About U V^T for each matrix U S V^T, by Newton-Schulz iteration; its singular values are from 0.5 to 1.5."""
+    wides = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    is_one = len(wides) == 1
+    wide, multiply_add = (wides[0], torch.addmm) if is_one else (torch.stack(wides), torch.baddbmm)
     a, b, c = COEFFICIENTS
-    wide = wide / wide.norm().clamp(min=EPSILON)
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
     for _ in range(ITERATIONS):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.T if tall else wide
+        gram = wide @ wide.mT
+        wide = multiply_add(wide, multiply_add(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    found = [wide] if is_one else wide.unbind()
+    return [
+        own.T if matrix.shape[0] > matrix.shape[1] else own for own, matrix in zip(found, matrices, strict=True)
+    ]

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from fastmtp.config import TrainConfig
 from fastmtp.engines.torch.target import throughput_dtype
 from fastmtp.train.muon import Muon
+from fastmtp.train.pace import pace_of
 
 
 def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
@@ -19,8 +20,14 @@ def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
     others = [parameter for parameter in head.parameters() if parameter.ndim != 2]
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "muon":
-        dtype = throughput_dtype(matrices[0].device)
-        large: Optimizer = Muon(matrices, lr=rate, weight_decay=decay, dtype=dtype)
+        device = matrices[0].device
+        large: Optimizer = Muon(
+            matrices,
+            lr=rate,
+            weight_decay=decay,
+            dtype=throughput_dtype(device),
+            together=pace_of(device).together,
+        )
     else:
         large = torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
     return [large, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
