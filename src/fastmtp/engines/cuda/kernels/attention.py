@@ -94,6 +94,8 @@ def _rotate(
     PAGE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     # One key head, its value head, and the query heads that attend to it.
     row, head = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = A // B
@@ -104,14 +106,12 @@ def _rotate(
     heads = tl.where(is_query, head * group + members, tl.where(is_key, A + head, A + B + head))
     inside = (members < group + 2)[:, None] & (lanes < half)[None, :]
     place = heads[:, None] * D + lanes[None, :]
-    position = tl.load(FACTS + COUNT + row, cache_modifier=".cg")
-    at = tl.load(FACTS + 2 * COUNT + row, cache_modifier=".cg")
-    table = tl.load(FACTS + 4 * COUNT + row, cache_modifier=".cg")
+    position = tl.load(FACTS + COUNT + row)
+    at = tl.load(FACTS + 2 * COUNT + row)
+    table = tl.load(FACTS + 4 * COUNT + row)
     cos = tl.load(COS + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
     sin = tl.load(SIN + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
-    page = tl.load(TABLES + table * width + at // PAGE, cache_modifier=".cg").to(tl.int64)
-    wait(OVERLAPS)
-    release(OVERLAPS)
+    page = tl.load(TABLES + table * width + at // PAGE).to(tl.int64)
     first = tl.full([BM, BD], 0.0, tl.float32)
     second = tl.full([BM, BD], 0.0, tl.float32)
     for part in tl.static_range(P):
@@ -166,23 +166,23 @@ def _attend(
     SPAN: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
+    release(OVERLAPS)
     row, head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(FACTS + COUNT + row, cache_modifier=".cg")
+    position = tl.load(FACTS + COUNT + row)
     least = 0
     if WINDOW > 0:
         least = tl.maximum(position - WINDOW + 1, 0)
     begin = span * SPAN
     is_needed = (begin <= position) & (begin + SPAN > least)
-    start = tl.load(FACTS + 3 * COUNT + row, cache_modifier=".cg")
-    table = tl.load(FACTS + 4 * COUNT + row, cache_modifier=".cg")
+    start = tl.load(FACTS + 3 * COUNT + row)
+    table = tl.load(FACTS + 4 * COUNT + row)
     places = begin + tl.arange(0, SPAN)
     seen = (places <= position) & (places >= least)
     in_tree = seen & (places >= start)
-    rows = tl.load(PATHS + row * PATH + places - start, mask=in_tree, other=0, cache_modifier=".cg")
+    rows = tl.load(PATHS + row * PATH + places - start, mask=in_tree, other=0)
     at = tl.where(in_tree, start + rows, places)
-    pages = tl.load(TABLES + table * width + at // PAGE, mask=seen, other=0, cache_modifier=".cg")
-    wait(OVERLAPS)
-    release(OVERLAPS)
+    pages = tl.load(TABLES + table * width + at // PAGE, mask=seen, other=0)
     if is_needed:
         group: tl.constexpr = A // B
         members = tl.arange(0, BG)
@@ -194,7 +194,7 @@ def _attend(
         key = (slots * B + head)[:, None] * D + lanes[None, :]
         mask = seen[:, None] & (lanes < D)[None, :]
         k = tl.load(KEYS + key, mask=mask, other=0.0)
-        # Asked for now, needed when the scores are there.
+        # Loaded before the scores, which take a while.
         v = tl.load(VALUES + key, mask=mask, other=0.0)
         scores = multiply_add(q, tl.trans(k), tl.full([BG, SPAN], 0.0, tl.float32)) * scale
         scores = tl.where(seen[None, :], scores, _NONE)
@@ -224,10 +224,10 @@ def _combine(
     TOGETHER: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    row, head = tl.program_id(0), tl.program_id(1)
-    position = tl.load(FACTS + COUNT + row, cache_modifier=".cg")
     wait(OVERLAPS)
     release(OVERLAPS)
+    row, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(FACTS + COUNT + row)
     lanes = tl.arange(0, BD)
     is_lane = lanes < D
     first = 0

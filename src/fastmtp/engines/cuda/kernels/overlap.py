@@ -1,9 +1,7 @@
 """Kernels that begin while the one before them ends (programmatic dependent launch, compute capability 9.0 on).
 
-A kernel calls `wait` before it reads what the last one wrote, and before it writes anything; then `release`, when
-the next one may begin: late in a product, whose memory the next kernel's programs would take. All kernels before
-the last one have ended by then, since the last one has waited for them: what they wrote may be read before `wait`,
-past the first-level cache.
+A kernel calls `wait` before it reads what others wrote, and before it writes anything; then `release`, when the
+next one may begin: late in a product, whose memory the next kernel's programs would take.
 """
 
 from __future__ import annotations
