@@ -45,6 +45,11 @@ def norm_offset(norm: nn.Module) -> float:
     return 1.0 - float(cast("Any", type(norm))(1).weight.detach())
 
 
+def norm_epsilon(norm: nn.Module) -> float:
+    """What a norm adds to the mean square, which its class has under one of two names."""
+    return float(cast("Any", getattr(norm, "variance_epsilon", getattr(norm, "eps", None))))
+
+
 def causal_mask(start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
     """Which of the L = start + tokens keys each new token attends to, [1, 1, T, L] of bool.
 

@@ -5,14 +5,14 @@ Shapes: H what a norm takes.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.models.families import FAMILIES
-from fastmtp.models.layers import norm_offset
+from fastmtp.models.layers import norm_epsilon, norm_offset
 from fastmtp.train.pace import pace_of
 
 
@@ -23,7 +23,7 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight = cast(nn.Parameter, norm.weight)
         self._offset = norm_offset(norm)
-        self._epsilon = float(cast("Any", getattr(norm, "variance_epsilon", getattr(norm, "eps", None))))
+        self._epsilon = norm_epsilon(norm)
 
     def forward(self, given: Tensor) -> Tensor:
         gains_H = (self.weight + self._offset if self._offset else self.weight).float()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastmtp.engines.torch.slot_attention import StepAttention, attend_slots_by_mask
-from fastmtp.models.layers import norm_offset
+from fastmtp.models.layers import norm_epsilon, norm_offset
 
 
 class Norm:
@@ -29,7 +29,7 @@ class Norm:
         self._is_plain = offset == 0
         self._weight = cast(Tensor, module.weight)
         self.gains = self._weight.detach().float() + offset
-        self.epsilon = float(cast("Any", getattr(module, "variance_epsilon", getattr(module, "eps", None))))
+        self.epsilon = norm_epsilon(module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._is_plain:
