@@ -30,6 +30,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_native() -> bool:
+    """Whether the native engine was compiled when the package was installed."""
+    return importlib.util.find_spec("fastmtp._native") is not None
+
+
 def remedy(module: str | None) -> str | None:
     """What to install where importing a module failed; None if it is of no extra."""
     extra = next((extra for extra, modules in _MODULES.items() if module in modules), None)

@@ -5,13 +5,13 @@ Shapes: N some tokens.
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.extras import has_native
+
 # Without a C++ compiler PyTorch's and the CUDA engine decode all the same.
-_BUILT = importlib.util.find_spec("fastmtp._native") is not None
+_BUILT = has_native()
 if _BUILT:
     from fastmtp import _native
 
@@ -26,8 +26,7 @@ def key(seed: int, number: int) -> int:
 
 def uniforms(key: int, tokens_N: NDArray[np.int64]) -> NDArray[np.float64]:
     """A number above 0 and below 1 for each token."""
-    bits_N = mixed(np.uint64(key) + tokens_N.astype(np.uint64) * _STEP)
-    return ((bits_N >> np.uint64(12)) + 0.5) * np.float64(2.0**-52)
+    return ((_bits(key, tokens_N) >> np.uint64(12)) + 0.5) * np.float64(2.0**-52)
 
 
 def tokens_below(key: int, size: int, number: float) -> NDArray[np.int64]:
@@ -35,7 +34,12 @@ def tokens_below(key: int, size: int, number: float) -> NDArray[np.int64]:
     limit = int(number * 2.0**64) + (1 << 12)
     if _BUILT:
         return np.array(_native.small_numbers(key, size, limit), np.int64)
-    return np.flatnonzero(mixed(np.uint64(key) + np.arange(size, dtype=np.uint64) * _STEP) <= np.uint64(limit))
+    return np.flatnonzero(_bits(key, np.arange(size)) <= np.uint64(limit))
+
+
+def _bits(key: int, tokens_N: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The random bits of each token."""
+    return mixed(np.uint64(key) + tokens_N.astype(np.uint64) * _STEP)
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastmtp.extras import has_triton, require
+from fastmtp.extras import has_native, has_triton, require
 from fastmtp.models.families import ONLY_TORCH
 from fastmtp.models.packaged import file_of
 from fastmtp.progress import QUIET, Progress
@@ -208,7 +208,7 @@ def choose_engine(options: EngineOptions) -> EngineName:
             raise ValueError(f"--engine native runs on a CPU, not on --device {options.device}")
         if options.dtype not in (None, *NATIVE_DTYPES):
             raise ValueError(f"--engine native has --dtype {', '.join(NATIVE_DTYPES)}, not {options.dtype}")
-    built = importlib.util.find_spec("fastmtp._native") is not None
+    built = has_native()
     asked = options.engine == "native" or options.dtype in _ONLY_NATIVE
     if built and (asked or options.device == "cpu" or not _has_gpu()):
         return "native"
