@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -172,3 +173,30 @@ def test_the_layout_has_its_number(kind: _native.Type, expected: str) -> None:
     matrix.set_bias(np.arange(33, dtype=np.int32), dice.standard_normal(33).astype(np.float32))
     assert hashlib.sha256(matrix.memory.tobytes()).hexdigest()[:16] == expected
     assert packed.LAYOUT == 1
+
+
+def test_a_file_is_written_by_whole_large_pages(tmp_path: Path) -> None:
+    """So a file system that has large pages keeps it in them, and the engine reads it with fewer table walks."""
+    sizes: list[int] = []
+
+    class Raw(io.FileIO):
+        def write(self, content: Any) -> int:
+            sizes.append(len(content))
+            return super().write(content)
+
+    generator = np.random.default_rng(0)
+    matrices = {
+        str(size): generator.integers(256, size=size, dtype=np.uint8) for size in (5_000_000, 4096, 2_100_001)
+    }
+    path = tmp_path / "x.weights"
+    with io.BufferedWriter(Raw(path, "w"), 1 << 21) as stream:
+        packed._write(stream, matrices, packed._checksums(matrices, 1))
+    assert set(sizes[:-1]) == {1 << 21}
+    found = packed.read(path, 1)
+    assert all(np.array_equal(found[name], memory) for name, memory in matrices.items())
+
+
+def test_the_first_start_uses_what_it_wrote(llama: Target, tmp_path: Path) -> None:
+    first = load_native_target(save(llama, tmp_path / "model"))
+    with pytest.raises(ValueError, match="cannot be changed"):
+        first.embedding.pack(np.zeros(1, np.int32), np.zeros((1, 32), np.float32))

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -34,6 +35,8 @@ LAYOUT = 1
 LEAST_BYTES = 1 << 25
 MOST_BYTES = 32 << 30
 _ALIGNMENT = 4096
+# A file system keeps what is written or read in such pieces in large pages, if it can: fewer table walks.
+_LARGE_PAGE = 1 << 21
 
 Memory = NDArray[np.uint8]
 log = logging.getLogger("fastmtp")
@@ -87,12 +90,21 @@ def _map(path: Path, threads: int) -> dict[str, Memory]:
         if length > path.stat().st_size:
             raise ValueError("it has no header")
         places: dict[str, list[int]] = json.loads(stream.read(length))
-    data = np.asarray(np.memmap(path, np.uint8, "r"))
+        data = _mapped(stream.fileno())
     views = {name: data[start : start + size] for name, (start, size, _) in places.items()}
     for (name, (_, _, expected)), found in zip(places.items(), _checksums(views, threads), strict=True):
         if found != expected:
             raise ValueError(f"{name} has another checksum")
     return views
+
+
+def _mapped(file: int) -> Memory:
+    view = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A kernel without large pages does not know the advice.
+        with suppress(OSError):
+            view.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(view, np.uint8)
 
 
 def fits(path: Path, found: Mapping[str, Memory], matrices: Mapping[str, Any]) -> bool:
@@ -104,19 +116,30 @@ def fits(path: Path, found: Mapping[str, Memory], matrices: Mapping[str, Any]) -
     return False
 
 
-def write(path: Path, matrices: Mapping[str, Memory], threads: int) -> None:
-    """Keep matrices; the least recently used files go where the directory would grow beyond its bounds."""
+def keep(path: Path, matrices: Mapping[str, Any], threads: int) -> dict[str, Memory]:
+    """Views of matrices in a mapped file that has just been written; empty if they cannot be kept."""
+    memories = {name: matrix.memory for name, matrix in matrices.items()}
+    return read(path, threads) if write(path, memories, threads) else {}
+
+
+def write(path: Path, matrices: Mapping[str, Memory], threads: int) -> bool:
+    """Keep matrices, if they can be kept.
+
+    The least recently used files go where the directory would grow beyond its bounds.
+    """
     sizes = [memory.nbytes for memory in matrices.values()]
     if sum(sizes) < LEAST_BYTES:
-        return
+        return False
     try:
         if not _make_room(path.parent, sum(sizes)):
             log.warning("%s: no room to keep %.1f GB of converted weights", path.parent, sum(sizes) / 1e9)
-            return
-        with replacing(path) as temporary, temporary.open("wb") as stream:
+            return False
+        with replacing(path) as temporary, temporary.open("wb", buffering=_LARGE_PAGE) as stream:
             _write(stream, matrices, _checksums(matrices, threads))
     except OSError as error:
         log.warning("%s: the converted weights cannot be kept: %s", path, error)
+        return False
+    return True
 
 
 def _write(stream: Any, matrices: Mapping[str, Memory], checksums: list[int]) -> None:
@@ -129,8 +152,11 @@ def _write(stream: Any, matrices: Mapping[str, Memory], checksums: list[int]) ->
     header = json.dumps(places).encode()
     stream.write(len(header).to_bytes(8, "little") + header)
     for (begin, _, _), memory in zip(places.values(), matrices.values(), strict=True):
-        stream.seek(begin)
-        stream.write(memory)
+        stream.write(bytes(begin - stream.tell()))
+        # Up to the end of each large page, so that the stream's buffer is always written when it is full.
+        first = -begin % _LARGE_PAGE
+        for part in np.split(memory, range(first, memory.nbytes, _LARGE_PAGE)):
+            stream.write(part)
 
 
 def _make_room(folder: Path, size: int) -> bool:

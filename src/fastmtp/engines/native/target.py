@@ -91,14 +91,12 @@ class NativeTarget(TargetInfo):
                 self._check_memory()
             self._build(weights)
             matrices = self._matrices()
-            if kept and found and packed.fits(kept, found, matrices):
-                for name, matrix in matrices.items():
-                    matrix.use(found[name])
-            else:
+            if not kept or not found or not packed.fits(kept, found, matrices):
                 self._convert(weights, progress)
-                if kept:
-                    memories = {name: matrix.memory for name, matrix in self._matrices().items()}
-                    packed.write(kept, memories, runtime.threads)
+                # What is mapped may be in larger pages than what was allocated, and goes when memory is short.
+                found = packed.keep(kept, matrices, runtime.threads) if kept else {}
+            for name, memory in found.items():
+                matrices[name].use(memory)
         self._model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
 
     @property
