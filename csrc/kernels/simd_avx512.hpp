@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kTileRows = 8, kInt8TileRows = 8, kUnroll = 16, kQueries = 8, kSums = 16;
+constexpr int kTileRows = 8, kInt8TileRows = 8, kUnroll = 4, kQueries = 8, kSums = 16;
 
 using Floats = __m512;
 using Ints = __m512i;
