@@ -93,7 +93,7 @@ void score(Runtime& runtime, std::vector<Scored>& nodes) {
   // All matrices are of one type and width, so a state is converted once.
   const Matrix& any = *products[0].part.matrix;
   float* logits = runtime.logits.reserve(nodes.size() * stride);
-  runtime.reserve_operand(int(nodes.size()), any.inputs());
+  runtime.reserve(runtime.stream, int(nodes.size()), any.inputs());
   runtime.run([&](Team team) {
     runtime.convert_all(team, any, int(nodes.size()), [&](int m) { return nodes[m].state; });
     for (const auto& [part, first, rows, column] : products)

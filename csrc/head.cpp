@@ -17,7 +17,7 @@ void Head::forward(const std::vector<Segment>& segments, const std::vector<int32
   const Call call(runtime);
   const int hidden = stack.hidden;
   const Pass pass(runtime, stack, segments);
-  runtime.reserve_operand(pass.rows(), 2 * hidden);
+  runtime.reserve(runtime.stream, pass.rows(), 2 * hidden);
   runtime.run([&](Team team) {
     team.each(Part::convert, pass.rows(), [&](int m) {
       float* joined = runtime.own_row(team);
@@ -28,7 +28,8 @@ void Head::forward(const std::vector<Segment>& segments, const std::vector<int32
       team.lap(Part::norm);
       runtime.convert(projection.matrix, joined, m);
     });
-    runtime.matmul(team, Part::project, projection.matrix, pass.rows(), pass.branch(0), pass.stride());
+    runtime.matmul(team, Part::project, runtime.stream, projection.matrix, pass.rows(), pass.branch(0), pass.stride(),
+                   {}, nullptr);
     pass.run(team, after);
   });
 }

@@ -1,7 +1,7 @@
 // A layer: a mixer and a network, each with a norm before it and optionally one after it, on a residual stream.
 //
-// Both read the operand of the runtime, whose rows have the norm that they are told, and write out[m * stride + h] for
-// M rows. Both are run by the whole team.
+// Both read the runtime's stream, whose rows have the norm that they are told, and write out[m * stride + h] for M rows,
+// by a product that something may follow. Both are run by the whole team.
 #pragma once
 
 #include <memory>
@@ -17,12 +17,12 @@ class Mixer {
   class Pass {
    public:
     virtual ~Pass() = default;
-    virtual void run(Team& team, Norm norm, float* out, int stride) const = 0;
+    virtual void run(Team& team, Norm norm, float* out, int stride, const Then* then) const = 0;
   };
 
   virtual ~Mixer() = default;
 
-  // The first matrix: the layer converts the rows to its operand.
+  // The first matrix: the layer converts the rows of the stream for it.
   virtual const Matrix& input() const = 0;
   virtual std::unique_ptr<State> new_state() const = 0;
   // Whether `new_state` could have made a state.
@@ -40,7 +40,8 @@ class Network {
   virtual const Matrix& input() const = 0;
   // Reserves working memory. Throws std::bad_alloc.
   virtual void reserve(Runtime& runtime, int rows) const = 0;
-  virtual void run(Runtime& runtime, Team& team, Norm norm, int rows, float* out, int stride) const = 0;
+  virtual void run(Runtime& runtime, Team& team, Norm norm, int rows, float* out, int stride,
+                   const Then* then) const = 0;
 };
 
 struct Layer {

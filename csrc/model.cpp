@@ -33,42 +33,64 @@ Pass::Pass(Runtime& runtime, const Stack& stack, const std::vector<Segment>& seg
 
 void Pass::run(Team& team, float* states, float* last_inputs) const {
   const int hidden = stack_.hidden;
+  const Gains none;
   batch_.set_angles(team);
-  const Gains none, *out_norm = &none;
+  const Layer& first = stack_.layers.front();
+  add_branch(
+      team,
+      [&](const Then* then) {
+        team.each(then->part, first.mixer->input().groups(), [&](int group) {
+          const int start = group * kGroup, size = std::min(kGroup, hidden - start);
+          for (int m = 0; m < rows(); m++) std::fill_n(x(m) + start, size, 0.0f);
+          (*then)(team, group);
+        });
+      },
+      none, first.mixer_norm, first.mixer->input());
   auto mixer = mixers_.begin();
-  for (const Layer& layer : stack_.layers) {
-    const bool first = mixer == mixers_.begin(), last = &layer == &stack_.layers.back();
-    norm_branch(team, *out_norm);
-    const Norm mixed = add_branch(team, layer.mixer_norm, layer.mixer->input(), first);
-    if (last_inputs && last)
+  for (auto layer = stack_.layers.begin(); layer != stack_.layers.end(); mixer++) {
+    const Layer &own = *layer++, *next = layer == stack_.layers.end() ? nullptr : &*layer;
+    if (last_inputs && !next)
       team.each(Part::norm, rows(), [&](int m) { std::copy_n(x(m), hidden, last_inputs + size_t(m) * hidden); });
-    (*mixer++)->run(team, mixed, branch(0), stride());
-    norm_branch(team, layer.mixer_out_norm);
-    const Norm processed = add_branch(team, layer.network_norm, layer.network->input(), false);
-    layer.network->run(runtime_, team, processed, rows(), branch(0), stride());
-    out_norm = &layer.network_out_norm;
+    const auto mix = [&](const Then* then) {
+      (*mixer)->run(team, left_of(own.mixer_norm), branch(0), stride(), then);
+    };
+    const auto process = [&](const Then* then) {
+      own.network->run(runtime_, team, left_of(own.network_norm), rows(), branch(0), stride(), then);
+    };
+    add_branch(team, mix, own.mixer_out_norm, own.network_norm, own.network->input());
+    if (next) {
+      add_branch(team, process, own.network_out_norm, next->mixer_norm, next->mixer->input());
+    } else {
+      process(nullptr);
+      norm_branch(team, own.network_out_norm);
+    }
   }
-  norm_branch(team, *out_norm);
   team.each(Part::norm, rows(), [&](int m) {
     runtime_.kernels.add(x(m), branch(m), hidden);
     runtime_.norm(x(m), stack_.final_norm, stack_.epsilon, states + size_t(m) * hidden);
   });
 }
 
+template <class Run>
+void Pass::add_branch(Team& team, Run run, const Gains& out_norm, const Gains& gains, const Matrix& matrix) const {
+  const auto add = [&](const Team&, int group) {
+    const int start = group * kGroup, size = std::min(kGroup, stack_.hidden - start);
+    for (int m = 0; m < rows(); m++) {
+      float* numbers = x(m) + start;
+      runtime_.squares(m, group) = runtime_.kernels.add(numbers, branch(m) + start, size);
+      runtime_.convert(runtime_.stream, matrix, numbers, m, group, gains.empty() ? nullptr : gains.data() + start);
+    }
+  };
+  const Then added(Part::norm, kGroup, add);
+  if (out_norm.empty()) return run(&added);
+  run(nullptr);
+  norm_branch(team, out_norm);
+  team.each(Part::norm, matrix.groups(), [&](int group) { add(team, group); });
+}
+
 void Pass::norm_branch(const Team& team, const Gains& gains) const {
   if (gains.empty()) return;
   team.each(Part::norm, rows(), [&](int m) { runtime_.norm(branch(m), gains, stack_.epsilon, branch(m)); });
-}
-
-Norm Pass::add_branch(const Team& team, const Gains& gains, const Matrix& matrix, bool first) const {
-  team.each_group(Part::norm, rows(), matrix.groups(), [&](int m, int group) {
-    const int start = group * kGroup, size = std::min(kGroup, stack_.hidden - start);
-    float* numbers = x(m) + start;
-    if (first) std::fill_n(numbers, size, 0.0f);
-    runtime_.squares(m, group) = runtime_.kernels.add(numbers, branch(m) + start, size);
-    runtime_.convert(matrix, numbers, m, group, gains.empty() ? nullptr : gains.data() + start);
-  });
-  return gains.empty() ? Norm{} : Norm{stack_.hidden, stack_.epsilon};
 }
 
 Model::Model(Runtime& runtime, const Stack& stack, const Matrix& embedding, const Matrix& lm_head,

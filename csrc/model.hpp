@@ -46,11 +46,14 @@ class Pass {
 
  private:
   float* x(int m) const { return runtime_.x.get() + size_t(m) * stack_.hidden; }
+  // Calls run(then), which fills the branch, and applies `out_norm` to it; then adds it to the residual stream and
+  // converts the sum for a product with `matrix`, which applies what is left of the norm with these gains.
+  template <class Run>
+  void add_branch(Team& team, Run run, const Gains& out_norm, const Gains& gains, const Matrix& matrix) const;
   // A norm of what is added next.
   void norm_branch(const Team& team, const Gains& gains) const;
-  // Adds the branch to the residual stream, which is zero before the first one, and converts the sum to the operand of
-  // a product with `matrix`, which applies what is left of the norm.
-  Norm add_branch(const Team& team, const Gains& gains, const Matrix& matrix, bool first) const;
+  // What is left of a norm of the stream with these gains.
+  Norm left_of(const Gains& gains) const { return gains.empty() ? Norm{} : Norm{stack_.hidden, stack_.epsilon}; }
 
   Runtime& runtime_;
   const Stack& stack_;

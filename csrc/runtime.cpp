@@ -22,10 +22,24 @@ double least_seconds(int repeats, Work work) {
 
 }  // namespace
 
-void Runtime::matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out,
-                     int stride, Norm norm) {
-  Operand from = operand(matrix).from(matrix.type(), first);
+void Runtime::matmul(Team& team, Part part, Inputs& operand, const Matrix& matrix, int rows, float* out, int stride,
+                     Norm norm, const Then* then) {
+  Operand from = operand.of(matrix);
   from.factors = set_factors(team, matrix, rows, norm);
+  const auto multiply = [&](int begin, int end) {
+    kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
+  };
+  const auto follow = [&](int group) { (*then)(team, group); };
+  if (then && then->outputs % kLanes == 0)
+    return team.split(part, matrix.blocks(), kBlocksTogether, multiply, then->outputs / kLanes, then->part, follow);
+  team.split(part, matrix.blocks(), kBlocksTogether, multiply);
+  if (then) team.each(then->part, (matrix.outputs() - 1) / then->outputs + 1, follow);
+}
+
+void Runtime::matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out,
+                     int stride) {
+  Operand from = stream.of(matrix).from(matrix.type(), first);
+  from.factors = set_factors(team, matrix, rows, {});
   team.split(part, round_up(outputs, kLanes) / kLanes, kBlocksTogether, [&](int begin, int end) {
     kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
   });
@@ -44,12 +58,12 @@ const float* Runtime::set_factors(const Team& team, const Matrix& matrix, int ro
 
 void Runtime::product(Team& team, const Matrix& matrix, const float* states, int rows, float* out, int stride) {
   convert_all(team, matrix, rows, [&](int m) { return states + size_t(m) * matrix.inputs(); });
-  matmul(team, Part::lm_head, matrix, rows, out, stride);
+  matmul(team, Part::lm_head, matrix, matrix.outputs(), 0, rows, out, stride);
 }
 
 void Runtime::scores(const Matrix& matrix, const float* states, int rows, float* out, int stride) {
   const Call call(*this);
-  reserve_operand(rows, matrix.inputs());
+  reserve(stream, rows, matrix.inputs());
   run([&](Team team) { product(team, matrix, states, rows, out, stride); });
 }
 
@@ -57,7 +71,7 @@ std::vector<int32_t> Runtime::argmax(const Matrix& matrix, const float* states, 
   const Call call(*this);
   const int stride = stride_of(matrix);
   const float* scores = logits.reserve(size_t(rows) * stride);
-  reserve_operand(rows, matrix.inputs());
+  reserve(stream, rows, matrix.inputs());
   std::vector<int32_t> best(rows - kept);
   run([&](Team team) {
     product(team, matrix, states, rows, logits.get(), stride);
@@ -134,13 +148,15 @@ double Runtime::product_seconds(const Matrix& matrix, int rows) {
   const int stride = stride_of(matrix);
   const size_t size = size_t(rows) * stride;
   float* out = logits.reserve(threads * size);
-  reserve_operand(rows, matrix.inputs());
+  reserve(stream, rows, matrix.inputs());
   const std::vector<float> zeros(matrix.inputs());
   for (int m = 0; m < rows; m++) convert(matrix, zeros.data(), m);
   std::fill_n(factors_.get(), rows, 1.0f);
+  Operand operand = stream.of(matrix);
+  operand.factors = factors_.get();
   return threads / rate([&](int thread) {
            for (int time = 0; time < kTimes; time++)
-             kernels.matmul(matrix.view(), operand(matrix), rows, 0, matrix.blocks(), out + thread * size, stride);
+             kernels.matmul(matrix.view(), operand, rows, 0, matrix.blocks(), out + thread * size, stride);
            return double(kTimes);
          });
 }

@@ -53,6 +53,47 @@ struct Norm {
   float epsilon = 0;
 };
 
+// What follows a product, for each so many of its outputs, of all rows: by the thread that computes the last of them, as
+// soon as they are there, while the other threads read weights.
+class Then {
+ public:
+  // Calls work(team, group); it must live as long.
+  template <class Work>
+  Then(Part part, int outputs, const Work& work) : part(part), outputs(outputs), work_(&work), call_(call<Work>) {}
+
+  const Part part;
+  const int outputs;
+  void operator()(const Team& team, int group) const { call_(work_, team, group); }
+
+ private:
+  template <class Work>
+  static void call(const void* work, const Team& team, int group) {
+    (*static_cast<const Work*>(work))(team, group);
+  }
+
+  const void* work_;
+  void (*call_)(const void*, const Team&, int);
+};
+
+// Memory for the operand of a product: rows of inputs of any matrix.
+class Inputs {
+ public:
+  void reserve(int rows, int width) {
+    const size_t groups = width / kGroup;
+    stride_ = rows;
+    values_.reserve(rows * size_t(width) * 2);
+    scales_.reserve(2 * groups * rows);
+    sums_.reserve(2 * groups * rows);
+  }
+  Operand of(const Matrix& matrix) { return {values_.get(), scales_.get(), sums_.get(), nullptr, matrix.groups(), stride_}; }
+
+ private:
+  int stride_ = 0;
+  Scratch<uint8_t> values_;
+  Scratch<float> scales_;
+  Scratch<int32_t> sums_;
+};
+
 class Runtime {
  public:
   explicit Runtime(int threads) : threads(threads) {
@@ -64,6 +105,9 @@ class Runtime {
 
   Scratch<float> x, branch, wide, partials, angles, logits;
   Scratch<uint16_t> queries;
+  // What a branch of the residual stream begins with, and what follows within it: results of a product with one are
+  // converted to the other while some threads still read the first.
+  Inputs stream, inner;
 
   // Calls work(team) on every thread.
   template <class Work>
@@ -78,35 +122,39 @@ class Runtime {
     lap(Part::team);
   }
 
-  // Memory for `rows` rows: of inputs of any matrix this wide, and of each thread's own row.
-  void reserve_operand(int rows, int inputs) {
-    const size_t width = round_up(inputs, kGroup), groups = width / kGroup;
-    values_.reserve(rows * width * 2);
+  // Memory for `rows` rows of an operand of any matrix with as many inputs, and for each thread's own row of them.
+  void reserve(Inputs& operand, int rows, int inputs) {
+    const int width = round_up(inputs, kGroup);
+    operand.reserve(rows, width);
     rows_stride_ = rows;
-    scales_.reserve(2 * groups * rows_stride_);
-    sums_.reserve(2 * groups * rows_stride_);
-    squares_.reserve(groups * rows_stride_);
-    factors_.reserve(size_t(threads) * rows_stride_);
-    row_size_ = std::max(row_size_, int(width) + kLanes);
+    squares_.reserve(size_t(width / kGroup) * rows);
+    factors_.reserve(size_t(threads) * rows);
+    row_size_ = std::max(row_size_, width + kLanes);
     rows_.reserve(size_t(threads) * row_size_);
+  }
+  // For products that something follows, in as many groups.
+  void reserve_groups(int groups) {
+    if (groups <= int(done_.size())) return;
+    done_ = std::vector<std::atomic<int>>(groups);
   }
   // Each thread's memory for one row of as many numbers as were reserved.
   float* own_row(const Team& team) { return rows_.get() + size_t(team.id) * row_size_; }
 
-  // Sets a group of row m of the operand of the next product with `matrix`.
-  void convert(const Matrix& matrix, const float* numbers, int m, int group, const float* gains = nullptr) {
+  // Sets a group of row m of the operand of a product with `matrix`.
+  void convert(Inputs& operand, const Matrix& matrix, const float* numbers, int m, int group,
+               const float* gains = nullptr) {
     const int size = std::min(kGroup, matrix.inputs() - group * kGroup);
-    kernels.convert(matrix.type(), numbers, gains, size, operand(matrix), m, group);
+    kernels.convert(matrix.type(), numbers, gains, size, operand.of(matrix), m, group);
   }
-  // Sets a row.
+  // Sets a row of the stream.
   void convert(const Matrix& matrix, const float* row, int m) {
-    for (int group = 0; group < matrix.groups(); group++) convert(matrix, row + group * kGroup, m, group);
+    for (int group = 0; group < matrix.groups(); group++) convert(stream, matrix, row + group * kGroup, m, group);
   }
-  // Sets all rows, by the whole team; row(m) is where row m's numbers are.
+  // Sets all rows of the stream, by the whole team; row(m) is where row m's numbers are.
   template <class Row>
   void convert_all(const Team& team, const Matrix& matrix, int rows, Row row) {
     team.each_group(Part::convert, rows, matrix.groups(),
-                    [&](int m, int group) { convert(matrix, row(m) + group * kGroup, m, group); });
+                    [&](int m, int group) { convert(stream, matrix, row(m) + group * kGroup, m, group); });
   }
   // The sum of squares of a group of row m, for a norm of the rows.
   float& squares(int m, int group) { return squares_.get()[size_t(group) * rows_stride_ + m]; }
@@ -115,13 +163,11 @@ class Runtime {
     kernels.norm(row, gains.data(), int(gains.size()), epsilon, out);
   }
 
-  // out[m * stride + n] for `rows` rows of the operand from the first one on, by the whole team.
-  void matmul(Team& team, Part part, const Matrix& matrix, int rows, float* out, int stride, Norm norm = {}) {
-    matmul(team, part, matrix, matrix.outputs(), 0, rows, out, stride, norm);
-  }
-  // The same for the first outputs only, and rows from any one on.
-  void matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride,
-              Norm norm = {});
+  // out[m * stride + n] for `rows` rows of the operand, by the whole team, and what follows.
+  void matmul(Team& team, Part part, Inputs& operand, const Matrix& matrix, int rows, float* out, int stride, Norm norm,
+              const Then* then);
+  // The same with the stream, for the first outputs only, and rows from any one on.
+  void matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out, int stride);
 
   // out[m * stride + n] = states[m] times output n, plus its bias. Both take the runtime until they return.
   void scores(const Matrix& matrix, const float* states, int rows, float* out, int stride);
@@ -145,13 +191,10 @@ class Runtime {
   std::vector<Laps> laps();
 
  private:
-  Operand operand(const Matrix& matrix) {
-    return {values_.get(), scales_.get(), sums_.get(), factors_.get(), matrix.groups(), rows_stride_};
-  }
   const float* set_factors(const Team& team, const Matrix& matrix, int rows, Norm norm);
   template <class Work>
   void run_one(Work work, int id, int count) {
-    const Team team{id, count, barrier_, left_.get(), laps_.empty() ? nullptr : &laps_[id]};
+    const Team team{id, count, barrier_, left_.get(), done_.data(), laps_.empty() ? nullptr : &laps_[id]};
     team.lap(Part::team);
     work(team);
   }
@@ -170,9 +213,8 @@ class Runtime {
   std::vector<Laps> laps_;
   Barrier barrier_;
   const std::unique_ptr<Left[]> left_{new Left[threads]};
-  Scratch<uint8_t> values_;
-  Scratch<float> scales_, rows_, squares_, factors_;
-  Scratch<int32_t> sums_;
+  std::vector<std::atomic<int>> done_;
+  Scratch<float> rows_, squares_, factors_;
   int row_size_ = 0, rows_stride_ = 0;
 };
 

@@ -85,7 +85,8 @@ class alignas(64) Left {
 struct Team {
   int id, count;
   Barrier& barrier;
-  Left* left;  // by thread
+  Left* left;               // by thread
+  std::atomic<int>* done;   // items by group, of groups that more than one thread works on; zero between parts
   Laps* laps;  // null while nobody asks where the time goes
 
   // Since the last call this thread has worked on a part.
@@ -127,6 +128,31 @@ struct Team {
   // The same in steps of at most 2 * `step` items; who is done helps the others.
   template <class Work>
   void split(Part part, int items, int step, Work work) const {
+    steps(items, step, work);
+    wait(part);
+  }
+
+  // The same, and then(group), which is of another part, for each `size` items: by the thread that does the last of
+  // them, as soon as they are done.
+  template <class Work, class Then>
+  void split(Part part, int items, int step, Work work, int size, Part after, Then then) const {
+    steps(items, step, [&](int begin, int end) {
+      work(begin, end);
+      lap(part);
+      for (int group = begin / size; group * size < end; group++) {
+        const int first = group * size, last = std::min(items, first + size);
+        if (completes(group, std::min(end, last) - std::max(begin, first), last - first)) then(group);
+      }
+      lap(after);
+    });
+    wait(part);
+  }
+
+  Left::Items share(long long items) const { return {int(items * id / count), int(items * (id + 1) / count)}; }
+
+ private:
+  template <class Work>
+  void steps(int items, int step, Work work) const {
     left[id].set(share(items));
     for (int other = 0; other < count; other++)
       while (true) {
@@ -134,10 +160,15 @@ struct Team {
         if (begin == end) break;
         work(begin, end);
       }
-    wait(part);
   }
 
-  Left::Items share(long long items) const { return {int(items * id / count), int(items * (id + 1) / count)}; }
+  // Counts `did` items of a group of `size`; whether that was the last of them.
+  bool completes(int group, int did, int size) const {
+    if (did == size) return true;
+    if (done[group].fetch_add(did, std::memory_order_acq_rel) + did < size) return false;
+    done[group].store(0, std::memory_order_relaxed);
+    return true;
+  }
 };
 
 }  // namespace fastmtp

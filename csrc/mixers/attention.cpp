@@ -26,23 +26,27 @@ class AttentionPass : public Mixer::Pass {
     if (by_page_) pages_ = *std::max_element(batch.positions.begin(), batch.positions.end()) / kPageTokens + 1;
     add_items();
 
-    for (const Matrix* matrix : {&attention.query_key_value, &attention.out})
-      runtime_.reserve_operand(batch.rows, matrix->inputs());
+    runtime_.reserve(runtime_.stream, batch.rows, attention.query_key_value.inputs());
+    runtime_.reserve(runtime_.inner, batch.rows, attention.out.inputs());
+    runtime_.reserve_groups(all_heads());
     runtime_.wide.reserve(size_t(batch.rows) * wide_stride_);
     runtime_.queries.reserve(size_t(batch.rows) * attention.out.inputs() + kLanes);
     const size_t results = size_t(batch.rows) * shape_.heads * pages_;
     runtime_.partials.reserve((results + size_t(runtime_.threads) * kTileQueries) * partial_size_);
   }
 
-  void run(Team& team, Norm norm, float* out, int stride) const override {
-    runtime_.matmul(team, Part::query_key_value, attention_.query_key_value, batch_.rows, wide(0), wide_stride_, norm);
+  void run(Team& team, Norm norm, float* out, int stride, const Then* then) const override {
+    const auto turn = [&](const Team& own, int head) {
+      for (int m = 0; m < batch_.rows; m++) {
+        const float* numbers = wide(m) + head * shape_.head_size;
+        head < shape_.heads ? rotate(own, numbers, attention_.query_norm, m, shape_.scale, query(m, head))
+                            : store(own, numbers, m, head - shape_.heads);
+      }
+    };
+    const Then turned(Part::rope, shape_.head_size, turn);
     fetch_first(team);
-    // In the order of the product's outputs, so that a head is mostly where it was computed.
-    team.each_group(Part::rope, batch_.rows, shape_.heads + 2 * shape_.key_heads, [&](int m, int head) {
-      const float* numbers = wide(m) + head * shape_.head_size;
-      head < shape_.heads ? rotate(team, numbers, attention_.query_norm, m, shape_.scale, query(m, head))
-                          : store(team, numbers, m, head - shape_.heads);
-    });
+    runtime_.matmul(team, Part::query_key_value, runtime_.stream, attention_.query_key_value, batch_.rows, wide(0),
+                    wide_stride_, norm, &turned);
     attend(team);
     // The fewest heads that fill whole groups of the operand.
     const int together = kGroup / std::gcd(kGroup, shape_.head_size);
@@ -52,9 +56,9 @@ class AttentionPass : public Mixer::Pass {
       for (int head = first; head < last; head++)
         merge_pages(m, head, merged + (head - first) * shape_.head_size);
       const int group = first * shape_.head_size / kGroup, end = ((last * shape_.head_size) - 1) / kGroup + 1;
-      for (int g = group; g < end; g++) runtime_.convert(attention_.out, merged + (g - group) * kGroup, m, g);
+      for (int g = group; g < end; g++) runtime_.convert(runtime_.inner, attention_.out, merged + (g - group) * kGroup, m, g);
     });
-    runtime_.matmul(team, Part::out, attention_.out, batch_.rows, out, stride);
+    runtime_.matmul(team, Part::out, runtime_.inner, attention_.out, batch_.rows, out, stride, {}, then);
   }
 
  private:
@@ -105,6 +109,7 @@ class AttentionPass : public Mixer::Pass {
     return int(std::lower_bound(items_.begin(), items_.end(), cost_ * thread / threads, before) - items_.begin());
   }
 
+  int all_heads() const { return shape_.heads + 2 * shape_.key_heads; }
   float* wide(int m) const { return runtime_.wide.get() + size_t(m) * wide_stride_; }
   uint16_t* query(int m, int head) const {
     return runtime_.queries.get() + (size_t(m) * shape_.heads + head) * shape_.head_size;

@@ -14,21 +14,27 @@ class Dense : public Network {
   const Matrix& input() const override { return gate_up; }
 
   void reserve(Runtime& runtime, int rows) const override {
-    for (const Matrix* matrix : {&gate_up, &down}) runtime.reserve_operand(rows, matrix->inputs());
+    runtime.reserve(runtime.stream, rows, gate_up.inputs());
+    runtime.reserve(runtime.inner, rows, down.inputs());
+    runtime.reserve_groups(down.groups());
     runtime.wide.reserve(size_t(rows) * stride_of(gate_up));
   }
 
-  void run(Runtime& runtime, Team& team, Norm norm, int rows, float* out, int stride) const override {
+  void run(Runtime& runtime, Team& team, Norm norm, int rows, float* out, int stride,
+           const Then* then) const override {
     const int wide_stride = stride_of(gate_up);
-    float* wide = runtime.wide.get();
-    runtime.matmul(team, Part::gate_up, gate_up, rows, wide, wide_stride, norm);
-    team.each_group(Part::activate, rows, down.groups(), [&](int m, int group) {
+    const float* wide = runtime.wide.get();
+    const auto activate = [&](const Team&, int group) {
       const int start = group * kGroup, size = std::min(kGroup, down.inputs() - start);
-      float active[kGroup];
-      runtime.kernels.activate(wide + size_t(m) * wide_stride + 2 * start, size, gelu_, active);
-      runtime.convert(down, active, m, group);
-    });
-    runtime.matmul(team, Part::down, down, rows, out, stride);
+      for (int m = 0; m < rows; m++) {
+        float active[kGroup];
+        runtime.kernels.activate(wide + size_t(m) * wide_stride + 2 * start, size, gelu_, active);
+        runtime.convert(runtime.inner, down, active, m, group);
+      }
+    };
+    const Then activated(Part::activate, 2 * kGroup, activate);
+    runtime.matmul(team, Part::gate_up, runtime.stream, gate_up, rows, runtime.wide.get(), wide_stride, norm, &activated);
+    runtime.matmul(team, Part::down, runtime.inner, down, rows, out, stride, {}, then);
   }
 
   Matrix gate_up;  // outputs: sixteen of the gate, sixteen of up, and so on
