@@ -41,7 +41,7 @@ def blank(engine: CudaEngine, ids: list[int], head: Head | None = None) -> Engin
     sequence = engine.new_sequence(head)
     sequence._tokens = list(ids)
     if head is not None:
-        sequence._drafted, sequence._states_TH = len(ids) - 1, torch.zeros(1, 32, device=DEVICE)
+        sequence._drafted, sequence._waiting = len(ids) - 1, [torch.zeros(1, 32, device=DEVICE)]
     return sequence
 
 

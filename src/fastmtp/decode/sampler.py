@@ -50,11 +50,14 @@ class Sampler:
             logits_V = self._grammar.masked(logits_V, path)
         return choose(logits_V, self.sampling, self._length + len(path))
 
-    def draw_argmax(self, argmax: int, logits: Callable[[], Logits], path: Sequence[int] = ()) -> int:
+    def draw_argmax(
+        self, argmax: int, logits: Callable[[], Logits], path: Callable[[], Sequence[int]] = tuple
+    ) -> int:
         """`draw` where the logits' argmax is known; all are asked for only where a grammar forbids it."""
         if self._grammar is None:
             return argmax
-        allowed = self._grammar.allowed(path)
+        tokens = path()
+        allowed = self._grammar.allowed(tokens)
         if allowed.only is not None:
             return allowed.only
-        return argmax if argmax in allowed else self.draw(logits(), path)
+        return argmax if argmax in allowed else self.draw(logits(), tokens)

@@ -85,7 +85,7 @@ def verify(sequence: TokenSequence, tree: Tree, sampler: Sampler) -> Callable[[i
     if sampler.is_argmax:
         tokens = sequence.verify_greedy(tree)
         return lambda node: sampler.draw_argmax(
-            tokens[tree.rows[node]], lambda: sequence.logits(node), tree.tokens_of(tree.path(node)[1:])
+            tokens[tree.rows[node]], lambda: sequence.logits(node), lambda: tree.tokens_after_root(node)
         )
     logits_MV = sequence.verify(tree)
-    return lambda node: sampler.draw(logits_MV[tree.rows[node]], tree.tokens_of(tree.path(node)[1:]))
+    return lambda node: sampler.draw(logits_MV[tree.rows[node]], tree.tokens_after_root(node))

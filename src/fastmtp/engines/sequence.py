@@ -50,8 +50,8 @@ class Runner(Protocol[States]):
     """
 
     @property
-    def no_states(self) -> States | None:
-        """[0, H]; None if there is no head that would want states."""
+    def has_head(self) -> bool:
+        """Whether there is a head, which wants states."""
         ...
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
@@ -78,8 +78,8 @@ class Runner(Protocol[States]):
         """Score the LM head's rows of the chosen lists; `changed` are own tokens to copy the rows of, by slot."""
         ...
 
-    def join(self, states_TH: States, more_TH: States) -> States:
-        """One after the other."""
+    def join(self, parts: Sequence[States]) -> States:
+        """States [T, H], one after the other."""
         ...
 
     def share(self, other: Any, tokens: int, drafted: int) -> None:
@@ -95,8 +95,8 @@ class TextSequence(Generic[States]):
     """`EngineSequence`: the text, and how far the head has followed it.
 
     The draft cache holds step-1 states only, each from the target's own state, except while a draft is made.
-    State t of it depends on token t + 1, so it may lag behind the target's: `_states_TH` are the target's states
-    that the head has not consumed yet, the first of them at position `_drafted` of the text.
+    State t of it depends on token t + 1, so it may lag behind the target's: `_waiting` are the target's states
+    that the head has not consumed yet, in parts; the first one is at position `_drafted` of the text.
     """
 
     def __init__(self, runner: Runner[States], target: TargetInfo, vocabulary: DraftVocabulary | None) -> None:
@@ -109,7 +109,7 @@ class TextSequence(Generic[States]):
         self._runner, self._vocabulary, self._vocabulary_size = runner, vocabulary, target.vocabulary_size
         self._tokens: list[int] = []
         self._drafted = 0
-        self._states_TH = runner.no_states
+        self._waiting: list[States] = []
         self._verified: tuple[Tree, States] | None = None
         # By node of the drafter's tree, its node in the draft cache's.
         self._asked: dict[int, int] = {}
@@ -133,12 +133,10 @@ class TextSequence(Generic[States]):
         with self._alone, other._alone:
             self._tokens, self._drafted = other._tokens[:tokens], min(tokens, other._drafted)
             self._runner.share(other._runner, tokens, self._drafted)
-            if other._states_TH is not None:
-                self._states_TH = other._states_TH[: tokens - self._drafted]
+            self._waiting = other._first_waiting(tokens - self._drafted)
 
     def pages(self) -> dict[int, int]:
-        waiting = {} if self._states_TH is None else {id(self._states_TH): int(self._states_TH.nbytes)}
-        return self._runner.pages() | waiting
+        return self._runner.pages() | {id(states_TH): int(states_TH.nbytes) for states_TH in self._waiting}
 
     def begin(self, prompt: Sequence[int]) -> int:
         with self._alone:
@@ -206,9 +204,8 @@ class TextSequence(Generic[States]):
     def _append(self, tokens: Sequence[int], states_TH: States) -> None:
         """Append tokens whose keys and values are in the cache already."""
         self._verified = None
-        if self._states_TH is not None:
-            waiting = len(self._states_TH) > 0
-            self._states_TH = self._runner.join(self._states_TH, states_TH) if waiting else states_TH
+        if self._runner.has_head:
+            self._waiting.append(states_TH)
         self._tokens.extend(tokens)
 
     def _question(self, ask: Ask) -> Question[States]:
@@ -217,17 +214,18 @@ class TextSequence(Generic[States]):
         if ask.nodes[0]:
             parents = [self._asked[ask.tree.nodes[node].parent] for node in ask.nodes]
             return Question(tokens, ask.width, parents)
-        assert self._states_TH is not None, "this sequence has no head"
+        assert self._waiting, "this sequence has no head"
+        states_TH = self._runner.join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         inputs = [*self._tokens[self._drafted + 1 :], *tokens]
         if self._vocabulary is not None:
             self._runner.fit_rows(self._vocabulary, self._vocabulary.see(inputs))
-        return Question(inputs, ask.width, (), self._drafted, self._states_TH)
+        return Question(inputs, ask.width, (), self._drafted, states_TH)
 
     def _answered(self, ask: Ask) -> None:
         """The head has run over these nodes, and at the root over all states, which it does not need again."""
         if not ask.nodes[0]:
             self._asked = {}
-            self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
+            self._drafted, self._waiting = len(self._tokens), []
         for node in ask.nodes:
             self._asked[node] = len(self._asked)
 
@@ -237,8 +235,16 @@ class TextSequence(Generic[States]):
         self._verified = None
         del self._tokens[length:]
         self._drafted = min(length, self._drafted)
-        if self._states_TH is not None:
-            self._states_TH = self._states_TH[: length - self._drafted]
+        self._waiting = self._first_waiting(length - self._drafted)
+
+    def _first_waiting(self, count: int) -> list[States]:
+        """The first `count` states that the head has not consumed yet."""
+        first = []
+        for states_TH in self._waiting:
+            if count > 0:
+                first.append(states_TH[:count])
+            count -= len(states_TH)
+        return first
 
 
 def forward_together(

@@ -97,6 +97,10 @@ class Tree:
     def tokens_of(self, nodes: Iterable[int]) -> list[int]:
         return [self.nodes[node].token for node in nodes]
 
+    def tokens_after_root(self, node: int) -> list[int]:
+        """Of the path to a node, without the root's."""
+        return self.tokens_of(self.path(node)[1:])
+
     @property
     def tokens(self) -> list[int]:
         """Of the verified nodes."""

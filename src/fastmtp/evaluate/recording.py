@@ -114,7 +114,7 @@ class Recorded:
         self.missed = 0
 
     def ask(self, ask: Ask) -> list[Candidates]:
-        return [self._said(ask.tree.tokens_of(ask.tree.path(node)[1:]), ask.width) for node in ask.nodes]
+        return [self._said(ask.tree.tokens_after_root(node), ask.width) for node in ask.nodes]
 
     def _said(self, path: Sequence[int], width: int) -> Candidates:
         index = len(self.tokens) - len(self._recording.prompt)

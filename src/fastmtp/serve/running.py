@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class Running:
             self.sequence.commit(tree.verified)
             return self._settle(tree, [], first, [values[0]]) if first else []
         path, token = follow(
-            lambda node: self._choice(values[tree.rows[node]], node, tree.tokens_of(tree.path(node)[1:])),
+            lambda node: self._choice(values[tree.rows[node]], node, partial(tree.tokens_after_root, node)),
             tree.child,
         )
         self.sequence.commit(path)
@@ -133,10 +134,10 @@ class Running:
             self._drafter = new_drafter(self.request.prompt, self.request.sampling, self._grammar)
         return self._drafter
 
-    def _choice(self, value: Logits | int, node: int, path: Sequence[int] = ()) -> int:
-        """The token after a node, which `path` leads to from the text."""
+    def _choice(self, value: Logits | int, node: int, path: Callable[[], Sequence[int]] = tuple) -> int:
+        """The token after a node, which the tokens of `path` lead to from the text."""
         if isinstance(value, np.ndarray):
-            return self._sampler.draw(value, path)
+            return self._sampler.draw(value, path())
         return self._sampler.draw_argmax(value, lambda: self.sequence.logits(node), path)
 
     def _settle(

@@ -16,14 +16,14 @@ MOST_FORCED = 64
 
 def add_forced(tree: Tree, node: int, grammar: Grammar, limit: int) -> int:
     """Add up to `limit` tokens that the grammar forces after a node, one after the other; returns the last one."""
-    for token in grammar.forced(_path(tree, node), limit):
+    for token in grammar.forced(tree.tokens_after_root(node), limit):
         node = tree.add(node, token, source="grammar")
     return node
 
 
 def is_allowed(tree: Tree, node: int, token: int, grammar: Grammar) -> bool:
     """Whether a token may follow a node."""
-    return token in grammar.allowed(_path(tree, node))
+    return token in grammar.allowed(tree.tokens_after_root(node))
 
 
 def only_allowed(candidates: Candidates, tree: Tree, node: int, grammar: Grammar) -> Candidates:
@@ -31,7 +31,7 @@ def only_allowed(candidates: Candidates, tree: Tree, node: int, grammar: Grammar
 
     The probability that the head leaves to tokens it did not name is taken to be spread evenly over them.
     """
-    allowed = grammar.allowed(_path(tree, node))
+    allowed = grammar.allowed(tree.tokens_after_root(node))
     pairs = zip(candidates.tokens, candidates.confidences, strict=True)
     inside = [(token, confidence) for token, confidence in pairs if token in allowed]
     unnamed = max(1, grammar.vocabulary_size - len(candidates.tokens))
@@ -42,8 +42,4 @@ def only_allowed(candidates: Candidates, tree: Tree, node: int, grammar: Grammar
 
 def is_over(tree: Tree, node: int, grammar: Grammar) -> bool:
     """Whether a node is an end token."""
-    return grammar.is_over(_path(tree, node))
-
-
-def _path(tree: Tree, node: int) -> list[int]:
-    return tree.tokens_of(tree.path(node)[1:])
+    return grammar.is_over(tree.tokens_after_root(node))

@@ -65,6 +65,7 @@ class Learned:
         self._known = estimates or Estimates()
         self.experiences: dict[tuple[SamplingConfig, int], Experience] = {}
         self._forward_ms: dict[tuple[int, int], list[float]] = {}
+        self._ask_ms: dict[int, float] = {}
 
     def experience(self, sampling: SamplingConfig, sequences: int = 1) -> Experience:
         """Of a way to sample, by the number of sequences that decode together, which share the estimates."""
@@ -82,7 +83,9 @@ class Learned:
 
     def ask_ms(self, sequences: int) -> float:
         """Milliseconds that asking the head for a node takes, of each of so many sequences that ask together."""
-        return self._costs.ask(sequences) + PLANNING_MS
+        if sequences not in self._ask_ms:
+            self._ask_ms[sequences] = self._costs.ask(sequences) + PLANNING_MS
+        return self._ask_ms[sequences]
 
     def forward_ms(self, context: int, beside: int = 0) -> list[float]:
         """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""

@@ -51,7 +51,7 @@ class CudaRunner:
         self._greedy = Greedy(greedy, self.room)
         # How often the caches were used: what was launched ahead of the last time may write to the same places.
         self._calls = 0
-        self.no_states = target.lm_head.new_empty(0, target.config.hidden_size) if head else None
+        self.has_head = head is not None
         # The tokens that draft steps score, those of the lists and then the own ones; -1 is none.
         self.ids_D: Tensor | None = None
         self._listed, self._own = np.zeros(0, np.int32), np.zeros(0, np.int32)
@@ -209,8 +209,8 @@ class CudaRunner:
     def pages(self) -> dict[int, int]:
         return self._machine.pool.addresses(self.room)
 
-    def join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
-        return torch.cat([states_TH, more_TH])
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
 
 
 def scored(vocabulary: DraftVocabulary) -> int:

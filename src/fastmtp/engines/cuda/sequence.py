@@ -40,7 +40,7 @@ class CudaSequence(TextSequence[Tensor]):
                 tree.asked.append(node)
             tree.select(range(steps + 1))
             # The head has run over all states.
-            self._drafted, self._states_TH = len(self._tokens), self._runner.no_states
+            self._drafted, self._waiting = len(self._tokens), []
             self._verified, self._chain = (tree, found.states_TH), (tree, found.accepted + 1)
             return tree, found.tokens
 

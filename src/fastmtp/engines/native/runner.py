@@ -41,7 +41,7 @@ class NativeRunner:
         self._rows, self._row_ids = target.lm_head, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows = target.matrix(max(1, vocabulary.own_tokens), hidden) if vocabulary else None
         self.cache = target.model.new_cache()
-        self.no_states = np.empty((0, hidden), np.float32) if head else None
+        self.has_head = head is not None
         if head:
             self.head, self._draft_cache = head, head.native.new_cache()
             self._drafter = _native.Drafter(head.native, self._draft_cache)
@@ -90,15 +90,15 @@ class NativeRunner:
 
     def share(self, other: NativeRunner, tokens: int, drafted: int) -> None:
         self.cache.share(other.cache, tokens)
-        if self.no_states is not None:
+        if self.has_head:
             self._draft_cache.share(other._draft_cache, drafted)
 
     def pages(self) -> dict[int, int]:
-        caches = [self.cache] if self.no_states is None else [self.cache, self._draft_cache]
+        caches = [self.cache, self._draft_cache] if self.has_head else [self.cache]
         return {page: cache.page_bytes for cache in caches for page in cache.pages}
 
-    def join(self, states_TH: States, more_TH: States) -> States:
-        return np.concatenate([states_TH, more_TH])
+    def join(self, parts: Sequence[States]) -> States:
+        return np.concatenate(parts)
 
 
 def forward(

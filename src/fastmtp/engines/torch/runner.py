@@ -33,7 +33,7 @@ class TorchRunner:
         self._rows_DH, self._row_ids_D = weight, np.arange(target.vocabulary_size, dtype=np.int32)
         self._own_rows_GH = weight.new_empty(vocabulary.own_tokens if vocabulary else 0, hidden)
         self._cache, self._draft_cache = KVCache(), KVCache()
-        self.no_states = weight.new_empty(0, hidden) if head else None
+        self.has_head = head is not None
         # Parents and states of all nodes of the tree in the draft cache.
         self._parents: list[int] = []
         self._states_NH = weight.new_empty(0, hidden)
@@ -122,8 +122,8 @@ class TorchRunner:
         parts = [part for cache in (self._cache, self._draft_cache) for pair in cache.held() for part in pair]
         return {part.data_ptr(): part.numel() * part.element_size() for part in parts}
 
-    def join(self, states_TH: Tensor, more_TH: Tensor) -> Tensor:
-        return torch.cat([states_TH, more_TH])
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
 
 
 def _argmax(logits: Tensor) -> list[int]:
