@@ -39,10 +39,9 @@ void Pass::run(Team& team, float* states, float* last_inputs) const {
   add_branch(
       team,
       [&](const Then* then) {
-        team.each(then->part, first.mixer->input().groups(), [&](int group) {
-          const int start = group * kGroup, size = std::min(kGroup, hidden - start);
-          for (int m = 0; m < rows(); m++) std::fill_n(x(m) + start, size, 0.0f);
-          (*then)(team, group);
+        team.each_group(then->part, rows(), first.mixer->input().groups(), [&](int m, int group) {
+          std::fill_n(x(m) + group * kGroup, std::min(kGroup, hidden - group * kGroup), 0.0f);
+          (*then)(team, m, group);
         });
       },
       none, first.mixer_norm, first.mixer->input());
@@ -73,19 +72,17 @@ void Pass::run(Team& team, float* states, float* last_inputs) const {
 
 template <class Run>
 void Pass::add_branch(Team& team, Run run, const Gains& out_norm, const Gains& gains, const Matrix& matrix) const {
-  const auto add = [&](const Team&, int group) {
+  const auto add = [&](const Team&, int m, int group) {
     const int start = group * kGroup, size = std::min(kGroup, stack_.hidden - start);
-    for (int m = 0; m < rows(); m++) {
-      float* numbers = x(m) + start;
-      runtime_.squares(m, group) = runtime_.kernels.add(numbers, branch(m) + start, size);
-      runtime_.convert(runtime_.stream, matrix, numbers, m, group, gains.empty() ? nullptr : gains.data() + start);
-    }
+    float* numbers = x(m) + start;
+    runtime_.squares(m, group) = runtime_.kernels.add(numbers, branch(m) + start, size);
+    runtime_.convert(runtime_.stream, matrix, numbers, m, group, gains.empty() ? nullptr : gains.data() + start);
   };
   const Then added(Part::norm, kGroup, add);
   if (out_norm.empty()) return run(&added);
   run(nullptr);
   norm_branch(team, out_norm);
-  team.each(Part::norm, matrix.groups(), [&](int group) { add(team, group); });
+  team.each_group(Part::norm, rows(), matrix.groups(), [&](int m, int group) { add(team, m, group); });
 }
 
 void Pass::norm_branch(const Team& team, const Gains& gains) const {

@@ -29,11 +29,15 @@ void Runtime::matmul(Team& team, Part part, Inputs& operand, const Matrix& matri
   const auto multiply = [&](int begin, int end) {
     kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
   };
-  const auto follow = [&](int group) { (*then)(team, group); };
   if (then && then->outputs % kLanes == 0)
-    return team.split(part, matrix.blocks(), kBlocksTogether, multiply, then->outputs / kLanes, then->part, follow);
+    return team.split(part, matrix.blocks(), kBlocksTogether, multiply, then->outputs / kLanes, then->part,
+                      [&](int group) {
+                        for (int m = 0; m < rows; m++) (*then)(team, m, group);
+                      });
   team.split(part, matrix.blocks(), kBlocksTogether, multiply);
-  if (then) team.each(then->part, (matrix.outputs() - 1) / then->outputs + 1, follow);
+  if (then) team.each_group(then->part, rows, (matrix.outputs() - 1) / then->outputs + 1, [&](int m, int group) {
+      (*then)(team, m, group);
+    });
 }
 
 void Runtime::matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out,

@@ -53,26 +53,26 @@ struct Norm {
   float epsilon = 0;
 };
 
-// What follows a product, for each so many of its outputs, of all rows: by the thread that computes the last of them, as
+// What follows a product, for each so many of its outputs, of each row: by the thread that computes the last of them, as
 // soon as they are there, while the other threads read weights.
 class Then {
  public:
-  // Calls work(team, group); it must live as long.
+  // Calls work(team, m, group); it must live as long.
   template <class Work>
   Then(Part part, int outputs, const Work& work) : part(part), outputs(outputs), work_(&work), call_(call<Work>) {}
 
   const Part part;
   const int outputs;
-  void operator()(const Team& team, int group) const { call_(work_, team, group); }
+  void operator()(const Team& team, int m, int group) const { call_(work_, team, m, group); }
 
  private:
   template <class Work>
-  static void call(const void* work, const Team& team, int group) {
-    (*static_cast<const Work*>(work))(team, group);
+  static void call(const void* work, const Team& team, int m, int group) {
+    (*static_cast<const Work*>(work))(team, m, group);
   }
 
   const void* work_;
-  void (*call_)(const void*, const Team&, int);
+  void (*call_)(const void*, const Team&, int, int);
 };
 
 // Memory for the operand of a product: rows of inputs of any matrix.

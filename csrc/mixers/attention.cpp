@@ -36,12 +36,10 @@ class AttentionPass : public Mixer::Pass {
   }
 
   void run(Team& team, Norm norm, float* out, int stride, const Then* then) const override {
-    const auto turn = [&](const Team& own, int head) {
-      for (int m = 0; m < batch_.rows; m++) {
-        const float* numbers = wide(m) + head * shape_.head_size;
-        head < shape_.heads ? rotate(own, numbers, attention_.query_norm, m, shape_.scale, query(m, head))
-                            : store(own, numbers, m, head - shape_.heads);
-      }
+    const auto turn = [&](const Team& own, int m, int head) {
+      const float* numbers = wide(m) + head * shape_.head_size;
+      head < shape_.heads ? rotate(own, numbers, attention_.query_norm, m, shape_.scale, query(m, head))
+                          : store(own, numbers, m, head - shape_.heads);
     };
     const Then turned(Part::rope, shape_.head_size, turn);
     fetch_first(team);

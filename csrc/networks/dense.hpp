@@ -24,13 +24,11 @@ class Dense : public Network {
            const Then* then) const override {
     const int wide_stride = stride_of(gate_up);
     const float* wide = runtime.wide.get();
-    const auto activate = [&](const Team&, int group) {
+    const auto activate = [&](const Team&, int m, int group) {
       const int start = group * kGroup, size = std::min(kGroup, down.inputs() - start);
-      for (int m = 0; m < rows; m++) {
-        float active[kGroup];
-        runtime.kernels.activate(wide + size_t(m) * wide_stride + 2 * start, size, gelu_, active);
-        runtime.convert(runtime.inner, down, active, m, group);
-      }
+      float active[kGroup];
+      runtime.kernels.activate(wide + size_t(m) * wide_stride + 2 * start, size, gelu_, active);
+      runtime.convert(runtime.inner, down, active, m, group);
     };
     const Then activated(Part::activate, 2 * kGroup, activate);
     runtime.matmul(team, Part::gate_up, runtime.stream, gate_up, rows, runtime.wide.get(), wide_stride, norm, &activated);
