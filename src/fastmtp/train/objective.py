@@ -1,7 +1,7 @@
 """From the head's states to losses and gradients, with few logits in memory at a time.
 
-Shapes: B batch, T tokens, S starts of longer chains, N = B T positions, H hidden, D draft vocabulary, V vocabulary,
-K draft steps.
+Shapes: B batch, T tokens, S starts of longer chains, N = B T positions, R the head's states of all steps, M some of
+them, H hidden, D draft vocabulary, V vocabulary, K draft steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmtp.engines.torch.target import Target
 from fastmtp.extras import has_triton
 from fastmtp.method.losses import CHUNK, DISTRIBUTION_LOSSES, log_probabilities, token_loss
+from fastmtp.train.alignment import chunks_of, rows_of
 from fastmtp.train.batches import Batch
 from fastmtp.train.pace import FORMULA_TENSORS, pace_of, to_device
 
@@ -51,9 +52,8 @@ class Objective:
         """Mean loss of each step [K], and its gradients with respect to the head's states, in their shapes.
 
         Both are this process's part of the whole batch's. The LM head is frozen, so the gradient stops at the
-        states, and only one chunk of positions has its logits in memory. Positions are aligned by the last token
-        read, t + k for step k of the chain at t, so that all steps share one reference. Which positions count is
-        found on the host, so the device is never waited for.
+        states, and only one chunk of positions has its logits in memory. Which positions count is found on the host
+        (alignment.py) and sent in one copy, so the device is never waited for.
 
         Args:
             outputs: the head's states after each step, [B, T, H] and [B, S, H] after the first.
@@ -61,46 +61,54 @@ class Objective:
             states_BTH: the target's states.
             total: replaces tensors by their sums over all processes.
         """
-        device, valid_BT = states_BTH.device, self._valid(batch)
-        everywhere = torch.arange(valid_BT.shape[1])
-        starts = [everywhere, *[starts_S] * (len(outputs) - 1)]
-        rows_KN = torch.stack([_rows(valid_BT, starts[k - 1], k) for k in range(1, len(outputs) + 1)])
-        counts = list(to_device((rows_KN >= 0).sum(1), device))
-        total(counts)
-        weights = [1 / count.clamp(min=1) for count in counts]
-        states = [output.detach().to(self._target.dtype).flatten(0, 1) for output in outputs]
-        gradients = [torch.zeros_like(output).flatten(0, 1) for output in outputs]
-        losses_K = torch.zeros(len(outputs), device=device)
-        for part in torch.split(_grouped(rows_KN), self._positions):
-            reference = self._reference(part, batch, states_BTH)
-            for k, row_N in enumerate(rows_KN[:, part]):
-                counted = row_N >= 0
-                at_N = None if counted.all() else to_device(counted.nonzero()[:, 0], device)
-                row_N = to_device(row_N[counted], device)
-                logits_ND = self._target.logits(states[k][row_N], self._rows_DH)
-                loss_N, gradient_ND = self._compared(logits_ND, reference, at_N)
-                losses_K[k] += weights[k] * loss_N.sum()
-                gradient_NH = gradient_ND.to(self._rows_DH.dtype) @ self._rows_DH
-                gradients[k][row_N] = (weights[k] * gradient_NH).to(gradients[k].dtype)
-        return losses_K, [part.view_as(output) for part, output in zip(gradients, outputs, strict=True)]
+        valid_BT, device = self._valid(batch), states_BTH.device
+        starts = [torch.arange(valid_BT.shape[1]), *[starts_S] * (len(outputs) - 1)]
+        rows_KN = rows_of(valid_BT, starts)
+        chunks = chunks_of(rows_KN, self._positions, together=self._fused)
+        wanted_N = self._wanted(batch)
+        wanted = [wanted_N[chunk.positions_N] for chunk in chunks]
+        pieces = [index for chunk in chunks for piece in chunk.pieces for index in piece]
+        counts_K, *sent = _sent([(rows_KN >= 0).sum(1), *wanted, *pieces], device)
+        total([counts_K])
+        shares_K = counts_K.clamp(min=1).reciprocal()
+        # The states of all steps, and by their rows what is found of them.
+        sizes = [output.shape[:2].numel() for output in outputs]
+        states_RH = torch.empty(sum(sizes), states_BTH.shape[2], dtype=self._target.dtype, device=device)
+        torch._foreach_copy_(torch.split(states_RH, sizes), [output.detach().flatten(0, 1) for output in outputs])
+        losses_R, gradients_RH = torch.zeros(len(states_RH), device=device), torch.zeros_like(states_RH)
+        wanted, rest = sent[: len(chunks)], iter(sent[len(chunks) :])
+        for chunk, wanted_N in zip(chunks, wanted, strict=True):
+            reference = self._reference(wanted_N, states_BTH)
+            for _ in chunk.pieces:
+                rows_M, at_M = next(rest), next(rest)
+                logits_MD = self._target.logits(states_RH[rows_M], self._rows_DH)
+                loss_M, gradient_MD = self._compared(logits_MD, reference, at_M)
+                losses_R[rows_M] = loss_M
+                gradients_RH[rows_M] = gradient_MD.to(self._rows_DH.dtype) @ self._rows_DH
+        losses_K = torch.stack([part_N.sum() for part_N in torch.split(losses_R, sizes)]) * shares_K
+        # Shares of one dimension or more, so that products are in float32.
+        parts = zip(torch.split(gradients_RH, sizes), shares_K[:, None, None], outputs, strict=True)
+        return losses_K, [(part * share).to(output.dtype).view_as(output) for part, share, output in parts]
 
-    def _reference(self, part: Tensor, batch: Batch, states_BTH: Tensor) -> Tensor:
-        """By last token read, for some positions: log-probabilities (logits, if one kernel does the rest) of the
-        target [N, D], or the next token's index in the draft vocabulary [N]."""
-        device = states_BTH.device
+    def _wanted(self, batch: Batch) -> Tensor:
+        """What each position [N] is compared with: the target's state there, or the next token's index."""
+        following_BT = batch.ids_BT.roll(-1, 1)
+        return self._index_V[following_BT].flatten() if self._on_tokens else torch.arange(following_BT.numel())
+
+    def _reference(self, wanted_N: Tensor, states_BTH: Tensor) -> Tensor:
+        """Log-probabilities of the target [N, D] (logits, if one kernel does the rest), or the tokens [N]."""
         if self._on_tokens:
-            return to_device(self._index_V[batch.ids_BT.roll(-1, 1)].flatten()[part], device)
-        logits_ND = self._target.logits(states_BTH.flatten(0, 1)[to_device(part, device)], self._rows_DH)
+            return wanted_N
+        logits_ND = self._target.logits(states_BTH.flatten(0, 1)[wanted_N], self._rows_DH)
         return logits_ND if self._fused else log_probabilities(logits_ND)
 
-    def _compared(self, logits_ND: Tensor, reference: Tensor, at_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Loss [N] and gradient [N, D] against these rows of the reference; None is all of them."""
+    def _compared(self, logits_MD: Tensor, reference: Tensor, at_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [M] and gradient [M, D] against these rows of the reference, which increase within a step."""
         if self._fused:
             from fastmtp.train.kernels import fused_kl_
 
-            everything = torch.arange(len(reference), device=reference.device)
-            return fused_kl_(logits_ND, reference, everything if at_N is None else at_N)
-        return self._loss(logits_ND, reference if at_N is None else reference[at_N])
+            return fused_kl_(logits_MD, reference, at_M)
+        return self._loss(logits_MD, reference if len(at_M) == len(reference) else reference[at_M])
 
     def _valid(self, batch: Batch) -> Tensor:
         """Where the prediction of the next token counts, [B, T] of bool."""
@@ -111,19 +119,6 @@ class Objective:
         return valid_BT
 
 
-def _rows(valid_BT: Tensor, starts_S: Tensor, step: int) -> Tensor:
-    """By last token read [N]: the row of that position among the step's B S states; -1 where it does not count."""
-    texts, tokens = valid_BT.shape
-    inside_S = starts_S[starts_S + step < tokens]
-    rows_BT = torch.full((texts, tokens), -1)
-    firsts_B1 = torch.arange(texts)[:, None] * len(starts_S)
-    rows_BT[:, inside_S + step] = firsts_B1 + torch.arange(len(inside_S))
-    return rows_BT.where(valid_BT, -1).flatten()
-
-
-def _grouped(rows_KN: Tensor) -> Tensor:
-    """The positions that count in a step, sorted by these steps, so that most chunks need no masking."""
-    powers_K1 = 2 ** torch.arange(len(rows_KN))[:, None]
-    kind_N = ((rows_KN >= 0) * powers_K1).sum(0)
-    order = kind_N.argsort(stable=True)
-    return order[kind_N[order] > 0]
+def _sent(indices: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Indices of the host there, in one copy."""
+    return list(torch.split(to_device(torch.cat(indices), device), [len(part) for part in indices]))

@@ -65,5 +65,5 @@ def forward_backward(
         losses_K, gradients = objective(outputs, starts_S, batch, states_BTH, total)
     alphas = step_weights(config.draft_steps, config.beta)
     with clock("head, backward"):
-        torch.autograd.backward(outputs, [alpha * part for alpha, part in zip(alphas, gradients, strict=True)])
+        torch.autograd.backward(outputs, torch._foreach_mul(gradients, alphas))
     return losses_K
