@@ -108,9 +108,10 @@ def plan_memory(
     head = sum(matrices)
     # Weights and gradients in float32, and the weights once more as the products take them.
     head_bytes = (8 + (dtype.itemsize if half else 0)) * head
-    # Muon: a buffer, and some copies of the largest matrix, or of what it takes at once; AdamW: two buffers.
-    muon = config.optimizer == "muon"
-    optimizer = 4 * head + 8 * max(*matrices, min(head, GPU.together)) if muon else 8 * head
+    # Muon: a buffer, and some copies of the largest matrix, or of those that it takes at once, each as large as the
+    # largest; AdamW: two buffers.
+    muon, stack = config.optimizer == "muon", min(len(matrices) * max(matrices), GPU.together)
+    optimizer = 4 * head + 8 * max(*matrices, stack) if muon else 8 * head
     # Of as many training exchanges as are held out, too.
     texts = 2 * config.held_out * config.max_length * model.hidden_size * dtype.itemsize
     return MemoryPlan(

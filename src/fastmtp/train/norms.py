@@ -34,7 +34,7 @@ class FusedNorm(nn.Module):
 
 def fuse_norms(head: MTPHead, target: Target) -> None:
     """On a GPU, put a `FusedNorm` in the place of each norm; names and parameters stay."""
-    if not pace_of(target.device).fused_norms or target.config.model_type not in FAMILIES:
+    if not pace_of(target.device).fused_parts or target.config.model_type not in FAMILIES:
         return
     for parent in list(head.modules()):
         for name, child in parent.named_children():

@@ -19,18 +19,25 @@ def make_optimizers(head: nn.Module, config: TrainConfig) -> list[Optimizer]:
     matrices = [parameter for parameter in head.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in head.parameters() if parameter.ndim != 2]
     rate, decay = config.learning_rate, config.weight_decay
+    device = matrices[0].device
+    pace = pace_of(device)
+
+    def adamw(parameters: list[nn.Parameter], decay: float) -> Optimizer:
+        return torch.optim.AdamW(
+            parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay, fused=pace.fused_parts or None
+        )
+
     if config.optimizer == "muon":
-        device = matrices[0].device
         large: Optimizer = Muon(
             matrices,
             lr=rate,
             weight_decay=decay,
             dtype=throughput_dtype(device),
-            together=pace_of(device).together,
+            together=pace.together,
         )
     else:
-        large = torch.optim.AdamW(matrices, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
-    return [large, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
+        large = adamw(matrices, decay)
+    return [large, adamw(others, 0.0)]
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -24,8 +24,8 @@ class Pace:
         tokens: of texts that are read together beside the steps, with padding; 1 is one text at a time.
         report_steps: losses are read once in so many steps.
         fused: the KL objective is one kernel (kernels.py).
-        fused_norms: so is each norm of the head (norms.py).
-        together: Muon orthogonalises matrices with at most so many numbers at once.
+        fused_parts: so are the parts of the head (norms.py), and AdamW.
+        together: Muon orthogonalises stacks of matrices of at most so many numbers at once.
     """
 
     bucket: int
@@ -33,7 +33,7 @@ class Pace:
     tokens: int
     report_steps: int
     fused: bool
-    fused_norms: bool
+    fused_parts: bool
     together: int
 
     def positions(self, columns: int, least: int) -> int:
@@ -44,10 +44,10 @@ class Pace:
         return -(-length // self.bucket) * self.bucket
 
 
-CPU = Pace(bucket=1, logits=0, tokens=1, report_steps=1, fused=False, fused_norms=False, together=0)
+CPU = Pace(bucket=1, logits=0, tokens=1, report_steps=1, fused=False, fused_parts=False, together=0)
 # Multiples of 24: a third of the positions begins longer chains (recursion.py), and that too is a multiple of the 8
 # that attention kernels want of a mask.
-GPU = Pace(bucket=24, logits=1 << 28, tokens=8192, report_steps=16, fused=True, fused_norms=True, together=1 << 22)
+GPU = Pace(bucket=24, logits=1 << 28, tokens=8192, report_steps=16, fused=True, fused_parts=True, together=1 << 23)
 
 
 PACES = {"cpu": CPU, "cuda": GPU}
