@@ -24,7 +24,11 @@ from fastmtp.engines.cuda.kernels import attention, chains, norms, overlap, prod
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
+from fastmtp.train import norm_kernels
+from fastmtp.train.gate_kernels import gate
+from fastmtp.train.head_parts import Gains
 from fastmtp.train.kernels import fused_kl_
+from fastmtp.train.rotation_kernels import rotate
 
 # The shared memory of a program, in bytes, that GPUs have of which it is least (compute capability 8.6).
 SHARED = 99 << 10
@@ -115,8 +119,25 @@ def launch_all(kind: torch.dtype) -> None:
         add_norm_slots(half(4, hidden), half(4, hidden), outer, norm)
     for gelu in (False, True):
         gate_slots(half(4, 2 * inner), gelu)
+    launch_head(kind)
     for columns in (300, 16384):
         fused_kl_(half(4, columns), half(4, columns), slots)
+
+
+def launch_head(kind: torch.dtype) -> None:
+    """Training: what is between a head's products, forward and backward."""
+    hidden, inner, heads, key_heads, size = 1536, 8960, 12, 2, 128
+    wide, narrow = (Gains(zeros(width).requires_grad_(True), 1e-6) for width in (hidden, size))
+    state, table = zeros(4, hidden), zeros(2, size, dtype=kind)
+    x = zeros(4, hidden, dtype=kind).requires_grad_(True)
+    found = [norm_kernels.join(state, x, (wide, wide), kind), norm_kernels.norm(x, wide, torch.float32)]
+    found += norm_kernels.add_norm(x, x, wide, kind)
+    joint = zeros(4, heads + 2 * key_heads, size, dtype=kind).requires_grad_(True)
+    for own_norms in (None, (narrow, narrow)):
+        found += rotate(joint, own_norms, key_heads, table, table)
+    for gelu in (False, True):
+        found.append(gate(zeros(4, 2 * inner, dtype=kind).requires_grad_(True), gelu))
+    torch.autograd.backward(found, [torch.zeros_like(one) for one in found])
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from fastmtp.models.source import transformers_config
 from fastmtp.progress import QUIET
 from fastmtp.train.batches import make_batch
 from fastmtp.train.memory import CPU_BATCH, planned
-from fastmtp.train.norms import fuse_norms
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers
 from fastmtp.train.pace import GPU, pace_of, to_device
@@ -186,7 +185,6 @@ def training_seconds(engine: Engine, seconds: float, batch_tokens: int = CPU_BAT
     config = TrainConfig()
     target = engine.target if isinstance(engine, TorchEngine) else _StandIn(engine.target.config)
     head = MTPHead(target.model).float()
-    fuse_norms(head, target)
     optimizers = make_optimizers(head, config)
     drafted = list(range(min(config.draft_vocabulary, target.vocabulary_size)))
     objective = Objective(config.objective, target, drafted)

@@ -24,6 +24,20 @@ class Frozen(Protocol):
     def rotations(self, positions_BT: Tensor) -> Rotations: ...
 
 
+class Applied(Protocol):
+    """A head as the recursion applies it: `MTPHead`, or what computes the same."""
+
+    def __call__(
+        self,
+        state_BTH: Tensor,
+        embedding_BTH: Tensor,
+        rotation: Rotations,
+        mask: Tensor | None,
+        cache: Cache | None,
+        /,
+    ) -> Tensor: ...
+
+
 class MTPHead(nn.Module):
     """s' = final_norm(layer(input_proj([hidden_norm(s), token_norm(e)]))).
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastmtp.method.head import Frozen, MTPHead
+from fastmtp.method.head import Applied, Frozen
 
 # Every third chain is trained beyond its first step: later steps cost as much as the first and teach much less.
 STRIDE = 3
@@ -31,6 +31,8 @@ class ChainCache:
     def update(self, key_BNTD: Tensor, value_BNTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self._keys.append(key_BNTD)
         self._values.append(value_BNTD)
+        if len(self._keys) == 1:
+            return key_BNTD, value_BNTD
         return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
 
 
@@ -47,7 +49,7 @@ def chain_mask(starts_S: Tensor, tokens: int, step: int) -> Tensor:
 
 
 def recursion(
-    head: MTPHead,
+    head: Applied,
     target: Frozen,
     ids_BT: Tensor,
     states_BTH: Tensor,
@@ -66,18 +68,21 @@ def recursion(
         per_step: step k attends to step-k keys only, and all chains have all steps; for comparison.
     """
     tokens = ids_BT.shape[1]
+    # The input that is read last in step k of the chain at t is at t + k, and its key at the position before it.
     embeddings = target.embed(pad(ids_BT, (0, draft_steps)))
-    starts = torch.arange(tokens, device=ids_BT.device)
+    rotations = target.rotations(torch.arange(-1, tokens + draft_steps - 1, device=ids_BT.device)[None])
+    later = torch.arange(tokens, device=ids_BT.device) if starts_S is None else starts_S
+    masks = chain_mask(later, tokens, draft_steps)
     cache = ChainCache()
     outputs: list[Tensor] = []
     state_BTH = states_BTH
     for step in range(1, draft_steps + 1):
         if step == 2 and starts_S is not None:
-            starts, state_BTH = starts_S, state_BTH.index_select(1, starts_S)
+            state_BTH = state_BTH.index_select(1, starts_S)
         # Step 1 has attention's default mask, the causal one.
-        mask = None if step == 1 or per_step else chain_mask(starts, tokens, step)
-        rotation = target.rotations((starts + step - 1)[None])
-        inputs = embeddings[:, starts + step]
-        state_BTH = head(state_BTH, inputs, rotation, mask, None if per_step else cache)
+        mask = None if step == 1 or per_step else masks[..., : tokens + (step - 1) * len(later)]
+        read = slice(1, tokens + 1) if step == 1 else later + step
+        rotation = {kind: (cosines[:, read], sines[:, read]) for kind, (cosines, sines) in rotations.items()}
+        state_BTH = head(state_BTH, embeddings[:, read], rotation, mask, None if per_step else cache)
         outputs.append(state_BTH)
     return outputs

@@ -24,7 +24,7 @@ class Pace:
         tokens: of texts that are read together beside the steps, with padding; 1 is one text at a time.
         report_steps: losses are read once in so many steps.
         fused: the KL objective is one kernel (kernels.py).
-        fused_parts: so are the parts of the head (norms.py), and AdamW.
+        fused_parts: so are the parts of the head (fused_head.py), and AdamW.
         together: Muon orthogonalises stacks of matrices of at most so many numbers at once.
     """
 

@@ -18,6 +18,7 @@ from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
 from fastmtp.method.recursion import recursion
 from fastmtp.train.batches import Batch
+from fastmtp.train.fused_head import prepared
 from fastmtp.train.objective import Objective
 from fastmtp.train.pace import to_device
 
@@ -53,7 +54,8 @@ def forward_backward(
     """
     with autocast(target), clock("head"):
         outputs = run(
-            head,
+            # What is compiled is fused by the compiler.
+            head if config.compile else prepared(head, target),
             target,
             ids_BT,
             states_BTH,

@@ -30,7 +30,6 @@ from fastmtp.train.batches import Batch, batch_order, by_length, make_batch
 from fastmtp.train.checkpoint import checkpointed, load_checkpoint, save_checkpoint
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
-from fastmtp.train.norms import fuse_norms
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.pace import pace_of, to_device
@@ -105,7 +104,6 @@ class Trainer:
         if shard_target:
             self._processes.shard(target)
             self.head.to(target.device)
-        fuse_norms(self.head, target)
         self._pace = pace_of(target.device)
         self.clock = Stopwatch(target.device)
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
