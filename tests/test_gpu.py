@@ -29,6 +29,7 @@ from tests.conftest import FAMILIES, random_ids, tiny_target
 from tests.distill.test_distill import rows
 from tests.distill.test_slots import SHORT, talking
 from tests.engines import Engine
+from tests.train.test_fused_head import errors, random_head, trained
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
 pytestmark = pytest.mark.gpu
@@ -136,6 +137,16 @@ def test_the_kl_kernel_is_the_formula(columns: int, dtype: torch.dtype) -> None:
     found, replaced = fused_kl_(logits.clone(), reference, at)
     torch.testing.assert_close(found, loss, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(replaced.float(), gradient.to(dtype).float(), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_fused_head_is_the_modules(family: str) -> None:
+    """States and gradients, with the kernels."""
+    target = on_gpu(family)
+    head = random_head(target)
+    with steady_attention():
+        expected, found = (trained(head, target, fused=fused) for fused in (False, True))
+    assert max(errors(found[0] + found[1], expected[0] + expected[1])) < 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -29,7 +29,7 @@ def random_head(target: Target) -> MTPHead:
     with torch.no_grad():
         for parameter in head.parameters():
             if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
     return head
 
 
@@ -37,14 +37,15 @@ def trained(
     head: MTPHead, target: Target, *, fused: bool, per_step: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States of all steps, and the gradients of the head's weights and of the first states, of an uneven loss."""
-    ids = torch.tensor([random_ids(24, seed=seed) for seed in range(2)])
+    device = target.device
+    ids = torch.tensor([random_ids(24, seed=seed) for seed in range(2)], device=device)
     states = text_states(target, ids).to(target.dtype).requires_grad_(True)
-    starts = torch.arange(24) if per_step else trained_starts(24, 1, ids.device)
+    starts = torch.arange(24, device=device) if per_step else trained_starts(24, 1, device)
     head.zero_grad()
     with autocast(target):
         applied = FusedHead(head, target) if fused else head
         outputs = recursion(applied, target, ids, states, 3, starts_S=starts, per_step=per_step)
-    slopes = [torch.linspace(-1, 1, one.numel()).view_as(one).sin() for one in outputs]
+    slopes = [torch.linspace(-1, 1, one.numel(), device=device).view_as(one).sin() for one in outputs]
     torch.autograd.backward(outputs, [slope.to(one.dtype) for one, slope in zip(outputs, slopes, strict=True)])
     gradients = [*(parameter.grad for parameter in head.parameters()), states.grad]
     return [one.detach() for one in outputs], [one.clone() for one in gradients if one is not None]
@@ -70,6 +71,11 @@ def test_states_and_gradients_are_the_modules(
 
 @interpreted
 def test_kernels_are_the_modules(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With programs that take several rows, and one more than others."""
+    from fastmtp.train import norm_kernels, rotation_kernels
+
+    monkeypatch.setattr(norm_kernels, "_SUMS", 5 * 32)
+    monkeypatch.setattr(rotation_kernels, "_PROGRAMS", 5)
     on(pace.GPU, monkeypatch)
     head = random_head(target)
     expected, found = (trained(head, target, fused=fused) for fused in (False, True))

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from fastmtp.train.head_parts import Gains
 
-# Programs of a backward pass, each with a sum of its own rows.
-PROGRAMS = 512
+# Numbers of the sums of a backward pass, of which each program has some of its own rows.
+_SUMS = 1 << 21
 # Arguments of which a kernel need not be compiled again.
 SIZES = ["rows", "tokens"]
 
@@ -106,7 +106,7 @@ def _norm_gradients(
     rows, size = given_NH.shape
     assert upstream_NH.stride(1) == 1 and (beside_NH is None or beside_NH.is_contiguous())
     found_NH = torch.empty_like(given_NH) if wanted else None
-    programs = min(rows, PROGRAMS)
+    programs = min(rows, max(1, _SUMS // triton.next_power_of_2(size)))
     sums_PH = torch.empty(programs, size, dtype=torch.float32, device=given_NH.device)
     _norm_backward[(programs,)](
         given_NH,

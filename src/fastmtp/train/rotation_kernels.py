@@ -16,10 +16,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastmtp.train.head_parts import HeadNorms
-from fastmtp.train.norm_kernels import PROGRAMS, SIZES
+from fastmtp.train.norm_kernels import SIZES
 
 # Numbers of one program, which takes several heads of a row.
 _NUMBERS = 2048
+# Programs of a backward pass with gains, each with a sum of its own rows.
+_PROGRAMS = 1024
 
 
 @triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
@@ -204,7 +206,8 @@ class _Rotate(Function):
         rows, joint = texts * tokens, key_heads * (group + 2)
         found_NJD = queries.new_empty(rows, joint, size)
         grid, shape = _heads_of(joint, size)
-        programs, normed = min(rows, PROGRAMS), query_gains_D is not None
+        normed = query_gains_D is not None
+        programs = min(rows, _PROGRAMS) if normed else rows
         sums = torch.empty(programs, grid, 2, size, device=queries.device) if normed else found_NJD
         _rotate_backward[(programs, grid)](
             joint_NJD if normed else found_NJD,
