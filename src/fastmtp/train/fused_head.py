@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastmtp.engines.torch.fused_layers import has_gelu
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import Applied, MTPHead
 from fastmtp.models.config import FULL
@@ -43,9 +44,7 @@ class FusedHead:
         self._key_heads, self._scale = int(target.config.num_key_value_heads), float(attention.scaling)
         self._size = int(attention.head_dim)
         self._offset = FAMILIES[target.config.model_type].norm_offset
-        # The families that are supported have SiLU or this.
-        named = getattr(target.config, "hidden_activation", None) or getattr(target.config, "hidden_act", None)
-        self._gelu = named == "gelu_pytorch_tanh"
+        self._gelu = has_gelu(target.config)
         # With norms after attention and network, the norm before the network has another name.
         outer = hasattr(layer, "pre_feedforward_layernorm")
         self._inputs = self._gains(head.hidden_norm), self._gains(head.token_norm)

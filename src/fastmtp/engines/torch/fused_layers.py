@@ -30,6 +30,12 @@ def is_fusible(config: Any, device: torch.device) -> bool:
     return has_kernels and config.model_type in FAMILIES
 
 
+def has_gelu(config: Any) -> bool:
+    """Whether the gate's activation is GELU by tanh; it is SiLU in the other families that are supported."""
+    named = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return named == "gelu_pytorch_tanh"
+
+
 @dataclass(frozen=True)
 class FusedLayer:
     """A layer's weights, those that are applied to the same input in one matrix."""
@@ -69,9 +75,7 @@ class FusedLayers:
             kinds: of attention, by layer.
         """
         config = model.config
-        # The families that are supported have SiLU or this.
-        named = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        gelu = named == "gelu_pytorch_tanh"
+        gelu = has_gelu(config)
         self.key_heads, self.size = int(config.num_key_value_heads), head_size(config)
         self.layers = [_fused(layer, kind, gelu) for layer, kind in zip(model.model.layers, kinds, strict=True)]
         self._norm = Norm(model.model.norm)
