@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,13 +55,13 @@ def make_batch(
     Args:
         length: T; None is that of the longest text.
     """
-    lengths = torch.tensor([len(text) for text in texts])
-    inside_BT = torch.arange(length or int(lengths.max())) < lengths[:, None]
-    ids_BT = torch.zeros(inside_BT.shape, dtype=torch.long)
-    answer_BT = torch.zeros(inside_BT.shape, dtype=torch.bool)
-    ids_BT[inside_BT] = torch.tensor([token for text in texts for token in text])
-    answer_BT[inside_BT] = torch.tensor([flag for mask in answer_masks for flag in mask])
-    return Batch(ids_BT, inside_BT, answer_BT)
+    # numpy reads lists several times faster than PyTorch.
+    lengths = np.array([len(text) for text in texts])
+    inside_BT = np.arange(length or lengths.max()) < lengths[:, None]
+    ids_BT, answer_BT = np.zeros(inside_BT.shape, np.int64), np.zeros(inside_BT.shape, np.bool_)
+    ids_BT[inside_BT] = np.fromiter(chain.from_iterable(texts), np.int64)
+    answer_BT[inside_BT] = np.fromiter(chain.from_iterable(answer_masks), np.bool_)
+    return Batch(torch.from_numpy(ids_BT), torch.from_numpy(inside_BT), torch.from_numpy(answer_BT))
 
 
 def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
