@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastmtp.engines.cuda.kernels import attention, chains, norms, overlap, products, scores
+from fastmtp.engines.cuda.kernels import attention, chains, draws, norms, overlap, products, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
@@ -99,15 +99,20 @@ def launch_all(kind: torch.dtype) -> None:
     for ids in (None, whole(640)):
         count, best = 1000 if ids is None else 640, (zeros(1 << 12), whole(1 << 12))
         scores.scores(x, half(1000, hidden), ids, zeros(16, count))
-        scores.argmax(x, half(1000, hidden), ids, best, whole(4))
+        scores.argmax(x, half(1000, hidden), ids, best, whole(4), whole(4))
+        memory = draws.DrawMemory.empty(16, count, cpu)
+        how, tokens = whole(4, draws.NUMBERS), whole(4)
+        draws.draw(x, half(1000, hidden), ids, memory, how, rows.positions, 1, tokens, tokens)
     scores.scores(half(32, hidden), half(1000, hidden), whole(2, 640), zeros(32, 640))
+    for width in (4, 32):
+        draws.expect(zeros(2 * width), whole(16, draws.NUMBERS), whole(3), 1, zeros(1), whole(1))
     state, found, step = whole(3), whole(4), Rows(whole(5, 1), rows.paths)
     chains.begin(state, found, rows, whole(2, 5), verified)
     chains.begin(state, found, rows, whole(7, 5), None)
     chains.follow(Rows.empty(8, cpu), whole(8), state, whole(16), whole(16))
     for number, following in ((0, step), (1, step), (2, None)):
         chains.hand_on(state, x, found, x, following, verified, number)
-    chains.accept(state, found, verified, whole(7))
+    chains.accept(state, found, found, verified, whole(7))
     slots, caches = zeros(4, dtype=torch.long), (half(4, key_heads, 128, size), half(4, key_heads, 128, size))
     attend_slots(half(4, heads, size), *caches, slots, 0.1, None)
     joint, table = half(4, heads + 2 * key_heads, size), half(128, size)

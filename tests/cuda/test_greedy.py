@@ -137,7 +137,7 @@ def test_launches_and_copies_of_a_token(llama: Target) -> None:
     token, found = 4, []
     for wanted in (0, 0, 0, 1, 0, 0):
         found.append(counts(graphs, lambda given=token ^ wanted: extend(sequence, given, 1)))
-        (token,) = sequence._runner._greedy._next[0][2:]
+        (token,) = sequence._runner._plain._next[0][2:3]
     assert found == [(1, 1), (2, 1), (1, 1), (1, 1), (2, 1), (1, 1)]
 
 

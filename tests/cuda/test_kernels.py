@@ -226,10 +226,12 @@ def test_scores_and_their_argmax(listed: bool) -> None:
     if ids is not None:
         expected = expected[:, ids.long().clamp(min=0)].masked_fill(ids < 0, -torch.inf)
     close(out, expected)
-    argmax(states, weight, ids, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens)
+    codes = memory(5, torch.int32)
+    argmax(states, weight, ids, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens, codes)
     found = out[:5].argmax(-1)
     assert tokens.tolist() == (found if ids is None else ids[found]).tolist()
     assert tokens[3] == (150 if listed else 20)
+    assert torch.equal(codes, tokens)
 
 
 def test_each_tile_may_score_tokens_of_its_own() -> None:
@@ -247,7 +249,7 @@ def test_each_tile_may_score_tokens_of_its_own() -> None:
 def test_scores_that_are_no_numbers_give_a_token() -> None:
     tokens = memory(TILE, torch.int32)
     weight = torch.full((70, 24), torch.nan, device=DEVICE)
-    argmax(drawn(TILE, 24), weight, None, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens)
+    argmax(drawn(TILE, 24), weight, None, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens, tokens)
     assert ((tokens >= 0) & (tokens < 70)).all()
 
 
@@ -260,8 +262,9 @@ def test_acceptance(found: list[int], accepted: int) -> None:
     verified.facts[0] = torch.tensor([9, 5, 6, 7])
     verified.facts[1] = torch.arange(20, 24)
     answer = memory(7, torch.int32)
-    accept(state, torch.tensor(found, dtype=torch.int32, device=DEVICE), verified, answer)
-    assert answer.tolist() == [5, 6, 7, *found]
+    tokens = torch.tensor(found, dtype=torch.int32, device=DEVICE)
+    accept(state, tokens, -1 - tokens, verified, answer)
+    assert answer.tolist() == [5, 6, 7, *(-1 - token for token in found)]
     assert state.tolist() == [20, accepted + 1, 0]
 
 

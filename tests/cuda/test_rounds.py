@@ -43,7 +43,7 @@ def likely_head(target: Target) -> MTPHead:
 
 
 def verified(sequence: EngineSequence, token: int) -> tuple[Tree, list[int]]:
-    found = sequence.verify_chain(token, STEPS)
+    found = sequence.verify_chain(token, STEPS, GREEDY)
     assert found is not None
     return found
 

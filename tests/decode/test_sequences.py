@@ -78,8 +78,8 @@ def drafted_rounds(
 
     really_chain = sequence.verify_chain
 
-    def verify_chain(token: int, steps: int) -> tuple[Tree, list[int]] | None:
-        found = really_chain(token, steps)
+    def verify_chain(token: int, steps: int, sampling: SamplingConfig) -> tuple[Tree, Sequence[int | None]] | None:
+        found = really_chain(token, steps, sampling)
         if found is not None:
             verified.append(found[0].tokens)
         return found

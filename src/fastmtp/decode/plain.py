@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampler import Sampler
+from fastmtp.decode.verification import verify
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
 
@@ -26,11 +27,7 @@ def plain(
     while len(sequence.tokens) < sequence.context_limit:
         check_owned(sequence, text)
         sampler.extend([token])
-        if sampler.is_argmax:
-            (argmax,) = sequence.verify_greedy(Tree(token))
-            following = sampler.draw_argmax(argmax, lambda: sequence.logits(0))
-        else:
-            following = sampler.draw(sequence.verify(Tree(token))[0])
+        following = verify(sequence, Tree(token), sampler)(0)
         sequence.commit([0])
         token = following
         yield token

@@ -32,6 +32,11 @@ class Sampler:
         """Whether it chooses the largest logit, of those that a grammar allows: `draw_argmax` is all it needs."""
         return self.sampling.temperature == 0 and not self.sampling.adjusts
 
+    @property
+    def is_unaltered(self) -> bool:
+        """Whether it chooses from the logits as they are."""
+        return self._grammar is None and not self.sampling.adjusts
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the next tokens of the text."""
         self._length += len(tokens)

@@ -69,7 +69,8 @@ def support(logits_V: NDArray[np.float32], sampling: SamplingConfig) -> tuple[ND
         least = (1 - sampling.top_p) * float(weights_N.sum()) / size
         likely_N = np.flatnonzero(weights_N >= least)
         likely_N = likely_N[np.argsort(-weights_N[likely_N], kind="stable")]
-        before_N = np.cumsum(weights_N[likely_N]) - weights_N[likely_N]
+        # In float64: the rounding of a long sum would be more than that of its terms.
+        before_N = np.cumsum(weights_N[likely_N], dtype=np.float64) - weights_N[likely_N]
         likely_N = likely_N[before_N < sampling.top_p * float(weights_N.sum())]
         ids_N, weights_N = ids_N[likely_N], weights_N[likely_N]
     return ids_N, weights_N

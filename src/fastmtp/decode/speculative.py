@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastmtp.config import SamplingConfig
@@ -12,6 +12,7 @@ from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.plain import check_owned
 from fastmtp.decode.planned import Planned
 from fastmtp.decode.sampler import Sampler
+from fastmtp.decode.verification import Choice, drawn_choice, verify
 from fastmtp.engines.protocol import TokenSequence
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
@@ -68,24 +69,13 @@ def speculative(
 
 def _drafted(
     sequence: TokenSequence, drafter: Drafter, sampler: Sampler, length: int, token: int
-) -> tuple[Tree, Callable[[int], int]]:
-    """A tree after `length` tokens and `token`, verified; the token that the target has after a node."""
+) -> tuple[Tree, Choice]:
+    """A tree after `length` tokens and `token`, verified."""
     room = sequence.context_limit - length
-    if isinstance(drafter, Chain) and sampler.is_argmax and (steps := drafter.likeliest_steps(room)):
-        found = sequence.verify_chain(token, steps)
+    if isinstance(drafter, Chain) and sampler.is_unaltered and (steps := drafter.steps_in(room)):
+        found = sequence.verify_chain(token, steps, sampler.sampling)
         if found is not None:
             tree, tokens = found
-            return tree, lambda node: tokens[tree.rows[node]]
+            return tree, drawn_choice(sequence, tree, sampler, tokens)
     tree = planned(drafter.propose(length, token, room), sequence)
     return tree, verify(sequence, tree, sampler)
-
-
-def verify(sequence: TokenSequence, tree: Tree, sampler: Sampler) -> Callable[[int], int]:
-    """One forward of the target over a tree; the token that the target has after a node."""
-    if sampler.is_argmax:
-        tokens = sequence.verify_greedy(tree)
-        return lambda node: sampler.draw_argmax(
-            tokens[tree.rows[node]], lambda: sequence.logits(node), lambda: tree.tokens_after_root(node)
-        )
-    logits_MV = sequence.verify(tree)
-    return lambda node: sampler.draw(logits_MV[tree.rows[node]], tree.tokens_after_root(node))

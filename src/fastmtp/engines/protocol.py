@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.tree import Tree
 from fastmtp.models.info import TargetInfo
 from fastmtp.progress import QUIET, Progress
@@ -142,10 +143,21 @@ class TokenSequence(DraftingSequence, Protocol):
         """Like `verify`, but only the argmax of each row; of equal logits the first."""
         ...
 
-    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
-        """Draft so many tokens after `token`, each the head's likeliest, and `verify_greedy` them, in one call.
+    def verify_drawn(self, tree: Tree, sampling: SamplingConfig) -> Sequence[int | None] | None:
+        """Like `verify`, but only the token that is drawn after each row (decode/sampling.py), at a temperature.
 
-        None where the engine has no such call: then `ask` and `verify_greedy` do the same.
+        A row's is None where another rounding could give another token: then its `logits` decide. None for all of
+        them where the engine has no such call.
+        """
+        ...
+
+    def verify_chain(
+        self, token: int, steps: int, sampling: SamplingConfig
+    ) -> tuple[Tree, Sequence[int | None]] | None:
+        """Draft so many tokens after `token`, and `verify_greedy` or `verify_drawn` them, in one call.
+
+        Each is the head's likeliest or, at a temperature, drawn with the random numbers of its position. None where
+        the engine has no such call: then `ask` and those do the same.
         """
         ...
 

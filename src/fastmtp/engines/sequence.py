@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.protocol import Ask, Candidates, EngineSequence, Logits
 from fastmtp.engines.tree import Tree
 from fastmtp.models.info import TargetInfo
@@ -188,7 +189,12 @@ class TextSequence(Generic[States]):
             self._answered(ask)
             return found
 
-    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
+    def verify_drawn(self, tree: Tree, sampling: SamplingConfig) -> Sequence[int | None] | None:
+        return None
+
+    def verify_chain(
+        self, token: int, steps: int, sampling: SamplingConfig
+    ) -> tuple[Tree, Sequence[int | None]] | None:
         return None
 
     def _run(self, tree: Tree) -> States:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.protocol import Ask, Candidates, Logits, TokenSequence
 from fastmtp.engines.tree import Tree
 
@@ -60,7 +61,15 @@ class MeasuredSequence:
         self.verified[len(tree.verified)] += 1
         return self._timed("verify", lambda: self._sequence.verify_greedy(tree))
 
-    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
+    def verify_drawn(self, tree: Tree, sampling: SamplingConfig) -> Sequence[int | None] | None:
+        found = self._timed("verify", lambda: self._sequence.verify_drawn(tree, sampling))
+        if found is not None:
+            self.verified[len(tree.verified)] += 1
+        return found
+
+    def verify_chain(
+        self, token: int, steps: int, sampling: SamplingConfig
+    ) -> tuple[Tree, Sequence[int | None]] | None:
         """Drafting and verifying in one call would count as verifying: asked for one by one, they are apart."""
         return None
 

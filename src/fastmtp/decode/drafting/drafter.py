@@ -85,10 +85,9 @@ class Chain:
         self.depth = max(steps, MOST_FORCED) if grammar else steps
         self._steps, self._sampling, self._grammar = steps, sampling, grammar
 
-    def likeliest_steps(self, room: int) -> int:
-        """How many tokens it drafts in a round if each is the head's likeliest, whatever the text; otherwise 0."""
-        is_likeliest = self._grammar is None and self._sampling.temperature == 0
-        return min(self._steps, room - 1) if is_likeliest else 0
+    def steps_in(self, room: int) -> int:
+        """How many tokens of the head it drafts in a round, whatever the text; under a grammar 0."""
+        return min(self._steps, room - 1) if self._grammar is None else 0
 
     def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         tree, width = Tree(token), 1

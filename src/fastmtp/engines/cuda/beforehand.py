@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmtp.engines.cuda.ahead import DEEPEST, Ahead, Steps
 from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.rounds import LONGEST, Rounds
+from fastmtp.engines.cuda.scoring import DRAWN, GREEDY
 from fastmtp.engines.cuda.weights import CudaHead
 
 # The candidates of a node of a chain.
@@ -42,11 +43,13 @@ def capture_drafts(
         for width in widths:
             # With a verification come two or more.
             for number in range(1, max(2, min(levels, DEEPEST)) + 1):
-                ahead.draft(Steps(head, ids_D, number, width), room, 0, [0], states_TH[:1])
+                ahead.draft(Steps(head, ids_D, number, width, GREEDY), room, 0, [0], states_TH[:1])
             for tiles in small:
                 machine.scoring.likeliest([states_TH[:1]] * tiles, [ids_D] * tiles, width)
         for count in small:
-            ahead.verify(Text(room, 0, [0] * count), Steps(head, ids_D, 2, widths[0]))
+            for sampling in (GREEDY, DRAWN):
+                ahead.verify(Text(room, 0, [0] * count), Steps(head, ids_D, 2, widths[0], sampling))
         if _ONE in widths:
             for steps in range(1, min(levels, LONGEST) + 1):
-                rounds(steps).run(head, room, 0, [0], states_TH[:1], ids_D, call=0)
+                for sampling in (GREEDY, DRAWN):
+                    rounds(steps).run(head, room, 0, [0], states_TH[:1], ids_D, sampling, call=0)

@@ -18,7 +18,7 @@ from fastmtp.engines.sequence import Question
 class DraftTree:
     """Where it begins, the parents and states [N, H] of its nodes, and after how many of them the head was asked.
 
-    The first nodes may be a chain that was drafted ahead, with candidates of so many after each.
+    The first nodes may be a chain that was drafted ahead, with candidates of so many after each, and the next node.
     """
 
     root: int
@@ -26,18 +26,19 @@ class DraftTree:
     parents: list[int]
     asked: int
     candidates: list[Candidates] = field(default_factory=list)
+    following: list[int] = field(default_factory=list)
     width: int = 0
 
     @classmethod
     def chain(cls, root: int, drafts: Drafts, width: int) -> DraftTree:
         found = drafts.candidates
-        return cls(root, drafts.states_LH, [*range(-1, len(found) - 1)], 1, found, width)
+        return cls(root, drafts.states_LH, [*range(-1, len(found) - 1)], 1, found, drafts.following, width)
 
     def goes_on(self, question: Question[Tensor]) -> bool:
-        """Whether it asks what follows the likeliest of the candidates that were asked for last."""
+        """Whether it asks what follows the node that was expected of the candidates that were asked for last."""
         last, is_ahead = self.asked - 1, self.asked <= len(self.candidates)
         is_after = (list(question.parents), question.width) == ([last], self.width)
-        return is_ahead and is_after and list(question.tokens) == self.candidates[last].tokens[:1]
+        return is_ahead and is_after and list(question.tokens) == self.following[last : last + 1]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from fastmtp.engines.cuda.bandwidth import copy_gb_s
 from fastmtp.engines.cuda.batch import CudaBatch
 from fastmtp.engines.cuda.beforehand import capture_drafts
 from fastmtp.engines.cuda.graphs import Sizes
-from fastmtp.engines.cuda.greedy import GreedySteps
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine, Text
+from fastmtp.engines.cuda.plain import PlainSteps
 from fastmtp.engines.cuda.rounds import Rounds
 from fastmtp.engines.cuda.runner import CudaRunner, ask_many, forward_many, scored, verify_many
+from fastmtp.engines.cuda.scoring import DRAWN, GREEDY
 from fastmtp.engines.cuda.sequence import CudaSequence
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
@@ -49,7 +50,7 @@ class CudaEngine:
         self.target = target
         self.machine = Machine(target, pool_tokens, sizes)
         self._rounds = cache(partial(Rounds, self.machine))
-        self._greedy, self._ahead = GreedySteps(self.machine), Ahead(self.machine)
+        self._plain, self._ahead = PlainSteps(self.machine), Ahead(self.machine)
         # Otherwise graphs would keep a dropped engine's memory until the next collection of reference cycles.
         weakref.finalize(self, self.machine.graphs.forget).atexit = False
 
@@ -75,7 +76,8 @@ class CudaEngine:
         """Compile all kernels, and capture the graphs of prompts and of plain decoding in a short text."""
         with progress.status("compiling kernels and capturing graphs"), self.machine.lent_room() as room:
             self.machine.capture(room)
-            self._greedy.launch(room, 0, 0)
+            for sampling in (GREEDY, DRAWN):
+                self._plain.launch(room, 0, 0, sampling)
 
     def load_head(self, directory: Path) -> Head:
         stored = read_head(directory, self.target, head_shapes(self.target.config))
@@ -84,7 +86,7 @@ class CudaEngine:
     def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         vocabulary = draft_vocabulary(lists)
         weights = head.weights if head else None
-        runner = CudaRunner(self.machine, self._rounds, self._greedy, self._ahead, weights, vocabulary)
+        runner = CudaRunner(self.machine, self._rounds, self._plain, self._ahead, weights, vocabulary)
         return CudaSequence(runner, self.target, vocabulary)
 
     def prepare_drafting(
@@ -135,7 +137,8 @@ class CudaEngine:
             found = [sequences[0].verify_greedy(trees[0])]
         else:
             with self.machine.held():
-                counts = [len(states_TH) for states_TH in forward_together(sequences, trees, verify_many)]
+                verify = partial(verify_many, [GREEDY] * len(sequences))
+                counts = [len(states_TH) for states_TH in forward_together(sequences, trees, verify)]
                 tokens = iter(self.machine.verified(sum(counts)))
             found = [list(islice(tokens, count)) for count in counts]
         return [[every[row] for row in own] for every, own in zip(found, rows, strict=True)]

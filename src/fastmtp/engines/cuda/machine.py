@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.graphs import LARGE, Graphs, Sizes, upload
 from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE
 from fastmtp.engines.cuda.network import Network, Views
 from fastmtp.engines.cuda.pool import Pool, Room
-from fastmtp.engines.cuda.scoring import Scoring
+from fastmtp.engines.cuda.scoring import DRAWN, GREEDY, Scoring
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.cuda.weights import CudaHead
 from fastmtp.engines.memory import free_bytes
@@ -72,9 +73,10 @@ class Machine:
             self.scoring.argmax(states_TH)
         self.scoring.logits(states_TH[:1])
         for count in self.graphs.sizes.small:
-            # One row is a greedy step (greedy.py).
+            # One row is a step of plain decoding (plain.py).
             if count > 1:
-                self.verify([Text(room, 0, [0] * count)])
+                for sampling in (GREEDY, DRAWN):
+                    self.verify([Text(room, 0, [0] * count)], [sampling])
 
     @contextmanager
     def lent_room(self) -> Iterator[Room]:
@@ -106,31 +108,41 @@ class Machine:
 
             return _divided(self._in_parts(facts, paths, run), texts)
 
-    def verify(self, texts: Sequence[Text], accept: Callable[[Rows, Tensor], None] | None = None) -> list[Tensor]:
+    def verify(
+        self,
+        texts: Sequence[Text],
+        samplings: Sequence[SamplingConfig],
+        accept: Callable[[Rows, Tensor], None] | None = None,
+    ) -> list[Tensor]:
         """As `forward`, of at most 16 rows together, with the target's token after each in `found`.
 
         Args:
+            samplings: how those of each text are drawn.
             accept: what else is done on the device, with the rows and their states; always the same.
         """
         with self.held():
             facts, paths = self._facts(texts)
-            assert facts.shape[1] <= TILE
+            count = facts.shape[1]
+            assert count <= TILE
+            rows_of = [one for one, text in zip(samplings, texts, strict=True) for _ in text.tokens]
+            drawn = self.scoring.draw_as([*rows_of, *rows_of[-1:] * (TILE - count)])
 
             def run(rows: Rows, spans: int, views: Views, begin: int, end: int) -> None:
                 def steps() -> None:
                     self.network.forward(rows, spans)
-                    self.scoring.argmax_of(views.states, None, self.found[: len(rows)])
+                    found = self.found[: len(rows)]
+                    self.scoring.pick_of(views.states, None, rows.positions, 1, found, drawn=drawn)
                     if accept is not None:
                         accept(rows, views.states)
 
-                self.graphs.run(("verify", len(rows), spans, accept is not None), steps)
+                self.graphs.run(("verify", len(rows), spans, drawn, accept is not None), steps)
 
             return _divided(self._in_parts(facts, paths, run), texts)
 
     def verified(self, count: int) -> list[int]:
-        """On the host, `found` of so many rows."""
-        tokens: list[int] = self.graphs.to_host(self.found[:count]).tolist()
-        return tokens
+        """What the host is told of `found` of so many rows."""
+        codes: list[int] = self.graphs.to_host(self.scoring.codes[:count]).tolist()
+        return codes
 
     def head_forward(self, head: CudaHead, texts: Sequence[Text], states_TH: Sequence[Tensor]) -> list[Tensor]:
         """The head's states [T, H] of each text's rows, each from the state before it."""

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.ahead import DEEPEST, Ahead, Steps
 from fastmtp.engines.cuda.drafted import DraftTree, Foreseen
 from fastmtp.engines.cuda.graphs import upload
-from fastmtp.engines.cuda.greedy import Greedy, GreedySteps
 from fastmtp.engines.cuda.kernels.scores import BLOCK
 from fastmtp.engines.cuda.machine import Machine, Text
+from fastmtp.engines.cuda.plain import Plain, PlainSteps
 from fastmtp.engines.cuda.rounds import Chain, Rounds
+from fastmtp.engines.cuda.scoring import GREEDY, guess
 from fastmtp.engines.cuda.weights import CudaHead
 from fastmtp.engines.protocol import Candidates, Logits
 from fastmtp.engines.sequence import Question
@@ -34,7 +36,7 @@ class CudaRunner:
         self,
         machine: Machine,
         rounds: Callable[[int], Rounds],
-        greedy: GreedySteps,
+        plain: PlainSteps,
         ahead: Ahead,
         head: CudaHead | None,
         vocabulary: DraftVocabulary | None,
@@ -48,7 +50,7 @@ class CudaRunner:
         self._ahead = ahead
         self.room = machine.pool.room()
         weakref.finalize(self, machine.pool.give_back, self.room)
-        self._greedy = Greedy(greedy, self.room)
+        self._plain = Plain(plain, self.room)
         # How often the caches were used: what was launched ahead of the last time may write to the same places.
         self._calls = 0
         self.has_head = head is not None
@@ -62,6 +64,8 @@ class CudaRunner:
         # Of how many nodes in a row, each the likeliest, it was asked in this round and in the last one that asked;
         # and for how many candidates.
         self._levels, self._usual, self._width = 0, 1, 0
+        # How the last tokens were drawn.
+        self._sampling = GREEDY
 
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> Tensor:
         return forward_many([self], [start], [tokens], [parents])[0]
@@ -77,10 +81,19 @@ class CudaRunner:
     def argmax(self, states_TH: Tensor) -> list[int]:
         return self._machine.scoring.argmax(states_TH)
 
+    def drawn(self, states_TH: Tensor, positions: Sequence[int], sampling: SamplingConfig) -> list[int]:
+        return self._machine.scoring.drawn(states_TH, positions, sampling)
+
     def verify(
-        self, start: int, tokens: Sequence[int], parents: Sequence[int] | None, *, is_followed: bool
+        self,
+        start: int,
+        tokens: Sequence[int],
+        parents: Sequence[int] | None,
+        sampling: SamplingConfig,
+        *,
+        is_followed: bool,
     ) -> tuple[Tensor, list[int]]:
-        """The target's states of at most 16 rows, and its token after each.
+        """The target's states of at most 16 rows, and what the host is told of its token after each.
 
         If the head was asked in this round, it will be in the next: its drafts come with these.
 
@@ -89,21 +102,22 @@ class CudaRunner:
         """
         machine, text = self._machine, Text(self.room, start, tokens, parents)
         with machine.held():
-            levels = self.end_round()
+            levels, self._sampling = self.end_round(), sampling
             if len(tokens) == 1 and not (levels and is_followed):
-                states_1H, token = self._greedy.verify(self._calls, start, tokens[0])
-                return states_1H, [token]
+                states_1H, code = self._plain.verify(self._calls, start, tokens[0], sampling)
+                return states_1H, [code]
             if not (levels and is_followed):
-                (states_MH,) = machine.verify([text])
+                (states_MH,) = machine.verify([text], [sampling])
                 return states_MH, machine.verified(len(tokens))
             steps, fitted = self._steps(max(2, levels), self._width), self._fitted
-            states_MH, found, drafts = self._ahead.verify(text, steps)
+            states_MH, codes, drafts = self._ahead.verify(text, steps)
+            found = list(map(guess, codes))
             befores = range(-1, len(tokens) - 1) if parents is None else parents
             rows = {(before, token): row for row, (before, token) in enumerate(zip(befores, tokens, strict=True))}
             path, _ = follow(found.__getitem__, lambda row, token: rows.get((row, token)))
             accepted = [found[row] for row in path]
             self._foreseen = Foreseen(start, accepted, steps.width, fitted, drafts)
-            return states_MH, found
+            return states_MH, codes
 
     def end_round(self) -> int:
         """A forward begins: what was foreseen is of no use after it. Returns how many nodes were asked for."""
@@ -142,7 +156,7 @@ class CudaRunner:
             tree, steps = self._tree, self._steps(1, question.width)
             found = self._ahead.draft(steps, self.room, tree.root + tree.asked, tokens, tree.states_NH[-1:])
             tree.parents.append(tree.asked - 1)
-            tree.candidates = tree.candidates + found.candidates
+            tree.candidates, tree.following = tree.candidates + found.candidates, tree.following + found.following
             tree.states_NH, tree.asked = torch.cat([tree.states_NH, found.states_LH]), tree.asked + 1
         else:
             return None
@@ -177,15 +191,16 @@ class CudaRunner:
         return self._head
 
     def _steps(self, levels: int, width: int) -> Steps:
-        return Steps(self.head, self.ids_D, min(levels, DEEPEST), width)
+        return Steps(self.head, self.ids_D, min(levels, DEEPEST), width, self._sampling)
 
-    def chain(self, question: Question[Tensor], steps: int) -> Chain:
-        """After the text's tokens of a question, draft the head's likeliest tokens, and verify them (rounds.py)."""
+    def chain(self, question: Question[Tensor], steps: int, sampling: SamplingConfig) -> Chain:
+        """After the text's tokens of a question, draft tokens of the head, and verify them (rounds.py)."""
         assert self._head is not None and question.states_TH is not None, "this sequence has no head"
         with self._machine.held():
             self.end_round()
             start, tokens, states_TH = question.start, question.tokens, question.states_TH
-            return self._rounds(steps).run(self._head, self.room, start, tokens, states_TH, self.ids_D, self._calls)
+            run = self._rounds(steps).run
+            return run(self._head, self.room, start, tokens, states_TH, self.ids_D, sampling, self._calls)
 
     def fit_rows(self, vocabulary: DraftVocabulary, changed: dict[int, int]) -> None:
         listed, own = vocabulary.ids_D, vocabulary.own_ids
@@ -229,13 +244,19 @@ def forward_many(
 
 
 def verify_many(
+    samplings: Sequence[SamplingConfig],
     runners: Sequence[CudaRunner],
     starts: Sequence[int],
     tokens: Sequence[Sequence[int]],
     parents: Sequence[Sequence[int] | None],
 ) -> list[Tensor]:
-    """As `forward_many`, of at most 16 tokens, with the target's token after each (`Machine.verified`)."""
-    return _run_many(runners, starts, tokens, parents, runners[0]._machine.verify)
+    """As `forward_many`, of at most 16 tokens, with the target's token after each (`Machine.verified`).
+
+    Args:
+        samplings: how those of each runner are drawn.
+    """
+    verify = runners[0]._machine.verify
+    return _run_many(runners, starts, tokens, parents, lambda texts: verify(texts, samplings))
 
 
 def ask_many(runners: Sequence[CudaRunner], questions: Sequence[Question[Tensor]]) -> list[list[Candidates]]:

@@ -1,4 +1,4 @@
-"""What follows a state, by the output layer: the likeliest token, all logits, or a head's candidates.
+"""What follows a state, by the output layer: the likeliest token, a drawn one, all logits, or a head's candidates.
 
 Shapes: T rows asked for, M rows of a part, N nodes, H hidden, V vocabulary, D tokens scored, W candidates,
 S tiles, each with a list of its own.
@@ -15,15 +15,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmtp.engines.cuda.graphs import LARGE, SMALL, Graphs
+from fastmtp.config import SamplingConfig
+from fastmtp.engines.cuda.graphs import LARGE, SMALL, Graphs, upload
+from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect, sampling_numbers
 from fastmtp.engines.cuda.kernels.scores import BLOCK, argmax, scores
 from fastmtp.engines.cuda.kernels.shapes import TILE, in_tiles
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.protocol import Candidates, Logits
 
+# What graphs are captured for: the likeliest tokens, and drawn ones, however they are drawn.
+GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0)
+
 
 class Scoring:
-    """The output layer of a target, and of its head."""
+    """The output layer of a target, and of its head.
+
+    Attributes:
+        codes: what the host is told of the tokens that were picked last, after the rows of a tile (`known`).
+    """
 
     def __init__(self, target: CudaTarget, graphs: Graphs) -> None:
         self._target, self._graphs = target, graphs
@@ -31,7 +40,12 @@ class Scoring:
         self._best = self._zeros(blocks, dtype=torch.float32), self._zeros(blocks, dtype=torch.int32)
         self._asked = self._zeros(in_tiles(LARGE[-1]), target.config.hidden_size)
         self._found = self._zeros(LARGE[-1], dtype=torch.int32)
-        self._logits = self._zeros(TILE, target.vocabulary_size, dtype=torch.float32)
+        self._draws: dict[int, DrawMemory] = {}
+        self._logits = self._draw_memory(target.vocabulary_size).logits.view(TILE, -1)
+        # How the token after each row of a tile is drawn.
+        self._samplings = [DRAWN] * TILE
+        self._how = torch.from_numpy(np.stack(list(map(sampling_numbers, self._samplings)))).to(target.device)
+        self.codes, self._positions = (self._zeros(TILE, dtype=torch.int32) for _ in range(2))
         self._ids: dict[tuple[int, int], Tensor] = {}
         self._draft_logits: dict[tuple[int, int], Tensor] = {}
         self._answers: dict[tuple[int, int], Tensor] = {}
@@ -43,8 +57,15 @@ class Scoring:
                 count = len(part_MH)
                 self._asked[:count] = part_MH
                 size = self._graphs.rows_for(count)
-                rows = self._asked[: in_tiles(size)], None, self._found[:size]
-                self._graphs.run(("argmax", size), partial(self.argmax_of, *rows))
+                rows = (
+                    self._asked[: in_tiles(size)],
+                    self._target.lm_head,
+                    None,
+                    self._best,
+                    self._found[:size],
+                    self._found,
+                )
+                self._graphs.run(("argmax", size), partial(argmax, *rows))
                 found += self._graphs.to_host(self._found[:count]).tolist()
             return found
 
@@ -58,6 +79,27 @@ class Scoring:
                 self._graphs.run("logits", score)
                 parts.append(self._graphs.to_host(self._logits[: len(part_MH)]))
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def drawn(self, states_TH: Tensor, positions: Sequence[int], sampling: SamplingConfig) -> list[int]:
+        """As `Machine.verified`, the token drawn after each row at a position."""
+        with self._graphs.held():
+            self.draw_as([sampling] * TILE)
+            found: list[int] = []
+            for begin, part_MH in zip(range(0, len(states_TH), TILE), _parts(states_TH, TILE), strict=True):
+                count = len(part_MH)
+                self._asked[:count] = part_MH
+                upload(np.array(positions[begin : begin + count], np.int32), self._positions[:count])
+                rows = self._asked[:TILE], None, self._positions, 1, self._found[:TILE]
+                self._graphs.run("draw", partial(self.pick_of, *rows, drawn=True))
+                found += self._graphs.to_host(self.codes[:count]).tolist()
+            return found
+
+    def draw_as(self, samplings: Sequence[SamplingConfig]) -> bool:
+        """How the tokens after each row of a tile are drawn from now on; False if they are all the likeliest."""
+        if list(samplings) != self._samplings:
+            self._samplings = list(samplings)
+            upload(np.stack(list(map(sampling_numbers, samplings))), self._how)
+        return any(sampling.temperature > 0 for sampling in samplings)
 
     def likeliest(
         self, states: Sequence[Tensor], ids: Sequence[Tensor | None], width: int
@@ -112,9 +154,36 @@ class Scoring:
             self._ids[tiles, number] = self._zeros(tiles, number, dtype=torch.int32) - 1
         return self._ids[tiles, number]
 
-    def argmax_of(self, states_RH: Tensor, ids_D: Tensor | None, out_M: Tensor) -> None:
-        """The likeliest token after each row, as kernels."""
-        argmax(states_RH, self._target.lm_head, ids_D, self._best, out_M)
+    def pick_of(
+        self,
+        states_RH: Tensor,
+        ids_D: Tensor | None,
+        positions_M: Tensor,
+        ahead: int,
+        out_M: Tensor,
+        *,
+        drawn: bool,
+    ) -> None:
+        """The likeliest token after each row or, of a tile's rows, the one that is drawn, as kernels.
+
+        Args:
+            ahead: how far after a row's position the token is.
+        """
+        lm_head = self._target.lm_head
+        if not drawn:
+            argmax(states_RH, lm_head, ids_D, self._best, out_M, self.codes)
+            return
+        memory = self._draw_memory(self._target.vocabulary_size if ids_D is None else len(ids_D))
+        draw(states_RH, lm_head, ids_D, memory, self._how, positions_M, ahead, out_M, self.codes)
+
+    def expect_of(self, likely: Tensor, state: Tensor, level: int, following: Tensor, token: Tensor) -> None:
+        """Which of a head's candidates is likely to be drawn (`expect`), as kernels."""
+        expect(likely, self._how, state, level, following, token)
+
+    def _draw_memory(self, count: int) -> DrawMemory:
+        if count not in self._draws:
+            self._draws[count] = DrawMemory.empty(TILE, count, self._target.device)
+        return self._draws[count]
 
     def _likeliest(self, tiles: int, size: int, ids_SD: Tensor | None, answer_N2W: Tensor) -> None:
         """Of the first rows of each tile.
@@ -159,6 +228,16 @@ def _size(ids_D: Tensor | None) -> int:
 
 def _parts(states_TH: Tensor, most: int) -> list[Tensor]:
     return [states_TH[begin : begin + most] for begin in range(0, len(states_TH), most)]
+
+
+def guess(code: int) -> int:
+    """The token that the device has gone on with."""
+    return code if code >= 0 else -1 - code
+
+
+def known(code: int) -> int | None:
+    """The token; None where rounding could make it another one."""
+    return code if code >= 0 else None
 
 
 def candidates_of(answer: NDArray[Any]) -> Candidates:

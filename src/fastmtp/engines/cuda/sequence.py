@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.rounds import LONGEST
 from fastmtp.engines.cuda.runner import CudaRunner
+from fastmtp.engines.cuda.scoring import GREEDY, known
 from fastmtp.engines.protocol import Ask
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.tree import Tree
@@ -20,29 +22,44 @@ class CudaSequence(TextSequence[Tensor]):
     _chain: tuple[Tree, int] | None = None
 
     def verify_greedy(self, tree: Tree) -> list[int]:
-        if not self._tokens or len(tree.verified) > TILE:
-            return super().verify_greedy(tree)
+        return self._verify(tree, GREEDY) if self._fits(tree) else super().verify_greedy(tree)
+
+    def verify_drawn(self, tree: Tree, sampling: SamplingConfig) -> list[int | None]:
+        if self._fits(tree):
+            return list(map(known, self._verify(tree, sampling)))
+        with self._alone:
+            start, states_TH = len(self._tokens), self._run(tree)
+            positions = [start + tree.nodes[node].depth for node in tree.verified]
+            return list(map(known, self._runner.drawn(states_TH, positions, sampling)))
+
+    def _fits(self, tree: Tree) -> bool:
+        """Whether the device verifies it and picks the tokens in one graph."""
+        return bool(self._tokens) and len(tree.verified) <= TILE
+
+    def _verify(self, tree: Tree, sampling: SamplingConfig) -> list[int]:
         with self._alone:
             start, parents = len(self._tokens), None if tree.is_chain else tree.parents
             is_followed = self._drafted == start
-            states_MH, tokens = self._runner.verify(start, tree.tokens, parents, is_followed=is_followed)
+            states_MH, codes = self._runner.verify(start, tree.tokens, parents, sampling, is_followed=is_followed)
             self._verified = tree, states_MH
-            return tokens
+            return codes
 
-    def verify_chain(self, token: int, steps: int) -> tuple[Tree, list[int]] | None:
+    def verify_chain(
+        self, token: int, steps: int, sampling: SamplingConfig
+    ) -> tuple[Tree, Sequence[int | None]] | None:
         if not 0 < steps <= LONGEST:
             return None
         with self._alone:
             tree = Tree(token)
-            found = self._runner.chain(self._question(Ask(tree, [0], 1)), steps)
+            found = self._runner.chain(self._question(Ask(tree, [0], 1)), steps, sampling)
             for node, draft in enumerate(found.drafts):
                 tree.add(node, draft)
                 tree.asked.append(node)
             tree.select(range(steps + 1))
             # The head has run over all states.
             self._drafted, self._waiting = len(self._tokens), []
-            self._verified, self._chain = (tree, found.states_TH), (tree, found.accepted + 1)
-            return tree, found.tokens
+            self._verified, self._chain = (tree, found.states_TH), (tree, len(found.accepted))
+            return tree, list(map(known, found.codes))
 
     def commit(self, path: Sequence[int]) -> None:
         tree, _ = self._last_verified()

@@ -52,6 +52,10 @@ class Rows:
     def tokens(self) -> Tensor:
         return self.facts[0]
 
+    @property
+    def positions(self) -> Tensor:
+        return self.facts[1]
+
     def __len__(self) -> int:
         return self.facts.shape[1]
 

@@ -83,7 +83,7 @@ def _hand_on(
 
 
 @triton.jit
-def _accept(STATE, FOUND, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr, OVERLAPS: tl.constexpr):
+def _accept(STATE, FOUND, TOLD, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr, OVERLAPS: tl.constexpr):
     wait(OVERLAPS)
     release(OVERLAPS)
     lanes = tl.arange(0, BK)
@@ -93,7 +93,7 @@ def _accept(STATE, FOUND, VERIFIED, ANSWER, K: tl.constexpr, BK: tl.constexpr, O
     tl.store(STATE, tl.load(VERIFIED + K + 1))
     tl.store(STATE + 1, accepted + 1)
     tl.store(ANSWER + lanes, drafts, mask=lanes < K)
-    tl.store(ANSWER + K + lanes, tokens, mask=lanes <= K)
+    tl.store(ANSWER + K + lanes, tl.load(TOLD + lanes, mask=lanes <= K), mask=lanes <= K)
 
 
 @triton.jit
@@ -222,8 +222,8 @@ def hand_on(
     )
 
 
-def accept(state: Tensor, found: Tensor, verified: Rows, answer: Tensor) -> None:
-    """From the target's tokens, the next round's beginning, and [2 K + 1] numbers: the drafts and these tokens."""
+def accept(state: Tensor, found: Tensor, told: Tensor, verified: Rows, answer: Tensor) -> None:
+    """From the target's tokens, the next round's beginning, and [2 K + 1] numbers: the drafts, and what is told."""
     count = len(verified) - 1
     block = triton.next_power_of_2(count + 1)
-    _accept[(1,)](state, found, verified.facts, answer, count, block, **overlap(state), num_warps=1)
+    _accept[(1,)](state, found, told, verified.facts, answer, count, block, **overlap(state), num_warps=1)

@@ -28,10 +28,10 @@ def _scores(
     LOGITS,
     BEST,
     PLACES,
-    R,
     N,
     H: tl.constexpr,
     LISTED: tl.constexpr,
+    KEEPS: tl.constexpr,
     PICKS: tl.constexpr,
     EACH: tl.constexpr,
     BN: tl.constexpr,
@@ -65,27 +65,31 @@ def _scores(
     if PICKS:
         best = tl.max(total, 1)
         places = tl.min(tl.where(total == best[:, None], columns[None, :], _BEYOND), 1)
-        tl.store(BEST + block * R + rows, best)
-        tl.store(PLACES + block * R + rows, places)
-    else:
+        of_row = rows * tl.num_programs(1) + block
+        tl.store(BEST + of_row, best)
+        tl.store(PLACES + of_row, places)
+    if KEEPS:
         tl.store(LOGITS + rows[:, None].to(tl.int64) * N + columns[None, :], total, mask=(columns < N)[None, :])
 
 
 @triton.jit
-def _pick(BEST, PLACES, IDS, TOKENS, R, N, blocks, LISTED: tl.constexpr, BB: tl.constexpr, OVERLAPS: tl.constexpr):
+def _pick(
+    BEST, PLACES, IDS, TOKENS, CODES, N, blocks, LISTED: tl.constexpr, BB: tl.constexpr, OVERLAPS: tl.constexpr
+):
     wait(OVERLAPS)
     release(OVERLAPS)
     row = tl.program_id(0)
     number = tl.arange(0, BB)
     is_block = number < blocks
-    best = tl.load(BEST + number * R + row, mask=is_block, other=float("-inf"))
-    places = tl.load(PLACES + number * R + row, mask=is_block, other=_BEYOND)
+    best = tl.load(BEST + row * blocks + number, mask=is_block, other=float("-inf"))
+    places = tl.load(PLACES + row * blocks + number, mask=is_block, other=_BEYOND)
     token = tl.min(tl.where(best == tl.max(best, 0), places, _BEYOND), 0)
     # Scores that are not numbers are equal to none.
     token = tl.minimum(token, N - 1)
     if LISTED:
         token = tl.load(IDS + token)
     tl.store(TOKENS + row, token)
+    tl.store(CODES + row, token)
 
 
 def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: Tensor) -> None:
@@ -94,32 +98,48 @@ def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: T
     Args:
         ids_N: the tokens, or those of each tile, [R / 16, N]; None is all of them.
     """
-    (rows, hidden), count = states_RH.shape, out_RN.shape[1]
-    ids = out_RN if ids_N is None else ids_N
-    listed, each = ids_N is not None, ids_N is not None and ids_N.ndim == 2
-    step = _STEP_BYTES // weight_VH.element_size()
-    _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
-        states_RH, weight_VH, ids, out_RN, out_RN, out_RN, rows, count, hidden, listed, False, each, BLOCK, step,
-        **overlap(states_RH), num_warps=4, num_stages=4,
-    )  # fmt: skip
+    memory = out_RN, out_RN
+    launch_scores(states_RH, weight_VH, ids_N, out_RN.shape[1], out_RN, memory, keeps=True, picks=False)
 
 
 def argmax(
-    states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, memory: tuple[Tensor, Tensor], out_R: Tensor
+    states_RH: Tensor,
+    weight_VH: Tensor,
+    ids_N: Tensor | None,
+    memory: tuple[Tensor, Tensor],
+    tokens_M: Tensor,
+    codes_M: Tensor,
 ) -> None:
-    """The token of the largest logit of each row that `out_R` has room for, of equal ones the first in the list.
+    """The token of the largest logit of each of the first M rows, of equal ones the first in the list; twice.
 
     Args:
         memory: float32 and int32, of one number for each row and block of tokens.
     """
-    rows, hidden = states_RH.shape
     count = weight_VH.shape[0] if ids_N is None else len(ids_N)
-    ids, blocks, listed = out_R if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
+    ids, blocks, listed = tokens_M if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
+    launch_scores(states_RH, weight_VH, ids_N, count, states_RH, memory, keeps=False, picks=True)
+    _pick[(len(tokens_M),)](
+        *memory, ids, tokens_M, codes_M, count, blocks, listed, triton.next_power_of_2(blocks), **overlap(ids)
+    )
+
+
+def launch_scores(
+    states_RH: Tensor,
+    weight_VH: Tensor,
+    ids_N: Tensor | None,
+    count: int,
+    logits: Tensor,
+    memory: tuple[Tensor, Tensor],
+    *,
+    keeps: bool,
+    picks: bool,
+) -> None:
+    """Keep the logits of `count` tokens, or pick the largest of each block and its place, or both."""
+    rows, hidden = states_RH.shape
+    ids, listed = states_RH if ids_N is None else ids_N, ids_N is not None
+    each = listed and ids.ndim == 2
     step = _STEP_BYTES // weight_VH.element_size()
-    _scores[(rows // TILE, blocks)](
-        states_RH, weight_VH, ids, states_RH, *memory, rows, count, hidden, listed, True, False, BLOCK, step,
+    _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
+        states_RH, weight_VH, ids, logits, *memory, count, hidden, listed, keeps, picks, each, BLOCK, step,
         **overlap(states_RH), num_warps=4, num_stages=4,
     )  # fmt: skip
-    _pick[(len(out_R),)](
-        *memory, ids, out_R, rows, count, blocks, listed, triton.next_power_of_2(blocks), **overlap(out_R)
-    )

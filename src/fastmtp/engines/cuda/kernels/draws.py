@@ -1,0 +1,433 @@
+"""Draws at a temperature: the token that decode/sampling.py draws, with the same random numbers.
+
+A token wins the race with the least E / w: w is its weight, E its exponential number at the row's position. The
+arithmetic is not the host's to the bit. So the draws that another rounding could change are told from the others:
+where two times, or a weight and a limit, are closer than `_SLACK` in proportion. The host draws these from the
+logits.
+
+Three kernels: `_scores` (scores.py) has the logits, and the largest of each block of them; `_race` the sum of the
+weights and the two least times of each chunk; `_settle` the winner among those that top-k, min-p and top-p keep.
+These have the largest logits: if a winner is not kept, nothing below it is, and the race is run again above it, in
+the blocks that reach there.
+
+Shapes: R rows in whole tiles, M rows drawn, N tokens scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmtp.config import SamplingConfig
+from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
+from fastmtp.engines.cuda.kernels.scores import BLOCK, launch_scores
+
+# Tokens of a program of `_race`, and of a step of `_settle`.
+_CHUNK, _STEP = 1024, 2048
+# More than what rounding changes of a weight or a time, here and on the host together, in proportion.
+_SLACK = tl.constexpr(1e-4)
+_BEYOND = tl.constexpr(2**31 - 1)
+_LEAST_CHANCE = tl.constexpr(1e-30)
+# Below every logarithm of a weight but that of 0.
+_NO_CUT = tl.constexpr(-1e30)
+# Of the random numbers (decode/random_numbers.py).
+_ADDED = tl.constexpr(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
+_MOST_BITS = tl.constexpr(2**52 - 1)
+# The integer of -inf in the order of floating-point numbers.
+_LEAST_KEY = tl.constexpr(-(2**31) + 2**23 - 1)
+# The numbers of `sampling_numbers`.
+NUMBERS = 6
+
+
+@dataclass(frozen=True)
+class DrawMemory:
+    """Of R rows: their logits [R, N], the largest of each block and its place, and what `_race` finds.
+
+    It may have room for more rows and tokens than are drawn.
+    """
+
+    logits: Tensor
+    best: Tensor
+    places: Tensor
+    sums: Tensor
+    times: Tensor
+    seconds: Tensor
+    winners: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, tokens: int, device: torch.device) -> DrawMemory:
+        def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows * count, dtype=dtype, device=device)
+
+        blocks, chunks = triton.cdiv(tokens, BLOCK), triton.cdiv(tokens, _CHUNK)
+        return cls(
+            zeros(tokens),
+            zeros(blocks),
+            zeros(blocks, torch.int32),
+            zeros(chunks),
+            zeros(chunks),
+            zeros(chunks),
+            zeros(chunks, torch.int32),
+        )
+
+
+def sampling_numbers(sampling: SamplingConfig) -> NDArray[np.int32]:
+    """As kernels read them: temperature, top-p and min-p as the bits of float32, top-k, and the seed's two halves.
+
+    At temperature 0 only the likeliest token is kept.
+    """
+    top_k = sampling.top_k
+    shares = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
+    if sampling.temperature == 0:
+        top_k, shares = 1, np.ones(3, np.float32)
+    seed = np.array([sampling.seed], np.uint64)
+    return np.concatenate([shares.view(np.int32), np.array([top_k], np.int32), seed.view(np.int32)])
+
+
+@triton.jit
+def _mixed(values):
+    values = (values ^ (values >> 30)) * _FIRST
+    values = (values ^ (values >> 27)) * _SECOND
+    return values ^ (values >> 31)
+
+
+@triton.jit
+def _key(HOW, row, position):
+    """What a row's random numbers at a position begin with."""
+    low = tl.load(HOW + row * 6 + 4).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(HOW + row * 6 + 5).to(tl.uint32, bitcast=True).to(tl.uint64)
+    return _mixed(_mixed(low | (high << 32)) + position.to(tl.uint64) * _ADDED)
+
+
+@triton.jit
+def _share(HOW, row, number):
+    return tl.load(HOW + row * 6 + number).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _log_times(key, tokens, log_weights):
+    """log(E / w), with E = -log(1 - u); 1 - u is taken from the bits, and near 1 its logarithm from a series."""
+    bits = _mixed(key + tokens.to(tl.uint64) * _ADDED) >> 12
+    u = (bits.to(tl.float32) + 0.5) * 2.0**-52
+    left = ((bits ^ _MOST_BITS).to(tl.float32) + 0.5) * 2.0**-52
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u / 6)))))
+    return tl.log(tl.where(u < 1 / 16, series, -tl.log(left))) - log_weights
+
+
+@triton.jit
+def _two_least(times, columns):
+    """The least time, its column, and the next time."""
+    least = tl.min(times, 0)
+    column = tl.min(tl.where(times == least, columns, _BEYOND), 0)
+    return least, column, tl.min(tl.where(columns == column, float("inf"), times), 0)
+
+
+@triton.jit
+def _float_of(key):
+    """The number at a place in the order of floating-point numbers."""
+    key = key.to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _key_of(number):
+    bits = number.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+
+
+@triton.jit
+def _step(SCORES, LIST, start, listed, N, BN: tl.constexpr, STEP: tl.constexpr):
+    """The logits of some of the listed blocks, and their columns."""
+    lanes = tl.arange(0, STEP)
+    number = start + lanes // BN
+    columns = tl.load(LIST + number, mask=number < listed, other=0) * BN + lanes % BN
+    logits = tl.load(SCORES + columns, mask=(number < listed) & (columns < N), other=float("-inf"))
+    return logits, columns
+
+
+@triton.jit
+def _count(SCORES, LIST, listed, N, least, BN: tl.constexpr, STEP: tl.constexpr):
+    """How many logits are not less."""
+    count = 0
+    for start in range(0, listed, STEP // BN):
+        logits, _ = _step(SCORES, LIST, start, listed, N, BN, STEP)
+        count += tl.sum((logits >= least).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _before(SCORES, LIST, listed, N, most, temperature, least, cut, chosen, BN: tl.constexpr, STEP: tl.constexpr):
+    """Of the tokens that may be drawn: the weight of those likelier than one, and how many are as likely."""
+    weight, alike = 0.0, 0
+    for start in range(0, listed, STEP // BN):
+        logits, _ = _step(SCORES, LIST, start, listed, N, BN, STEP)
+        log_weights = (logits - most) / temperature
+        is_before = (logits >= least) & (log_weights >= cut) & (logits > chosen)
+        weight += tl.sum(tl.where(is_before, tl.exp(log_weights), 0.0), 0)
+        alike += tl.sum((logits == chosen).to(tl.int32), 0)
+    return weight, alike
+
+
+@triton.jit
+def _race_again(
+    SCORES,
+    LIST,
+    IDS,
+    listed,
+    N,
+    key,
+    most,
+    temperature,
+    least,
+    cut,
+    above,
+    LISTED: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Among the tokens that may be drawn above a logit: two least times, and the sum of the weights.
+
+    And how many logits are not below `least`, and how many weights are too close to the cut.
+    """
+    time, place, following, total, kept, close = float("inf"), 0, float("inf"), 0.0, 0, 0
+    for start in range(0, listed, STEP // BN):
+        logits, columns = _step(SCORES, LIST, start, listed, N, BN, STEP)
+        tokens = columns
+        if LISTED:
+            tokens = tl.load(IDS + columns, mask=columns < N, other=0)
+        log_weights = (logits - most) / temperature
+        is_kept = (logits >= least) & (log_weights >= cut) & (logits > above)
+        total += tl.sum(tl.where(is_kept, tl.exp(log_weights), 0.0), 0)
+        kept += tl.sum((logits >= least).to(tl.int32), 0)
+        close += tl.sum((tl.abs(log_weights - cut) < _SLACK).to(tl.int32), 0)
+        times = tl.where(is_kept, _log_times(key, tokens, log_weights), float("inf"))
+        one, column, two = _two_least(times, columns)
+        following = tl.minimum(tl.maximum(time, one), tl.minimum(following, two))
+        place = tl.where(one < time, column, place)
+        time = tl.minimum(time, one)
+    return time, place, following, total, kept, close
+
+
+@triton.jit
+def _race(
+    LOGITS,
+    BEST,
+    IDS,
+    HOW,
+    POSITIONS,
+    SUMS,
+    TIMES,
+    SECONDS,
+    WINNERS,
+    N,
+    blocks,
+    chunks,
+    AHEAD: tl.constexpr,
+    LISTED: tl.constexpr,
+    BB: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    wait(OVERLAPS)
+    release(OVERLAPS)
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    number = tl.arange(0, BB)
+    most = tl.max(tl.load(BEST + row * blocks + number, mask=number < blocks, other=float("-inf")), 0)
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    logits = tl.load(LOGITS + row.to(tl.int64) * N + columns, mask=columns < N, other=float("-inf"))
+    tokens = columns
+    if LISTED:
+        tokens = tl.load(IDS + columns, mask=columns < N, other=0)
+    log_weights = (logits - most) / _share(HOW, row, 0)
+    times = _log_times(_key(HOW, row, tl.load(POSITIONS + row) + AHEAD), tokens, log_weights)
+    time, column, following = _two_least(times, columns)
+    place = row * chunks + chunk
+    tl.store(SUMS + place, tl.sum(tl.exp(log_weights), 0))
+    tl.store(TIMES + place, time)
+    tl.store(SECONDS + place, following)
+    tl.store(WINNERS + place, column)
+
+
+@triton.jit
+def _settle(
+    LOGITS,
+    BEST,
+    LIST,
+    IDS,
+    HOW,
+    POSITIONS,
+    SUMS,
+    TIMES,
+    SECONDS,
+    WINNERS,
+    TOKENS,
+    CODES,
+    N,
+    blocks,
+    chunks,
+    AHEAD: tl.constexpr,
+    LISTED: tl.constexpr,
+    BB: tl.constexpr,
+    BC: tl.constexpr,
+    BN: tl.constexpr,
+    STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    wait(OVERLAPS)
+    release(OVERLAPS)
+    row = tl.program_id(0)
+    SCORES = LOGITS + row.to(tl.int64) * N
+    LIST += row * blocks
+    temperature, top_p, min_p = _share(HOW, row, 0), _share(HOW, row, 1), _share(HOW, row, 2)
+    top_k, key = tl.load(HOW + row * 6 + 3), _key(HOW, row, tl.load(POSITIONS + row) + AHEAD)
+    number = tl.arange(0, BB)
+    best = tl.load(BEST + row * blocks + number, mask=number < blocks, other=float("-inf"))
+    most = tl.max(best, 0)
+    chunk = tl.arange(0, BC)
+    is_chunk, of_chunk = chunk < chunks, row * chunks + chunk
+    total = tl.sum(tl.load(SUMS + of_chunk, mask=is_chunk, other=0.0), 0)
+    times = tl.load(TIMES + of_chunk, mask=is_chunk, other=float("inf"))
+    time, winner, following = _two_least(times, chunk)
+    # A time that is no number is equal to none.
+    winner = tl.minimum(winner, chunks - 1)
+    place = tl.minimum(tl.load(WINNERS + row * chunks + winner), N - 1)
+    seconds = tl.load(SECONDS + of_chunk, mask=is_chunk, other=float("inf"))
+    following = tl.minimum(following, tl.min(seconds, 0))
+    is_top_k, is_min_p = (top_k > 0) & (top_k < N), min_p > 0
+    least, cut = tl.full([], float("-inf"), tl.float32), tl.full([], _NO_CUT, tl.float32)
+    is_sure = time == time
+    if is_top_k | is_min_p | (top_p < 1):
+        # The blocks with all that may be drawn; without top-k and min-p, with all that is likelier than the winner.
+        lowest = tl.load(SCORES + place)
+        if is_min_p:
+            cut = tl.log(tl.maximum(min_p, _LEAST_CHANCE))
+            lowest = most + temperature * (cut - 2 * _SLACK) - 1e-6 * tl.abs(most)
+        if is_top_k:
+            # As many blocks have a maximum of at least this.
+            low, high = tl.full([], _LEAST_KEY, tl.int64), _key_of(most)
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                reached = tl.sum((best >= _float_of(middle)).to(tl.int32), 0) >= top_k
+                low, high = tl.where(reached, middle, low), tl.where(reached, high, middle - 1)
+            lowest = _float_of(low)
+        is_listed = (best >= lowest) & (number < blocks)
+        listed = tl.sum(is_listed.to(tl.int32), 0)
+        tl.store(LIST + tl.cumsum(is_listed.to(tl.int32), 0) - 1, number, mask=is_listed)
+        tl.debug_barrier()
+        if is_top_k:
+            low, high = _key_of(lowest), _key_of(most)
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                reached = _count(SCORES, LIST, listed, N, _float_of(middle), BN, STEP) >= top_k
+                low, high = tl.where(reached, middle, low), tl.where(reached, high, middle - 1)
+            least = _float_of(low)
+        if is_top_k | is_min_p:
+            above = float("-inf")
+            time, place, following, total, kept, close = _race_again(
+                SCORES, LIST, IDS, listed, N, key, most, temperature, least, cut, above, LISTED, BN, STEP
+            )
+            # Which of equal logits is kept is the host's choice.
+            is_sure = is_sure & ((kept == top_k) | (is_top_k == 0)) & (close == 0)
+        left = (top_p < 1).to(tl.int32)
+        while left > 0:
+            chosen = tl.load(SCORES + place)
+            before, alike = _before(SCORES, LIST, listed, N, most, temperature, least, cut, chosen, BN, STEP)
+            limit = top_p * total
+            left = (before >= limit * (1 + _SLACK)).to(tl.int32)
+            if left > 0:
+                time, place, following, _, _, _ = _race_again(
+                    SCORES, LIST, IDS, listed, N, key, most, temperature, least, cut, chosen, LISTED, BN, STEP
+                )
+            else:
+                last = before + (alike - 1) * tl.exp((chosen - most) / temperature)
+                is_sure = is_sure & (last < limit * (1 - _SLACK))
+    is_sure = is_sure & (following > time + _SLACK)
+    token = place
+    if LISTED:
+        token = tl.load(IDS + place)
+    tl.store(TOKENS + row, token)
+    tl.store(CODES + row, tl.where(is_sure, token, -1 - token))
+
+
+@triton.jit
+def _expect(LIKELY, HOW, STATE, FOLLOWING, TOKEN, level, W: tl.constexpr, BW: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait(OVERLAPS)
+    release(OVERLAPS)
+    lanes = tl.arange(0, BW)
+    tokens = tl.load(LIKELY + lanes, mask=lanes < W, other=-1.0).to(tl.int32)
+    chances = tl.load(LIKELY + W + lanes, mask=lanes < W, other=0.0)
+    temperature, top_p, min_p = _share(HOW, 0, 0), _share(HOW, 0, 1), _share(HOW, 0, 2)
+    top_k, key = tl.load(HOW + 3), _key(HOW, 0, tl.load(STATE) + tl.load(STATE + 1) + 1 + level)
+    log_weights = (
+        tl.log(tl.maximum(chances, _LEAST_CHANCE) / tl.maximum(tl.max(chances, 0), _LEAST_CHANCE)) / temperature
+    )
+    is_likely = (log_weights >= tl.log(tl.maximum(min_p, _LEAST_CHANCE))) & ((lanes < top_k) | (top_k == 0))
+    is_kept = (tokens >= 0) & is_likely
+    weights = tl.where(is_kept, tl.exp(log_weights), 0.0)
+    is_kept = is_kept & (tl.cumsum(weights, 0) - weights < top_p * tl.sum(weights, 0))
+    times = tl.where(is_kept, _log_times(key, tokens, log_weights), float("inf"))
+    place = tl.min(tl.where(is_kept & (times == tl.min(times, 0)), lanes, BW), 0)
+    token = tl.max(tl.where(lanes == place, tokens, -1), 0)
+    tl.store(FOLLOWING, token.to(tl.float32))
+    tl.store(TOKEN, tl.maximum(token, 0))
+
+
+def expect(likely: Tensor, how: Tensor, state: Tensor, level: int, following: Tensor, token: Tensor) -> None:
+    """The token that `race` (decode/sampling.py) is likely to put first of a head's candidates.
+
+    A draft that was made for another one is of no use, and that is all.
+
+    Args:
+        likely: the tokens of the candidates, and then their probabilities.
+        how: `sampling_numbers`.
+        state: where the head goes on (chains.py).
+        level: of the draft step, from 0 on.
+        following: the token, -1 if there is no candidate.
+        token: of the next row.
+    """
+    width = len(likely) // 2
+    block = triton.next_power_of_2(width)
+    _expect[(1,)](likely, how, state, following, token, level, width, block, **overlap(how), num_warps=1)
+
+
+def draw(
+    states_RH: Tensor,
+    weight_VH: Tensor,
+    ids_N: Tensor | None,
+    memory: DrawMemory,
+    how: Tensor,
+    positions_M: Tensor,
+    ahead: int,
+    tokens_M: Tensor,
+    codes_M: Tensor,
+) -> None:
+    """The token drawn after each row; in `codes_M` -1 - token where rounding could make it another one.
+
+    Args:
+        ids_N: the tokens that are scored; None is all of them.
+        how: `sampling_numbers` of each row.
+        ahead: how far after a row's position its draw is.
+    """
+    count = weight_VH.shape[0] if ids_N is None else len(ids_N)
+    drawn, blocks, chunks = len(tokens_M), triton.cdiv(count, BLOCK), triton.cdiv(count, _CHUNK)
+    launch_scores(
+        states_RH, weight_VH, ids_N, count, memory.logits, (memory.best, memory.places), keeps=True, picks=True
+    )
+    ids, listed, block = how if ids_N is None else ids_N, ids_N is not None, triton.next_power_of_2(blocks)
+    found = memory.sums, memory.times, memory.seconds, memory.winners
+    _race[(drawn, chunks)](
+        memory.logits, memory.best, ids, how, positions_M, *found, count, blocks, chunks,
+        ahead, listed, block, _CHUNK, **overlap(how),
+    )  # fmt: skip
+    _settle[(drawn,)](
+        memory.logits, memory.best, memory.places, ids, how, positions_M, *found, tokens_M, codes_M,
+        count, blocks, chunks, ahead, listed, block, triton.next_power_of_2(chunks), BLOCK, _STEP,
+        **overlap(how), num_warps=8,
+    )  # fmt: skip
