@@ -86,7 +86,7 @@ def sampling_numbers(sampling: SamplingConfig) -> NDArray[np.int32]:
     top_k = sampling.top_k
     shares = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
     if sampling.temperature == 0:
-        top_k, shares = 1, np.ones(3, np.float32)
+        top_k, shares = 1, np.array([1, 1, 0], np.float32)
     seed = np.array([sampling.seed], np.uint64)
     return np.concatenate([shares.view(np.int32), np.array([top_k], np.int32), seed.view(np.int32)])
 
@@ -340,7 +340,8 @@ def _settle(
             chosen = tl.load(SCORES + place)
             before, alike = _before(SCORES, LIST, listed, N, most, temperature, least, cut, chosen, BN, STEP)
             limit = top_p * total
-            left = (before >= limit * (1 + _SLACK)).to(tl.int32)
+            # There is one above it then, so that this ends whatever the logits are.
+            left = ((before > 0) & (before >= limit * (1 + _SLACK))).to(tl.int32)
             if left > 0:
                 time, place, following, _, _, _ = _race_again(
                     SCORES, LIST, IDS, listed, N, key, most, temperature, least, cut, chosen, LISTED, BN, STEP
