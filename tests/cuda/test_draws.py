@@ -20,7 +20,7 @@ from fastmtp.decode.speculative import speculative
 from fastmtp.engines.cuda.engine import CudaEngine
 from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect, sampling_numbers
 from fastmtp.engines.cuda.kernels.shapes import TILE
-from fastmtp.engines.protocol import Costs, TokenSequence
+from fastmtp.engines.protocol import Costs, TokenSequence, Values
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
 from tests.conftest import random_ids
@@ -227,6 +227,25 @@ def test_trees_of_more_than_a_tile(llama: Target) -> None:
     places = [len(PROMPT) + 1 + tree.nodes[node].depth for node in tree.verified]
     wanted = [choose(row, ALL, place) for row, place in zip(logits_MV, places, strict=True)]
     assert sequence.verify_drawn(tree, ALL) == wanted
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [([[0], [], [2]], (1, 1)), ([[0], [3, 1], [2, 16]], (3, 2))])
+def test_sequences_are_drawn_together(llama: Target, rows: list[list[int]], wanted: tuple[int, int]) -> None:
+    """Each by its own settings, greedy ones among them, at its own places; in one launch up to a tile of rows."""
+    engine, many = cuda_engine(llama), max(map(max, filter(None, rows))) + 1
+    trees = [Tree(1), Tree.chain([1, 2, 3, 4]), Tree.chain(random_ids(many, seed=4))]
+    sequences, samplings = [engine.new_sequence() for _ in trees], [TEXTS[0], SamplingConfig(), TEXTS[1]]
+    for count, sequence in enumerate(sequences, 2):
+        sequence.prefill(random_ids(count, seed=count))
+    expected = [
+        [choose(logits_MV[row], sampling, len(sequence.tokens) + 1 + row) for row in own]
+        for sequence, tree, own, sampling in zip(sequences, trees, rows, samplings, strict=True)
+        for logits_MV in [sequence.verify(tree)]
+    ]
+    found: list[Values] = []
+    run = lambda: found.extend(engine.verify_together(sequences, trees, rows, samplings))  # noqa: E731
+    launched = counts(engine.machine.graphs, run)
+    assert (found, launched) == (expected, wanted)
 
 
 @pytest.mark.parametrize(("way", "wanted"), [("plain", (1, 1)), ("chain", (1, 1)), ("trees", (2, 1))])

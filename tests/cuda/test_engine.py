@@ -131,15 +131,15 @@ def test_neighbours_change_no_bit(llama: Target) -> None:
         for sequence, prompt in zip(sequences, prompts, strict=True):
             sequence.prefill(prompt)
     rows = [range(len(tree.verified)) for tree in trees]
-    found = engine.verify_together(together, trees, rows, [False] * 3)
+    found = engine.verify_together(together, trees, rows, [None] * 3)
     expected = [sequence.verify(tree) for sequence, tree in zip(alone, trees, strict=True)]
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
     graphs = engine.machine.graphs
     graphs.launched = graphs.copied = 0
-    greedy = engine.verify_together(together, trees, [[0], [], [2]], [True] * 3)
+    greedy = engine.verify_together(together, trees, [[0], [], [2]], [GREEDY] * 3)
     assert (graphs.launched, graphs.copied) == (1, 1)
     assert greedy == [[expected[0][0].argmax()], [], [expected[2][2].argmax()]]
-    logits_MV, tokens, none_V = engine.verify_together(together, trees, [[0], [3, 1], []], [False, True, False])
+    logits_MV, tokens, none_V = engine.verify_together(together, trees, [[0], [3, 1], []], [None, GREEDY, None])
     assert np.array_equal(logits_MV, expected[0][:1]) and len(none_V) == 0
     assert tokens == expected[1][[3, 1]].argmax(-1).tolist()
     batch = engine.batch(3)

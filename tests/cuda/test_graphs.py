@@ -132,5 +132,5 @@ def test_no_graph_is_captured_while_an_answer_is_written(
             tree.add(node, found.tokens[0])
     for tree in trees:
         tree.select([0, 1])
-    engine.verify_together(both, trees, [[0, 1]] * 2, [True] * 2)
+    engine.verify_together(both, trees, [[0, 1]] * 2, [GREEDY] * 2)
     assert graphs.captured == captured

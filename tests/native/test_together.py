@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.native.runner import forward
 from fastmtp.engines.native.target import NativeTarget, WeightType
@@ -76,7 +77,8 @@ def test_a_sequence_gets_logits_or_their_argmax(llama: Target, greedy: tuple[boo
     trees = [Tree(3), Tree.chain(random_ids(9, seed=1)), Tree.chain([4, 5, 6])]
     expected = [sequence.verify(tree) for sequence, tree in zip(sequences, trees, strict=True)]
     for rows in ([[0], [0, 1, 8], [2, 1]], [[0], [], [2]], [[], [], []]):
-        found = engine.verify_together(sequences, trees, rows, greedy)
+        samplings = [SamplingConfig() if one else None for one in greedy]
+        found = engine.verify_together(sequences, trees, rows, samplings)
         for logits, own, is_greedy, values in zip(expected, rows, greedy, found, strict=True):
             if is_greedy:
                 assert values == logits[own].argmax(-1).tolist()

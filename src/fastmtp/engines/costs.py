@@ -187,7 +187,7 @@ def asking_task(engine: Engine, sequences: Sequence[EngineSequence], runs: int, 
     def run() -> float:
         # As above; with logits, since after a greedy one an engine may have drafted before it is asked.
         count = len(sequences)
-        engine.verify_together(sequences, [Tree(0)] * count, [[0]] * count, [False] * count)
+        engine.verify_together(sequences, [Tree(0)] * count, [[0]] * count, [None] * count)
         for sequence in sequences:
             sequence.commit([0])
         return timed(paths) / 4

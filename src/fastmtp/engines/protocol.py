@@ -21,8 +21,10 @@ from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 
 Logits = NDArray[np.float32]
-# By row: its logits [M, V], or their argmax alone.
-Values = Logits | list[int]
+# Of a row: its logits [V], or the token that they alone decide; None where rounding could make it another one.
+Value = Logits | int | None
+# By row, or logits [M, V].
+Values = Sequence[Value] | Logits
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,11 @@ class EngineSequence(TokenSequence, Protocol):
         ...
 
 
+def is_greedy(sampling: SamplingConfig | None) -> bool:
+    """Whether the argmax is all that is wanted."""
+    return sampling is not None and sampling.temperature == 0
+
+
 class Batch(Protocol):
     """Many sequences that are decoded plainly together, one in each slot."""
 
@@ -265,13 +272,14 @@ class Engine(Protocol):
         sequences: Sequence[EngineSequence],
         trees: Sequence[Tree],
         rows: Sequence[Sequence[int]],
-        greedy: Sequence[bool],
+        samplings: Sequence[SamplingConfig | None],
     ) -> list[Values]:
-        """`verify` of each sequence with its tree, or `verify_greedy`, in one forward where the engine can.
+        """`verify`, `verify_greedy` or `verify_drawn` of each sequence, in one forward where the engine can.
 
         Args:
             rows: of each tree's verified nodes, those whose values are wanted.
-            greedy: whether of a sequence's rows only the argmax is wanted; of equal logits the first.
+            samplings: how the tokens of a sequence are chosen, where these are all that is wanted. An engine that
+                draws none gives the logits of those at a temperature.
         """
         ...
 

@@ -209,7 +209,7 @@ def _together_tasks(engine: NativeEngine, steps: int) -> dict[str, Task]:
     sequences = [engine.new_sequence() for _ in range(max(SEQUENCES_TOGETHER))]
 
     def decode(count: int) -> float:
-        own, rows, greedy = sequences[:count], [[0]] * count, [True] * count
+        own, rows, greedy = sequences[:count], [[0]] * count, [SamplingConfig()] * count
         for one in own:
             one.prefill(prompt)
 
@@ -219,7 +219,7 @@ def _together_tasks(engine: NativeEngine, steps: int) -> dict[str, Task]:
                 found = engine.verify_together(own, [Tree(token) for token in tokens], rows, greedy)
                 for one in own:
                     one.commit([0])
-                tokens = [int(token) for (token,) in found]
+                tokens = [token for (token,) in found if isinstance(token, int)]
 
         return steps * count / timed(run)
 

@@ -9,12 +9,13 @@ from functools import partial
 
 import numpy as np
 
+from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import Drafter, Load, Planning
 from fastmtp.decode.drafting.open import Drafting
 from fastmtp.decode.grammar import Grammar
 from fastmtp.decode.sampler import Sampler
 from fastmtp.decode.transcript import Transcript
-from fastmtp.engines.protocol import EngineSequence, Logits, Values
+from fastmtp.engines.protocol import EngineSequence, Value, Values
 from fastmtp.engines.tree import Tree
 from fastmtp.method.acceptance import follow
 from fastmtp.serve.logprobs import logprobs
@@ -64,9 +65,10 @@ class Running:
         return len(self.request.prompt) - len(self.sequence.tokens) if self._token is None else 0
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether it needs no logits but where the argmax is not allowed."""
-        return self._sampler.is_argmax and self.request.top_logprobs is None
+    def sampling(self) -> SamplingConfig | None:
+        """How its tokens are chosen, if they are all it needs, or the argmax where that is allowed; else None."""
+        is_enough = self._sampler.is_argmax or self._sampler.is_unaltered
+        return self.request.sampling if is_enough and self.request.top_logprobs is None else None
 
     @property
     def reason(self) -> Reason | None:
@@ -134,14 +136,16 @@ class Running:
             self._drafter = new_drafter(self.request.prompt, self.request.sampling, self._grammar)
         return self._drafter
 
-    def _choice(self, value: Logits | int, node: int, path: Callable[[], Sequence[int]] = tuple) -> int:
+    def _choice(self, value: Value, node: int, path: Callable[[], Sequence[int]] = tuple) -> int:
         """The token after a node, which the tokens of `path` lead to from the text."""
+        if value is None:
+            value = self.sequence.logits(node)
         if isinstance(value, np.ndarray):
             return self._sampler.draw(value, path())
         return self._sampler.draw_argmax(value, lambda: self.sequence.logits(node), path)
 
     def _settle(
-        self, tree: Tree, nodes: Sequence[int], tokens: Sequence[int], values: Sequence[Logits | int]
+        self, tree: Tree, nodes: Sequence[int], tokens: Sequence[int], values: Sequence[Value]
     ) -> list[Token]:
         """Take tokens, until the answer ends: accepted nodes, and the target's own after them.
 
@@ -163,7 +167,7 @@ class Running:
             settled[-1] = replace(settled[-1], text=settled[-1].text + self._transcript.finish())
         return settled
 
-    def _described(self, token: int, text: str, source: Source, value: Logits | int) -> Token:
+    def _described(self, token: int, text: str, source: Source, value: Value) -> Token:
         wanted = self.request.top_logprobs
         if wanted is None:
             return Token(token, text, source)

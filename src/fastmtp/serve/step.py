@@ -128,7 +128,7 @@ def verified(engine: Engine, work: Sequence[Work], fail: Fail) -> list[tuple[Wor
             [one.running.sequence for one in work],
             [one.tree for one in work],
             [one.rows for one in work],
-            [one.running.is_greedy for one in work],
+            [one.running.sampling for one in work],
         )
 
     return together(verify, work, fail)

@@ -11,11 +11,11 @@ from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.cuda.ahead import Ahead
 from fastmtp.engines.cuda.bandwidth import copy_gb_s
@@ -27,7 +27,7 @@ from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.plain import PlainSteps
 from fastmtp.engines.cuda.rounds import Rounds
 from fastmtp.engines.cuda.runner import CudaRunner, ask_many, forward_many, scored, verify_many
-from fastmtp.engines.cuda.scoring import DRAWN, GREEDY
+from fastmtp.engines.cuda.scoring import DRAWN, GREEDY, known
 from fastmtp.engines.cuda.sequence import CudaSequence
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
@@ -108,38 +108,38 @@ class CudaEngine:
         sequences: Sequence[EngineSequence],
         trees: Sequence[Tree],
         rows: Sequence[Sequence[int]],
-        greedy: Sequence[bool],
+        samplings: Sequence[SamplingConfig | None],
     ) -> list[Values]:
-        if all(greedy) and (len(sequences) == 1 or sum(len(tree.verified) for tree in trees) <= TILE):
-            return self._verified(sequences, trees, rows)
+        chosen = [sampling for sampling in samplings if sampling is not None]
+        if len(chosen) == len(sequences) and sum(len(tree.verified) for tree in trees) <= TILE:
+            return self._verified(sequences, trees, rows, chosen)
+        starts = [len(sequence.tokens) for sequence in sequences]
         every = forward_together(sequences, trees, forward_many)
-        asked = [states_TH[list(own)] for states_TH, own in zip(every, rows, strict=True)]
-        scoring = self.machine.scoring
-        drawn = [states_TH for states_TH, is_greedy in zip(asked, greedy, strict=True) if not is_greedy]
-        others = [states_TH for states_TH, is_greedy in zip(asked, greedy, strict=True) if is_greedy]
-        logits_MV = iter(scoring.logits(torch.cat(drawn)) if sum(map(len, drawn)) else ())
-        tokens = iter(scoring.argmax(torch.cat(others)) if sum(map(len, others)) else ())
-        empty = np.empty((0, self.target.vocabulary_size), np.float32)
-        return [
-            list(islice(tokens, len(own)))
-            if is_greedy
-            else np.stack(list(islice(logits_MV, len(own))))
-            if own
-            else empty
-            for own, is_greedy in zip(rows, greedy, strict=True)
-        ]
+        states_TH = torch.cat([own_TH[list(own)] for own_TH, own in zip(every, rows, strict=True)])
+        asked = list(zip(starts, trees, rows, samplings, strict=True))
+        positions = [start + tree.nodes[tree.verified[row]].depth for start, tree, own, _ in asked for row in own]
+        of_rows = [sampling for *_, own, sampling in asked for _ in own]
+        values = iter(self.machine.scoring.values(states_TH, positions, of_rows))
+        return [list(islice(values, len(own))) for own in rows]
 
     def _verified(
-        self, sequences: Sequence[EngineSequence], trees: Sequence[Tree], rows: Sequence[Sequence[int]]
+        self,
+        sequences: Sequence[EngineSequence],
+        trees: Sequence[Tree],
+        rows: Sequence[Sequence[int]],
+        samplings: Sequence[SamplingConfig],
     ) -> list[Values]:
-        """The argmax of rows, in one launch."""
+        """The chosen tokens of rows, in one launch."""
+        found: list[Sequence[int | None]]
         if len(sequences) == 1:
-            found = [sequences[0].verify_greedy(trees[0])]
+            (sequence,), (tree,), (sampling,) = sequences, trees, samplings
+            drawn = sequence.verify_drawn(tree, sampling) if sampling.temperature > 0 else None
+            found = [sequence.verify_greedy(tree) if drawn is None else drawn]
         else:
             with self.machine.held():
-                verify = partial(verify_many, [GREEDY] * len(sequences))
+                verify = partial(verify_many, samplings)
                 counts = [len(states_TH) for states_TH in forward_together(sequences, trees, verify)]
-                tokens = iter(self.machine.verified(sum(counts)))
+                tokens = map(known, self.machine.verified(sum(counts)))
             found = [list(islice(tokens, count)) for count in counts]
         return [[every[row] for row in own] for every, own in zip(found, rows, strict=True)]
 

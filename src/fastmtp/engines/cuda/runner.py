@@ -81,8 +81,8 @@ class CudaRunner:
     def argmax(self, states_TH: Tensor) -> list[int]:
         return self._machine.scoring.argmax(states_TH)
 
-    def drawn(self, states_TH: Tensor, positions: Sequence[int], sampling: SamplingConfig) -> list[int]:
-        return self._machine.scoring.drawn(states_TH, positions, sampling)
+    def drawn(self, states_TH: Tensor, positions: Sequence[int], sampling: SamplingConfig) -> list[int | None]:
+        return self._machine.scoring.drawn(states_TH, positions, [sampling] * len(positions))
 
     def verify(
         self,

@@ -21,7 +21,7 @@ from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect, samplin
 from fastmtp.engines.cuda.kernels.scores import BLOCK, argmax, scores
 from fastmtp.engines.cuda.kernels.shapes import TILE, in_tiles
 from fastmtp.engines.cuda.target import CudaTarget
-from fastmtp.engines.protocol import Candidates, Logits
+from fastmtp.engines.protocol import Candidates, Logits, Value
 
 # What graphs are captured for: the likeliest tokens, and drawn ones, however they are drawn.
 GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0)
@@ -80,18 +80,38 @@ class Scoring:
                 parts.append(self._graphs.to_host(self._logits[: len(part_MH)]))
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def drawn(self, states_TH: Tensor, positions: Sequence[int], sampling: SamplingConfig) -> list[int]:
-        """As `Machine.verified`, the token drawn after each row at a position."""
+    def values(
+        self, states_TH: Tensor, positions: Sequence[int], samplings: Sequence[SamplingConfig | None]
+    ) -> list[Value]:
+        """What follows rows at these positions: their logits, or the tokens where a sampling chooses them."""
+
+        def drawn(rows_TH: Tensor) -> list[int | None]:
+            own = [sampling for sampling in samplings if sampling is not None and sampling.temperature > 0]
+            return self.drawn(rows_TH, [positions[row] for row in rows], own)
+
+        found: list[Value] = [None] * len(samplings)
+        kinds = [None if sampling is None else sampling.temperature > 0 for sampling in samplings]
+        for kind, choose in ((None, self.logits), (False, self.argmax), (True, drawn)):
+            if rows := [row for row, own in enumerate(kinds) if own is kind]:
+                for row, value in zip(rows, choose(states_TH[rows]), strict=True):
+                    found[row] = value
+        return found
+
+    def drawn(
+        self, states_TH: Tensor, positions: Sequence[int], samplings: Sequence[SamplingConfig]
+    ) -> list[int | None]:
+        """The token drawn after each row at a position (`known`)."""
         with self._graphs.held():
-            self.draw_as([sampling] * TILE)
-            found: list[int] = []
+            found: list[int | None] = []
             for begin, part_MH in zip(range(0, len(states_TH), TILE), _parts(states_TH, TILE), strict=True):
                 count = len(part_MH)
+                own = samplings[begin : begin + count]
+                self.draw_as([*own, *[own[-1]] * (TILE - count)])
                 self._asked[:count] = part_MH
                 upload(np.array(positions[begin : begin + count], np.int32), self._positions[:count])
                 rows = self._asked[:TILE], None, self._positions, 1, self._found[:TILE]
                 self._graphs.run("draw", partial(self.pick_of, *rows, drawn=True))
-                found += self._graphs.to_host(self.codes[:count]).tolist()
+                found += map(known, self._graphs.to_host(self.codes[:count]).tolist())
             return found
 
     def draw_as(self, samplings: Sequence[SamplingConfig]) -> bool:

@@ -30,7 +30,7 @@ class CudaSequence(TextSequence[Tensor]):
         with self._alone:
             start, states_TH = len(self._tokens), self._run(tree)
             positions = [start + tree.nodes[node].depth for node in tree.verified]
-            return list(map(known, self._runner.drawn(states_TH, positions, sampling)))
+            return self._runner.drawn(states_TH, positions, sampling)
 
     def _fits(self, tree: Tree) -> bool:
         """Whether the device verifies it and picks the tokens in one graph."""

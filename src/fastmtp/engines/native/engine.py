@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from fastmtp import _native
+from fastmtp.config import SamplingConfig
 from fastmtp.engines import forks
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
 from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, parts, scored
 from fastmtp.engines.native.target import NativeHead, NativeTarget
-from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values, is_greedy
 from fastmtp.engines.sequence import TextSequence, ask_together, forward_together
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
@@ -73,8 +74,9 @@ class NativeEngine:
         sequences: Sequence[EngineSequence],
         trees: Sequence[Tree],
         rows: Sequence[Sequence[int]],
-        greedy: Sequence[bool],
+        samplings: Sequence[SamplingConfig | None],
     ) -> list[Values]:
+        greedy = list(map(is_greedy, samplings))
         every = forward_together(sequences, trees, partial(forward_many, self.target))
         # Those whose logits are wanted first.
         order = sorted(range(len(every)), key=greedy.__getitem__)
@@ -83,8 +85,8 @@ class NativeEngine:
         drawn = iter(parts(logits_NV, [rows[one] for one in order if not greedy[one]]))
         argmax = iter(tokens)
         return [
-            list(islice(argmax, len(own))) if is_greedy else next(drawn)
-            for own, is_greedy in zip(rows, greedy, strict=True)
+            list(islice(argmax, len(own))) if chosen else next(drawn)
+            for own, chosen in zip(rows, greedy, strict=True)
         ]
 
     def ask_together(self, sequences: Sequence[EngineSequence], asks: Sequence[Ask]) -> list[list[Candidates]]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastmtp.config import SamplingConfig
 from fastmtp.engines.costs import costs_of
-from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values
+from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values, is_greedy
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.torch.batch import TorchBatch
 from fastmtp.engines.torch.runner import TorchRunner
@@ -79,12 +80,12 @@ class TorchEngine:
         sequences: Sequence[EngineSequence],
         trees: Sequence[Tree],
         rows: Sequence[Sequence[int]],
-        greedy: Sequence[bool],
+        samplings: Sequence[SamplingConfig | None],
     ) -> list[Values]:
         """One after the other."""
         found: list[Values] = []
-        for one, tree, own, is_greedy in zip(sequences, trees, rows, greedy, strict=True):
-            if is_greedy:
+        for one, tree, own, sampling in zip(sequences, trees, rows, samplings, strict=True):
+            if is_greedy(sampling):
                 tokens = one.verify_greedy(tree)
                 found.append([tokens[row] for row in own])
             else:
