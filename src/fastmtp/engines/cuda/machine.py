@@ -72,6 +72,7 @@ class Machine:
             states_TH = self.forward([Text(room, 0, [0] * count)])[0]
             self.scoring.argmax(states_TH)
         self.scoring.logits(states_TH[:1])
+        self.scoring.drawn(states_TH[:1], [0], [DRAWN])
         for count in self.graphs.sizes.small:
             # One row is a step of plain decoding (plain.py).
             if count > 1:
