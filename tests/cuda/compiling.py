@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastmtp.engines.cuda.kernels import attention, chains, draws, norms, overlap, products, scores
+from fastmtp.engines.cuda.kernels import attention, chains, draws, likeliest, norms, overlap, products, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
@@ -104,6 +104,9 @@ def launch_all(kind: torch.dtype) -> None:
         how, tokens = whole(4, draws.NUMBERS), whole(4)
         draws.draw(x, half(1000, hidden), ids, memory, how, rows.positions, 1, tokens, tokens)
     scores.scores(half(32, hidden), half(1000, hidden), whole(2, 640), zeros(32, 640))
+    for tiles, ids in ((1, None), (2, whole(2, 640))):
+        count = 1000 if ids is None else 640
+        likeliest.likeliest(scores.BlockScores.empty(16 * tiles, count, cpu), ids, zeros(3 * tiles, 8))
     for width in (4, 32):
         draws.expect(zeros(2 * width), whole(16, draws.NUMBERS), whole(3), 1, zeros(1), whole(1))
     state, found, step = whole(3), whole(4), Rows(whole(5, 1), rows.paths)

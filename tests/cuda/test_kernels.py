@@ -10,9 +10,10 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 from fastmtp.engines.cuda.kernels import attention
 from fastmtp.engines.cuda.kernels.attention import NEVER, Pages, Rows, attend, rotate
 from fastmtp.engines.cuda.kernels.chains import accept, begin, follow, hand_on
+from fastmtp.engines.cuda.kernels.likeliest import likeliest
 from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
 from fastmtp.engines.cuda.kernels.products import gated, product
-from fastmtp.engines.cuda.kernels.scores import argmax, scores
+from fastmtp.engines.cuda.kernels.scores import BlockScores, argmax, block_scores, scores
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE, division
 from tests.cuda.conftest import DEVICE
 
@@ -243,6 +244,30 @@ def test_each_tile_may_score_tokens_of_its_own() -> None:
         alone = torch.zeros(TILE, 70, device=DEVICE)
         scores(states[tile * TILE :][:TILE], weight, own, alone)
         assert torch.equal(out[tile * TILE :][:TILE], alone)
+
+
+@pytest.mark.parametrize("width", [4, 32])
+def test_the_likeliest_tokens_of_rows(width: int) -> None:
+    """In order, of equal ones the first in the list, each once; where a list has no more there is none."""
+    states, weight = drawn(2 * TILE, 24), drawn(200, 24, seed=1)
+    weight[150] = weight[20]
+    states[:3], states[TILE : TILE + 3] = weight[20], states[:3]
+    lists = torch.full((2, 140), -1, dtype=torch.int32, device=DEVICE)
+    lists[0] = torch.arange(140).flip(0) + 20
+    lists[0, 100], lists[1, :8] = 20, torch.tensor([3, 150, 20, 5, 20, 6, 7, 8])
+    for ids, count in ((None, 200), (lists, 140)):
+        found, answer = BlockScores.empty(2 * TILE, count, DEVICE), torch.zeros(6, 2 * width, device=DEVICE)
+        block_scores(states, weight, ids, found)
+        logits_RN = found.logits_RN.clone()
+        likeliest(found, ids, answer)
+        for place, own in enumerate(answer.tolist()):
+            tile, row = divmod(place, 3)
+            logits_N, tokens = logits_RN[tile * TILE + row], list(range(200)) if ids is None else ids[tile].tolist()
+            order = logits_N.sort(descending=True, stable=True).indices.tolist()
+            wanted = [*dict.fromkeys(tokens[column] for column in order if tokens[column] >= 0)][:width]
+            assert own[:width] == wanted + [-1] * (width - len(wanted))
+            chances = logits_N.softmax(-1)[[tokens.index(token) for token in wanted]]
+            close(torch.tensor(own[width : width + len(wanted)]), chances.cpu())
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.graphs import LARGE, SMALL, Graphs, upload
 from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect, sampling_numbers
-from fastmtp.engines.cuda.kernels.scores import BLOCK, argmax, scores
+from fastmtp.engines.cuda.kernels.likeliest import likeliest
+from fastmtp.engines.cuda.kernels.scores import BLOCK, BlockScores, argmax, block_scores, scores
 from fastmtp.engines.cuda.kernels.shapes import TILE, in_tiles
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.protocol import Candidates, Logits, Value
@@ -41,13 +42,13 @@ class Scoring:
         self._asked = self._zeros(in_tiles(LARGE[-1]), target.config.hidden_size)
         self._found = self._zeros(LARGE[-1], dtype=torch.int32)
         self._draws: dict[int, DrawMemory] = {}
-        self._logits = self._draw_memory(target.vocabulary_size).logits.view(TILE, -1)
+        self._logits = self._draw_memory(target.vocabulary_size).scores.logits_RN
         # How the token after each row of a tile is drawn.
         self._samplings = [DRAWN] * TILE
         self._how = torch.from_numpy(np.stack(list(map(sampling_numbers, self._samplings)))).to(target.device)
         self.codes, self._positions = (self._zeros(TILE, dtype=torch.int32) for _ in range(2))
         self._ids: dict[tuple[int, int], Tensor] = {}
-        self._draft_logits: dict[tuple[int, int], Tensor] = {}
+        self._draft_scores: dict[tuple[int, int], BlockScores] = {}
         self._answers: dict[tuple[int, int], Tensor] = {}
 
     def argmax(self, states_TH: Tensor) -> list[int]:
@@ -155,14 +156,14 @@ class Scoring:
                 fixed_SD[tile] = ids_D
         answer = self._answer(tiles * size, width)
         key = ("likeliest", tiles, size, _size(ids[0]), width)
-        self._graphs.run(key, lambda: self._likeliest(tiles, size, fixed_SD, answer))
+        self._graphs.run(key, lambda: self._likeliest(tiles, fixed_SD, answer))
         answers = self._graphs.to_host(answer[: (len(parts) - 1) * size + len(parts[-1])])
         return (list(map(candidates_of, answers[tile * size :][: len(part)])) for tile, part in enumerate(parts))
 
     def likeliest_of(self, state_1H: Tensor, ids_D: Tensor | None, answer_12W: Tensor) -> None:
         """The likeliest tokens of one row and then their probabilities, as kernels."""
         self._asked[:1] = state_1H
-        self._likeliest(1, 1, None if ids_D is None else ids_D[None], answer_12W)
+        self._likeliest(1, None if ids_D is None else ids_D[None], answer_12W)
 
     def draft_ids(self, ids_D: Tensor | None) -> Tensor | None:
         """A list of tokens in the memory that graphs know for lists of its length."""
@@ -205,31 +206,18 @@ class Scoring:
             self._draws[count] = DrawMemory.empty(TILE, count, self._target.device)
         return self._draws[count]
 
-    def _likeliest(self, tiles: int, size: int, ids_SD: Tensor | None, answer_N2W: Tensor) -> None:
+    def _likeliest(self, tiles: int, ids_SD: Tensor | None, answer_N2W: Tensor) -> None:
         """Of the first rows of each tile.
 
         Args:
             ids_SD: the tokens that the rows of each tile score.
         """
         count = self._target.vocabulary_size if ids_SD is None else ids_SD.shape[1]
-        if (tiles, count) not in self._draft_logits:
-            self._draft_logits[tiles, count] = self._zeros(tiles * TILE, count, dtype=torch.float32)
-        logits_RD, ids_ND = self._draft_logits[tiles, count], None
-        scores(self._asked[: tiles * TILE], self._target.lm_head, ids_SD, logits_RD)
-        if ids_SD is not None:
-            ids_ND = ids_SD[:, None].expand(-1, size, -1).reshape(-1, count)
-        logits_ND = logits_RD.view(tiles, TILE, count)[:, :size].reshape(-1, count)
-        left_ND, likely_ND, width = logits_ND, logits_ND.softmax(-1), answer_N2W.shape[1] // 2
-        for place in range(min(width, count)):
-            best_N1 = left_ND.argmax(-1, keepdim=True)
-            is_there = left_ND.gather(-1, best_N1) > -torch.inf
-            token_N1 = best_N1 if ids_ND is None else ids_ND.gather(-1, best_N1)
-            answer_N2W[:, place] = torch.where(is_there, token_N1, -1)[:, 0]
-            answer_N2W[:, width + place] = likely_ND.gather(-1, best_N1)[:, 0]
-            if ids_ND is None:
-                left_ND = left_ND.scatter(-1, best_N1, -torch.inf)
-            else:
-                left_ND = left_ND.masked_fill(ids_ND == token_N1, -torch.inf)
+        if (tiles, count) not in self._draft_scores:
+            self._draft_scores[tiles, count] = BlockScores.empty(tiles * TILE, count, self._target.device)
+        found = self._draft_scores[tiles, count]
+        block_scores(self._asked[: tiles * TILE], self._target.lm_head, ids_SD, found)
+        likeliest(found, ids_SD, answer_N2W)
 
     def _answer(self, size: int, width: int) -> Tensor:
         """Tokens and then probabilities, in float32, which holds every token exactly."""

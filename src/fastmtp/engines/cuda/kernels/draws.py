@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.scores import BLOCK, launch_scores
+from fastmtp.engines.cuda.kernels.scores import BLOCK, BlockScores, block_scores
 
 # Tokens of a program of `_race`, and of a step of `_settle`.
 _CHUNK, _STEP = 1024, 2048
@@ -48,34 +48,20 @@ NUMBERS = 6
 
 @dataclass(frozen=True)
 class DrawMemory:
-    """Of R rows: their logits [R, N], the largest of each block and its place, and what `_race` finds.
+    """Of R rows: their scores, and what `_race` finds of each chunk of tokens."""
 
-    It may have room for more rows and tokens than are drawn.
-    """
-
-    logits: Tensor
-    best: Tensor
-    places: Tensor
+    scores: BlockScores
     sums: Tensor
     times: Tensor
     seconds: Tensor
     winners: Tensor
 
     @classmethod
-    def empty(cls, rows: int, tokens: int, device: torch.device) -> DrawMemory:
-        def zeros(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(rows * count, dtype=dtype, device=device)
-
-        blocks, chunks = triton.cdiv(tokens, BLOCK), triton.cdiv(tokens, _CHUNK)
-        return cls(
-            zeros(tokens),
-            zeros(blocks),
-            zeros(blocks, torch.int32),
-            zeros(chunks),
-            zeros(chunks),
-            zeros(chunks),
-            zeros(chunks, torch.int32),
-        )
+    def empty(cls, rows: int, count: int, device: torch.device) -> DrawMemory:
+        shape = rows, triton.cdiv(count, _CHUNK)
+        sums, times, seconds = torch.zeros(3, *shape, device=device)
+        winners = torch.zeros(shape, dtype=torch.int32, device=device)
+        return cls(BlockScores.empty(rows, count, device), sums, times, seconds, winners)
 
 
 def sampling_numbers(sampling: SamplingConfig) -> NDArray[np.int32]:
@@ -416,19 +402,17 @@ def draw(
         how: `sampling_numbers` of each row.
         ahead: how far after a row's position its draw is.
     """
-    count = weight_VH.shape[0] if ids_N is None else len(ids_N)
-    drawn, blocks, chunks = len(tokens_M), triton.cdiv(count, BLOCK), triton.cdiv(count, _CHUNK)
-    launch_scores(
-        states_RH, weight_VH, ids_N, count, memory.logits, (memory.best, memory.places), keeps=True, picks=True
-    )
+    scores, drawn = memory.scores, len(tokens_M)
+    count, blocks, chunks = scores.logits_RN.shape[1], scores.best.shape[1], memory.sums.shape[1]
+    block_scores(states_RH, weight_VH, ids_N, scores)
     ids, listed, block = how if ids_N is None else ids_N, ids_N is not None, triton.next_power_of_2(blocks)
     found = memory.sums, memory.times, memory.seconds, memory.winners
     _race[(drawn, chunks)](
-        memory.logits, memory.best, ids, how, positions_M, *found, count, blocks, chunks,
-        ahead, listed, block, _CHUNK, **overlap(how),
+        scores.logits_RN, scores.best, ids, how, positions_M, *found, count, blocks, chunks, ahead, listed, block,
+        _CHUNK, **overlap(how),
     )  # fmt: skip
     _settle[(drawn,)](
-        memory.logits, memory.best, memory.places, ids, how, positions_M, *found, tokens_M, codes_M,
+        scores.logits_RN, scores.best, scores.places, ids, how, positions_M, *found, tokens_M, codes_M,
         count, blocks, chunks, ahead, listed, block, triton.next_power_of_2(chunks), BLOCK, _STEP,
         **overlap(how), num_warps=8,
     )  # fmt: skip

@@ -5,6 +5,9 @@ Shapes: R rows in whole tiles, N tokens scored, H hidden.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,6 +95,20 @@ def _pick(
     tl.store(CODES + row, token)
 
 
+@dataclass(frozen=True)
+class BlockScores:
+    """Memory of logits [R, N], and of the largest of each block of a row with its place, [R, N / 64] each."""
+
+    logits_RN: Tensor
+    best: Tensor
+    places: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, count: int, device: torch.device) -> BlockScores:
+        best = torch.zeros(rows, triton.cdiv(count, BLOCK), device=device)
+        return cls(torch.zeros(rows, count, device=device), best, torch.zeros_like(best, dtype=torch.int32))
+
+
 def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: Tensor) -> None:
     """Logits of some tokens in float32; a token below 0 has -inf.
 
@@ -99,7 +116,15 @@ def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: T
         ids_N: the tokens, or those of each tile, [R / 16, N]; None is all of them.
     """
     memory = out_RN, out_RN
-    launch_scores(states_RH, weight_VH, ids_N, out_RN.shape[1], out_RN, memory, keeps=True, picks=False)
+    _launch_scores(states_RH, weight_VH, ids_N, out_RN.shape[1], out_RN, memory, keeps=True, picks=False)
+
+
+def block_scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out: BlockScores) -> None:
+    """`scores`, and the largest of each block."""
+    memory = out.best, out.places
+    _launch_scores(
+        states_RH, weight_VH, ids_N, out.logits_RN.shape[1], out.logits_RN, memory, keeps=True, picks=True
+    )
 
 
 def argmax(
@@ -117,13 +142,13 @@ def argmax(
     """
     count = weight_VH.shape[0] if ids_N is None else len(ids_N)
     ids, blocks, listed = tokens_M if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
-    launch_scores(states_RH, weight_VH, ids_N, count, states_RH, memory, keeps=False, picks=True)
+    _launch_scores(states_RH, weight_VH, ids_N, count, states_RH, memory, keeps=False, picks=True)
     _pick[(len(tokens_M),)](
         *memory, ids, tokens_M, codes_M, count, blocks, listed, triton.next_power_of_2(blocks), **overlap(ids)
     )
 
 
-def launch_scores(
+def _launch_scores(
     states_RH: Tensor,
     weight_VH: Tensor,
     ids_N: Tensor | None,
