@@ -23,6 +23,7 @@ from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.protocol import Costs, TokenSequence, Values
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
+from fastmtp.method.acceptance import follow
 from tests.conftest import random_ids
 from tests.cuda.conftest import DEVICE, shallow
 from tests.cuda.engine import POOL, Cuda, convert, cuda_engine, hopeful_head
@@ -190,7 +191,9 @@ def tokens_of(sequence: TokenSequence, way: str, sampling: SamplingConfig, round
 
 
 @WAYS
-@pytest.mark.parametrize("sampling", TEXTS, ids=str)
+@pytest.mark.parametrize(
+    "sampling", [TEXTS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in TEXTS[1:])], ids=str
+)
 def test_a_text_is_the_host_s(llama: Target, way: str, sampling: SamplingConfig) -> None:
     """Drawn on the device, drafted or not, and drawn from the logits of a forward a token."""
     found = tokens_of(CUDA.sequence(llama, hopeful_head(llama), list(range(280)), 4), way, sampling, 5)
@@ -211,8 +214,28 @@ def test_the_host_s_token_counts_where_the_device_s_is_another(
         )
         engine = CudaEngine(convert(llama, torch.float32), POOL)
         head = CUDA.head(llama, likely_head(llama))
-        found = tokens_of(engine.new_sequence(head), way, TEXTS[0], 6)
+        found = tokens_of(engine.new_sequence(head), way, TEXTS[0], 4)
         assert found == wanted[: len(found)]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_text_goes_on_with_another_sampling(llama: Target, steps: int) -> None:
+    """What was launched ahead was drawn in the old way, and is dropped."""
+    sequence, token = CUDA.sequence(llama, likely_head(llama)), 4
+    sequence.prefill(PROMPT)
+    for sampling in [one for one in (TEXTS[0], SamplingConfig(), TEXTS[1]) for _ in range(3)]:
+        if steps:
+            found = sequence.verify_chain(token, steps, sampling)
+            assert found is not None
+            tree, tokens = found
+        else:
+            tree = Tree(token)
+            tokens = sequence.verify_drawn(tree, sampling) if sampling.temperature else sequence.verify_greedy(tree)
+        length = len(sequence.tokens) + 1
+        wanted = [choose(sequence.logits(node), sampling, length + node) for node in range(steps + 1)]
+        assert tokens == wanted
+        path, token = follow(wanted.__getitem__, tree.child)
+        sequence.commit(path)
 
 
 def test_trees_of_more_than_a_tile(llama: Target) -> None:
