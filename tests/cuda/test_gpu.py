@@ -12,6 +12,7 @@ from fastmtp.decode.drafting.adaptive import Adaptive
 from fastmtp.decode.drafting.drafter import NewDrafter, chains
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
+from fastmtp.decode.sampling import choose
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.cuda.kernels.products import product
 from fastmtp.engines.cuda.load import load_cuda_engine
@@ -20,6 +21,7 @@ from fastmtp.heads.shipped import shipped_head
 from fastmtp.method.head import MTPHead
 from tests.conftest import FAMILIES, random_ids, tiny_target
 from tests.cuda.engine import Cuda
+from tests.cuda.test_draws import SETTINGS, codes_of, logits, on_the_host
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +82,35 @@ def test_twenty_thousand_tokens_of_the_embedded_model(new_drafter: NewDrafter) -
     assert accepted > TOKENS // 10
 
 
-def test_launches_and_copies_of_a_round() -> None:
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_draws_from_a_real_vocabulary_are_the_host_s(sampling: SamplingConfig) -> None:
+    """By the compiled arithmetic; few are left open."""
+    left_open = 0
+    for seed in range(10):
+        rows = logits(16, 151_936, 3.0, seed)
+        for place, (row, code) in enumerate(
+            zip(rows, codes_of(rows, sampling, 100 * seed + 1), strict=True), 100 * seed + 1
+        ):
+            left_open += code < 0
+            assert code < 0 or code == choose(row, sampling, place)
+    assert left_open <= 5
+
+
+@DRAFTERS
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_drawn_texts_are_the_host_s(sampling: SamplingConfig, new_drafter: NewDrafter) -> None:
+    """Which has all logits."""
+    target, prompt, engine = tiny_target("llama"), random_ids(30), Cuda(dtype=torch.bfloat16)
+    rounds = speculative(
+        engine.sequence(target, MTPHead(target.model)), prompt, new_drafter(prompt, sampling), sampling
+    )
+    tokens = [token for one in islice(rounds, 60) for token in one.tokens]
+    for sequence in (engine.sequence(target), on_the_host(engine.sequence(target))):
+        assert tokens == list(islice(plain(sequence, prompt, sampling), len(tokens)))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SETTINGS[-1]], ids=["greedy", "drawn"])
+def test_launches_and_copies_of_a_round(sampling: SamplingConfig) -> None:
     """In real graphs too: of a chain or a token one launch and one copy, the launch being the next one's.
 
     Of a tree two and one, and one each where it asks on.
@@ -88,13 +118,15 @@ def test_launches_and_copies_of_a_round() -> None:
     target, prompt, engine = tiny_target("llama"), random_ids(30), Cuda(dtype=torch.bfloat16)
     graphs = engine.open(target).machine.graphs
     sequence = engine.sequence(target, MTPHead(target.model))
-    chain = speculative(sequence, prompt, chains(3)(prompt, GREEDY), GREEDY)
-    for rounds in (chain, plain(engine.sequence(target), prompt, GREEDY)):
+    chain = speculative(sequence, prompt, chains(3)(prompt, sampling), sampling)
+    for rounds in (chain, plain(engine.sequence(target), prompt, sampling)):
         list(islice(rounds, 3))
         graphs.launched = graphs.copied = 0
         next(rounds)
         assert (graphs.launched, graphs.copied) == (1, 1)
-    trees = speculative(engine.sequence(target, MTPHead(target.model)), prompt, adaptive(prompt, GREEDY), GREEDY)
+    trees = speculative(
+        engine.sequence(target, MTPHead(target.model)), prompt, adaptive(prompt, sampling), sampling
+    )
     list(islice(trees, 4))
     graphs.launched = graphs.copied = 0
     next(trees)
