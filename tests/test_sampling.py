@@ -146,6 +146,15 @@ def test_the_largest_logits_are_kept(top_k: int) -> None:
     assert set(ids) == set(np.argsort(-row)[:top_k])
 
 
+def test_the_weights_before_a_token_are_summed_exactly() -> None:
+    """Each is far less than the sum, whose rounding in float32 would always go the same way."""
+    row = np.full(100_001, np.log(1.05e-5), np.float32)
+    row[11] = 0.0
+    weights = np.exp(row.astype(np.float64))
+    kept, _ = support(row, SamplingConfig(temperature=1.0, top_p=0.9))
+    assert abs(len(kept) - (1 + (0.9 * weights.sum() - 1) / weights[0])) < 5
+
+
 # By name: settings, and the tokens at the first places.
 DRAWN: dict[str, tuple[dict[str, Any], list[int]]] = {
     "all": ({"temperature": 1.0}, [16903, 19951, 3590, 19409, 3979, 11548]),
