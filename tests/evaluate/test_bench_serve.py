@@ -106,7 +106,7 @@ def test_one_wrong_answer_is_found(changed: dict[str, object], at: int) -> None:
 
 def test_clients_are_never_more_nor_fewer() -> None:
     """Each asks again as soon as it is answered, and replies stay in the order of the questions."""
-    scheduler, most = FakeScheduler(pace=0.02), 0
+    scheduler, most = FakeScheduler(pace=0.008), 0
     submit = scheduler.submit
 
     def counted(*arguments: object) -> object:
