@@ -131,7 +131,7 @@ def decode(shape: str, setting: Setting) -> dict[str, Any]:
     from tools.gpu.checkpoint import head_bytes, write_model, write_random_head
 
     until = time.monotonic() + setting.seconds
-    greedy = SamplingConfig()
+    greedy, drawn = SamplingConfig(), SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
     with _directory() as base:
         model = base / "model"
         found: dict[str, Any] = {"shape": "tiny" if setting.tiny else shape}
@@ -148,13 +148,16 @@ def decode(shape: str, setting: Setting) -> dict[str, Any]:
         sequence = engine.new_sequence()
         answer, turns = (64, 3) if not setting.tiny else (3, 1)
 
-        def plain_ms() -> float:
-            tokens = plain(sequence, ids, greedy)
-            next(tokens)
-            return 1e3 * timed(lambda: list(islice(tokens, answer))) / answer
+        def plain_ms(sampling: SamplingConfig) -> float:
+            def once() -> float:
+                tokens = plain(sequence, ids, sampling)
+                next(tokens)
+                return 1e3 * timed(lambda: list(islice(tokens, answer))) / answer
 
-        plain_ms()
-        found["plain_ms"] = median(plain_ms() for _ in range(turns))
+            once()
+            return median(once() for _ in range(turns))
+
+        found["plain_ms"] = plain_ms(greedy)
         found["plain_share"] = found["floor_ms"] / found["plain_ms"]
         setting.report(found)
         found["forward_ms"] = {}
@@ -179,13 +182,18 @@ def decode(shape: str, setting: Setting) -> dict[str, Any]:
             setting.report(found)
         listed = min(DRAFTED[-1], size - 1)
         lists = DraftLists(VocabularyLists.of(range(listed)), size, 0)
-        rounds = speculative(engine.new_sequence(head, lists), ids, Chain(STEPS, greedy), greedy)
-        list(islice(rounds, 4 if not setting.tiny else 2))
-        times = [1e3 * timed(lambda: next(rounds)) for _ in range(32 if not setting.tiny else 2)]
-        found |= {"round_drafted": listed, "round_ms": median(times)}
+
+        def round_ms(sampling: SamplingConfig) -> float:
+            rounds = speculative(engine.new_sequence(head, lists), ids, Chain(STEPS, sampling), sampling)
+            list(islice(rounds, 4 if not setting.tiny else 2))
+            return median(1e3 * timed(lambda: next(rounds)) for _ in range(32 if not setting.tiny else 2))
+
+        found |= {"round_drafted": listed, "round_ms": round_ms(greedy)}
         found["round_bytes"] = floor.bytes + STEPS * draft_bytes(listed)
         found["round_share"] = found["round_bytes"] / found["copy_gb_s"] / 1e6 / found["round_ms"]
         found["round_steps"] = found["round_ms"] / found["plain_ms"]
+        setting.report(found)
+        found |= {"drawn_plain_ms": plain_ms(drawn), "drawn_round_ms": round_ms(drawn)}
         found["seconds_left"] = until - time.monotonic()
         return found
 
