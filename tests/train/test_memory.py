@@ -18,10 +18,12 @@ from fastmtp.config import TrainConfig
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
+from fastmtp.method.losses import CHUNK
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.models.config import ModelConfig
 from fastmtp.train import memory, pace
 from fastmtp.train.agreement import Reference, agreements
+from fastmtp.train.batches import make_batch
 from fastmtp.train.fused_head import prepared
 from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.memory import (
@@ -34,6 +36,7 @@ from fastmtp.train.memory import (
     plan_memory,
     reading_bytes,
 )
+from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers
 from fastmtp.train.pace import GPU
 from fastmtp.train.step import autocast
@@ -190,6 +193,29 @@ def test_measuring_and_first_weights(dtype: torch.dtype, target: Target, monkeyp
         (fitting_weights.most, first_weights_bytes(model, config, dtype, pieces)),
     ):
         assert 0.5 * planned < found < planned
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("kind", ["kl", "lk"])
+def test_logits(kind: str, llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one chunk of positions at a time, and of the states that are scored together."""
+    monkeypatch.setitem(pace.PACES, "cpu", replace(GPU, logits=0))
+    # Like the kernel it takes no memory; the interpreter does.
+    monkeypatch.setattr("fastmtp.train.kernels.fused_kl_", lambda logits, *_: (logits[:, 0].float(), logits))
+    half = Target(deepcopy(llama.model).to(torch.bfloat16), llama.tokenizer, llama.source)
+    # Many columns, beside which the states are small.
+    columns = 10 * half.vocabulary_size
+    objective = Objective(kind, half, [*range(half.vocabulary_size)] * 10)
+    texts = [random_ids(96, seed) for seed in range(3)]
+    batch = make_batch(texts, [[True] * 96] * 3)
+    starts = trained_starts(96, 0, torch.device("cpu"))
+    size = int(half.config.hidden_size)
+    outputs = [torch.randn(3, count, size) for count in (96, len(starts), len(starts))]
+    states = torch.randn(3, 96, size).bfloat16()
+    with Peak(*half.model.parameters(), objective._rows_DH) as scoring:
+        objective(outputs, starts, batch, states, lambda _: None)
+    planned = memory._logits(TrainConfig(objective=kind), columns, CHUNK, half.dtype)
+    assert 0.5 * planned < scoring.most < 1.1 * planned
 
 
 def test_an_8b_target_fits_on_80_gb() -> None:

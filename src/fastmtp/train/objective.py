@@ -81,10 +81,7 @@ class Objective:
             reference = self._reference(wanted_N, states_BTH)
             for _ in chunk.pieces:
                 rows_M, at_M = next(rest), next(rest)
-                logits_MD = self._target.logits(states_RH[rows_M], self._rows_DH)
-                loss_M, gradient_MD = self._compared(logits_MD, reference, at_M)
-                losses_R[rows_M] = loss_M
-                gradients_RH[rows_M] = gradient_MD.to(self._rows_DH.dtype) @ self._rows_DH
+                losses_R[rows_M], gradients_RH[rows_M] = self._scored(states_RH[rows_M], reference, at_M)
         losses_K = torch.stack([part_N.sum() for part_N in torch.split(losses_R, sizes)]) * shares_K
         # Shares of one dimension or more, so that products are in float32.
         parts = zip(torch.split(gradients_RH, sizes), shares_K[:, None, None], outputs, strict=True)
@@ -101,6 +98,12 @@ class Objective:
             return wanted_N
         logits_ND = self._target.logits(states_BTH.flatten(0, 1)[wanted_N], self._rows_DH)
         return logits_ND if self._fused else log_probabilities(logits_ND)
+
+    # Apart, so that its logits are freed before the next ones are computed.
+    def _scored(self, states_MH: Tensor, reference: Tensor, at_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [M] of some states, and its gradient by them [M, H]."""
+        loss_M, gradient_MD = self._compared(self._target.logits(states_MH, self._rows_DH), reference, at_M)
+        return loss_M, gradient_MD.to(self._rows_DH.dtype) @ self._rows_DH
 
     def _compared(self, logits_MD: Tensor, reference: Tensor, at_M: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [M] and gradient [M, D] against these rows of the reference, which increase within a step."""
