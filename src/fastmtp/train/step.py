@@ -65,7 +65,7 @@ def forward_backward(
         )
     with clock("losses"):
         losses_K, gradients = objective(outputs, starts_S, batch, states_BTH, total)
-    alphas = step_weights(config.draft_steps, config.beta)
+    torch._foreach_mul_(gradients, step_weights(config.draft_steps, config.beta))
     with clock("head, backward"):
-        torch.autograd.backward(outputs, torch._foreach_mul(gradients, alphas))
+        torch.autograd.backward(outputs, gradients)
     return losses_K
