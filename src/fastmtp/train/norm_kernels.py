@@ -63,7 +63,7 @@ def _norm_backward(  # type: ignore[no-untyped-def]
     is_own = columns < H
     gain = tl.load(gains + columns, mask=is_own, other=0.0)
     own_sums = tl.zeros([COLUMNS], tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         x = tl.load(given + row * H + columns, mask=is_own, other=0.0).to(tl.float32)
         slope = tl.load(upstream + row * stride + columns, mask=is_own, other=0.0).to(tl.float32)
         scale = 1 / tl.sqrt(tl.sum(x * x, 0) / H + epsilon)

@@ -121,7 +121,7 @@ def _rotate_backward(  # type: ignore[no-untyped-def]
     key_at, value_at = (heads - Q) * key_head, (heads - Q - K) * value_head
     query_sums = tl.zeros([COLUMNS], tl.float32)
     key_sums = tl.zeros([COLUMNS], tl.float32)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         text = row // tokens
         position = row % tokens
         query = queries + text * query_text + position * query_token + query_at
