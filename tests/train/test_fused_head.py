@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.train import pace
 from fastmtp.train.fused_head import FusedHead, prepared
+from fastmtp.train.head_parts import PLAIN, Gains, HeadParts, head_parts
 from fastmtp.train.step import autocast
 from tests.conftest import random_ids
 from tests.engines import text_states
@@ -84,8 +86,12 @@ def test_kernels_are_the_modules(target: Target, monkeypatch: pytest.MonkeyPatch
 
 @interpreted
 def test_half_precision_is_as_near(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To what float32 gives, states and gradients, as the modules under autocast are."""
     on(pace.GPU, monkeypatch)
+    assert_half_is_as_near(target)
+
+
+def assert_half_is_as_near(target: Target) -> None:
+    """To what float32 gives, states and gradients, as the modules under autocast are."""
     half = Target(deepcopy(target.model).to(torch.bfloat16), target.tokenizer, target.source)
     # Weights of the target that are in bfloat16 in both.
     target = Target(deepcopy(half.model).float(), target.tokenizer, target.source)
@@ -97,6 +103,60 @@ def test_half_precision_is_as_near(target: Target, monkeypatch: pytest.MonkeyPat
         theirs, ours = (errors(one[kind], expected[kind]) for one in (modules, found))
         # Some of the tiny models make much of the least rounding.
         assert sum(ours) < 1.5 * sum(theirs)
+
+
+# Hidden, inner, query heads, key heads, size of a head: of 135 million weights, and as wide as any.
+NARROW, WIDE = (576, 1536, 9, 3, 64), (5376, 21504, 32, 16, 256)
+
+
+@interpreted
+@pytest.mark.parametrize("widths", [NARROW, WIDE])
+def test_kernels_are_the_formulas(widths: tuple[int, ...]) -> None:
+    assert_parts_are_the_formulas(widths, 2, torch.device("cpu"))
+
+
+def assert_parts_are_the_formulas(widths: tuple[int, ...], tokens: int, device: torch.device) -> None:
+    """At the widths of real models, of two texts: what each part gives, and its gradients."""
+    hidden, inner, heads, key_heads, size = widths
+    generator = torch.Generator(device).manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    joint_heads = heads + 2 * key_heads
+    x, more = some(2 * tokens, hidden), some(2 * tokens, hidden)
+    joint, gates = some(2 * tokens, joint_heads, size), some(2 * tokens, 2 * inner)
+    gains = [some(hidden), some(hidden), some(size), some(size)]
+    given = [one.requires_grad_(True) for one in (x, more, joint, gates, *gains)]
+    table = some(2, tokens, size)
+
+    def computed(parts: HeadParts) -> list[Tensor]:
+        wide, other, query, key = (Gains(one, 1e-6) for one in gains)
+        found = [parts.join(x, more, (wide, other), x.dtype), parts.norm(x, wide, x.dtype)]
+        found += parts.add_norm(x, more, other, x.dtype)
+        for norms in (None, (query, key)):
+            found += parts.rotate(joint, norms, key_heads, *table)
+        found += [parts.gate(gates, gelu) for gelu in (False, True)]
+        slopes = [torch.linspace(-1, 1, one.numel(), device=device).view_as(one).sin() for one in found]
+        return [one.detach() for one in [*found, *torch.autograd.grad(found, given, slopes)]]
+
+    # A GPU divides and exponentiates a little less exactly.
+    assert max(errors(computed(head_parts(pace.GPU)), computed(PLAIN))) < 1e-4
+
+
+def test_float32_attends_without_groups(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast kernels take grouped heads in half precision only; the plain formula would keep all scores."""
+    on(LARGE, monkeypatch)
+    kernel, grouped = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(*given: Any, enable_gqa: bool, **named: Any) -> Tensor:
+        grouped.append(enable_gqa)
+        return kernel(*given, enable_gqa=enable_gqa, **named)
+
+    head = random_head(llama)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    trained(head, llama, fused=True)
+    assert grouped[-3:] == [False] * 3
 
 
 def test_it_is_used_where_launches_take_the_time(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ head, L keys; J = Q + 2 K heads that are computed together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmtp.engines.torch.fused_layers import has_gelu
 from fastmtp.engines.torch.target import Target
+from fastmtp.engines.torch.whole_texts import attend_texts
 from fastmtp.method.head import Applied, MTPHead
 from fastmtp.models.config import FULL
 from fastmtp.models.families import FAMILIES
@@ -98,14 +98,14 @@ class FusedHead:
         With one the kernels want as many key heads as query heads: those that share a key head are taken as more
         queries of it.
         """
-        attention = partial(nn.functional.scaled_dot_product_attention, scale=self._scale)
         group, width = queries.shape[2], queries.shape[1:3].numel() * self._size
         if mask is None:
-            found = attention(queries.flatten(1, 2), keys_BKLD, values_BKLD, is_causal=True, enable_gqa=group > 1)
+            found = attend_texts(queries.flatten(1, 2), keys_BKLD, values_BKLD, None, self._scale)
             return found.transpose(1, 2).reshape(-1, width)
         # [1, 1, G T, L], as the kernels add it.
         unseen = torch.where(mask[:, :, None].expand(-1, -1, group, -1, -1), 0.0, -torch.inf).flatten(2, 3)
-        found = attention(queries.flatten(2, 3), keys_BKLD, values_BKLD, attn_mask=unseen.to(queries.dtype))
+        unseen = unseen.to(queries.dtype)
+        found = attend_texts(queries.flatten(2, 3), keys_BKLD, values_BKLD, unseen, self._scale)
         return found.view(queries.shape).permute(0, 3, 1, 2, 4).reshape(-1, width)
 
     def _gains(self, norm: nn.Module) -> Gains:

@@ -28,7 +28,7 @@ def read_texts(
         cosines_TD, sines_TD = (part[0] for part in rotation[own.kind])
         rows = parts.rotate(joint_NJD, own.head_norms, layers.key_heads, cosines_TD, sines_TD)
         queries, keys, values = (part.view(*shape, *part.shape[1:]).transpose(1, 2) for part in rows)
-        found_BQTD = _attend_texts(queries, keys, values, masks[own.kind], own.scale)
+        found_BQTD = attend_texts(queries, keys, values, masks[own.kind], own.scale)
         return found_BQTD.transpose(1, 2).flatten(0, 1)
 
     with steady_attention():
@@ -36,7 +36,7 @@ def read_texts(
     return streams.normed.view(*shape, -1), streams.before_last.view(*shape, -1)
 
 
-def _attend_texts(
+def attend_texts(
     queries_BQTD: Tensor, keys_BKTD: Tensor, values_BKTD: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention [B, Q, T, D]; without a mask it is causal."""
