@@ -29,7 +29,14 @@ from tests.conftest import FAMILIES, random_ids, tiny_target
 from tests.distill.test_distill import rows
 from tests.distill.test_slots import SHORT, talking
 from tests.engines import Engine
-from tests.train.test_fused_head import errors, random_head, trained
+from tests.train.test_fused_head import (
+    WIDE,
+    assert_half_is_as_near,
+    assert_parts_are_the_formulas,
+    errors,
+    random_head,
+    trained,
+)
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
 pytestmark = pytest.mark.gpu
@@ -147,6 +154,17 @@ def test_a_fused_head_is_the_modules(family: str) -> None:
     with steady_attention():
         expected, found = (trained(head, target, fused=fused) for fused in (False, True))
     assert max(errors(found[0] + found[1], expected[0] + expected[1])) < 1e-3
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_fused_head_in_half_precision(family: str) -> None:
+    """With flash attention, which float32 does not have."""
+    with steady_attention():
+        assert_half_is_as_near(on_gpu(family))
+
+
+def test_parts_of_a_head_are_the_formulas() -> None:
+    assert_parts_are_the_formulas(WIDE, 500, torch.device("cuda"))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
