@@ -141,11 +141,18 @@ def _step(SCORES, LIST, start, listed, N, BN: tl.constexpr, STEP: tl.constexpr):
 @triton.jit
 def _count(SCORES, LIST, listed, N, least, BN: tl.constexpr, STEP: tl.constexpr):
     """How many logits are not less."""
-    count = 0
+    counts = tl.zeros([STEP], tl.int32)
     for start in range(0, listed, STEP // BN):
         logits, _ = _step(SCORES, LIST, start, listed, N, BN, STEP)
-        count += tl.sum((logits >= least).to(tl.int32), 0)
-    return count
+        counts += (logits >= least).to(tl.int32)
+    return tl.sum(counts, 0)
+
+
+@triton.jit
+def _narrowed(low, high, middle, count, top_k):
+    """Where the greatest key is that `top_k` numbers reach, if so many reach the middle; exactly as many end it."""
+    low = tl.where(count >= top_k, middle, low)
+    return low, tl.where(count > top_k, high, tl.where(count == top_k, middle, middle - 1))
 
 
 @triton.jit
@@ -300,8 +307,8 @@ def _settle(
             low, high = tl.full([], _LEAST_KEY, tl.int64), _key_of(most)
             while low < high:
                 middle = low + (high - low + 1) // 2
-                reached = tl.sum((best >= _float_of(middle)).to(tl.int32), 0) >= top_k
-                low, high = tl.where(reached, middle, low), tl.where(reached, high, middle - 1)
+                count = tl.sum((best >= _float_of(middle)).to(tl.int32), 0)
+                low, high = _narrowed(low, high, middle, count, top_k)
             lowest = _float_of(low)
         is_listed = (best >= lowest) & (number < blocks)
         listed = tl.sum(is_listed.to(tl.int32), 0)
@@ -311,8 +318,8 @@ def _settle(
             low, high = _key_of(lowest), _key_of(most)
             while low < high:
                 middle = low + (high - low + 1) // 2
-                reached = _count(SCORES, LIST, listed, N, _float_of(middle), BN, STEP) >= top_k
-                low, high = tl.where(reached, middle, low), tl.where(reached, high, middle - 1)
+                count = _count(SCORES, LIST, listed, N, _float_of(middle), BN, STEP)
+                low, high = _narrowed(low, high, middle, count, top_k)
             least = _float_of(low)
         if is_top_k | is_min_p:
             above = float("-inf")
