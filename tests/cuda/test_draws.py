@@ -134,6 +134,25 @@ def test_limits_that_rounding_could_cross_are_left_open(way: str, side: int, clo
     assert code < 0 or code == choose(row[0], sampling, position) == (winner if side > 0 else 3)
 
 
+def test_weights_that_the_host_rounds_to_equal_ones_are_left_open() -> None:
+    """It keeps the first of these, where the likelier one wins."""
+    row, sampling = np.full((1, 300), -1e6, np.float32), SamplingConfig(temperature=1000.0, top_p=0.3)
+    row[0, [3, 170]] = -1e-5, 0
+    position = next(place for place in range(1, 99) if choose(row[0], replace(sampling, top_p=1.0), place) == 170)
+    assert choose(row[0], sampling, position) == 3
+    assert codes_of(row, sampling, position)[0] < 0
+
+
+@pytest.mark.parametrize(("top_p", "is_open"), [(1.0, False), (0.9, False), (0.5, True)])
+def test_tokens_close_to_a_limit_count_only_where_they_decide(top_p: float, is_open: bool) -> None:
+    """Here none wins, and whether they are kept matters where top-p has half of the weights."""
+    row, sampling = np.full((1, 300), -1000, np.float32), replace(ALL, min_p=0.01, top_p=top_p)
+    row[0, 3], row[0, 17], row[0, 100:200] = 0, np.log(0.99), np.log(0.01) + 2e-5
+    position = next(place for place in range(1, 99) if choose(row[0], replace(sampling, top_p=0.8), place) == 17)
+    (code,) = codes_of(row, sampling, position)
+    assert (code < 0) == is_open and (is_open or code == choose(row[0], sampling, position))
+
+
 def test_equal_logits_at_the_end_of_top_k_are_left_open() -> None:
     """Which of them stays is nobody's promise."""
     row = logits(1, 300, 2.0)

@@ -156,16 +156,20 @@ def _narrowed(low, high, middle, count, top_k):
 
 
 @triton.jit
-def _before(SCORES, LIST, listed, N, most, temperature, least, cut, chosen, BN: tl.constexpr, STEP: tl.constexpr):
-    """Of the tokens that may be drawn: the weight of those likelier than one, and how many are as likely."""
-    weight, alike = 0.0, 0
+def _before(SCORES, LIST, listed, N, most, temperature, least, cut, place, BN: tl.constexpr, STEP: tl.constexpr):
+    """Of the tokens that may be drawn: the weight of those surely likelier than one, and of all that may be so.
+
+    The host orders weights after rounding, which can make those of different logits equal.
+    """
+    chosen = (tl.load(SCORES + place) - most) / temperature
+    surely, perhaps = tl.zeros([STEP], tl.float32), tl.zeros([STEP], tl.float32)
     for start in range(0, listed, STEP // BN):
-        logits, _ = _step(SCORES, LIST, start, listed, N, BN, STEP)
+        logits, columns = _step(SCORES, LIST, start, listed, N, BN, STEP)
         log_weights = (logits - most) / temperature
-        is_before = (logits >= least) & (log_weights >= cut) & (logits > chosen)
-        weight += tl.sum(tl.where(is_before, tl.exp(log_weights), 0.0), 0)
-        alike += tl.sum((logits == chosen).to(tl.int32), 0)
-    return weight, alike
+        weights = tl.where((logits >= least) & (log_weights >= cut), tl.exp(log_weights), 0.0)
+        surely += tl.where(log_weights > chosen + _SLACK, weights, 0.0)
+        perhaps += tl.where((log_weights > chosen - _SLACK) & (columns != place), weights, 0.0)
+    return tl.sum(surely, 0), tl.sum(perhaps, 0)
 
 
 @triton.jit
@@ -187,21 +191,25 @@ def _race_again(
 ):
     """Among the tokens that may be drawn above a logit: two least times, and the sum of the weights.
 
-    And how many logits are not below `least`, and how many weights are too close to the cut.
+    And how many logits are not below `least`, and the sum of the weights that are too close to the cut. The time of
+    such a token is a second one, whether it is kept or not: nothing that wins by less is sure.
     """
-    time, place, following, total, kept, close = float("inf"), 0, float("inf"), 0.0, 0, 0
+    time, place, following, total, kept, close = float("inf"), 0, float("inf"), 0.0, 0, 0.0
     for start in range(0, listed, STEP // BN):
         logits, columns = _step(SCORES, LIST, start, listed, N, BN, STEP)
         tokens = columns
         if LISTED:
             tokens = tl.load(IDS + columns, mask=columns < N, other=0)
         log_weights = (logits - most) / temperature
-        is_kept = (logits >= least) & (log_weights >= cut) & (logits > above)
-        total += tl.sum(tl.where(is_kept, tl.exp(log_weights), 0.0), 0)
+        is_above = (logits >= least) & (logits > above)
+        is_kept, is_close = is_above & (log_weights >= cut), is_above & (tl.abs(log_weights - cut) < _SLACK)
+        weights = tl.exp(log_weights)
+        total += tl.sum(tl.where(is_kept, weights, 0.0), 0)
         kept += tl.sum((logits >= least).to(tl.int32), 0)
-        close += tl.sum((tl.abs(log_weights - cut) < _SLACK).to(tl.int32), 0)
-        times = tl.where(is_kept, _log_times(key, tokens, log_weights), float("inf"))
-        one, column, two = _two_least(times, columns)
+        close += tl.sum(tl.where(is_close, weights, 0.0), 0)
+        times = _log_times(key, tokens, log_weights)
+        one, column, two = _two_least(tl.where(is_kept, times, float("inf")), columns)
+        two = tl.minimum(two, tl.min(tl.where(is_close, times, float("inf")), 0))
         following = tl.minimum(tl.maximum(time, one), tl.minimum(following, two))
         place = tl.where(one < time, column, place)
         time = tl.minimum(time, one)
@@ -295,10 +303,10 @@ def _settle(
     following = tl.minimum(following, tl.min(seconds, 0))
     is_top_k, is_min_p = (top_k > 0) & (top_k < N), min_p > 0
     least, cut = tl.full([], float("-inf"), tl.float32), tl.full([], _NO_CUT, tl.float32)
-    is_sure = time == time
+    is_sure, close = time == time, tl.full([], 0.0, tl.float32)
     if is_top_k | is_min_p | (top_p < 1):
-        # The blocks with all that may be drawn; without top-k and min-p, with all that is likelier than the winner.
-        lowest = tl.load(SCORES + place)
+        # The blocks with all that may be drawn; without top-k and min-p, with all that may be before the winner.
+        lowest = tl.load(SCORES + place) - 2 * _SLACK * temperature
         if is_min_p:
             cut = tl.log(tl.maximum(min_p, _LEAST_CHANCE))
             lowest = most + temperature * (cut - 2 * _SLACK) - 1e-6 * tl.abs(most)
@@ -327,21 +335,19 @@ def _settle(
                 SCORES, LIST, IDS, listed, N, key, most, temperature, least, cut, above, LISTED, BN, STEP
             )
             # Which of equal logits is kept is the host's choice.
-            is_sure = is_sure & ((kept == top_k) | (is_top_k == 0)) & (close == 0)
+            is_sure = is_sure & ((kept == top_k) | (is_top_k == 0))
         left = (top_p < 1).to(tl.int32)
         while left > 0:
-            chosen = tl.load(SCORES + place)
-            before, alike = _before(SCORES, LIST, listed, N, most, temperature, least, cut, chosen, BN, STEP)
-            limit = top_p * total
+            surely, perhaps = _before(SCORES, LIST, listed, N, most, temperature, least, cut, place, BN, STEP)
             # There is one above it then, so that this ends whatever the logits are.
-            left = ((before > 0) & (before >= limit * (1 + _SLACK))).to(tl.int32)
+            left = ((surely > 0) & (surely >= top_p * (total + close) * (1 + _SLACK))).to(tl.int32)
             if left > 0:
+                chosen = tl.load(SCORES + place)
                 time, place, following, _, _, _ = _race_again(
                     SCORES, LIST, IDS, listed, N, key, most, temperature, least, cut, chosen, LISTED, BN, STEP
                 )
             else:
-                last = before + (alike - 1) * tl.exp((chosen - most) / temperature)
-                is_sure = is_sure & (last < limit * (1 - _SLACK))
+                is_sure = is_sure & (perhaps < top_p * (total - close) * (1 - _SLACK))
     is_sure = is_sure & (following > time + _SLACK)
     token = place
     if LISTED:
