@@ -70,8 +70,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def launch_all(kind: torch.dtype) -> None:
-    """Every kernel with every feature, at the shapes of a model of 1.5 billion weights."""
-    hidden, inner, heads, key_heads, size, wide = 1536, 8960, 12, 2, 128, 2048
+    """Every kernel with every feature, at the shapes of a model of 1.5 billion weights, with 262,144 tokens."""
+    hidden, inner, heads, key_heads, size, wide, vocabulary = 1536, 8960, 12, 2, 128, 2048, 1 << 18
     cpu, numbers = torch.device("cpu"), torch.int32
 
     def half(*shape: int) -> Tensor:
@@ -81,6 +81,8 @@ def launch_all(kind: torch.dtype) -> None:
         return zeros(*shape, dtype=numbers)
 
     x, gains, stream = half(16, hidden), zeros(hidden), zeros(16, hidden)
+    # On the host memory that nobody reads is not there.
+    lm_head = half(vocabulary, hidden)
     rows, verified = Rows.empty(4, cpu), Rows.empty(4, cpu)
     pages = attention.Pages(half(640, key_heads, size), half(640, key_heads, size), whole(10, 10))
     products.product(x, half(wide, hidden), zeros(1 << 18))
@@ -97,15 +99,15 @@ def launch_all(kind: torch.dtype) -> None:
         memory = zeros(1 << 18), zeros(1 << 18)
         attention.attend(queries, rows, pages, half(16, heads * size), memory, 0.1, window, 16)
     for ids in (None, whole(640)):
-        count, best = 1000 if ids is None else 640, (zeros(1 << 12), whole(1 << 12))
-        scores.scores(x, half(1000, hidden), ids, zeros(16, count))
-        scores.argmax(x, half(1000, hidden), ids, best, whole(4), whole(4))
+        count, best = vocabulary if ids is None else 640, (zeros(1 << 12), whole(1 << 12))
+        scores.scores(x, lm_head, ids, zeros(16, count))
+        scores.argmax(x, lm_head, ids, best, whole(4), whole(4))
         memory = draws.DrawMemory.empty(16, count, cpu)
         how, tokens = whole(4, draws.NUMBERS), whole(4)
-        draws.draw(x, half(1000, hidden), ids, memory, how, rows.positions, 1, tokens, tokens)
-    scores.scores(half(32, hidden), half(1000, hidden), whole(2, 640), zeros(32, 640))
+        draws.draw(x, lm_head, ids, memory, how, rows.positions, 1, tokens, tokens)
+    scores.scores(half(32, hidden), lm_head, whole(2, 640), zeros(32, 640))
     for tiles, ids in ((1, None), (2, whole(2, 640))):
-        count = 1000 if ids is None else 640
+        count = vocabulary if ids is None else 640
         likeliest.likeliest(scores.BlockScores.empty(16 * tiles, count, cpu), ids, zeros(3 * tiles, 8))
     for width in (4, 32):
         draws.expect(zeros(2 * width), whole(16, draws.NUMBERS), whole(3), 1, zeros(1), whole(1))
