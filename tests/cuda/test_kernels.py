@@ -257,7 +257,8 @@ def test_the_likeliest_tokens_of_rows(width: int) -> None:
     lists[0, 100], lists[1, :8] = 20, torch.tensor([3, 150, 20, 5, 20, 6, 7, 8])
     for ids, count in ((None, 200), (lists, 140)):
         found, answer = BlockScores.empty(2 * TILE, count, DEVICE), torch.zeros(6, 2 * width, device=DEVICE)
-        block_scores(states, weight, ids, found)
+        block_scores(states, weight, ids, found, 3)
+        assert not found.logits_RN[3:TILE].any(), "rows that nobody asks for cost bandwidth"
         logits_RN = found.logits_RN.clone()
         likeliest(found, ids, answer)
         for place, own in enumerate(answer.tolist()):

@@ -216,7 +216,7 @@ class Scoring:
         if (tiles, count) not in self._draft_scores:
             self._draft_scores[tiles, count] = BlockScores.empty(tiles * TILE, count, self._target.device)
         found = self._draft_scores[tiles, count]
-        block_scores(self._asked[: tiles * TILE], self._target.lm_head, ids_SD, found)
+        block_scores(self._asked[: tiles * TILE], self._target.lm_head, ids_SD, found, len(answer_N2W) // tiles)
         likeliest(found, ids_SD, answer_N2W)
 
     def _answer(self, size: int, width: int) -> Tensor:

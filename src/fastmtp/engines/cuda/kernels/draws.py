@@ -417,7 +417,7 @@ def draw(
     """
     scores, drawn = memory.scores, len(tokens_M)
     count, blocks, chunks = scores.logits_RN.shape[1], scores.best.shape[1], memory.sums.shape[1]
-    block_scores(states_RH, weight_VH, ids_N, scores)
+    block_scores(states_RH, weight_VH, ids_N, scores, drawn)
     ids, listed, block = how if ids_N is None else ids_N, ids_N is not None, triton.next_power_of_2(blocks)
     found = memory.sums, memory.times, memory.seconds, memory.winners
     _race[(drawn, chunks)](

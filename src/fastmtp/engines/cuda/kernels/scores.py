@@ -23,7 +23,7 @@ _STEP_BYTES = 256
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept"])
 def _scores(
     STATES,
     W,
@@ -32,6 +32,7 @@ def _scores(
     BEST,
     PLACES,
     N,
+    kept,
     H: tl.constexpr,
     LISTED: tl.constexpr,
     KEEPS: tl.constexpr,
@@ -72,7 +73,8 @@ def _scores(
         tl.store(BEST + of_row, best)
         tl.store(PLACES + of_row, places)
     if KEEPS:
-        tl.store(LOGITS + rows[:, None].to(tl.int64) * N + columns[None, :], total, mask=(columns < N)[None, :])
+        is_kept = (tl.arange(0, 16) < kept)[:, None] & (columns < N)[None, :]
+        tl.store(LOGITS + rows[:, None].to(tl.int64) * N + columns[None, :], total, mask=is_kept)
 
 
 @triton.jit
@@ -116,15 +118,13 @@ def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: T
         ids_N: the tokens, or those of each tile, [R / 16, N]; None is all of them.
     """
     memory = out_RN, out_RN
-    _launch_scores(states_RH, weight_VH, ids_N, out_RN.shape[1], out_RN, memory, keeps=True, picks=False)
+    _launch_scores(states_RH, weight_VH, ids_N, out_RN.shape[1], out_RN, memory, kept=TILE, picks=False)
 
 
-def block_scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out: BlockScores) -> None:
-    """`scores`, and the largest of each block."""
-    memory = out.best, out.places
-    _launch_scores(
-        states_RH, weight_VH, ids_N, out.logits_RN.shape[1], out.logits_RN, memory, keeps=True, picks=True
-    )
+def block_scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out: BlockScores, kept: int) -> None:
+    """`scores` of the first rows of each tile, and the largest of each block."""
+    memory, count = (out.best, out.places), out.logits_RN.shape[1]
+    _launch_scores(states_RH, weight_VH, ids_N, count, out.logits_RN, memory, kept=kept, picks=True)
 
 
 def argmax(
@@ -142,7 +142,7 @@ def argmax(
     """
     count = weight_VH.shape[0] if ids_N is None else len(ids_N)
     ids, blocks, listed = tokens_M if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
-    _launch_scores(states_RH, weight_VH, ids_N, count, states_RH, memory, keeps=False, picks=True)
+    _launch_scores(states_RH, weight_VH, ids_N, count, states_RH, memory, kept=0, picks=True)
     _pick[(len(tokens_M),)](
         *memory, ids, tokens_M, codes_M, count, blocks, listed, triton.next_power_of_2(blocks), **overlap(ids)
     )
@@ -156,15 +156,15 @@ def _launch_scores(
     logits: Tensor,
     memory: tuple[Tensor, Tensor],
     *,
-    keeps: bool,
+    kept: int,
     picks: bool,
 ) -> None:
-    """Keep the logits of `count` tokens, or pick the largest of each block and its place, or both."""
+    """Keep the logits of each tile's first rows, or pick the largest of each block and its place, or both."""
     rows, hidden = states_RH.shape
     ids, listed = states_RH if ids_N is None else ids_N, ids_N is not None
     each = listed and ids.ndim == 2
     step = _STEP_BYTES // weight_VH.element_size()
     _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
-        states_RH, weight_VH, ids, logits, *memory, count, hidden, listed, keeps, picks, each, BLOCK, step,
+        states_RH, weight_VH, ids, logits, *memory, count, kept, hidden, listed, kept > 0, picks, each, BLOCK, step,
         **overlap(states_RH), num_warps=4, num_stages=4,
     )  # fmt: skip
