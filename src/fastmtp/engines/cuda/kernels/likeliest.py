@@ -44,10 +44,11 @@ def _likeliest(
     number, steps, lanes, places = tl.arange(0, BB), tl.arange(0, STEP), tl.arange(0, BN), tl.arange(0, BW)
     best = tl.load(BEST + row * blocks + number, mask=number < blocks, other=float("-inf"))
     most = tl.max(best, 0)
-    total = 0.0
+    weights = tl.zeros([STEP], tl.float32)
     for start in range(0, N, STEP):
         logits = tl.load(LOGITS + start + steps, mask=start + steps < N, other=float("-inf"))
-        total += tl.sum(tl.exp(logits - most), 0)
+        weights += tl.exp(logits - most)
+    total = tl.sum(weights, 0)
     tokens, chances = tl.full([BW], -1, tl.int32), tl.zeros([BW], tl.float32)
     count, left = 0, most
     while (count < W) & (left > float("-inf")):
