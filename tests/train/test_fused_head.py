@@ -84,6 +84,8 @@ def test_kernels_are_the_modules(target: Target, monkeypatch: pytest.MonkeyPatch
     assert max(errors(found[0] + found[1], expected[0] + expected[1])) < 3e-5
 
 
+# Of a family without norms of branches and heads, and of one with them; the others on a GPU (tests/test_gpu.py).
+@pytest.mark.parametrize("target", ["llama", "gemma3"], indirect=True)
 @interpreted
 def test_half_precision_is_as_near(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     on(pace.GPU, monkeypatch)
