@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastmtp.engines.cuda.kernels import attention, chains, draws, likeliest, norms, overlap, products, scores
+from fastmtp.engines.cuda.kernels import attention, chains, draws, likeliest, norms, overlap, products, race, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
@@ -103,14 +103,14 @@ def launch_all(kind: torch.dtype) -> None:
         scores.scores(x, lm_head, ids, zeros(16, count))
         scores.argmax(x, lm_head, ids, best, whole(4), whole(4))
         memory = draws.DrawMemory.empty(16, count, cpu)
-        how, tokens = whole(4, draws.NUMBERS), whole(4)
+        how, tokens = whole(4, race.NUMBERS), whole(4)
         draws.draw(x, lm_head, ids, memory, how, rows.positions, 1, tokens, tokens)
     scores.scores(half(32, hidden), lm_head, whole(2, 640), zeros(32, 640))
     for tiles, ids in ((1, None), (2, whole(2, 640))):
         count = vocabulary if ids is None else 640
         likeliest.likeliest(scores.BlockScores.empty(16 * tiles, count, cpu), ids, zeros(3 * tiles, 8))
     for width in (4, 32):
-        draws.expect(zeros(2 * width), whole(16, draws.NUMBERS), whole(3), 1, zeros(1), whole(1))
+        draws.expect(zeros(2 * width), whole(16, race.NUMBERS), whole(3), 1, zeros(1), whole(1))
     state, found, step = whole(3), whole(4), Rows(whole(5, 1), rows.paths)
     chains.begin(state, found, rows, whole(2, 5), verified)
     chains.begin(state, found, rows, whole(7, 5), None)

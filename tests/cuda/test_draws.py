@@ -18,7 +18,8 @@ from fastmtp.decode.random_numbers import key, uniforms
 from fastmtp.decode.sampling import choose, race
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.cuda.engine import CudaEngine
-from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect, sampling_numbers
+from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect
+from fastmtp.engines.cuda.kernels.race import sampling_numbers
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.protocol import Costs, TokenSequence, Values
 from fastmtp.engines.torch.target import Target

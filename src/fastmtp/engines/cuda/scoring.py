@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.graphs import LARGE, SMALL, Graphs, upload
-from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect, sampling_numbers
+from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect
 from fastmtp.engines.cuda.kernels.likeliest import likeliest
+from fastmtp.engines.cuda.kernels.race import sampling_numbers
 from fastmtp.engines.cuda.kernels.scores import BLOCK, BlockScores, argmax, block_scores, scores
 from fastmtp.engines.cuda.kernels.shapes import TILE, in_tiles
 from fastmtp.engines.cuda.target import CudaTarget

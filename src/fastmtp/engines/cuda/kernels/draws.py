@@ -17,33 +17,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmtp.config import SamplingConfig
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
+from fastmtp.engines.cuda.kernels.race import log_times, random_key, share, two_least
 from fastmtp.engines.cuda.kernels.scores import BLOCK, BlockScores, block_scores
 
 # Tokens of a program of `_race`, and of a step of `_settle`.
 _CHUNK, _STEP = 1024, 2048
 # More than what rounding changes of a weight or a time, here and on the host together, in proportion.
 _SLACK = tl.constexpr(1e-4)
-_BEYOND = tl.constexpr(2**31 - 1)
 _LEAST_CHANCE = tl.constexpr(1e-30)
 # Below every logarithm of a weight but that of 0.
 _NO_CUT = tl.constexpr(-1e30)
-# Of the random numbers (decode/random_numbers.py).
-_ADDED = tl.constexpr(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
-_MOST_BITS = tl.constexpr(2**52 - 1)
 # The integer of -inf in the order of floating-point numbers.
 _LEAST_KEY = tl.constexpr(-(2**31) + 2**23 - 1)
-# The numbers of `sampling_numbers`.
-NUMBERS = 6
 
 
 @dataclass(frozen=True)
@@ -62,57 +53,6 @@ class DrawMemory:
         sums, times, seconds = torch.zeros(3, *shape, device=device)
         winners = torch.zeros(shape, dtype=torch.int32, device=device)
         return cls(BlockScores.empty(rows, count, device), sums, times, seconds, winners)
-
-
-def sampling_numbers(sampling: SamplingConfig) -> NDArray[np.int32]:
-    """As kernels read them: temperature, top-p and min-p as the bits of float32, top-k, and the seed's two halves.
-
-    At temperature 0 only the likeliest token is kept.
-    """
-    top_k = sampling.top_k
-    shares = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
-    if sampling.temperature == 0:
-        top_k, shares = 1, np.array([1, 1, 0], np.float32)
-    seed = np.array([sampling.seed], np.uint64)
-    return np.concatenate([shares.view(np.int32), np.array([top_k], np.int32), seed.view(np.int32)])
-
-
-@triton.jit
-def _mixed(values):
-    values = (values ^ (values >> 30)) * _FIRST
-    values = (values ^ (values >> 27)) * _SECOND
-    return values ^ (values >> 31)
-
-
-@triton.jit
-def _key(HOW, row, position):
-    """What a row's random numbers at a position begin with."""
-    low = tl.load(HOW + row * 6 + 4).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(HOW + row * 6 + 5).to(tl.uint32, bitcast=True).to(tl.uint64)
-    return _mixed(_mixed(low | (high << 32)) + position.to(tl.uint64) * _ADDED)
-
-
-@triton.jit
-def _share(HOW, row, number):
-    return tl.load(HOW + row * 6 + number).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _log_times(key, tokens, log_weights):
-    """log(E / w), with E = -log(1 - u); 1 - u is taken from the bits, and near 1 its logarithm from a series."""
-    bits = _mixed(key + tokens.to(tl.uint64) * _ADDED) >> 12
-    u = (bits.to(tl.float32) + 0.5) * 2.0**-52
-    left = ((bits ^ _MOST_BITS).to(tl.float32) + 0.5) * 2.0**-52
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u / 6)))))
-    return tl.log(tl.where(u < 1 / 16, series, -tl.log(left))) - log_weights
-
-
-@triton.jit
-def _two_least(times, columns):
-    """The least time, its column, and the next time."""
-    least = tl.min(times, 0)
-    column = tl.min(tl.where(times == least, columns, _BEYOND), 0)
-    return least, column, tl.min(tl.where(columns == column, float("inf"), times), 0)
 
 
 @triton.jit
@@ -207,8 +147,8 @@ def _race_again(
         total += tl.sum(tl.where(is_kept, weights, 0.0), 0)
         kept += tl.sum((logits >= least).to(tl.int32), 0)
         close += tl.sum(tl.where(is_close, weights, 0.0), 0)
-        times = _log_times(key, tokens, log_weights)
-        one, column, two = _two_least(tl.where(is_kept, times, float("inf")), columns)
+        times = log_times(key, tokens, log_weights)
+        one, column, two = two_least(tl.where(is_kept, times, float("inf")), columns)
         two = tl.minimum(two, tl.min(tl.where(is_close, times, float("inf")), 0))
         following = tl.minimum(tl.maximum(time, one), tl.minimum(following, two))
         place = tl.where(one < time, column, place)
@@ -246,9 +186,9 @@ def _race(
     tokens = columns
     if LISTED:
         tokens = tl.load(IDS + columns, mask=columns < N, other=0)
-    log_weights = (logits - most) / _share(HOW, row, 0)
-    times = _log_times(_key(HOW, row, tl.load(POSITIONS + row) + AHEAD), tokens, log_weights)
-    time, column, following = _two_least(times, columns)
+    log_weights = (logits - most) / share(HOW, row, 0)
+    times = log_times(random_key(HOW, row, tl.load(POSITIONS + row) + AHEAD), tokens, log_weights)
+    time, column, following = two_least(times, columns)
     place = row * chunks + chunk
     tl.store(SUMS + place, tl.sum(tl.exp(log_weights), 0))
     tl.store(TIMES + place, time)
@@ -286,8 +226,8 @@ def _settle(
     row = tl.program_id(0)
     SCORES = LOGITS + row.to(tl.int64) * N
     LIST += row * blocks
-    temperature, top_p, min_p = _share(HOW, row, 0), _share(HOW, row, 1), _share(HOW, row, 2)
-    top_k, key = tl.load(HOW + row * 6 + 3), _key(HOW, row, tl.load(POSITIONS + row) + AHEAD)
+    temperature, top_p, min_p = share(HOW, row, 0), share(HOW, row, 1), share(HOW, row, 2)
+    top_k, key = tl.load(HOW + row * 6 + 3), random_key(HOW, row, tl.load(POSITIONS + row) + AHEAD)
     number = tl.arange(0, BB)
     best = tl.load(BEST + row * blocks + number, mask=number < blocks, other=float("-inf"))
     most = tl.max(best, 0)
@@ -295,7 +235,7 @@ def _settle(
     is_chunk, of_chunk = chunk < chunks, row * chunks + chunk
     total = tl.sum(tl.load(SUMS + of_chunk, mask=is_chunk, other=0.0), 0)
     times = tl.load(TIMES + of_chunk, mask=is_chunk, other=float("inf"))
-    time, winner, following = _two_least(times, chunk)
+    time, winner, following = two_least(times, chunk)
     # A time that is no number is equal to none.
     winner = tl.minimum(winner, chunks - 1)
     place = tl.minimum(tl.load(WINNERS + row * chunks + winner), N - 1)
@@ -363,8 +303,8 @@ def _expect(LIKELY, HOW, STATE, FOLLOWING, TOKEN, level, W: tl.constexpr, BW: tl
     lanes = tl.arange(0, BW)
     tokens = tl.load(LIKELY + lanes, mask=lanes < W, other=-1.0).to(tl.int32)
     chances = tl.load(LIKELY + W + lanes, mask=lanes < W, other=0.0)
-    temperature, top_p, min_p = _share(HOW, 0, 0), _share(HOW, 0, 1), _share(HOW, 0, 2)
-    top_k, key = tl.load(HOW + 3), _key(HOW, 0, tl.load(STATE) + tl.load(STATE + 1) + 1 + level)
+    temperature, top_p, min_p = share(HOW, 0, 0), share(HOW, 0, 1), share(HOW, 0, 2)
+    top_k, key = tl.load(HOW + 3), random_key(HOW, 0, tl.load(STATE) + tl.load(STATE + 1) + 1 + level)
     log_weights = (
         tl.log(tl.maximum(chances, _LEAST_CHANCE) / tl.maximum(tl.max(chances, 0), _LEAST_CHANCE)) / temperature
     )
@@ -372,7 +312,7 @@ def _expect(LIKELY, HOW, STATE, FOLLOWING, TOKEN, level, W: tl.constexpr, BW: tl
     is_kept = (tokens >= 0) & is_likely
     weights = tl.where(is_kept, tl.exp(log_weights), 0.0)
     is_kept = is_kept & (tl.cumsum(weights, 0) - weights < top_p * tl.sum(weights, 0))
-    times = tl.where(is_kept, _log_times(key, tokens, log_weights), float("inf"))
+    times = tl.where(is_kept, log_times(key, tokens, log_weights), float("inf"))
     place = tl.min(tl.where(is_kept & (times == tl.min(times, 0)), lanes, BW), 0)
     token = tl.max(tl.where(lanes == place, tokens, -1), 0)
     tl.store(FOLLOWING, token.to(tl.float32))
