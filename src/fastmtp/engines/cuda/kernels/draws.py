@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.race import log_times, random_key, share, two_least
+from fastmtp.engines.cuda.kernels.race import kept_of, log_times, random_key, temperature_of, two_least
 from fastmtp.engines.cuda.kernels.scores import BLOCK, BlockScores, block_scores
 
 # Tokens of a program of `_race`, and of a step of `_settle`.
@@ -186,7 +186,7 @@ def _race(
     tokens = columns
     if LISTED:
         tokens = tl.load(IDS + columns, mask=columns < N, other=0)
-    log_weights = (logits - most) / share(HOW, row, 0)
+    log_weights = (logits - most) / temperature_of(HOW, row)
     times = log_times(random_key(HOW, row, tl.load(POSITIONS + row) + AHEAD), tokens, log_weights)
     time, column, following = two_least(times, columns)
     place = row * chunks + chunk
@@ -226,8 +226,8 @@ def _settle(
     row = tl.program_id(0)
     SCORES = LOGITS + row.to(tl.int64) * N
     LIST += row * blocks
-    temperature, top_p, min_p = share(HOW, row, 0), share(HOW, row, 1), share(HOW, row, 2)
-    top_k, key = tl.load(HOW + row * 6 + 3), random_key(HOW, row, tl.load(POSITIONS + row) + AHEAD)
+    temperature, key = temperature_of(HOW, row), random_key(HOW, row, tl.load(POSITIONS + row) + AHEAD)
+    top_p, min_p, top_k = kept_of(HOW, row)
     number = tl.arange(0, BB)
     best = tl.load(BEST + row * blocks + number, mask=number < blocks, other=float("-inf"))
     most = tl.max(best, 0)
@@ -303,8 +303,8 @@ def _expect(LIKELY, HOW, STATE, FOLLOWING, TOKEN, level, W: tl.constexpr, BW: tl
     lanes = tl.arange(0, BW)
     tokens = tl.load(LIKELY + lanes, mask=lanes < W, other=-1.0).to(tl.int32)
     chances = tl.load(LIKELY + W + lanes, mask=lanes < W, other=0.0)
-    temperature, top_p, min_p = share(HOW, 0, 0), share(HOW, 0, 1), share(HOW, 0, 2)
-    top_k, key = tl.load(HOW + 3), random_key(HOW, 0, tl.load(STATE) + tl.load(STATE + 1) + 1 + level)
+    temperature, key = temperature_of(HOW, 0), random_key(HOW, 0, tl.load(STATE) + tl.load(STATE + 1) + 1 + level)
+    top_p, min_p, top_k = kept_of(HOW, 0)
     log_weights = (
         tl.log(tl.maximum(chances, _LEAST_CHANCE) / tl.maximum(tl.max(chances, 0), _LEAST_CHANCE)) / temperature
     )

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from fastmtp.config import SamplingConfig
 
-# The numbers of `sampling_numbers`.
+# How many numbers `sampling_numbers` gives.
 NUMBERS = 6
+_NUMBERS = tl.constexpr(NUMBERS)
 _BEYOND = tl.constexpr(2**31 - 1)
 # Of the random numbers (decode/random_numbers.py).
 _ADDED = tl.constexpr(0x9E3779B97F4A7C15)
@@ -44,14 +45,22 @@ def _mixed(values):
 @triton.jit
 def random_key(HOW, row, position):
     """What a row's random numbers at a position begin with."""
-    low = tl.load(HOW + row * 6 + 4).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(HOW + row * 6 + 5).to(tl.uint32, bitcast=True).to(tl.uint64)
+    low = tl.load(HOW + row * _NUMBERS + 4).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(HOW + row * _NUMBERS + 5).to(tl.uint32, bitcast=True).to(tl.uint64)
     return _mixed(_mixed(low | (high << 32)) + position.to(tl.uint64) * _ADDED)
 
 
 @triton.jit
-def share(HOW, row, number):
-    return tl.load(HOW + row * 6 + number).to(tl.float32, bitcast=True)
+def temperature_of(HOW, row):
+    return tl.load(HOW + row * _NUMBERS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def kept_of(HOW, row):
+    """Top-p, min-p and top-k."""
+    top_p = tl.load(HOW + row * _NUMBERS + 1).to(tl.float32, bitcast=True)
+    min_p = tl.load(HOW + row * _NUMBERS + 2).to(tl.float32, bitcast=True)
+    return top_p, min_p, tl.load(HOW + row * _NUMBERS + 3)
 
 
 @triton.jit
