@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastmtp.engines.torch.text_kernels import turned_heads
 from fastmtp.train.head_parts import HeadNorms
 from fastmtp.train.norm_kernels import SIZES
 
@@ -53,26 +54,12 @@ def _rotate(  # type: ignore[no-untyped-def]
     is_own = (heads < Q + 2 * K) & (columns < D)
     is_query, is_value = is_own & (heads < Q), is_own & (heads >= Q + K)
     is_key = is_own & (heads >= Q) & (heads < Q + K)
-    # The other half of the head: of a rotation's two numbers each needs both.
-    other = tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
-    source = joint + row * (Q + 2 * K) * D + heads * D
-    given = tl.load(source + columns, mask=is_own, other=0.0).to(tl.float32)
-    partner = tl.load(source + other, mask=is_own, other=0.0).to(tl.float32)
+    place = position * D
+    given, found = turned_heads(
+        joint + row * (Q + 2 * K) * D + heads * D, query_gains, key_gains, cosines + place, sines + place,
+        heads, columns, is_own, query_epsilon, key_epsilon, Q, K, D, NORMED,
+    )  # fmt: skip
     tl.store(values + ((text * K + heads - Q - K) * tokens + position) * D + columns, given, mask=is_value)
-    found = given
-    if NORMED:
-        epsilon = tl.where(heads < Q, query_epsilon, key_epsilon)
-        scale = 1 / tl.sqrt(tl.sum(found * found, 1)[:, None] / D + epsilon)
-        gains = tl.load(query_gains + columns, mask=is_query, other=0.0)
-        gains += tl.load(key_gains + columns, mask=is_key, other=0.0)
-        other_gains = tl.load(query_gains + other, mask=is_query, other=0.0)
-        other_gains += tl.load(key_gains + other, mask=is_key, other=0.0)
-        found = found * scale * gains
-        partner = partner * scale * other_gains
-    partner = tl.where(columns < D // 2, -partner, partner)
-    cosine = tl.load(cosines + position * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    sine = tl.load(sines + position * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    found = found * cosine + partner * sine
     tl.store(queries + ((text * Q + heads) * tokens + position) * D + columns, found, mask=is_query)
     tl.store(keys + ((text * K + heads - Q) * tokens + position) * D + columns, found, mask=is_key)
 

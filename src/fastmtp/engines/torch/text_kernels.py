@@ -18,6 +18,48 @@ _NUMBERS = 2048
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def turned_heads(  # type: ignore[no-untyped-def]
+    source,
+    query_gains,
+    key_gains,
+    cosines,
+    sines,
+    heads,
+    columns,
+    is_own,
+    query_epsilon,
+    key_epsilon,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    """Some heads of a row, as they are and, if they are queries or keys, normed and rotated; in float32.
+
+    `source` is where each head begins, `cosines` and `sines` are those of the row's position.
+    """
+    # The other half of the head: of a rotation's two numbers each needs both.
+    other = tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
+    given = tl.load(source + columns, mask=is_own, other=0.0).to(tl.float32)
+    partner = tl.load(source + other, mask=is_own, other=0.0).to(tl.float32)
+    found = given
+    if NORMED:
+        epsilon = tl.where(heads < Q, query_epsilon, key_epsilon)
+        scale = 1 / tl.sqrt(tl.sum(given * given, 1)[:, None] / D + epsilon)
+        is_query, is_key = is_own & (heads < Q), is_own & (heads >= Q) & (heads < Q + K)
+        gains = tl.load(query_gains + columns, mask=is_query, other=0.0)
+        gains += tl.load(key_gains + columns, mask=is_key, other=0.0)
+        other_gains = tl.load(query_gains + other, mask=is_query, other=0.0)
+        other_gains += tl.load(key_gains + other, mask=is_key, other=0.0)
+        found = given * scale * gains
+        partner = partner * scale * other_gains
+    partner = tl.where(columns < D // 2, -partner, partner)
+    cosine = tl.load(cosines + columns, mask=columns < D, other=0.0).to(tl.float32)
+    sine = tl.load(sines + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return given, found * cosine + partner * sine
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _rotate(  # type: ignore[no-untyped-def]
     joint,
     query_gains,
@@ -41,25 +83,12 @@ def _rotate(  # type: ignore[no-untyped-def]
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     is_own = (heads < Q + K) & (columns < D)
-    # The other half of the head: of a rotation's two numbers each needs both.
-    other = tl.where(columns < D // 2, columns + D // 2, columns - D // 2)
-    source = joint + row * (Q + 2 * K) * D + heads * D
-    found = tl.load(source + columns, mask=is_own, other=0.0).to(tl.float32)
-    partner = tl.load(source + other, mask=is_own, other=0.0).to(tl.float32)
-    if NORMED:
-        epsilon = tl.where(heads < Q, query_epsilon, key_epsilon)
-        scale = 1 / tl.sqrt(tl.sum(found * found, 1)[:, None] / D + epsilon)
-        is_query, is_key = is_own & (heads < Q), is_own & (heads >= Q)
-        gains = tl.load(query_gains + columns, mask=is_query, other=0.0)
-        gains += tl.load(key_gains + columns, mask=is_key, other=0.0)
-        other_gains = tl.load(query_gains + other, mask=is_query, other=0.0)
-        other_gains += tl.load(key_gains + other, mask=is_key, other=0.0)
-        found = found * scale * gains
-        partner = partner * scale * other_gains
-    partner = tl.where(columns < D // 2, -partner, partner)
-    cosine = tl.load(cosines + position * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    sine = tl.load(sines + position * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    found = (found * cosine + partner * sine).to(output.dtype.element_ty)
+    place = position * D
+    _, found = turned_heads(
+        joint + row * (Q + 2 * K) * D + heads * D, query_gains, key_gains, cosines + place, sines + place,
+        heads, columns, is_own, query_epsilon, key_epsilon, Q, K, D, NORMED,
+    )  # fmt: skip
+    found = found.to(output.dtype.element_ty)
     tl.store(output + row * (Q + K) * D + heads * D + columns, found, mask=is_own)
 
 
