@@ -160,7 +160,7 @@ def answered_in_slots(engine: Engine, slots: int, seconds: float) -> tuple[int, 
     def advance() -> None:
         machine.advance()
         # Waits for the device.
-        machine.drawn()
+        machine.finished()
 
     return machine.slots, machine.slots * LOOP_EVERY / _settled(advance, seconds)
 

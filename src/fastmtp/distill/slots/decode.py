@@ -16,13 +16,14 @@ _FEW = 8
 def decode_slots(machine: SlotMachine, engine: Engine, queue: deque[Request]) -> Iterator[list[Completion]]:
     """Decode every request in the queue, in groups of what ended in the same steps; the caller may append to it.
 
-    What came out of some steps is told, and its slots' next requests prepared by the caller, while the device is at
-    the next steps. Requests that do not fit a slot are decoded by `decode_batch` in the end.
+    While the device is at some steps, what came out of the steps before is told, the caller prepares the next
+    requests, and slots are filled for the steps to come: the device never waits for the host. Requests that do not
+    fit a slot are decoded by `decode_batch` in the end.
     """
     running: dict[int, Request] = {}
     done: list[tuple[Request, Finished]] = []
     unfit: deque[Request] = deque()
-    while queue or running or done:
+    while queue or running or done or machine.begun:
         fresh = _fresh(machine, queue, running, unfit)
         machine.fill(fresh)
         running |= fresh
@@ -32,7 +33,9 @@ def decode_slots(machine: SlotMachine, engine: Engine, queue: deque[Request]) ->
             yield [Completion(request, own.first.tokens, own.first.finished) for request, own in done]
         if seconds := _seconds(done, queue):
             yield seconds
-        done = [(running.pop(own.slot), own) for own in machine.finished()] if running else []
+        # While there is something to do one advance is always under way.
+        ended = machine.finished() if machine.begun > bool(running) else []
+        done = [(running.pop(own.slot), own) for own in ended]
         if unfit and not (queue or running or done):
             yield from ([completion] for completion in decode_batch(engine, unfit, _FEW))
 

@@ -9,7 +9,9 @@ Shapes: S slots, R slots that are filled, L room for tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from fastmtp.decode.batch import LOOP_EVERY, LOOP_TOKENS, Request
 from fastmtp.engines.capture import captured
+from fastmtp.engines.copies import Sent, to_device
 from fastmtp.engines.torch.draws import Sampling, choose, signed
 from fastmtp.engines.torch.slots import CHUNK, PREFILL_KEYS, PREFILL_TOKENS, SlotModel
 from fastmtp.engines.torch.target import Target
@@ -80,6 +83,10 @@ class SlotMachine:
         self._beginning: list[int] | None = None
         self._state.fill_(IDLE)
         self._run = captured(self._step, device)
+        # What the slots were after each of the last advances, and after which one each text may have ended.
+        self._sent: deque[tuple[int, Sent]] = deque()
+        self._since: dict[int, int] = {}
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fits(self, request: Request) -> bool:
         """Whether a slot has room for a request, and the step for its sampling."""
@@ -103,35 +110,47 @@ class SlotMachine:
         ids = np.zeros((len(slots), lengths.max()), np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
-        slots_R, ids_RL = (torch.from_numpy(np.asarray(part)).to(self._device) for part in (slots, ids))
+        slots_R, ids_RL = (to_device(torch.from_numpy(np.asarray(part)), self._device) for part in (slots, ids))
         self._tokens[slots_R, : ids_RL.shape[1]] = ids_RL
         read = self._prefill(slots_R, ids_RL, lengths, prompts).tolist()
         described = [self._described(requests[slot], first) for slot, first in zip(slots, read, strict=True)]
-        self._numbers[:, slots_R] = torch.tensor([numbers for numbers, _ in described]).T.to(self._device)
-        self._factors[:, slots_R] = torch.tensor([factors for _, factors in described]).T.to(self._device)
+        numbers_RN, factors_RF = (torch.tensor(part) for part in zip(*described, strict=True))
+        self._numbers[:, slots_R] = to_device(numbers_RN, self._device).T
+        self._factors[:, slots_R] = to_device(factors_RF, self._device).T
+        self._since.update(dict.fromkeys(slots, self.steps))
 
     @torch.inference_mode()
     def advance(self) -> None:
         """As many steps as there are between two looks for loops; on a GPU they are only begun."""
         for _ in range(LOOP_EVERY):
             self._run()
-        self.steps += LOOP_EVERY
         self._end_loops()
+        self._sent.append((self.steps, Sent(self._numbers)))
+        self.steps += LOOP_EVERY
+
+    @property
+    def begun(self) -> int:
+        """How many advances there were of which `finished` has not told."""
+        return len(self._sent)
 
     @torch.inference_mode()
     def finished(self) -> list[Finished]:
-        """What has ended since the last call, in order of slots; its slots are free then. Waits for the device."""
-        numbers = self._numbers[:, :].cpu()
+        """What ended in the first advance that was not told of, in order of slots, which are free then.
+
+        Waits for that advance alone.
+        """
+        step, sent = self._sent.popleft()
+        numbers = sent.wait()
         state, newest, _, part, _ = numbers[:5].tolist()
         first, second = numbers[5:7].tolist()
-        ended = [slot for slot, own in enumerate(state) if own in (ENDED, CUT)]
+        # A slot that was filled after this advance still shows the text before, which has been told.
+        ended = [slot for slot, since in self._since.items() if since <= step and state[slot] in (ENDED, CUT)]
         if not ended:
             return []
-        at = torch.tensor(ended, device=self._device)
-        texts = self._tokens[at].cpu().numpy()
-        self._state[at] = IDLE
+        ended.sort()
         found = []
-        for slot, ids in zip(ended, texts, strict=True):
+        for slot, ids in zip(ended, self._texts(ended), strict=True):
+            del self._since[slot]
             start = second[slot] if part[slot] else first[slot]
             last = Text(ids[start : newest[slot] + 1].tolist(), state[slot] == ENDED)
             if not part[slot]:
@@ -141,6 +160,11 @@ class SlotMachine:
             whole = Text(ids[first[slot] : end].tolist(), True)
             found.append(Finished(slot, whole, ids[: second[slot]].tolist(), last))
         return found
+
+    def _texts(self, ended: list[int]) -> NDArray[np.int64]:
+        """The tokens of slots whose texts have ended: no step changes them, so nothing under way is waited for."""
+        with torch.cuda.stream(self._beside) if self._beside is not None else nullcontext():
+            return self._tokens[to_device(torch.tensor(ended), self._device)].cpu().numpy()
 
     def drawn(self) -> int:
         """How many tokens were drawn so far, those of texts that were given up included. Waits for the device."""
@@ -163,11 +187,11 @@ class SlotMachine:
         return numbers, factors
 
     def _end_set(self, end_ids: frozenset[int]) -> int:
-        number = self._known_sets.setdefault(end_ids, len(self._known_sets))
-        assert number < _END_SETS
-        if number == len(self._known_sets) - 1:
+        if end_ids not in self._known_sets:
+            number = self._known_sets[end_ids] = len(self._known_sets)
+            assert number < _END_SETS
             self._is_end[number, torch.tensor(sorted(end_ids), dtype=torch.long, device=self._device)] = True
-        return number
+        return self._known_sets[end_ids]
 
     def _prefill(
         self, slots_R: Tensor, ids_RL: Tensor, lengths: NDArray[np.int64], prompts: list[list[int]]
@@ -188,13 +212,13 @@ class SlotMachine:
         for start in {0, common}:
             own = np.flatnonzero(begins == start)
             if start and len(own):
-                self._model.begin_alike(slots_R[torch.from_numpy(own).to(self._device)])
+                self._model.begin_alike(slots_R[to_device(torch.from_numpy(own), self._device)])
             own = own[lengths[own] - 1 > start + _FEW]
             read[own] = lengths[own] - 1
             while len(own):
                 rows = own[-max(1, min(PREFILL_TOKENS // CHUNK, PREFILL_KEYS // int(lengths[own[-1]]))) :]
                 own = own[: -len(rows)]
-                at = torch.from_numpy(rows).to(self._device)
+                at = to_device(torch.from_numpy(rows), self._device)
                 self._model.prefill(slots_R[at], ids_RL[at, start : lengths[rows[-1]] - 1], start)
         return read
 

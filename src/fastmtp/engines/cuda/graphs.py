@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.engines.capture import Step, capture
+from fastmtp.engines.copies import Sent
 from fastmtp.engines.cuda.kernels.shapes import TILE
 
 # Rows of the graphs: those of a round, and those of prompts.
@@ -40,26 +41,6 @@ class Sizes:
 
 # An interpreter takes its time for every row and span.
 EXACT = Sizes(SMALL, None)
-
-
-class Sent:
-    """A copy on its way to the host, of what is in a tensor now, whatever is launched before it is waited for."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        # PyTorch gives pinned memory to nobody else before the copies to it are done, even if it was dropped.
-        self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._copy.copy_(tensor, non_blocking=True)
-        self._done: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
-
-    def wait(self) -> NDArray[Any]:
-        """For this copy, not for what was launched after it."""
-        if self._done is not None:
-            self._done.synchronize()
-        found: NDArray[Any] = self._copy.numpy()
-        return found
 
 
 class Graphs:

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
-from fastmtp.engines.cuda.graphs import Sent, upload
+from fastmtp.engines.copies import Sent
+from fastmtp.engines.cuda.graphs import upload
 from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
-from fastmtp.engines.cuda.graphs import Sent, upload
+from fastmtp.engines.copies import Sent
+from fastmtp.engines.cuda.graphs import upload
 from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.cuda.kernels.chains import accept, begin, hand_on
 from fastmtp.engines.cuda.kernels.shapes import TILE
