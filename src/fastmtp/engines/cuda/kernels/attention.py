@@ -98,8 +98,6 @@ def _rotate(
     PAGE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    wait(OVERLAPS)
-    release(OVERLAPS)
     # One key head, its value head, and the query heads that attend to it.
     row, head = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = A // B
@@ -110,12 +108,23 @@ def _rotate(
     heads = tl.where(is_query, head * group + members, tl.where(is_key, A + head, A + B + head))
     inside = (members < group + 2)[:, None] & (lanes < half)[None, :]
     place = heads[:, None] * D + lanes[None, :]
+    # What the kernel before does not write is on its way while that one ends.
+    if BIASED:
+        bias = tl.load(BIAS + place, mask=inside, other=0.0).to(tl.float32)
+        second_bias = tl.load(BIAS + place + half, mask=inside, other=0.0).to(tl.float32)
+    if NORMED:
+        gain = tl.where(is_query, 0, D)[:, None] + lanes[None, :]
+        known = inside & (is_query | is_key)[:, None]
+        gains = tl.load(GAINS + gain, mask=known, other=1.0)
+        second_gains = tl.load(GAINS + gain + half, mask=known, other=1.0)
     position = tl.load(FACTS + COUNT + row)
     at = tl.load(FACTS + 2 * COUNT + row)
     table = tl.load(FACTS + 4 * COUNT + row)
     cos = tl.load(COS + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
     sin = tl.load(SIN + position * half + lanes, mask=lanes < half, other=0.0)[None, :]
     page = tl.load(TABLES + table * width + at // PAGE).to(tl.int64)
+    wait(OVERLAPS)
+    release(OVERLAPS)
     first = tl.full([BM, BD], 0.0, tl.float32)
     second = tl.full([BM, BD], 0.0, tl.float32)
     for part in tl.static_range(P):
@@ -123,15 +132,13 @@ def _rotate(
         first += tl.load(source, mask=inside, other=0.0)
         second += tl.load(source + half, mask=inside, other=0.0)
     if BIASED:
-        first += tl.load(BIAS + place, mask=inside, other=0.0).to(tl.float32)
-        second += tl.load(BIAS + place + half, mask=inside, other=0.0).to(tl.float32)
+        first += bias
+        second += second_bias
     if NORMED:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         factor = tl.where(is_value, 1.0, 1 / tl.sqrt(squares / D + epsilon))[:, None]
-        gain = tl.where(is_query, 0, D)[:, None] + lanes[None, :]
-        known = inside & (is_query | is_key)[:, None]
-        first = first * factor * tl.load(GAINS + gain, mask=known, other=1.0)
-        second = second * factor * tl.load(GAINS + gain + half, mask=known, other=1.0)
+        first = first * factor * gains
+        second = second * factor * second_gains
     kind = QUERIES.dtype.element_ty
     turned = (first * cos - second * sin).to(kind)
     turned_second = (second * cos + first * sin).to(kind)
@@ -170,8 +177,6 @@ def _attend(
     SPAN: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    wait(OVERLAPS)
-    release(OVERLAPS)
     row, head, span = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(FACTS + COUNT + row)
     least = 0
@@ -187,19 +192,25 @@ def _attend(
     rows = tl.load(PATHS + row * PATH + places - start, mask=in_tree, other=0)
     at = tl.where(in_tree, start + rows, places)
     pages = tl.load(TABLES + table * width + at // PAGE, mask=seen, other=0)
+    slots = pages.to(tl.int64) * PAGE + at % PAGE
+    lanes = tl.arange(0, BD)
+    key = (slots * B + head)[:, None] * D + lanes[None, :]
+    # Keys and values that are not of this forward's rows are on their way while the kernel before ends.
+    is_old = seen & (places < tl.minimum(start, position - COUNT + 1))
+    mask = is_old[:, None] & (lanes < D)[None, :]
+    k = tl.load(KEYS + key, mask=mask, other=0.0)
+    v = tl.load(VALUES + key, mask=mask, other=0.0)
+    wait(OVERLAPS)
+    release(OVERLAPS)
     if is_needed:
         group: tl.constexpr = A // B
         members = tl.arange(0, BG)
-        lanes = tl.arange(0, BD)
         inside = (members < group)[:, None] & (lanes < D)[None, :]
         query = (row * A + head * group + members)[:, None] * D + lanes[None, :]
         q = tl.load(QUERIES + query, mask=inside, other=0.0)
-        slots = pages.to(tl.int64) * PAGE + at % PAGE
-        key = (slots * B + head)[:, None] * D + lanes[None, :]
-        mask = seen[:, None] & (lanes < D)[None, :]
-        k = tl.load(KEYS + key, mask=mask, other=0.0)
-        # Loaded before the scores, which take a while.
-        v = tl.load(VALUES + key, mask=mask, other=0.0)
+        mask = (seen & ~is_old)[:, None] & (lanes < D)[None, :]
+        k = tl.where(is_old[:, None], k, tl.load(KEYS + key, mask=mask, other=0.0))
+        v = tl.where(is_old[:, None], v, tl.load(VALUES + key, mask=mask, other=0.0))
         scores = multiply_add(q, tl.trans(k), tl.full([BG, SPAN], 0.0, tl.float32)) * scale
         scores = tl.where(seen[None, :], scores, _NONE)
         largest = tl.max(scores, 1)
@@ -228,10 +239,10 @@ def _combine(
     TOGETHER: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    wait(OVERLAPS)
-    release(OVERLAPS)
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(FACTS + COUNT + row)
+    wait(OVERLAPS)
+    release(OVERLAPS)
     lanes = tl.arange(0, BD)
     is_lane = lanes < D
     first = 0

@@ -15,8 +15,7 @@ _WARPS = 16
 
 
 @triton.jit
-def _normed(x, GAINS, columns, is_column, epsilon, H: tl.constexpr):
-    gains = tl.load(GAINS + columns, mask=is_column, other=0.0)
+def _normed(x, gains, epsilon, H: tl.constexpr):
     return x * (1 / tl.sqrt(tl.sum(x * x, 0) / H + epsilon)) * gains
 
 
@@ -50,23 +49,31 @@ def _add_norm(
     ADDS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    wait(OVERLAPS)
-    release(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, BH)
     is_column = columns < H
+    # What no kernel writes is on its way while the kernel before ends; then all else at once.
+    gains = tl.load(GAINS + columns, mask=is_column, other=0.0)
+    if BIASED:
+        bias = tl.load(BIAS + columns, mask=is_column, other=0.0).to(tl.float32)
+    if HAS_OUTER:
+        outer = tl.load(OUTER + columns, mask=is_column, other=0.0)
+    wait(OVERLAPS)
+    release(OVERLAPS)
+    if ADDS:
+        residual = tl.load(RESIDUAL + row * H + columns, mask=is_column, other=0.0)
     x = tl.full([BH], 0.0, tl.float32)
     for part in tl.static_range(P):
         x += tl.load(PARTS + (part * R + row) * H + columns, mask=is_column, other=0.0)
     if BIASED:
-        x += tl.load(BIAS + columns, mask=is_column, other=0.0).to(tl.float32)
+        x += bias
     if HAS_OUTER:
-        x = _normed(x, OUTER, columns, is_column, epsilon, H)
+        x = _normed(x, outer, epsilon, H)
     if ADDS:
-        x += tl.load(RESIDUAL + row * H + columns, mask=is_column, other=0.0)
+        x += residual
     if P > 0:
         tl.store(RESIDUAL + row * H + columns, x, mask=is_column)
-    y = _normed(x, GAINS, columns, is_column, epsilon, H)
+    y = _normed(x, gains, epsilon, H)
     tl.store(OUT + row * H + columns, y.to(OUT.dtype.element_ty), mask=is_column)
 
 
@@ -92,8 +99,8 @@ def _join(
     state = tl.load(STATES + row * H + columns, mask=is_column, other=0.0).to(tl.float32)
     token = tl.load(TOKENS + row).to(tl.int64)
     embedding = tl.load(E + token * H + columns, mask=is_column, other=0.0).to(tl.float32) * scale
-    left = _normed(state, STATE_GAINS, columns, is_column, epsilon, H)
-    right = _normed(embedding, TOKEN_GAINS, columns, is_column, epsilon, H)
+    left = _normed(state, tl.load(STATE_GAINS + columns, mask=is_column, other=0.0), epsilon, H)
+    right = _normed(embedding, tl.load(TOKEN_GAINS + columns, mask=is_column, other=0.0), epsilon, H)
     out = OUT + row * 2 * H + columns
     tl.store(out, left.to(OUT.dtype.element_ty), mask=is_column)
     tl.store(out + H, right.to(OUT.dtype.element_ty), mask=is_column)
