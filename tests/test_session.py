@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastmtp.engines import open as opening
-from fastmtp.engines.open import EngineOptions, choose_engine
+from fastmtp.engines.open import CUDA_DTYPES, EngineOptions, choose_engine
 from tests.checkpoints import make_checkpoint
 
 
@@ -59,8 +59,8 @@ def test_torch_when_only_torch_fits(built: bool, options: EngineOptions) -> None
     "options",
     [
         EngineOptions("native"),
-        EngineOptions(dtype="int8"),
-        EngineOptions(dtype="int4"),
+        EngineOptions("native", "int4"),
+        EngineOptions(dtype="int8", device="cpu"),
         EngineOptions("native", "bfloat16"),
     ],
     ids=str,
@@ -75,7 +75,11 @@ def test_native_when_asked_for(built: bool, options: EngineOptions, monkeypatch:
             choose_engine(options)
 
 
-@pytest.mark.parametrize("options", [EngineOptions(dtype="float16"), EngineOptions(device="cuda")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [EngineOptions(device="cuda"), *(EngineOptions(dtype=one) for one in CUDA_DTYPES)],
+    ids=str,
+)
 def test_cuda_where_only_a_gpu_fits(options: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a("gpu", monkeypatch)
     assert choose_engine(options) == "cuda"
@@ -87,7 +91,22 @@ def test_cuda_where_only_a_gpu_fits(options: EngineOptions, monkeypatch: pytest.
     [
         ("cpu", EngineOptions("cuda"), "--engine cuda: this machine has no usable GPU"),
         ("bare gpu", EngineOptions("cuda"), "--engine cuda: Triton is not installed"),
-        ("gpu", EngineOptions("cuda", "int8"), "--engine cuda has --dtype bfloat16, float16, not int8"),
+        (
+            "gpu",
+            EngineOptions("cuda", "float32"),
+            "--engine cuda has --dtype bfloat16, float16, int8, int4, fp8, not",
+        ),
+        (
+            "cpu",
+            EngineOptions(dtype="fp8"),
+            "--dtype fp8 is the CUDA engine's, on an NVIDIA GPU; this machine has no",
+        ),
+        ("gpu", EngineOptions("torch", "fp8"), "--dtype fp8 is the CUDA engine's, on an NVIDIA GPU$"),
+        (
+            "bare gpu",
+            EngineOptions(dtype="int8", device="cuda"),
+            "--dtype int8 is the native engine's, on a CPU, and the CUDA engine's, on an NVIDIA GPU; Triton is not",
+        ),
         ("gpu", EngineOptions("cuda", device="cpu"), "--engine cuda runs on an NVIDIA GPU, not on --device cpu"),
     ],
     ids=str,

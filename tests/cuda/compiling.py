@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from fastmtp.engines.cuda.kernels import attention, chains, draws, likeliest, norms, overlap, products, race, scores
 from fastmtp.engines.cuda.kernels.attention import Rows
+from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
 from fastmtp.train import norm_kernels
@@ -82,12 +83,13 @@ def launch_all(kind: torch.dtype) -> None:
 
     x, gains, stream = half(16, hidden), zeros(hidden), zeros(16, hidden)
     # On the host memory that nobody reads is not there.
-    lm_head = half(vocabulary, hidden)
+    lm_head = Matrix(half(vocabulary, hidden))
     rows, verified = Rows.empty(4, cpu), Rows.empty(4, cpu)
     pages = attention.Pages(half(640, key_heads, size), half(640, key_heads, size), whole(10, 10))
-    products.product(x, half(wide, hidden), zeros(1 << 18))
+    products.product(x, Matrix(half(wide, hidden)), zeros(1 << 18), 4)
     for biases, gelu in ((None, False), ((half(inner), half(inner)), True)):
-        products.gated(x, (half(inner, hidden), half(inner, hidden)), biases, half(16, inner), gelu=gelu)
+        pair = Matrix(half(inner, hidden)), Matrix(half(inner, hidden))
+        products.gated(x, pair, biases, half(16, inner), 4, gelu=gelu)
     norms.embed(rows.tokens, half(100, hidden), 1.0, stream)
     norms.add_norm(None, stream, gains, x, 1e-6, 4)
     norms.add_norm(zeros(4, 16, hidden), stream, gains, x, 1e-6, 4, bias_H=half(hidden), outer_H=gains, adds=False)
@@ -134,6 +136,18 @@ def launch_all(kind: torch.dtype) -> None:
         fused_kl_(half(4, columns), half(4, columns), slots)
 
 
+def launch_quantised(kind: Quantised) -> None:
+    """What reads matrices, at the shapes of large models too, and of one whose groups of inputs are not whole."""
+    for hidden, inner in ((576, 1536), (1536, 8960), (4096, 14336)):
+        x, wide = (zeros(16, width, dtype=torch.bfloat16) for width in (hidden, inner))
+        matrix, out = quantise(zeros(inner, hidden), kind), zeros(1 << 20)
+        products.product(x, matrix, out, 4)
+        products.product(wide, quantise(zeros(hidden, inner), kind), out, 4)
+        products.gated(x, (matrix, matrix), None, wide, 4, gelu=False)
+        for ids in (None, torch.zeros(640, dtype=torch.int32)):
+            scores.scores(x, matrix, ids, zeros(16, inner if ids is None else 640))
+
+
 def launch_head(kind: torch.dtype) -> None:
     """Training: what is between a head's products, forward and backward."""
     hidden, inner, heads, key_heads, size = 1536, 8960, 12, 2, 128
@@ -156,4 +170,6 @@ if __name__ == "__main__":
     # PyTorch's engine and training run in float32, too.
     for kind in [torch.bfloat16] if once else [torch.bfloat16, torch.float16, torch.float32]:
         launch_all(kind)
+    for quantised in [] if once else QUANTISED:
+        launch_quantised(quantised)
     print(*sorted(names))

@@ -10,6 +10,7 @@ import torch
 
 from fastmtp.engines import protocol
 from fastmtp.engines.cuda.engine import CudaEngine
+from fastmtp.engines.cuda.matrices import Quantised
 from fastmtp.engines.cuda.target import CudaTarget
 from fastmtp.engines.cuda.weights import CudaHead
 from fastmtp.engines.protocol import Head
@@ -28,30 +29,33 @@ class Cuda(Engine):
     """`exact` as the native engine's, to the bit."""
 
     dtype: torch.dtype = torch.float32
+    quantised: Quantised | None = None
     runs_ahead: ClassVar[bool] = True
 
     def open(self, target: Target) -> protocol.Engine:
-        return cuda_engine(target, self.dtype)
+        return cuda_engine(target, self.dtype, self.quantised)
 
     def head(self, target: Target, head: MTPHead) -> Head:
-        return Head(cuda_head(target, head, self.dtype), VocabularyLists({}), 3)
+        return Head(cuda_head(target, head, self.dtype, self.quantised), VocabularyLists({}), 3)
 
 
-def cuda_engine(target: Target, dtype: torch.dtype = torch.float32) -> CudaEngine:
-    return _cuda_engine(target, dtype)
-
-
-@cache
-def _cuda_engine(target: Target, dtype: torch.dtype) -> CudaEngine:
-    return CudaEngine(convert(target, dtype), POOL)
+def cuda_engine(
+    target: Target, dtype: torch.dtype = torch.float32, quantised: Quantised | None = None
+) -> CudaEngine:
+    return _cuda_engine(target, dtype, quantised)
 
 
 @cache
-def cuda_head(target: Target, head: MTPHead, dtype: torch.dtype) -> CudaHead:
-    return cuda_engine(target, dtype).target.head(TensorWeights(head.state_dict()))
+def _cuda_engine(target: Target, dtype: torch.dtype, quantised: Quantised | None) -> CudaEngine:
+    return CudaEngine(convert(target, dtype, quantised), POOL)
 
 
-def convert(target: Target, dtype: torch.dtype) -> CudaTarget:
+@cache
+def cuda_head(target: Target, head: MTPHead, dtype: torch.dtype, quantised: Quantised | None = None) -> CudaHead:
+    return cuda_engine(target, dtype, quantised).target.head(TensorWeights(head.state_dict()))
+
+
+def convert(target: Target, dtype: torch.dtype, quantised: Quantised | None = None) -> CudaTarget:
     return CudaTarget(
         ModelConfig.from_json(target.config.to_dict(), target.source),
         (),
@@ -59,6 +63,7 @@ def convert(target: Target, dtype: torch.dtype) -> CudaTarget:
         target.source,
         TensorWeights(target.model.state_dict()),
         dtype=dtype,
+        quantised=quantised,
         device=DEVICE,
     )
 

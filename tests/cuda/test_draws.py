@@ -21,6 +21,7 @@ from fastmtp.engines.cuda.engine import CudaEngine
 from fastmtp.engines.cuda.kernels.draws import DrawMemory, draw, expect
 from fastmtp.engines.cuda.kernels.race import sampling_numbers
 from fastmtp.engines.cuda.kernels.shapes import TILE
+from fastmtp.engines.cuda.matrices import Matrix
 from fastmtp.engines.protocol import Costs, TokenSequence, Values
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
@@ -68,7 +69,7 @@ def codes_of(
     positions = torch.arange(position - 1, position - 1 + count, dtype=torch.int32, device=DEVICE)
     found, codes = torch.zeros(2, count, dtype=torch.int32, device=DEVICE)
     memory = DrawMemory.empty(TILE, tokens, DEVICE)
-    draw(torch.eye(TILE, device=DEVICE), weight_VH.to(DEVICE), ids, memory, how, positions, 1, found, codes)
+    draw(torch.eye(TILE, device=DEVICE), Matrix(weight_VH.to(DEVICE)), ids, memory, how, positions, 1, found, codes)
     guessed = [code if code >= 0 else -1 - code for code in codes.tolist()]
     assert found.tolist() == guessed and all(0 <= token < len(weight_VH) for token in guessed)
     return codes.tolist()

@@ -365,7 +365,7 @@ def test_files_give_the_model_and_its_head(tmp_path: Path) -> None:
     for part in (target.model, target.tokenizer):
         part.save_pretrained(tmp_path / "model")
     save(tmp_path / "head", target, head)
-    engine = load_cuda_engine(str(tmp_path / "model"), dtype=torch.float32, device=DEVICE)
+    engine = load_cuda_engine(str(tmp_path / "model"), dtype="float32", device=DEVICE)
     sequence = engine.new_sequence(engine.load_head(tmp_path / "head"))
     same = CUDA.sequence(target, head)
     assert np.array_equal(sequence.prefill([1, 2, 3]), same.prefill([1, 2, 3]))

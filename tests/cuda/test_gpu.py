@@ -16,12 +16,14 @@ from fastmtp.decode.sampling import choose
 from fastmtp.decode.speculative import speculative
 from fastmtp.engines.cuda.kernels.products import product
 from fastmtp.engines.cuda.load import load_cuda_engine
+from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
 from fastmtp.engines.protocol import Costs
 from fastmtp.heads.shipped import shipped_head
 from fastmtp.method.head import MTPHead
 from tests.conftest import FAMILIES, random_ids, tiny_target
 from tests.cuda.engine import Cuda
 from tests.cuda.test_draws import SETTINGS, codes_of, logits, on_the_host
+from tests.cuda.test_quantised import check_every_value, check_gated, check_scores, dequantised
 
 pytestmark = pytest.mark.gpu
 
@@ -48,9 +50,48 @@ def test_rows_of_large_products_keep_their_bits(outputs: int, inputs: int, dtype
     for place in range(48):
         x = torch.randn(48, inputs, generator=draw, device="cuda").to(dtype)
         x[place] = row
-        found.append(product(x, weight, memory)[:, place].clone())
+        found.append(product(x, Matrix(weight), memory, len(x))[:, place].clone())
     assert all(torch.equal(one, found[0]) for one in found)
     torch.testing.assert_close(found[0].sum(0), row.float() @ weight.float().T, rtol=1e-2, atol=1.0)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize(("outputs", "inputs"), [(2048, 1536), (1536, 8960), (6144, 4096), (576, 576)])
+def test_rows_of_large_quantised_products(outputs: int, inputs: int, kind: Quantised) -> None:
+    """Those of the weights that are stored, and a row's bits its own, however many rows are wanted."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    matrix = quantise(torch.randn(outputs, inputs, generator=draw, device="cuda").to(torch.bfloat16), kind)
+    x = torch.randn(48, inputs, generator=draw, device="cuda").bfloat16()
+    memory = torch.empty(1 << 24, device="cuda")
+    whole = product(x, matrix, memory, 48).clone()
+    expected = x.double() @ dequantised(matrix, inputs).double().T
+    torch.testing.assert_close(whole.sum(0).double(), expected, rtol=1e-3, atol=1e-3 * inputs**0.5)
+    for wanted in (1, 2, 8, 17):
+        part = torch.randn(48, inputs, generator=draw, device="cuda").bfloat16()
+        part[:wanted] = x[-wanted:]
+        assert torch.equal(product(part, matrix, memory, wanted)[:, :wanted], whole[:, -wanted:])
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_every_quantised_value_is_converted_exactly(kind: Quantised) -> None:
+    check_every_value(kind)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("inputs", [64, 1536])
+def test_scores_and_gated_products_of_quantised_weights(kind: Quantised, inputs: int) -> None:
+    check_scores(kind, 2000, inputs)
+    check_gated(kind, 200, inputs)
+
+
+@DRAFTERS
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_speculation_with_quantised_weights_changes_no_token(kind: Quantised, new_drafter: NewDrafter) -> None:
+    target, prompt, engine = tiny_target("llama"), random_ids(300), Cuda(torch.bfloat16, kind)
+    sequence = engine.sequence(target, MTPHead(target.model), list(range(100)))
+    rounds = speculative(sequence, prompt, new_drafter(prompt, GREEDY), GREEDY)
+    tokens = [token for one in islice(rounds, 60) for token in one.tokens]
+    assert tokens == list(islice(plain(engine.sequence(target), prompt, GREEDY), len(tokens)))
 
 
 @DRAFTERS

@@ -15,6 +15,7 @@ from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
 from fastmtp.engines.cuda.kernels.products import gated, product
 from fastmtp.engines.cuda.kernels.scores import BlockScores, argmax, block_scores, scores
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE, division
+from fastmtp.engines.cuda.matrices import Matrix
 from tests.cuda.conftest import DEVICE
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,8 +40,8 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -
 def test_products(outputs: int, inputs: int, dtype: torch.dtype) -> None:
     """Of shapes that no block divides, in several parts where the inputs are many."""
     x, weight = drawn(2 * TILE, inputs, dtype=dtype), drawn(outputs, inputs, seed=1, dtype=dtype) / inputs**0.5
-    parts = product(x, weight, memory(1 << 14))
-    assert len(parts) == division(outputs, inputs).parts == (2 if inputs > 512 else 1)
+    parts = product(x, Matrix(weight), memory(1 << 14), len(x))
+    assert len(parts) == division(outputs, inputs, 16).parts == (2 if inputs > 512 else 1)
     close(parts.sum(0), x.float() @ weight.float().T)
 
 
@@ -56,7 +57,7 @@ def test_a_rows_product_depends_on_the_row_alone(dtype: torch.dtype) -> None:
             else torch.zeros(TILE, 600, device=DEVICE).to(dtype)
         )
         x[place] = row
-        found.append(product(x, weight, memory(1 << 14))[:, place].clone())
+        found.append(product(x, Matrix(weight), memory(1 << 14), len(x))[:, place].clone())
     assert all(torch.equal(one, found[0]) for one in found)
 
 
@@ -66,7 +67,7 @@ def test_gated_products(is_gelu: bool) -> None:
     biases = drawn(40, seed=3), drawn(40, seed=4)
     out = torch.empty(TILE, 40, device=DEVICE)
     for own in (biases, None):
-        gated(x, (gate, up), own, out, gelu=is_gelu)
+        gated(x, (Matrix(gate), Matrix(up)), own, out, TILE, gelu=is_gelu)
         left, right = (
             x @ weight.T + (0 if own is None else bias) for weight, bias in zip((gate, up), biases, strict=True)
         )
@@ -222,13 +223,13 @@ def test_scores_and_their_argmax(listed: bool) -> None:
     ids = torch.tensor([150, 3, -1, 20, 9, *range(60, 140)], dtype=torch.int32, device=DEVICE) if listed else None
     count = len(ids) if listed else 200
     out, tokens = torch.zeros(TILE, count, device=DEVICE), memory(5, torch.int32)
-    scores(states, weight, ids, out)
+    scores(states, Matrix(weight), ids, out)
     expected = states @ weight.T
     if ids is not None:
         expected = expected[:, ids.long().clamp(min=0)].masked_fill(ids < 0, -torch.inf)
     close(out, expected)
     codes = memory(5, torch.int32)
-    argmax(states, weight, ids, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens, codes)
+    argmax(states, Matrix(weight), ids, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens, codes)
     found = out[:5].argmax(-1)
     assert tokens.tolist() == (found if ids is None else ids[found]).tolist()
     assert tokens[3] == (150 if listed else 20)
@@ -239,10 +240,10 @@ def test_each_tile_may_score_tokens_of_its_own() -> None:
     states, weight = drawn(2 * TILE, 24), drawn(200, 24, seed=1)
     ids = torch.tensor([[*range(70)], [*range(69, 0, -1), -1]], dtype=torch.int32, device=DEVICE)
     out = torch.zeros(2 * TILE, 70, device=DEVICE)
-    scores(states, weight, ids, out)
+    scores(states, Matrix(weight), ids, out)
     for tile, own in enumerate(ids):
         alone = torch.zeros(TILE, 70, device=DEVICE)
-        scores(states[tile * TILE :][:TILE], weight, own, alone)
+        scores(states[tile * TILE :][:TILE], Matrix(weight), own, alone)
         assert torch.equal(out[tile * TILE :][:TILE], alone)
 
 
@@ -257,7 +258,7 @@ def test_the_likeliest_tokens_of_rows(width: int) -> None:
     lists[0, 100], lists[1, :8] = 20, torch.tensor([3, 150, 20, 5, 20, 6, 7, 8])
     for ids, count in ((None, 200), (lists, 140)):
         found, answer = BlockScores.empty(2 * TILE, count, DEVICE), torch.zeros(6, 2 * width, device=DEVICE)
-        block_scores(states, weight, ids, found, 3)
+        block_scores(states, Matrix(weight), ids, found, 3)
         assert not found.logits_RN[3:TILE].any(), "rows that nobody asks for cost bandwidth"
         logits_RN = found.logits_RN.clone()
         likeliest(found, ids, answer)
@@ -275,7 +276,8 @@ def test_the_likeliest_tokens_of_rows(width: int) -> None:
 def test_scores_that_are_no_numbers_give_a_token() -> None:
     tokens = memory(TILE, torch.int32)
     weight = torch.full((70, 24), torch.nan, device=DEVICE)
-    argmax(drawn(TILE, 24), weight, None, (memory(TILE * 8), memory(TILE * 8, torch.int32)), tokens, tokens)
+    best = memory(TILE * 8), memory(TILE * 8, torch.int32)
+    argmax(drawn(TILE, 24), Matrix(weight), None, best, tokens, tokens)
     assert ((tokens >= 0) & (tokens < 70)).all()
 
 

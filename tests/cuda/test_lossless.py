@@ -14,6 +14,7 @@ from fastmtp.decode.drafting.drafter import ALONE, Chain, Load, NewDrafter, Plan
 from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.generation import Generation
 from fastmtp.decode.speculative import speculative
+from fastmtp.engines.cuda.matrices import Quantised
 from fastmtp.engines.protocol import Ask, Costs
 from fastmtp.engines.torch.target import Target
 from fastmtp.engines.tree import Tree
@@ -76,6 +77,17 @@ def test_every_family(family: str) -> None:
         tokens = [token for one in found for token in one.tokens][: len(wanted)]
         assert tokens == wanted[: len(tokens)]
         assert min(one.drafted for one in found[1:]) > 2
+
+
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4", "fp8"])
+def test_quantised_weights(llama: Target, kind: Quantised) -> None:
+    """Drafts change no token of the quantised model, which is another one than that of bfloat16."""
+    engine = Cuda(torch.bfloat16, kind)
+    head, wanted = hopeful_head(llama), plain_tokens(engine, llama, PROMPT, 9)
+    sequence = engine.sequence(llama, head, list(range(0, 300, 2)), 8)
+    found = list(islice(speculative(sequence, PROMPT, Branching(), GREEDY), 3))
+    tokens = [token for one in found for token in one.tokens][: len(wanted)]
+    assert tokens == wanted[: len(tokens)]
 
 
 @pytest.mark.parametrize("wrong_every", [0, 1, 3], ids=["perfect", "wrong", "partly"])

@@ -18,7 +18,7 @@ from fastmtp.cli.fetching import Command, yes_option
 from fastmtp.cli.terminal import visible
 from fastmtp.config import kind_of
 from fastmtp.decode.drafting.options import AUTO, GROWING, DraftOptions
-from fastmtp.engines.open import NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
+from fastmtp.engines.open import CUDA_DTYPES, NATIVE_DTYPES, TORCH_DTYPES, EngineName, EngineOptions
 from fastmtp.locking import sole_writer
 
 PATH = click.Path(path_type=Path)
@@ -121,8 +121,9 @@ def engine_options(command: Command) -> Command:
     decorated = device_option(decorated)
     decorated = click.option(
         "--dtype",
-        type=click.Choice(dict.fromkeys([*NATIVE_DTYPES, *TORCH_DTYPES])),
-        help="weights; native: int8, int4, bfloat16  [default: int8 in native, what suits the device in torch]",
+        type=click.Choice(dict.fromkeys([*NATIVE_DTYPES, *TORCH_DTYPES, *CUDA_DTYPES])),
+        help=f"weights; native: {', '.join(NATIVE_DTYPES)}; cuda: {', '.join(CUDA_DTYPES)}  [default: int8 "
+        "in native, bfloat16 in cuda, what suits the device in torch]",
     )(decorated)
     decorated = click.option(
         "--engine",

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 EngineName = Literal["native", "torch", "cuda"]
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 NATIVE_DTYPES = ("int8", "int4", "bfloat16")
-CUDA_DTYPES = ("bfloat16", "float16")
-_ONLY_NATIVE = ("int8", "int4")
+CUDA_DTYPES = ("bfloat16", "float16", "int8", "int4", "fp8")
+# With an engine of its own for each: PyTorch has none of them.
+_QUANTISED = ("int8", "int4", "fp8")
 log = logging.getLogger("fastmtp")
 
 
@@ -49,15 +50,16 @@ def open_engine(
 
     Args:
         name: a packaged model (packaged_models.py), a Hugging Face directory, a `.gguf` file, or a hub id.
-        for_throughput: many tokens at once are to be computed: PyTorch does so on a GPU, and where the user names
-            no dtype it takes the fastest one.
+        for_throughput: many tokens at once are to be computed: PyTorch does so on a GPU, but for quantised weights,
+            which it does not have, and where the user names no dtype it takes the fastest one.
     Raises:
         FileNotFoundError: no such file or directory, or a hub id that cannot be had.
         ValueError: options that contradict each other, an unsupported architecture, or a damaged file.
         MemoryError: the weights would not fit.
     """
     chosen = choose_engine(options)
-    if chosen == "cuda" and (options.engine == "cuda" or (not for_throughput and _has_kernels(name, progress))):
+    is_asked = options.engine == "cuda" or options.dtype in _QUANTISED
+    if chosen == "cuda" and (is_asked or (not for_throughput and _has_kernels(name, progress))):
         return open_cuda(name, options.dtype, options.device, progress)
     if chosen != "native":
         if not for_throughput:
@@ -110,7 +112,7 @@ def open_cuda(
     _check_device(device)
     file_of(name, progress)
     chosen = torch.device(device or "cuda")
-    engine = load_cuda_engine(name, dtype=getattr(torch, dtype or "bfloat16"), device=chosen, progress=progress)
+    engine = load_cuda_engine(name, dtype=dtype or "bfloat16", device=chosen, progress=progress)
     progress.say(f"decoding with {engine.name}")
     return engine
 
@@ -199,8 +201,7 @@ def choose_engine(options: EngineOptions) -> EngineName:
     if options.engine == "torch" or (
         options.engine is None and (on_gpu or options.dtype in ("float32", "float16"))
     ):
-        if options.dtype in _ONLY_NATIVE:
-            raise ValueError(f"--dtype {options.dtype} is the native engine's, which runs on a CPU only")
+        _check_not_quantised(options)
         require("torch")
         return "torch"
     if options.engine == "native":
@@ -209,7 +210,9 @@ def choose_engine(options: EngineOptions) -> EngineName:
         if options.dtype not in (None, *NATIVE_DTYPES):
             raise ValueError(f"--engine native has --dtype {', '.join(NATIVE_DTYPES)}, not {options.dtype}")
     built = has_native()
-    asked = options.engine == "native" or options.dtype in _ONLY_NATIVE
+    if options.dtype not in NATIVE_DTYPES:
+        _check_not_quantised(options)
+    asked = options.engine == "native" or options.dtype in _QUANTISED
     if built and (asked or options.device == "cpu" or not _has_gpu()):
         return "native"
     if asked:
@@ -227,14 +230,29 @@ def _check_cuda(options: EngineOptions) -> None:
     if options.device is not None and not options.device.startswith("cuda"):
         raise ValueError(f"--engine cuda runs on an NVIDIA GPU, not on --device {options.device}")
     require("torch")
-    lacking = _lacking_for_cuda(options.device) if _has_gpu() else "this machine has no usable GPU"
-    if lacking:
+    if lacking := _lacking_here(options.device):
         raise ValueError(f"--engine cuda: {lacking}")
+
+
+def _check_not_quantised(options: EngineOptions) -> None:
+    """Raises ValueError if weights are asked for that PyTorch does not have, and the native engine here neither."""
+    if options.dtype in _QUANTISED:
+        owners = "the CUDA engine's, on an NVIDIA GPU"
+        if options.dtype in NATIVE_DTYPES:
+            owners = f"the native engine's, on a CPU, and {owners}"
+        is_cuda = options.engine is None and (options.device or "cuda").startswith("cuda")
+        lacking = _lacking_here(options.device) if is_cuda else None
+        raise ValueError(f"--dtype {options.dtype} is {owners}" + (f"; {lacking}" if lacking else ""))
 
 
 def _suits_cuda(options: EngineOptions) -> bool:
     is_cuda = options.device is None or options.device.startswith("cuda")
     return options.engine is None and is_cuda and options.dtype in (None, *CUDA_DTYPES)
+
+
+def _lacking_here(device: str | None) -> str | None:
+    """What the CUDA engine lacks; None if nothing."""
+    return _lacking_for_cuda(device) if _has_gpu() else "this machine has no usable GPU"
 
 
 def _lacking_for_cuda(device: str | None) -> str | None:

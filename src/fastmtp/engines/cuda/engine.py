@@ -58,11 +58,11 @@ class CudaEngine:
     def name(self) -> str:
         device = self.target.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-        return f"cuda (triton {triton.__version__}, {where}, {str(self.target.dtype)[6:]})"
+        return f"cuda (triton {triton.__version__}, {where}, {self.target.weight_type})"
 
     @property
     def arithmetic(self) -> str:
-        return f"cuda {str(self.target.dtype)[6:]}"
+        return f"cuda {self.target.weight_type}"
 
     @property
     def device(self) -> str:

@@ -70,7 +70,7 @@ class Network:
         target, views = self._target, self.views(len(rows))
         scale, epsilon = target.embedding_scale, target.config.rms_norm_eps
         join(views.given, rows.tokens, target.embedding, head.input_gains, views.joined, scale, epsilon)
-        parts = product(views.joined, head.projection, views.parts)
+        parts = product(views.joined, head.projection, views.parts, len(rows))
         self._layers(views, rows, spans, [(head.layer, self._pool.layer(-1))], head.final_gains, parts, None)
 
     def _layers(
@@ -100,12 +100,12 @@ class Network:
             )
             if last_inputs_RH is not None and layer is stack[-1][0]:
                 last_inputs_RH.copy_(residual)
-            parts, rope = product(inputs, layer.query_key_value, views.parts), target.ropes[layer.rope]
+            parts = product(inputs, layer.query_key_value, views.parts, count)
             rotate(
                 parts,
                 layer.query_key_value_bias,
                 layer.query_key_gains,
-                rope,
+                target.ropes[layer.rope],
                 rows,
                 pages,
                 views.queries,
@@ -113,11 +113,11 @@ class Network:
             )
             scale = target.attention_scale
             attend(views.queries, rows, pages, views.attended, memory, scale, layer.window, spans)
-            parts = product(views.attended, layer.out, views.parts)
+            parts = product(views.attended, layer.out, views.parts, count)
             bias, outer = layer.out_bias, layer.attention_outer
             add_norm(parts, residual, layer.feed_gains, inputs, epsilon, count, bias_H=bias, outer_H=outer)
-            gated(inputs, layer.gate_up, layer.gate_up_biases, views.gated, gelu=target.gelu)
-            parts = product(views.gated, layer.down, views.parts)
+            gated(inputs, layer.gate_up, layer.gate_up_biases, views.gated, count, gelu=target.gelu)
+            parts = product(views.gated, layer.down, views.parts, count)
             bias, outer, adds = layer.down_bias, layer.feed_outer, True
         add_norm(parts, views.residual, final_gains, views.states, epsilon, count, bias_H=bias, outer_H=outer)
 
@@ -140,7 +140,8 @@ def _views(target: CudaTarget, rows: int) -> Views:
     heads, size = config.num_attention_heads, config.head_dim
     both = (heads + 2 * config.num_key_value_heads) * size
     shapes = [(both, hidden), (hidden, heads * size), (hidden, inner), (hidden, 2 * hidden)]
-    most = max(division(outputs, inputs).parts * outputs for outputs, inputs in shapes)
+    bits = target.weight_bits
+    most = max(division(outputs, inputs, bits).parts * outputs for outputs, inputs in shapes)
 
     def zeros(*shape: int, dtype: torch.dtype = target.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=target.device)

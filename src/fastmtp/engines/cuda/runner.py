@@ -59,7 +59,7 @@ class CudaRunner:
         self._listed, self._own = np.zeros(0, np.int32), np.zeros(0, np.int32)
         # How often they changed.
         self._fitted = 0
-        self._tree = DraftTree(0, target.lm_head.new_empty(0, target.config.hidden_size), [], 0)
+        self._tree = DraftTree(0, target.embedding.new_empty(0, target.config.hidden_size), [], 0)
         self._foreseen: Foreseen | None = None
         # Of how many nodes in a row, each the likeliest, it was asked in this round and in the last one that asked;
         # and for how many candidates.

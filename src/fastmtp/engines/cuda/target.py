@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import torch
 from torch import Tensor
 
+from fastmtp.engines.cuda.matrices import Quantised, matrix_bytes, weight_bits
 from fastmtp.engines.cuda.pool import BEYOND
 from fastmtp.engines.cuda.weights import CudaHead, Reader
 from fastmtp.engines.memory import check_memory, free_bytes, weight_bytes
@@ -37,6 +39,7 @@ class CudaTarget(TargetInfo):
         weights: Weights,
         *,
         dtype: torch.dtype,
+        quantised: Quantised | None = None,
         device: torch.device,
         progress: Progress = QUIET,
     ) -> None:
@@ -45,24 +48,26 @@ class CudaTarget(TargetInfo):
         Args:
             end_ids: as for `TargetInfo`.
             weights: those that the configuration asks for, as `open_model` checks.
+            dtype: of what the matrices are multiplied with, and of these if they are not quantised.
+            quantised: how they are, those of heads and the LM head with them. The embedding is not.
         Raises:
             ValueError: the rotary embeddings are not supported, or a weight is beyond the dtype's range.
             MemoryError: the weights would not fit; nothing was read.
         """
         super().__init__(config, end_ids, tokenizer, tensors.family(config).model_class, source)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.quantised, self.device = dtype, quantised, device
         self.embedding_scale = tensors.embedding_scale(config)
         self.attention_scale = tensors.attention_scale(config)
         self.gelu = config.hidden_act == "gelu_pytorch_tanh"
         self.kinds = sorted({*config.layer_types, FULL})
         frequencies = ropes(config, self.kinds, weights.rope_factors, source)
         if device.type == "cuda":
-            needed, what = weight_bytes(config, lambda _: dtype.itemsize), f"{source} in {str(dtype)[6:]}"
-            check_memory(needed, free_bytes(device), what, "a smaller model", f"on {device}")
+            what = f"{source} in {self.weight_type}"
+            check_memory(self._weight_bytes(), free_bytes(device), what, "a smaller model", f"on {device}")
         reader = self.reader(weights)
-        self.embedding = self.lm_head = reader.matrix("model.embed_tokens.weight")
-        if not config.tie_word_embeddings:
-            self.lm_head = reader.matrix("lm_head.weight")
+        self.embedding = reader.tensor("model.embed_tokens.weight")
+        tied = config.tie_word_embeddings
+        self.lm_head = reader.as_matrix(self.embedding) if tied else reader.matrix("lm_head.weight")
         windows = tensors.windows(config)
         with progress.bar("loading layers", config.num_hidden_layers) as bar:
             self.layers = []
@@ -76,16 +81,33 @@ class CudaTarget(TargetInfo):
 
     def reader(self, weights: Weights, source: object = None) -> Reader:
         """For a head's tensors, too."""
-        return Reader(weights, self.config, self.dtype, self.device, source or self.source)
+        return Reader(weights, self.config, self.dtype, self.quantised, self.device, source or self.source)
 
     def head(self, weights: Weights, source: object = None) -> CudaHead:
         return CudaHead(self.reader(weights, source), self.kinds)
 
     @property
+    def weight_type(self) -> str:
+        return self.quantised or str(self.dtype)[6:]
+
+    @property
+    def weight_bits(self) -> int:
+        return weight_bits(self.dtype, self.quantised)
+
+    @property
     def forward_bytes(self) -> int:
         """Bytes of weights that one forward of few tokens reads, LM head included."""
-        matrices = [*(matrix for layer in self.layers for matrix in layer.matrices), self.lm_head]
-        return sum(matrix.numel() * matrix.element_size() for matrix in matrices)
+        return sum(
+            matrix.bytes for matrix in (*(one for layer in self.layers for one in layer.matrices), self.lm_head)
+        )
+
+    def _weight_bytes(self) -> int:
+        if self.quantised is None:
+            return weight_bytes(self.config, lambda _: self.dtype.itemsize)
+        shapes = tensors.tensor_shapes(self.config)
+        embedding = prod(shapes.pop("model.embed_tokens.weight"))
+        matrices = (matrix_bytes(*shape, self.quantised) for shape in shapes.values() if len(shape) == 2)
+        return embedding * self.dtype.itemsize + sum(matrices)
 
 
 def _rope(angles: Tensor, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmtp.engines.cuda.matrices import Matrix, Quantised, joined, quantise
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.torch_tensors import as_tensor
@@ -22,7 +23,7 @@ Read = Callable[[str], Tensor | None]
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer. Matrices and biases are in the engine's dtype, norms' gains in float32.
+    """A decoder layer. Biases are in the engine's dtype, norms' gains in float32.
 
     Attributes:
         query_key_gains: [2, D]
@@ -32,23 +33,23 @@ class Layer:
     """
 
     input_gains: Tensor
-    query_key_value: Tensor
+    query_key_value: Matrix
     query_key_value_bias: Tensor | None
     query_key_gains: Tensor | None
-    out: Tensor
+    out: Matrix
     out_bias: Tensor | None
     attention_outer: Tensor | None
     feed_gains: Tensor
-    gate_up: tuple[Tensor, Tensor]
+    gate_up: tuple[Matrix, Matrix]
     gate_up_biases: tuple[Tensor, Tensor] | None
-    down: Tensor
+    down: Matrix
     down_bias: Tensor | None
     feed_outer: Tensor | None
     window: int | None
     rope: int
 
     @property
-    def matrices(self) -> list[Tensor]:
+    def matrices(self) -> list[Matrix]:
         return [self.query_key_value, self.out, *self.gate_up, self.down]
 
 
@@ -56,17 +57,30 @@ class Reader:
     """Reads a model's or a head's tensors onto a device."""
 
     def __init__(
-        self, weights: Weights, config: ModelConfig, dtype: torch.dtype, device: torch.device, source: object
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        kind: Quantised | None,
+        device: torch.device,
+        source: object,
     ) -> None:
         """
         Args:
+            kind: of matrices; None is the dtype's.
             source: the model or head, for error messages.
         """
-        self._weights, self._config, self._dtype, self._device = weights, config, dtype, device
+        self._weights, self._config, self._dtype, self._kind, self._device = weights, config, dtype, kind, device
         self._source, self._offset = source, tensors.family(config).norm_offset
 
-    def matrix(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         return as_tensor(self._weights, name, self._dtype, self._source).to(self._device)
+
+    def matrix(self, name: str) -> Matrix:
+        return self.as_matrix(self.tensor(name))
+
+    def as_matrix(self, weight_NK: Tensor) -> Matrix:
+        return Matrix(weight_NK) if self._kind is None else quantise(weight_NK, self._kind)
 
     def gains(self, name: str) -> Tensor:
         stored = as_tensor(self._weights, f"{name}.weight", torch.float32, self._source)
@@ -83,7 +97,7 @@ class Reader:
         pair = ["mlp.gate_proj", "mlp.up_proj"]
 
         def bias(name: str) -> Tensor | None:
-            return self.matrix(f"{prefix}{name}.bias") if linear[name].bias else None
+            return self.tensor(f"{prefix}{name}.bias") if linear[name].bias else None
 
         def gains(name: str) -> Tensor | None:
             return self.gains(prefix + name) if name in norms else None
@@ -94,8 +108,8 @@ class Reader:
         query, key = gains("self_attn.q_norm"), gains("self_attn.k_norm")
         return Layer(
             input_gains=self.gains(f"{prefix}input_layernorm"),
-            query_key_value=torch.cat([self.matrix(f"{prefix}{name}.weight") for name in queries]),
-            query_key_value_bias=_joined(biases),
+            query_key_value=joined([self.matrix(f"{prefix}{name}.weight") for name in queries]),
+            query_key_value_bias=_joined_biases(biases),
             query_key_gains=None if query is None or key is None else torch.stack([query, key]),
             out=self.matrix(f"{prefix}self_attn.o_proj.weight"),
             out_bias=bias("self_attn.o_proj"),
@@ -111,7 +125,7 @@ class Reader:
         )
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
+def _joined_biases(parts: list[Tensor | None]) -> Tensor | None:
     there = [part for part in parts if part is not None]
     return torch.cat(there) if there else None
 

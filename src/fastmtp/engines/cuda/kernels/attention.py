@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.products import multiply_add
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, padded
+from fastmtp.engines.cuda.kernels.steps import multiply_add
 
 # Before the first key, the largest score; the softmax of keys that are not attended to is exactly zero.
 _NONE = tl.constexpr(-1e30)

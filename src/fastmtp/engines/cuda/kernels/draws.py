@@ -25,6 +25,7 @@ from torch import Tensor
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
 from fastmtp.engines.cuda.kernels.race import kept_of, log_times, random_key, temperature_of, two_least
 from fastmtp.engines.cuda.kernels.scores import BLOCK, BlockScores, block_scores
+from fastmtp.engines.cuda.matrices import Matrix
 
 # Tokens of a program of `_race`, and of a step of `_settle`.
 _CHUNK, _STEP = 1024, 2048
@@ -339,7 +340,7 @@ def expect(likely: Tensor, how: Tensor, state: Tensor, level: int, following: Te
 
 def draw(
     states_RH: Tensor,
-    weight_VH: Tensor,
+    weight: Matrix,
     ids_N: Tensor | None,
     memory: DrawMemory,
     how: Tensor,
@@ -357,7 +358,7 @@ def draw(
     """
     scores, drawn = memory.scores, len(tokens_M)
     count, blocks, chunks = scores.logits_RN.shape[1], scores.best.shape[1], memory.sums.shape[1]
-    block_scores(states_RH, weight_VH, ids_N, scores, drawn)
+    block_scores(states_RH, weight, ids_N, scores, drawn)
     ids, listed, block = how if ids_N is None else ids_N, ids_N is not None, triton.next_power_of_2(blocks)
     found = memory.sums, memory.times, memory.seconds, memory.winners
     _race[(drawn, chunks)](

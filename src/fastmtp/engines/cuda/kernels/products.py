@@ -1,6 +1,6 @@
 """Products of a few rows with a matrix of weights.
 
-Shapes: R rows in whole tiles, N outputs, K inputs, P parts of K.
+Shapes: R rows in whole tiles, M of them wanted, N outputs, K inputs, P parts of K.
 """
 
 from __future__ import annotations
@@ -10,31 +10,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.shapes import TILE, Division, division
+from fastmtp.engines.cuda.kernels.shapes import TILE, block, blocks, division
+from fastmtp.engines.cuda.kernels.steps import add_step, scaled
+from fastmtp.engines.cuda.matrices import Matrix
 
 _WARPS, _STAGES, _GATED_STAGES = 4, 4, 3
-# The gate's columns of a program, and inputs of a step.
-_GATED = 32, 128
-# Triton's interpreter has no products of bfloat16.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit
-def multiply_add(left, right, total):
-    """total + left right, in float32."""
-    if _INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product(
     X,
     W,
+    SCALES,
     OUT,
     R,
+    M,
     N: tl.constexpr,
     K: tl.constexpr,
+    KIND: tl.constexpr,
     DEPTH: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -43,30 +36,33 @@ def _product(
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
-    is_column = columns < N
+    is_row, is_column = rows < M, columns < N
     wait(OVERLAPS)
     total = tl.full([16, BN], 0.0, tl.float32)
-    weights = W + columns.to(tl.int64)[:, None] * K
     for step in range(0, DEPTH, BK):
-        inputs = part * DEPTH + step + tl.arange(0, BK)
-        is_input = inputs < K
-        x = tl.load(X + rows[:, None] * K + inputs[None, :], mask=is_input[None, :], other=0.0)
-        w = tl.load(weights + inputs[None, :], mask=is_column[:, None] & is_input[None, :], other=0.0)
-        total = multiply_add(x, tl.trans(w), total)
+        first = part * DEPTH + step
+        total = add_step(
+            X + rows[:, None] * K, W, SCALES, columns.to(tl.int64), is_row, is_column, first, total, K, KIND, BK
+        )
     release(OVERLAPS)
+    total = scaled(SCALES, columns, is_column, total, KIND)
     tl.store(OUT + (part * R + rows[:, None]) * N + columns[None, :], total, mask=is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gated(
     X,
     GATE,
     UP,
+    GATE_SCALES,
+    UP_SCALES,
     GATE_BIAS,
     UP_BIAS,
     OUT,
+    M,
     N: tl.constexpr,
     K: tl.constexpr,
+    KIND: tl.constexpr,
     BIASED: tl.constexpr,
     GELU: tl.constexpr,
     BN: tl.constexpr,
@@ -75,19 +71,17 @@ def _gated(
 ):
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    is_column = columns < N
+    is_row, is_column = rows < M, columns < N
     wait(OVERLAPS)
     gate = tl.full([16, BN], 0.0, tl.float32)
     up = tl.full([16, BN], 0.0, tl.float32)
-    place = columns.to(tl.int64)[:, None] * K
+    x, place = X + rows[:, None] * K, columns.to(tl.int64)
     for step in range(0, K, BK):
-        inputs = step + tl.arange(0, BK)
-        is_input = inputs < K
-        x = tl.load(X + rows[:, None] * K + inputs[None, :], mask=is_input[None, :], other=0.0)
-        mask = is_column[:, None] & is_input[None, :]
-        gate = multiply_add(x, tl.trans(tl.load(GATE + place + inputs[None, :], mask=mask, other=0.0)), gate)
-        up = multiply_add(x, tl.trans(tl.load(UP + place + inputs[None, :], mask=mask, other=0.0)), up)
+        gate = add_step(x, GATE, GATE_SCALES, place, is_row, is_column, step, gate, K, KIND, BK)
+        up = add_step(x, UP, UP_SCALES, place, is_row, is_column, step, up, K, KIND, BK)
     release(OVERLAPS)
+    gate = scaled(GATE_SCALES, columns, is_column, gate, KIND)
+    up = scaled(UP_SCALES, columns, is_column, up, KIND)
     if BIASED:
         gate += tl.load(GATE_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
         up += tl.load(UP_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -100,19 +94,26 @@ def _gated(
     tl.store(out, found.to(OUT.dtype.element_ty), mask=is_column[None, :])
 
 
-def product(x_RK: Tensor, weight_NK: Tensor, out: Tensor) -> Tensor:
-    """The parts [P, R, N] of x Wᵀ in float32, in the memory `out`; their sum in order is the product."""
-    (rows, inputs), outputs = x_RK.shape, weight_NK.shape[0]
-    how = division(outputs, inputs)
+def product(x_RK: Tensor, weight: Matrix, out: Tensor, wanted: int) -> Tensor:
+    """The parts [P, R, N] of x Wᵀ in float32, in the memory `out`; their sum in order is the product.
+
+    Args:
+        wanted: the first M rows; what the others have is not said.
+    """
+    (rows, inputs), outputs = x_RK.shape, weight.outputs
+    how = division(outputs, inputs, weight.bits)
     parts_PRN = out[: how.parts * rows * outputs].view(how.parts, rows, outputs)
     grid = (rows // TILE, how.programs(outputs), how.parts)
     _product[grid](
         x_RK,
-        weight_NK,
+        weight.values,
+        weight.scales,
         parts_PRN,
         rows,
+        wanted,
         outputs,
         inputs,
+        weight.kind,
         how.depth,
         how.columns,
         how.step,
@@ -125,28 +126,39 @@ def product(x_RK: Tensor, weight_NK: Tensor, out: Tensor) -> Tensor:
 
 def gated(
     x_RK: Tensor,
-    weights: tuple[Tensor, Tensor],
+    weights: tuple[Matrix, Matrix],
     biases: tuple[Tensor, Tensor] | None,
     out_RN: Tensor,
+    wanted: int,
     *,
     gelu: bool,
 ) -> None:
-    """activation(x Gᵀ + g) (x Uᵀ + u) for the gate's weights [N, K] and those of its partner."""
+    """activation(x Gᵀ + g) (x Uᵀ + u) for the gate's weights [N, K] and those of its partner.
+
+    Args:
+        wanted: as for `product`.
+    """
     (rows, inputs), outputs = x_RK.shape, out_RN.shape[1]
-    how = Division(*_GATED, inputs, 1)
+    gate, up = weights
+    columns, step = block(gate.bits)
     gate_bias, up_bias = biases or (x_RK, x_RK)
-    _gated[(rows // TILE, how.programs(outputs))](
+    _gated[(rows // TILE, blocks(outputs, columns))](
         x_RK,
-        *weights,
+        gate.values,
+        up.values,
+        gate.scales,
+        up.scales,
         gate_bias,
         up_bias,
         out_RN,
+        wanted,
         outputs,
         inputs,
+        gate.kind,
         biases is not None,
         gelu,
-        how.columns,
-        how.step,
+        columns,
+        step,
         **overlap(x_RK),
         num_warps=_WARPS,
         num_stages=_GATED_STAGES,

@@ -1,6 +1,6 @@
 """Scores of tokens by the LM head, and the largest of them.
 
-Shapes: R rows in whole tiles, N tokens scored, H hidden.
+Shapes: R rows in whole tiles, M of a tile wanted, N tokens scored, H hidden.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.products import multiply_add
 from fastmtp.engines.cuda.kernels.shapes import TILE
+from fastmtp.engines.cuda.kernels.steps import add_step, scaled
+from fastmtp.engines.cuda.matrices import Matrix
 
 # Tokens of one program.
 BLOCK = 64
-# Bytes of a token's row that are read at a time.
-_STEP_BYTES = 256
+# Bytes of a token's row that are read at a time, and those of a quantised one: fewer leave room for more programs.
+_STEP_BYTES, _QUANTISED_STEP_BYTES = 256, 128
 _BEYOND = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["kept"])
+@triton.jit(do_not_specialize=["M"])
 def _scores(
     STATES,
     W,
+    SCALES,
     IDS,
     LOGITS,
     BEST,
     PLACES,
     N,
-    kept,
+    M,
     H: tl.constexpr,
+    KIND: tl.constexpr,
     LISTED: tl.constexpr,
     KEEPS: tl.constexpr,
     PICKS: tl.constexpr,
@@ -56,15 +59,12 @@ def _scores(
         is_token = tokens >= 0
         # Where a list has ended there is nothing to multiply.
         depth = tl.where(tl.max(tokens, 0) >= 0, H, 0)
-    weights = W + tokens.to(tl.int64)[:, None] * H
+    places, is_row = tokens.to(tl.int64), tl.arange(0, 16) < M
     total = tl.full([16, BN], 0.0, tl.float32)
     for step in range(0, depth, BK):
-        inputs = step + tl.arange(0, BK)
-        is_input = inputs < H
-        x = tl.load(STATES + rows[:, None] * H + inputs[None, :], mask=is_input[None, :], other=0.0)
-        w = tl.load(weights + inputs[None, :], mask=is_token[:, None] & is_input[None, :], other=0.0)
-        total = multiply_add(x, tl.trans(w), total)
+        total = add_step(STATES + rows[:, None] * H, W, SCALES, places, is_row, is_token, step, total, H, KIND, BK)
     release(OVERLAPS)
+    total = scaled(SCALES, places, is_token, total, KIND)
     total = tl.where(is_token[None, :], total, float("-inf"))
     if PICKS:
         best = tl.max(total, 1)
@@ -73,7 +73,7 @@ def _scores(
         tl.store(BEST + of_row, best)
         tl.store(PLACES + of_row, places)
     if KEEPS:
-        is_kept = (tl.arange(0, 16) < kept)[:, None] & (columns < N)[None, :]
+        is_kept = is_row[:, None] & (columns < N)[None, :]
         tl.store(LOGITS + rows[:, None].to(tl.int64) * N + columns[None, :], total, mask=is_kept)
 
 
@@ -111,25 +111,25 @@ class BlockScores:
         return cls(torch.zeros(rows, count, device=device), best, torch.zeros_like(best, dtype=torch.int32))
 
 
-def scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out_RN: Tensor) -> None:
+def scores(states_RH: Tensor, weight: Matrix, ids_N: Tensor | None, out_RN: Tensor) -> None:
     """Logits of some tokens in float32; a token below 0 has -inf.
 
     Args:
         ids_N: the tokens, or those of each tile, [R / 16, N]; None is all of them.
     """
     memory = out_RN, out_RN
-    _launch_scores(states_RH, weight_VH, ids_N, out_RN.shape[1], out_RN, memory, kept=TILE, picks=False)
+    _launch_scores(states_RH, weight, ids_N, out_RN.shape[1], out_RN, memory, wanted=TILE, keeps=True, picks=False)
 
 
-def block_scores(states_RH: Tensor, weight_VH: Tensor, ids_N: Tensor | None, out: BlockScores, kept: int) -> None:
+def block_scores(states_RH: Tensor, weight: Matrix, ids_N: Tensor | None, out: BlockScores, kept: int) -> None:
     """`scores` of the first rows of each tile, and the largest of each block."""
     memory, count = (out.best, out.places), out.logits_RN.shape[1]
-    _launch_scores(states_RH, weight_VH, ids_N, count, out.logits_RN, memory, kept=kept, picks=True)
+    _launch_scores(states_RH, weight, ids_N, count, out.logits_RN, memory, wanted=kept, keeps=True, picks=True)
 
 
 def argmax(
     states_RH: Tensor,
-    weight_VH: Tensor,
+    weight: Matrix,
     ids_N: Tensor | None,
     memory: tuple[Tensor, Tensor],
     tokens_M: Tensor,
@@ -140,9 +140,10 @@ def argmax(
     Args:
         memory: float32 and int32, of one number for each row and block of tokens.
     """
-    count = weight_VH.shape[0] if ids_N is None else len(ids_N)
+    count = weight.outputs if ids_N is None else len(ids_N)
     ids, blocks, listed = tokens_M if ids_N is None else ids_N, triton.cdiv(count, BLOCK), ids_N is not None
-    _launch_scores(states_RH, weight_VH, ids_N, count, states_RH, memory, kept=0, picks=True)
+    wanted = min(len(tokens_M), TILE)
+    _launch_scores(states_RH, weight, ids_N, count, states_RH, memory, wanted=wanted, keeps=False, picks=True)
     _pick[(len(tokens_M),)](
         *memory, ids, tokens_M, codes_M, count, blocks, listed, triton.next_power_of_2(blocks), **overlap(ids)
     )
@@ -150,21 +151,22 @@ def argmax(
 
 def _launch_scores(
     states_RH: Tensor,
-    weight_VH: Tensor,
+    weight: Matrix,
     ids_N: Tensor | None,
     count: int,
     logits: Tensor,
     memory: tuple[Tensor, Tensor],
     *,
-    kept: int,
+    wanted: int,
+    keeps: bool,
     picks: bool,
 ) -> None:
-    """Keep the logits of each tile's first rows, or pick the largest of each block and its place, or both."""
+    """Keep the logits of each tile's first M rows, or pick the largest of each block and its place, or both."""
     rows, hidden = states_RH.shape
     ids, listed = states_RH if ids_N is None else ids_N, ids_N is not None
     each = listed and ids.ndim == 2
-    step = _STEP_BYTES // weight_VH.element_size()
+    step = 8 * (_STEP_BYTES if weight.kind is None else _QUANTISED_STEP_BYTES) // weight.bits
     _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
-        states_RH, weight_VH, ids, logits, *memory, count, kept, hidden, listed, kept > 0, picks, each, BLOCK, step,
-        **overlap(states_RH), num_warps=4, num_stages=4,
+        states_RH, weight.values, weight.scales, ids, logits, *memory, count, wanted, hidden, weight.kind,
+        listed, keeps, picks, each, BLOCK, step, **overlap(states_RH), num_warps=4, num_stages=4,
     )  # fmt: skip

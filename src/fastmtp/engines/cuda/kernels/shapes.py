@@ -14,9 +14,11 @@ SPAN = PAGE
 # Tokens of a tree that may come before one of its tokens.
 PATH = 128
 
+# Inputs that share a scale in weights of 4 bits.
+GROUP = 128
+
 # Programs that keep the memory of a large card busy.
 _PROGRAMS = 264
-_COLUMNS, _DEPTH = 32, 128
 _LEAST_DEPTH = 256
 
 
@@ -34,11 +36,20 @@ class Division:
 
 
 @cache
-def division(outputs: int, inputs: int) -> Division:
-    """As many parts along the inputs as make enough programs of a narrow matrix."""
-    parts = max(1, min(inputs // _LEAST_DEPTH, _PROGRAMS // blocks(outputs, _COLUMNS)))
-    depth = blocks(blocks(inputs, parts), _DEPTH) * _DEPTH
-    return Division(_COLUMNS, _DEPTH, depth, blocks(inputs, depth))
+def division(outputs: int, inputs: int, bits: int) -> Division:
+    """As many parts along the inputs as make enough programs of a narrow matrix of weights of so many bits."""
+    columns, step = block(bits)
+    parts = max(1, min(inputs // _LEAST_DEPTH, _PROGRAMS // blocks(outputs, columns)))
+    depth = blocks(blocks(inputs, parts), step) * step
+    return Division(columns, step, depth, blocks(inputs, depth))
+
+
+def block(bits: int) -> tuple[int, int]:
+    """A program's outputs, and the inputs of a step: 8 KiB of weights of 16, 8 or 4 bits.
+
+    The fewer bits a weight has, the more it counts what a program reads of the rows beside its weights.
+    """
+    return (32, 128) if bits > 8 else (64, 1024 // bits)
 
 
 def blocks(size: int, block: int) -> int:
