@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that need not be there: python -m tests.cuda.compiling CAPABILITY [--once].
 
-With `--once` each kernel is compiled at its first launch only: with some of its features, and in one dtype.
+With `--once` each kernel is compiled at its first launch only: with some of its features, in one dtype, and with
+each kind of quantised weights.
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ def compile_only(*, once: bool) -> set[str]:
     driver.set_active(Absent())
     if int(sys.argv[1]) >= 90:
         overlap._options = lambda _: {"OVERLAPS": True, "launch_pdl": True}
-    run, names = JITFunction.run, set[str]()
+    run, names, seen = JITFunction.run, set[str](), set[tuple[str, ...]]()
 
     def compiled(self: Any, *arguments: Any, grid: Any, **named: Any) -> None:
         name = f"{self.module}.{self.__name__}"
-        if not (once and name in names):
+        variant = (name, *(argument for argument in arguments if isinstance(argument, str)))
+        if not (once and variant in seen):
             found = run(self, *arguments, grid=grid, **{**named, "warmup": True})
             assert found.asm["cubin"] and found.metadata.shared <= SHARED, (name, found.metadata.shared)
         names.add(name)
+        seen.add(variant)
 
     JITFunction.run = compiled
     return names
@@ -140,12 +143,17 @@ def launch_quantised(kind: Quantised) -> None:
     """What reads matrices, at the shapes of large models too, and of one whose groups of inputs are not whole."""
     for hidden, inner in ((576, 1536), (1536, 8960), (4096, 14336)):
         x, wide = (zeros(16, width, dtype=torch.bfloat16) for width in (hidden, inner))
-        matrix, out = quantise(zeros(inner, hidden), kind), zeros(1 << 20)
+        matrix, out = quantised_zeros(inner, hidden, kind), zeros(1 << 20)
         products.product(x, matrix, out, 4)
-        products.product(wide, quantise(zeros(hidden, inner), kind), out, 4)
+        products.product(wide, quantised_zeros(hidden, inner, kind), out, 4)
         products.gated(x, (matrix, matrix), None, wide, 4, gelu=False)
         for ids in (None, torch.zeros(640, dtype=torch.int32)):
             scores.scores(x, matrix, ids, zeros(16, inner if ids is None else 640))
+
+
+def quantised_zeros(outputs: int, inputs: int, kind: Quantised) -> Matrix:
+    one = quantise(zeros(1, inputs), kind)
+    return Matrix(one.values.expand(outputs, -1), one.scales, kind)
 
 
 def launch_head(kind: torch.dtype) -> None:
@@ -170,6 +178,6 @@ if __name__ == "__main__":
     # PyTorch's engine and training run in float32, too.
     for kind in [torch.bfloat16] if once else [torch.bfloat16, torch.float16, torch.float32]:
         launch_all(kind)
-    for quantised in [] if once else QUANTISED:
+    for quantised in QUANTISED:
         launch_quantised(quantised)
     print(*sorted(names))

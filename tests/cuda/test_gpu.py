@@ -87,7 +87,7 @@ def test_scores_and_gated_products_of_quantised_weights(kind: Quantised, inputs:
 @DRAFTERS
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_speculation_with_quantised_weights_changes_no_token(kind: Quantised, new_drafter: NewDrafter) -> None:
-    target, prompt, engine = tiny_target("llama"), random_ids(300), Cuda(torch.bfloat16, kind)
+    target, prompt, engine = tiny_target("llama"), random_ids(300), Cuda(dtype=torch.bfloat16, quantised=kind)
     sequence = engine.sequence(target, MTPHead(target.model), list(range(100)))
     rounds = speculative(sequence, prompt, new_drafter(prompt, GREEDY), GREEDY)
     tokens = [token for one in islice(rounds, 60) for token in one.tokens]

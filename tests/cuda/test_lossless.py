@@ -79,10 +79,10 @@ def test_every_family(family: str) -> None:
         assert min(one.drafted for one in found[1:]) > 2
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "fp8"))])
 def test_quantised_weights(llama: Target, kind: Quantised) -> None:
     """Drafts change no token of the quantised model, which is another one than that of bfloat16."""
-    engine = Cuda(torch.bfloat16, kind)
+    engine = Cuda(dtype=torch.bfloat16, quantised=kind)
     head, wanted = hopeful_head(llama), plain_tokens(engine, llama, PROMPT, 9)
     sequence = engine.sequence(llama, head, list(range(0, 300, 2)), 8)
     found = list(islice(speculative(sequence, PROMPT, Branching(), GREEDY), 3))

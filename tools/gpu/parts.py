@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmtp.config import SamplingConfig
     from fastmtp.engines.protocol import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,8 @@ DRAFTED = (8192, 32768)
 STEPS = 3
 # Of the seconds of a part; the rest is for loading and ending.
 _MEASURING = 0.6
+# For figures of quantised weights.
+_QUANTISED_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
@@ -120,82 +123,135 @@ class TestProgress:
 
 
 def decode(shape: str, setting: Setting) -> dict[str, Any]:
-    """Plain decoding, verification, draft steps and rounds of a shape, beside the copy bandwidth of this run."""
-    from fastmtp.config import SamplingConfig
-    from fastmtp.decode.drafting.drafter import Chain
-    from fastmtp.decode.plain import plain
-    from fastmtp.decode.speculative import speculative
-    from fastmtp.engines.costs import ask_task, forward_task, some_ids, timed
-    from fastmtp.vocabulary.draft import DraftLists
-    from fastmtp.vocabulary.lists import VocabularyLists
-    from tools.gpu.checkpoint import head_bytes, write_model, write_random_head
-
+    """What a shape costs in bfloat16, and plain decoding with quantised weights for which there is time."""
     until = time.monotonic() + setting.seconds
-    greedy, drawn = SamplingConfig(), SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+    from fastmtp.engines.cuda.matrices import QUANTISED
+    from fastmtp.engines.memory import release_memory
+    from tools.gpu.checkpoint import write_model
+
     with _directory() as base:
-        model = base / "model"
         found: dict[str, Any] = {"shape": "tiny" if setting.tiny else shape}
-        write_model(model, found["shape"])
-        started = time.perf_counter()
-        engine = _engine(str(model), setting)
-        found |= {"engine": engine.name, "load_seconds": time.perf_counter() - started}
-        found["copy_gb_s"] = copy_bandwidth(setting.device, tiny=setting.tiny)
-        size = engine.target.vocabulary_size
-        floor = engine.floor()
-        found |= {"bytes": floor.bytes, "floor_ms": floor.bytes / found["copy_gb_s"] / 1e6}
-        context = CONTEXT if not setting.tiny else 16
-        ids = some_ids(size, context)
-        sequence = engine.new_sequence()
-        answer, turns = (64, 3) if not setting.tiny else (3, 1)
-
-        def plain_ms(sampling: SamplingConfig) -> float:
-            def once() -> float:
-                tokens = plain(sequence, ids, sampling)
-                next(tokens)
-                return 1e3 * timed(lambda: list(islice(tokens, answer))) / answer
-
-            once()
-            return median(once() for _ in range(turns))
-
-        found["plain_ms"] = plain_ms(greedy)
-        found["plain_share"] = found["floor_ms"] / found["plain_ms"]
-        setting.report(found)
-        found["forward_ms"] = {}
-        for count in TOGETHER:
-            task = forward_task(sequence, ids, count, 5 if not setting.tiny else 1)
-            found["forward_ms"][count] = 1e3 * min(task() for _ in range(turns))
-            setting.report(found)
-        found["flatness_8"] = found["forward_ms"][8] / found["forward_ms"][1]
-        write_random_head(base / "head", engine.target, model)
-        head = engine.load_head(base / "head")
-        found["draft_ms"], found["draft_bytes"] = {}, {}
-        row_bytes = 2 * engine.target.identity.hidden_size
-
-        def draft_bytes(drafted: int) -> int:
-            return head_bytes(model) + drafted * row_bytes
-
-        for drafted in [*(one for one in DRAFTED if one < size), size]:
-            lists = DraftLists(VocabularyLists.of(range(drafted)), size, 0) if drafted < size else None
-            task = ask_task(engine.new_sequence(head, lists), ids, STEPS, 1)
-            found["draft_ms"][drafted] = 1e3 * min(task() for _ in range(turns))
-            found["draft_bytes"][drafted] = draft_bytes(drafted)
-            setting.report(found)
-        listed = min(DRAFTED[-1], size - 1)
-        lists = DraftLists(VocabularyLists.of(range(listed)), size, 0)
-
-        def round_ms(sampling: SamplingConfig) -> float:
-            rounds = speculative(engine.new_sequence(head, lists), ids, Chain(STEPS, sampling), sampling)
-            list(islice(rounds, 4 if not setting.tiny else 2))
-            return median(1e3 * timed(lambda: next(rounds)) for _ in range(32 if not setting.tiny else 2))
-
-        found |= {"round_drafted": listed, "round_ms": round_ms(greedy)}
-        found["round_bytes"] = floor.bytes + STEPS * draft_bytes(listed)
-        found["round_share"] = found["round_bytes"] / found["copy_gb_s"] / 1e6 / found["round_ms"]
-        found["round_steps"] = found["round_ms"] / found["plain_ms"]
-        setting.report(found)
-        found |= {"drawn_plain_ms": plain_ms(drawn), "drawn_round_ms": round_ms(drawn)}
+        write_model(base / "model", found["shape"])
+        _decode_whole(base / "model", setting, found)
+        if found["engine"].startswith("cuda"):
+            found["dtypes"] = {}
+            for dtype in QUANTISED[:1] if setting.tiny else QUANTISED:
+                # What the engine of bfloat16 took to load, and some seconds for the figures.
+                if not setting.tiny and until - time.monotonic() < found["load_seconds"] + _QUANTISED_SECONDS:
+                    break
+                release_memory()
+                found["dtypes"][dtype] = _decode_quantised(str(base / "model"), dtype, setting, found["copy_gb_s"])
+                setting.report(found)
         found["seconds_left"] = until - time.monotonic()
         return found
+
+
+def _decode_quantised(name: str, dtype: str, setting: Setting, copy_gb_s: float) -> dict[str, Any]:
+    """Plain decoding, and forwards of 1 and 8 tokens."""
+    from fastmtp.config import SamplingConfig
+
+    engine = _engine(name, setting, dtype)
+    measure = _Measuring(engine, setting)
+    found: dict[str, Any] = {"bytes": engine.floor().bytes, "plain_ms": measure.plain_ms(SamplingConfig())}
+    found["plain_share"] = found["bytes"] / copy_gb_s / 1e6 / found["plain_ms"]
+    found["forward_ms"] = {count: measure.forward_ms(count) for count in (1, 8)}
+    found["flatness_8"] = found["forward_ms"][8] / found["forward_ms"][1]
+    return found
+
+
+class _Measuring:
+    """Of forwards of a text.
+
+    Attributes:
+        ids: the text's tokens.
+        turns: how often each figure is measured.
+    """
+
+    def __init__(self, engine: Engine, setting: Setting) -> None:
+        from fastmtp.engines.costs import some_ids
+
+        self.ids = some_ids(engine.target.vocabulary_size, CONTEXT if not setting.tiny else 16)
+        self._sequence = engine.new_sequence()
+        self._answer, self.turns = (64, 3) if not setting.tiny else (3, 1)
+        self._forwards = 5 if not setting.tiny else 1
+
+    def plain_ms(self, sampling: SamplingConfig) -> float:
+        from fastmtp.decode.plain import plain
+        from fastmtp.engines.costs import timed
+
+        def once() -> float:
+            tokens = plain(self._sequence, self.ids, sampling)
+            next(tokens)
+            return 1e3 * timed(lambda: list(islice(tokens, self._answer))) / self._answer
+
+        once()
+        return median(once() for _ in range(self.turns))
+
+    def forward_ms(self, count: int) -> float:
+        from fastmtp.engines.costs import forward_task
+
+        task = forward_task(self._sequence, self.ids, count, self._forwards)
+        return 1e3 * min(task() for _ in range(self.turns))
+
+
+def _decode_whole(model: Path, setting: Setting, found: dict[str, Any]) -> None:
+    """Plain decoding, verification, draft steps and rounds, beside the copy bandwidth of this run."""
+    from fastmtp.config import SamplingConfig
+    from fastmtp.decode.drafting.drafter import Chain
+    from fastmtp.decode.speculative import speculative
+    from fastmtp.engines.costs import ask_task, timed
+    from fastmtp.vocabulary.draft import DraftLists
+    from fastmtp.vocabulary.lists import VocabularyLists
+    from tools.gpu.checkpoint import head_bytes, write_random_head
+
+    greedy, drawn = SamplingConfig(), SamplingConfig(temperature=0.6, top_k=20, top_p=0.95)
+    started = time.perf_counter()
+    engine = _engine(str(model), setting)
+    found |= {"engine": engine.name, "load_seconds": time.perf_counter() - started}
+    found["copy_gb_s"] = copy_bandwidth(setting.device, tiny=setting.tiny)
+    size = engine.target.vocabulary_size
+    floor = engine.floor()
+    found |= {"bytes": floor.bytes, "floor_ms": floor.bytes / found["copy_gb_s"] / 1e6}
+    measure = _Measuring(engine, setting)
+    ids, turns = measure.ids, measure.turns
+    found["plain_ms"] = measure.plain_ms(greedy)
+    found["plain_share"] = found["floor_ms"] / found["plain_ms"]
+    setting.report(found)
+    found["forward_ms"] = {}
+    for count in TOGETHER:
+        found["forward_ms"][count] = measure.forward_ms(count)
+        setting.report(found)
+    found["flatness_8"] = found["forward_ms"][8] / found["forward_ms"][1]
+    head_directory = model.parent / "head"
+    write_random_head(head_directory, engine.target, model)
+    head = engine.load_head(head_directory)
+    found["draft_ms"], found["draft_bytes"] = {}, {}
+    row_bytes = 2 * engine.target.identity.hidden_size
+
+    def draft_bytes(drafted: int) -> int:
+        return head_bytes(model) + drafted * row_bytes
+
+    for drafted in [*(one for one in DRAFTED if one < size), size]:
+        lists = DraftLists(VocabularyLists.of(range(drafted)), size, 0) if drafted < size else None
+        task = ask_task(engine.new_sequence(head, lists), ids, STEPS, 1)
+        found["draft_ms"][drafted] = 1e3 * min(task() for _ in range(turns))
+        found["draft_bytes"][drafted] = draft_bytes(drafted)
+        setting.report(found)
+    listed = min(DRAFTED[-1], size - 1)
+    lists = DraftLists(VocabularyLists.of(range(listed)), size, 0)
+
+    def round_ms(sampling: SamplingConfig) -> float:
+        rounds = speculative(engine.new_sequence(head, lists), ids, Chain(STEPS, sampling), sampling)
+        list(islice(rounds, 4 if not setting.tiny else 2))
+        return median(1e3 * timed(lambda: next(rounds)) for _ in range(32 if not setting.tiny else 2))
+
+    found |= {"round_drafted": listed, "round_ms": round_ms(greedy)}
+    found["round_bytes"] = floor.bytes + STEPS * draft_bytes(listed)
+    found["round_share"] = found["round_bytes"] / found["copy_gb_s"] / 1e6 / found["round_ms"]
+    found["round_steps"] = found["round_ms"] / found["plain_ms"]
+    setting.report(found)
+    found |= {"drawn_plain_ms": measure.plain_ms(drawn), "drawn_round_ms": round_ms(drawn)}
+    setting.report(found)
 
 
 def lossless(setting: Setting) -> dict[str, Any]:
@@ -383,17 +439,17 @@ def machine(device: str) -> dict[str, Any]:
     return facts
 
 
-def _engine(name: str, setting: Setting) -> Engine:
-    """What decodes on the device."""
+def _engine(name: str, setting: Setting, dtype: str | None = None) -> Engine:
+    """What decodes on the device, in bfloat16 or quantised."""
     from fastmtp.engines.open import EngineOptions, open_engine
 
     if not setting.interprets:
-        return open_engine(name, EngineOptions(device=setting.device))
+        return open_engine(name, EngineOptions(dtype=dtype, device=setting.device))
     import torch
 
     from fastmtp.engines.cuda.load import load_cuda_engine
 
-    return load_cuda_engine(name, device=torch.device(setting.device))
+    return load_cuda_engine(name, dtype=dtype or "bfloat16", device=torch.device(setting.device))
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
