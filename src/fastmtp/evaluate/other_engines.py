@@ -27,7 +27,7 @@ class Transformers:
 
         # That of our own engine, if PyTorch has it too.
         own = engine.arithmetic.removeprefix("torch.").removeprefix("cuda ")
-        dtype = own if own in TORCH_DTYPES else str(throughput_dtype("cpu")).removeprefix("torch.")
+        dtype = own if own in TORCH_DTYPES else str(throughput_dtype(engine.device)).removeprefix("torch.")
         lookup = name.endswith("+lookup")
         self.name = name
         self.version = f"transformers {importlib.metadata.version('transformers')}, {dtype}"

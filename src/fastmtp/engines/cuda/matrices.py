@@ -21,7 +21,7 @@ from fastmtp.engines.cuda.kernels.shapes import GROUP, blocks
 Quantised = Literal["int8", "int4", "fp8"]
 QUANTISED = get_args(Quantised)
 # Weights that are converted together, in float32.
-_PART = 1 << 26
+_PART = 1 << 24
 
 
 @dataclass(frozen=True)

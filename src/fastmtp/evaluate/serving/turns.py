@@ -23,7 +23,7 @@ from fastmtp.rows import Skipped
 
 LLAMA_SERVER = "llama-server"
 # llama.cpp's type that has as many bits as our weights.
-_TYPES = {"native int8": "Q8_0", "native int4": "Q4_0"}
+_TYPES = {"int8": "Q8_0", "int4": "Q4_0"}
 _WARM_UP_TOKENS = 8
 # Room in llama.cpp's context beside our prompt and the answer.
 _SPARE_TOKENS = 64
@@ -101,7 +101,7 @@ class Llama:
         source = locate(engine.target.source).gguf
         if source is None:
             raise FileNotFoundError(f"{LLAMA_SERVER} runs GGUF files; {engine.target.source} is none")
-        kind = _TYPES.get(engine.arithmetic, "BF16")
+        kind = _TYPES.get(engine.arithmetic.split()[-1], "BF16")
         chats = ([{"role": "user", "content": question.text}] for question in settings.questions())
         longest = max(len(engine.target.encode_chat(chat)) for chat in chats)
         return cls(
