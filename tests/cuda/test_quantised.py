@@ -84,12 +84,12 @@ def test_every_value(kind: Quantised) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize(("outputs", "inputs"), [(70, 24), (33, 700)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(70, 24), (33, 1100)])
 def test_products(kind: Quantised, outputs: int, inputs: int) -> None:
     """In several parts where the inputs are many; a row's bits are its own, however many rows are wanted."""
     x, matrix = rows(2 * TILE, inputs), quantise(drawn(outputs, inputs, seed=1) / inputs**0.5, kind)
     whole = product(x, matrix, memory(1 << 14), 2 * TILE).clone()
-    assert len(whole) == (2 if inputs > 512 else 1)
+    assert (len(whole) > 1) == (inputs > 512)
     close(whole.sum(0), x.double() @ dequantised(matrix, inputs).T)
     for wanted in (1, 5):
         part = rows(TILE, inputs, seed=wanted)

@@ -19,7 +19,8 @@ GROUP = 128
 
 # Programs that keep the memory of a large card busy.
 _PROGRAMS = 264
-_LEAST_DEPTH = 256
+# Steps of a part, whose weights are then read at once.
+_LEAST_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Division:
 def division(outputs: int, inputs: int, bits: int) -> Division:
     """As many parts along the inputs as make enough programs of a narrow matrix of weights of so many bits."""
     columns, step = block(bits)
-    parts = max(1, min(inputs // _LEAST_DEPTH, _PROGRAMS // blocks(outputs, columns)))
+    parts = max(1, min(inputs // (_LEAST_STEPS * step), _PROGRAMS // blocks(outputs, columns)))
     depth = blocks(blocks(inputs, parts), step) * step
     return Division(columns, step, depth, blocks(inputs, depth))
 
