@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -34,6 +35,10 @@ from tests.engines import ENGINES, Engine
 
 # Matrices this small are faster on one core, and tests beside other work stay quick.
 torch.set_num_threads(1)
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    from tests.interpreter import hasten
+
+    hasten()
 # Plans need no exact costs here.
 costs._REPEATS = 1
 
