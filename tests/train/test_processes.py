@@ -16,12 +16,13 @@ from fastmtp.train.trainer import Trainer
 from tests.conftest import tiny_target
 from tests.train.test_trainer import CONFIG, exchanges, losses
 
-# In each way, of one start of the processes.
+# In each way, of one start of the processes, as torchrun starts them, but forked: PyTorch is imported once.
 WAYS = ["whole", "sharded", "sharded, cached"]
 SCRIPT = """
 import json, sys
 from copy import deepcopy
 from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from fastmtp.engines.torch.target import Target
 from fastmtp.train import states
 from fastmtp.train.processes import Processes
@@ -30,20 +31,28 @@ from tests.train.test_trainer import CONFIG, Trainer, exchanges, losses
 llama = tiny_target("llama")
 data = exchanges(llama)
 states.SHARD_TEXTS = 8
-for run in map(Path, sys.argv[1:]):
-    sharded, cached = "sharded" in run.name, "cached" in run.name
-    target, processes = Target(deepcopy(llama.model), llama.tokenizer, llama.source), Processes()
-    trainer = Trainer(
-        target, data, None, CONFIG, run,
-        processes=processes, shard_target=sharded, states=run / "states" if cached else None,
-    )
-    found = losses(trainer, 5)
-    weight = target.model.model.layers[0].mlp.up_proj.weight
-    held = weight.to_local() if sharded else weight
-    assert held.numel() * (2 if sharded else 1) == 32 * 48
-    tau = trainer.measure().acceptance.tau
-    if processes.first:
-        print(json.dumps([found, tau]))
+
+def train(*runs):
+    said = []
+    for run in map(Path, runs):
+        sharded, cached = "sharded" in run.name, "cached" in run.name
+        target, processes = Target(deepcopy(llama.model), llama.tokenizer, llama.source), Processes()
+        trainer = Trainer(
+            target, data, None, CONFIG, run,
+            processes=processes, shard_target=sharded, states=run / "states" if cached else None,
+        )
+        found = losses(trainer, 5)
+        weight = target.model.model.layers[0].mlp.up_proj.weight
+        held = weight.to_local() if sharded else weight
+        assert held.numel() * (2 if sharded else 1) == 32 * 48
+        said.append([found, trainer.measure().acceptance.tau])
+    return said
+
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="fastmtp", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    start_method="fork", max_restarts=0, monitor_interval=0.1,
+)
+print(json.dumps(elastic_launch(config, train)(*sys.argv[1:])[0]))
 """
 
 
@@ -53,16 +62,15 @@ def in_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     base = tmp_path_factory.mktemp("processes")
     script = base / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*command, str(script), *(str(base / way) for way in WAYS)],
+        [sys.executable, str(script), *(str(base / way) for way in WAYS)],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = map(json.loads, done.stdout.splitlines()[-len(WAYS) :])
+    found = json.loads(done.stdout.splitlines()[-1])
     return {way: (base / way, *each) for way, each in zip(WAYS, found, strict=True)}
 
 
