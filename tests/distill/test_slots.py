@@ -6,20 +6,21 @@ On the CPU the same steps run that a GPU captures as a graph.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode import sampling as one_by_one
@@ -34,11 +35,14 @@ from fastmtp.distill.slots.memory import MOST_SLOTS, fitting_slots, prefill_byte
 from fastmtp.distill.speed import distillation_speed
 from fastmtp.engines.torch.draws import Sampling, choose, signed
 from fastmtp.engines.torch.engine import TorchEngine
+from fastmtp.engines.torch.slot_attention import attend_slots_by_mask
+from fastmtp.engines.torch.slot_parts import PLAIN, LayerParts, Norm, add_norm, gate, place_by_index
 from fastmtp.engines.torch.slots import SlotModel
 from fastmtp.engines.torch.target import Target
 from fastmtp.models.families import FAMILIES as SUPPORTED
 from tests.conftest import FAMILIES, VOCABULARY, random_ids, tiny_target
 from tests.distill.test_distill import CONFIG, rows
+from tests.train.test_whole_texts import interpreted
 
 SHORT = DistillConfig(**{**vars(CONFIG), "count": 6, "max_new_tokens": 12, "max_prompt_tokens": 100, "slots": 3})
 
@@ -344,108 +348,107 @@ def test_speed_is_measured_over_the_whole_path(in_slots: None) -> None:
     assert usual["drawn_tokens_per_second"] is None and usual["tokens_per_second"] > 0
 
 
-# A quicker interpreter.
-QUICK = """
-import tests.cuda.conftest
-"""
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size", "room", "window"),
+    [(4, 2, 8, 128, None), (9, 3, 64, 128, None), (4, 4, 24, 192, 70), (8, 1, 16, 64, 1)],
+)
+def test_the_kernel_attends_as_pytorch_does(
+    heads: int, key_heads: int, size: int, room: int, window: int | None
+) -> None:
+    """Groups, sizes that are no power of 2, and windows; what lies beyond a slot's length is never read."""
+    from fastmtp.engines.torch.slot_kernels import attend_slots
 
-KERNEL = """
-import torch
-from fastmtp.engines.torch.slot_attention import attend_slots_by_mask
-from fastmtp.engines.torch.slot_kernels import attend_slots
-
-generator = torch.Generator().manual_seed(0)
-shapes = [(4, 2, 8, 128, None), (9, 3, 64, 128, None), (4, 4, 24, 192, 70), (8, 1, 16, 64, 1)]
-for heads, key_heads, size, room, window in shapes:
+    generator = torch.Generator().manual_seed(0)
     positions = torch.tensor([0, room - 1, 63, 17])
     queries = torch.randn(4, heads + key_heads, size, generator=generator)[:, :heads]
     keys, values = (torch.randn(4, key_heads, room, size, generator=generator) for _ in "kv")
-    want = attend_slots_by_mask(queries, keys, values, positions, size**-0.5, window)
-    # What lies beyond a slot's length is never read.
+    expected = attend_slots_by_mask(queries, keys, values, positions, size**-0.5, window)
     for slot, position in enumerate(positions.tolist()):
         keys[slot, :, position + 1 :] = values[slot, :, position + 1 :] = torch.nan
-    got = attend_slots(queries, keys, values, positions, size**-0.5, window)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-"""
+    found = attend_slots(queries, keys, values, positions, size**-0.5, window)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-PARTS = """
-import torch
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from fastmtp.engines.torch.slot_kernels import add_norm_slots, gate_slots, place_slots
-from fastmtp.engines.torch.slot_parts import Norm, add_norm, gate, place_by_index
-
-
-def norm(kind, size):
+def norm(kind: Any, size: int, generator: torch.Generator) -> Norm:
     module = kind(size, eps=1e-5)
     torch.nn.init.normal_(module.weight, generator=generator)
     return Norm(module.requires_grad_(False))
 
 
-generator = torch.Generator().manual_seed(0)
-for heads, key_heads, size, room in [(4, 2, 8, 128), (9, 3, 64, 128), (4, 4, 24, 64)]:
+@interpreted
+@pytest.mark.parametrize(("heads", "key_heads", "size", "room"), [(4, 2, 8, 128), (9, 3, 64, 128), (4, 4, 24, 64)])
+def test_the_kernel_places_as_pytorch_does(heads: int, key_heads: int, size: int, room: int) -> None:
+    """Rotated queries, and keys and values in their slots; nothing else is written."""
+    from fastmtp.engines.torch.slot_kernels import place_slots
+
+    generator = torch.Generator().manual_seed(0)
     positions = torch.tensor([0, room - 1, 63, 17])
     joint = torch.randn(4, heads + 2 * key_heads, size, generator=generator)
     cosines, sines = (torch.randn(room, size, generator=generator) for _ in "cs")
     held = [torch.full((4, key_heads, room, size), torch.nan) for _ in "kv"]
     expected = [part.clone() for part in held]
-    norms = None if size == 8 else (norm(LlamaRMSNorm, size), norm(LlamaRMSNorm, size))
-    got = place_slots(joint, norms, cosines, sines, positions, *held)
-    torch.testing.assert_close(got, place_by_index(joint, norms, cosines, sines, positions, *expected))
-    # Nothing else is written.
+    norms = None if size == 8 else (norm(LlamaRMSNorm, size, generator), norm(LlamaRMSNorm, size, generator))
+    found = place_slots(joint, norms, cosines, sines, positions, *held)
+    torch.testing.assert_close(found, place_by_index(joint, norms, cosines, sines, positions, *expected))
     torch.testing.assert_close(held, expected, equal_nan=True)
-hidden, added = torch.randn(2, 3, 40, generator=generator)
-for outer in (None, norm(Gemma3RMSNorm, 40)):
-    for last in (norm(Gemma3RMSNorm, 40), norm(LlamaRMSNorm, 40)):
-        given = hidden, added, outer, last
-        torch.testing.assert_close(add_norm_slots(*given), add_norm(*given), rtol=1e-4, atol=1e-5)
-joint = 3 * torch.randn(3, 2 * 1100, generator=generator)
-for gelu in (False, True):
-    torch.testing.assert_close(gate_slots(joint, gelu), gate(joint, gelu), rtol=1e-4, atol=1e-5)
-"""
 
-STEP = """
-import sys
-from copy import deepcopy
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from fastmtp.engines.torch import slots
-from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
-from fastmtp.engines.torch.slot_parts import PLAIN, LayerParts
-from fastmtp.engines.torch.text_kernels import rotate_texts
-from fastmtp.engines.torch.target import Target
-from tests.conftest import tiny_target
+
+@interpreted
+def test_the_kernels_normalize_and_gate_as_pytorch_does() -> None:
+    from fastmtp.engines.torch.slot_kernels import add_norm_slots, gate_slots
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, added = torch.randn(2, 3, 40, generator=generator)
+    for outer in (None, norm(Gemma3RMSNorm, 40, generator)):
+        for last in (norm(Gemma3RMSNorm, 40, generator), norm(LlamaRMSNorm, 40, generator)):
+            given = hidden, added, outer, last
+            torch.testing.assert_close(add_norm_slots(*given), add_norm(*given), rtol=1e-4, atol=1e-5)
+    joint = 3 * torch.randn(3, 2 * 1100, generator=generator)
+    for gelu in (False, True):
+        torch.testing.assert_close(gate_slots(joint, gelu), gate(joint, gelu), rtol=1e-4, atol=1e-5)
+
 
 VIEWS = ("view", "split", "chunk", "slice", "select", "expand", "t", "transpose", "detach", "alias", "unsqueeze")
 
 
 class Counted(TorchDispatchMode):
+    """Counts what is launched on a GPU."""
+
     count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name.split("::")[1].lstrip("_")
-        self.count += not name.startswith(VIEWS) and not name.startswith("empty")
+        self.count += not name.startswith((*VIEWS, "empty"))
         return function(*args, **(kwargs or {}))
 
 
-def counting(kernel):
-    def run(*arguments, **named):
-        # The interpreter's own work is on the host.
-        before = counted.count
-        found = kernel(*arguments, **named)
-        counted.count = before + 1
-        return found
-    return run
+@interpreted
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=() if one in ("qwen3", "gemma3") else pytest.mark.slow) for one in FAMILIES]
+)
+def test_a_step_by_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model: the same logits by less than half of the operations."""
+    from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
+    from fastmtp.engines.torch.text_kernels import rotate_texts
 
+    counted = Counted()
 
-kernels = LayerParts(*map(counting, (rotate_texts, place_slots, attend_slots, add_norm_slots, gate_slots)))
-for family in sys.argv[1:]:
-    own = tiny_target(family)
-    found, counts = [], []
+    def counting(kernel: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            # The interpreter's own work is on the host.
+            before = counted.count
+            found = kernel(*arguments, **named)
+            counted.count = before + 1
+            return found
+
+        return run
+
+    kernels = LayerParts(*map(counting, (rotate_texts, place_slots, attend_slots, add_norm_slots, gate_slots)))
+    own, found, counts = tiny_target(family), [], []
     for parts in (PLAIN, kernels):
-        slots.layer_parts = lambda device: parts
-        model = slots.SlotModel(Target(deepcopy(own.model), own.tokenizer, own.source), 3, 64)
+        monkeypatch.setattr("fastmtp.engines.torch.slots.layer_parts", lambda device, parts=parts: parts)
+        model = SlotModel(Target(deepcopy(own.model), own.tokenizer, own.source), 3, 64)
         with torch.inference_mode():
             model.prefill(torch.arange(3), torch.arange(30).view(3, 10), 0)
             for step in range(3):
@@ -454,20 +457,4 @@ for family in sys.argv[1:]:
         found.append(logits)
         counts.append(counted.count)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    print(family, *counts, len(own.model.model.layers))
     assert counts[1] < counts[0] / 2
-"""
-
-
-@pytest.mark.parametrize(
-    ("script", "families"),
-    [
-        pytest.param(QUICK + KERNEL + PARTS + STEP, ["qwen3", "gemma3"], id="parts and steps"),
-        pytest.param(QUICK + STEP, list(FAMILIES), marks=pytest.mark.slow, id="step of every family"),
-    ],
-)
-def test_the_kernels_are_what_pytorch_computes(script: str, families: list[str]) -> None:
-    """Triton's interpreter, for groups, sizes that are no power of 2, and windows; and a step of a model."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-c", script, *families]
-    subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
