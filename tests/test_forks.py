@@ -21,10 +21,10 @@ IDS = random_ids(12)
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
-def in_a_fork(work: Callable[[], object]) -> int:
-    """How a forked process ends that does some work."""
+def fork(work: Callable[[], object]) -> int:
+    """The id of a forked process that does some work."""
     with warnings.catch_warnings():
-        # That forking with threads is risky is what is tested here.
+        # Forking with threads is risky: with PyTorch on one thread it works, which is tested here.
         warnings.simplefilter("ignore")
         child = os.fork()
     if child == 0:
@@ -37,7 +37,16 @@ def in_a_fork(work: Callable[[], object]) -> int:
             code = TOLD if "load the model after the fork" in str(error) else OTHERWISE
         finally:
             os._exit(code)
+    return child
+
+
+def end_of(child: int) -> int:
+    """How a process ends that was forked."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_a_fork(work: Callable[[], object]) -> int:
+    return end_of(fork(work))
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native engine was not built")

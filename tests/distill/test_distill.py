@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from copy import copy, deepcopy
@@ -31,6 +29,7 @@ from fastmtp.engines.torch.target import Target
 from fastmtp.progress import QUIET
 from tests.conftest import random_ids, tiny_target
 from tests.engines import Engine
+from tests.test_forks import end_of, fork
 
 CONFIG = DistillConfig(
     count=12, max_new_tokens=8, max_prompt_tokens=200, slots=4, shard_rows=3, temperature=1.0, top_k=0, seed=1
@@ -306,34 +305,18 @@ def test_reading_bad_data(tmp_path: Path) -> None:
         read_exchanges(DataSet([tmp_path / "data"]), target)
 
 
-KILLED = """
-import os, sys
-from tests.distill.test_distill import *
-children = []
-for directory in sys.argv[1:]:
-    children.append(os.fork())
-    if children[-1] == 0:
-        distill(TorchEngine(talkative()), replace(CONFIG, count=4000), Path(directory), None)
-        os._exit(0)
-print(*children, flush=True)
-for child in children:
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 def test_killed_run_loses_at_most_a_shard(tmp_path: Path) -> None:
     """Whole shards survive; Ctrl-C also saves the pending ones; the next run makes the rest."""
     signals = signal.SIGKILL, signal.SIGINT
     places = [tmp_path / sent.name for sent in signals]
-    command = [sys.executable, "-c", KILLED, *map(str, places)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        children = [int(pid) for pid in process.stdout.readline().split()]
-        deadline = time.monotonic() + 240
-        for sent, data, child in zip(signals, places, children, strict=True):
-            while len(shards(data)) < 2 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            os.kill(child, sent)
-        killed, stopped = map(int, process.communicate(timeout=120)[0].split())
+    endless = replace(CONFIG, count=4000)
+    children = [fork(lambda data=data: distill(TorchEngine(talkative()), endless, data, None)) for data in places]
+    for sent, data, child in zip(signals, places, children, strict=True):
+        deadline = time.monotonic() + 60
+        while len(shards(data)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(child, sent)
+    killed, stopped = map(end_of, children)
     assert killed == -signal.SIGKILL
     assert stopped != 0
     assert not list(places[1].glob(".*"))

@@ -215,7 +215,7 @@ def test_a_dead_endpoint_costs_nothing(
     good, bad = serve(lambda _: said("fine")), serve(reply)
     url = "http://127.0.0.1:1" if way == "refuses connections" else bad.url
     hangs = way == "hangs"
-    engine = endpoints(url, good.url, timeout=2 if hangs else 10, retries=0 if hangs else 1)
+    engine = endpoints(url, good.url, timeout=1 if hangs else 10, retries=0 if hangs else 1)
     summary = distill(engine, CONFIG, tmp_path / "data", written(tmp_path, 20))
     release.set()
     assert summary.exchanges == 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import os
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -26,6 +26,7 @@ from fastmtp.train.batches import batch_order, make_batch
 from fastmtp.train.trainer import Trainer
 from tests.conftest import random_ids, reference, tiny_target
 from tests.engines import Engine, text_states
+from tests.test_forks import in_a_fork
 
 CONFIG = TrainConfig(
     held_out=3,
@@ -222,19 +223,16 @@ def test_too_little_data(tmp_path: Path, llama: Target) -> None:
     assert len(Trainer(llama, exchanges(llama, 2), None, CONFIG, tmp_path / "two")._texts) == 1
 
 
-def test_killed_run_goes_on(tmp_path: Path) -> None:
+def test_killed_run_goes_on(tmp_path: Path, llama: Target) -> None:
     """kill -9 in the middle loses the steps since the last checkpoint only."""
-    script = (
-        "import os, sys; from pathlib import Path; from tests.train.test_trainer import *\n"
-        "target = tiny_target('llama')\n"
-        "trainer = Trainer(target, exchanges(target), None, CONFIG, Path(sys.argv[1]))\n"
-        "for done in trainer.train():\n"
-        "    if done.step == 7: os.kill(os.getpid(), 9)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
-    target = tiny_target("llama")
-    assert Trainer(target, exchanges(target), None, CONFIG, tmp_path).step == 5
+
+    def train() -> None:
+        for done in Trainer(llama, exchanges(llama), None, CONFIG, tmp_path).train():
+            if done.step == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_fork(train) == -signal.SIGKILL
+    assert Trainer(llama, exchanges(llama), None, CONFIG, tmp_path).step == 5
     assert not list(tmp_path.glob(".*"))
 
 
