@@ -278,8 +278,8 @@ def test_decoding_that_fails(stream: bool) -> None:
 @pytest.mark.parametrize("grace", [5.0, 0.2])
 def test_stopping(stream: bool, grace: float) -> None:
     """Answers under way finish within the grace, or end with an error then; there are no new ones."""
-    # An answer takes 0.6 s, or 27.
-    scheduler = FakeScheduler(pace=0.02 if grace > 1 else 1)
+    # An answer takes 0.6 s, or 8.
+    scheduler = FakeScheduler(pace=0.02 if grace > 1 else 0.3)
     loaded, replies = service(scheduler, template=False), []
 
     def ask(url: str) -> None:
