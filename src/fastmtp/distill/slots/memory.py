@@ -42,10 +42,9 @@ def slot_bytes(config: Any, length: int, most: int, element: int) -> int:
 def prefill_bytes(config: Any, element: int) -> int:
     """Bytes of the largest forward of a prefill: its activations, and keys and values for every query head.
 
-    8192 * element * (6 * H + 4 * (Q + 2 * K) * D + 4 * I) + 65536 * 2 * (Q + K) * D * element
+    8192 * element * (6 * H + 4 * (Q + 2 * K) * D + 4 * I) + 65536 * 2 * Q * D * element
     """
-    heads = int(config.num_attention_heads) + int(config.num_key_value_heads)
-    held = PREFILL_KEYS * 2 * heads * head_size(config) * element
+    held = PREFILL_KEYS * 2 * int(config.num_attention_heads) * head_size(config) * element
     return PREFILL_TOKENS * _row_bytes(config, element) + held
 
 

@@ -41,14 +41,19 @@ def attend_slots_by_mask(
     mask_SL = keys_L <= newest_S1
     if window is not None:
         mask_SL &= keys_L > newest_S1 - window
-    mask_S11L = mask_SL[:, None, None]
-    return attend_many(queries_SQD[:, :, None], keys_SKLD, values_SKLD, mask_S11L, scale)[:, :, 0]
+    group = queries_SQD.shape[1] // keys_SKLD.shape[1]
+    keys, values = (part.repeat_interleave(group, 1) for part in (keys_SKLD, values_SKLD))
+    return attend_biased(queries_SQD[:, :, None], keys, values, mask_SL[:, None, None], scale)[:, :, 0]
 
 
-def attend_many(queries_RQCD: Tensor, keys_RKLD: Tensor, values_RKLD: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention with a mask of bool that broadcasts to [R, Q, C, L]; [R, Q, C, D]."""
-    group = queries_RQCD.shape[1] // keys_RKLD.shape[1]
-    # With masks, the fast kernels take as many key heads as query heads.
-    keys, values = (part.repeat_interleave(group, 1) for part in (keys_RKLD, values_RKLD))
+def attend_biased(
+    queries_RQCD: Tensor, keys_RQLD: Tensor, values_RQLD: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    """Attention [R, Q, C, D], with what broadcasts to [R, Q, C, L]: a bias of the scores, or which keys are seen.
+
+    With one of them the fast kernels take as many key heads as query heads.
+    """
     with steady_attention():
-        return nn.functional.scaled_dot_product_attention(queries_RQCD, keys, values, attn_mask=mask, scale=scale)
+        return nn.functional.scaled_dot_product_attention(
+            queries_RQCD, keys_RQLD, values_RQLD, attn_mask=bias, scale=scale
+        )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastmtp.engines.torch.fused_layers import is_fusible
-from fastmtp.engines.torch.slot_attention import attend_many
-from fastmtp.engines.torch.slot_parts import PLAIN, layer_parts, rotated
+from fastmtp.engines.torch.slot_attention import attend_biased
+from fastmtp.engines.torch.slot_parts import layer_parts
 from fastmtp.engines.torch.target import Target
 from fastmtp.models.tensors import windows
 
@@ -22,6 +22,8 @@ from fastmtp.models.tensors import windows
 CHUNK = 64
 # Tokens, padding included, and keys and values of one forward of a prefill, which bound its memory.
 PREFILL_TOKENS, PREFILL_KEYS = 8192, 65536
+# Attention would copy biases whose rows begin at other multiples.
+_ALIGNED = 16
 
 
 def is_supported(target: Target) -> bool:
@@ -53,7 +55,10 @@ class SlotModel:
 
         self._caches = [(cache(), cache()) for _ in self._layers]
         self._beginning: list[tuple[Tensor, ...]] = []
-        self._step = layer_parts(device)
+        self._parts = layer_parts(device)
+        # The key head of each query head.
+        heads = torch.arange(self._fused.key_heads, device=device)
+        self._key_heads = heads.repeat_interleave(target.config.num_attention_heads // self._fused.key_heads)
 
     def logits(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
         """Append a token to every slot, at its position; logits [S, V] of what follows it."""
@@ -61,10 +66,10 @@ class SlotModel:
         def attend(layer: int, joint: Tensor) -> Tensor:
             own, held = self._layers[layer], self._caches[layer]
             rotation = self._rotations[own.kind]
-            queries = self._step.place(joint, own.head_norms, *rotation, positions_S, *held)
-            return self._step.attend(queries, *held, positions_S, own.scale, self._windows[own.kind])
+            queries = self._parts.place(joint, own.head_norms, *rotation, positions_S, *held)
+            return self._parts.attend(queries, *held, positions_S, own.scale, self._windows[own.kind])
 
-        streams = self._fused(self._target.embed(ids_S), attend, self._step)
+        streams = self._fused(self._target.embed(ids_S), attend, self._parts)
         return self._target.logits(streams.normed)
 
     def prefill(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
@@ -89,31 +94,33 @@ class SlotModel:
     def _prefill_chunk(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
         rows, tokens = ids_RC.shape
         end = start + tokens
-        positions_C = torch.arange(start, end, device=ids_RC.device)
-        keys_L = torch.arange(end, device=ids_RC.device)
-        causal = keys_L <= positions_C[:, None]
-        masks = {
-            kind: causal if size is None else causal & (keys_L > positions_C[:, None] - size)
-            for kind, size in self._windows.items()
-        }
+        biases = {kind: self._bias(start, end, window) for kind, window in self._windows.items()}
+        rotations = {kind: [part[start:end] for part in parts] for kind, parts in self._rotations.items()}
+        every, heads_Q = slots_R[:, None], self._key_heads
 
-        def by_row(part: Tensor) -> Tensor:
-            return part.reshape(rows, tokens, *part.shape[1:])
-
-        rotations = {
-            kind: [part[positions_C].repeat(rows, 1) for part in parts] for kind, parts in self._rotations.items()
-        }
+        def by_head(part: Tensor) -> Tensor:
+            return part.reshape(rows, tokens, *part.shape[1:]).transpose(1, 2)
 
         def attend(layer: int, joint: Tensor) -> Tensor:
             own, (held_keys, held_values) = self._layers[layer], self._caches[layer]
-            queries, keys, values = rotated(joint, own.head_norms, self._fused.key_heads, *rotations[own.kind])
-            held_keys[slots_R[:, None], :, positions_C] = by_row(keys)
-            held_values[slots_R[:, None], :, positions_C] = by_row(values)
-            queries_RQCD = by_row(queries).transpose(1, 2)
-            held = held_keys[slots_R, :, :end], held_values[slots_R, :, :end]
-            found_RQCD = attend_many(queries_RQCD, *held, masks[own.kind], own.scale)
+            turned = self._parts.rotate(joint, own.head_norms, self._fused.key_heads, *rotations[own.kind])
+            queries_RQCD, keys, values = map(by_head, turned)
+            held_keys[slots_R, :, start:end], held_values[slots_R, :, start:end] = keys, values
+            held = held_keys[:, :, :end][every, heads_Q], held_values[:, :, :end][every, heads_Q]
+            found_RQCD = attend_biased(queries_RQCD, *held, biases[own.kind], own.scale)
             return found_RQCD.transpose(1, 2).flatten(0, 1)
 
-        streams = self._fused(self._target.embed(ids_RC).flatten(0, 1), attend, PLAIN)
+        streams = self._fused(self._target.embed(ids_RC).flatten(0, 1), attend, self._parts)
         if start == 0:
             self._target.check_states(streams.last)
+
+    def _bias(self, start: int, end: int, window: int | None) -> Tensor:
+        """[C, end]: 0 for the keys that a token attends to, -inf for the others."""
+        device, aligned = self._target.device, -(-end // _ALIGNED) * _ALIGNED
+        positions_C1 = torch.arange(start, end, device=device)[:, None]
+        keys_L = torch.arange(aligned, device=device)
+        seen = keys_L <= positions_C1
+        if window is not None:
+            seen &= keys_L > positions_C1 - window
+        bias = torch.zeros(seen.shape, dtype=self._target.dtype, device=device).masked_fill_(~seen, float("-inf"))
+        return bias[:, :end]
