@@ -115,6 +115,17 @@ def test_a_quarter_of_an_hour_on_a_gpu() -> None:
         assert 8 < planning.distill_config(0.6, facts).slots < facts.slots
 
 
+@pytest.mark.parametrize("minutes", [2.0, 3.0, 5.0])
+def test_a_short_budget_on_a_gpu_is_used(minutes: float) -> None:
+    """With the rates of a small model on a large card; in eight slots the answers would be some 50,000 tokens."""
+    fast = {"prefill_per_second": 3e5, "answered_few": 1.3e3, "answered_many": 2.4e5, "head_seconds": 1e-6}
+    facts = replace(GPU_FACTS, **fast, many=4096, slots=4096, target_bytes=270_000_000)
+    stages = plan("m", minutes, "transformers", OUT, facts, None, DATA)
+    predicted = planning.predict(minutes, "transformers", stages, facts, is_gguf=False)
+    assert predicted.tokens > 1e6 * minutes
+    assert 0.85 * minutes < sum(predicted.minutes.values()) < 1.1 * minutes
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_each_kind_of_work_is_timed_where_it_will_be_done(
     apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -387,7 +398,13 @@ def test_a_slow_model_is_timed_with_few_sequences() -> None:
     assert rates.many_slots(50.0, 60.0, 6.0) == 32
     assert rates.many_slots(5.0, 600.0, 6.0) == rates.FEW
     facts = replace(FACTS, answered_few=100.0, answered_many=200.0, many=32)
-    assert [facts.answered_per_second(slots) for slots in (4, 8, 20, 32, 96)] == [100, 100, 150, 200, 200]
+    assert [facts.answered_per_second(slots) for slots in (4, 8, 20, 32, 96)] == [
+        100,
+        100,
+        pytest.approx(500 / 3),
+        200,
+        200,
+    ]
 
 
 def _small(settings: Any, directory: Path) -> Settings:

@@ -75,11 +75,15 @@ class Facts:
     card: str | None = None
 
     def answered_per_second(self, slots: int) -> float:
-        """Tokens a second of so many sequences together; beyond those that were timed it grows no more."""
-        if slots <= rates.FEW:
-            return self.answered_few
-        share = min(1.0, (slots - rates.FEW) / max(1, self.many - rates.FEW))
-        return self.answered_few + share * max(0.0, self.answered_many - self.answered_few)
+        """Tokens a second of so many sequences together, whose steps take longer by as much for each one more.
+
+        Fewer than were timed are taken for as fast, and more.
+        """
+        few = min(rates.FEW, self.many)
+        slots = min(max(slots, few), self.many)
+        first, last = few / self.answered_few, self.many / self.answered_many
+        share = (slots - few) / max(1, self.many - few)
+        return slots / (first + share * max(0.0, last - first))
 
     def trained_per_second(self) -> float:
         """Tokens a second of training steps, the target's states included."""

@@ -88,16 +88,24 @@ def default_engine(target: str) -> str:
 
 
 def distill_minutes(minutes: float, facts: Facts) -> float:
-    """The time for answers: training then passes over them twice in what is left."""
+    """The time for answers, in as many slots as end in time: in what is left, training passes over them twice."""
     seconds = 60 * _working_minutes(minutes, facts)
-    slots = _FEWEST_SLOTS
-    for _ in range(3):
-        rate = data_per_second(facts, slots)
-        a_token = 1 / rate + _EPOCHS / _trained(facts)
-        tokens = seconds / a_token
-        tokens = max(0.1 * tokens, (seconds - _before_training(facts, int(tokens))) / a_token)
-        slots = _slots(tokens / rate / 60, facts)
-    return round(tokens / data_per_second(facts, slots) / 60, 2)
+    # With more slots there are more answers, which take less of the time.
+    for slots in _most_first(facts):
+        answering = _answering_minutes(seconds, slots, facts)
+        if _end_in_time(slots, answering, facts):
+            break
+    return round(answering, 2)
+
+
+def _answering_minutes(seconds: float, slots: int, facts: Facts) -> float:
+    """Of a number of seconds for answers and training."""
+    rate = data_per_second(facts, slots)
+    a_token = 1 / rate + _EPOCHS / _trained(facts)
+    tokens = seconds / a_token
+    for _ in range(2):
+        tokens = max(0.1 * seconds, seconds - _before_training(facts, int(tokens))) / a_token
+    return tokens / rate / 60
 
 
 def distill_config(minutes: float, facts: Facts) -> DistillConfig:
@@ -108,16 +116,18 @@ def distill_config(minutes: float, facts: Facts) -> DistillConfig:
 
 
 def _slots(minutes: float, facts: Facts) -> int:
-    most = DistillConfig()
-    longest = most.max_prompt_tokens + most.max_new_tokens
-    return next(
-        (
-            slots
-            for slots in range(facts.slots, _FEWEST_SLOTS, -1)
-            if slots * longest / facts.answered_per_second(slots) <= _LAST_ANSWERS * 60 * minutes
-        ),
-        _FEWEST_SLOTS,
-    )
+    return next((slots for slots in _most_first(facts) if _end_in_time(slots, minutes, facts)), _FEWEST_SLOTS)
+
+
+def _most_first(facts: Facts) -> range:
+    """Numbers of slots."""
+    return range(max(facts.slots, _FEWEST_SLOTS), _FEWEST_SLOTS - 1, -1)
+
+
+def _end_in_time(slots: int, minutes: float, facts: Facts) -> bool:
+    """Whether what is under way after so many minutes takes no more than its share of them."""
+    longest = DistillConfig().max_prompt_tokens + DistillConfig().max_new_tokens
+    return slots * longest / facts.answered_per_second(slots) <= _LAST_ANSWERS * 60 * minutes
 
 
 def plan(
