@@ -89,10 +89,12 @@ def launch_all(kind: torch.dtype) -> None:
     lm_head = Matrix(half(vocabulary, hidden))
     rows, verified = Rows.empty(4, cpu), Rows.empty(4, cpu)
     pages = attention.Pages(half(640, key_heads, size), half(640, key_heads, size), whole(10, 10))
-    products.product(x, Matrix(half(wide, hidden)), zeros(1 << 18), 4)
-    for biases, gelu in ((None, False), ((half(inner), half(inner)), True)):
-        pair = Matrix(half(inner, hidden)), Matrix(half(inner, hidden))
-        products.gated(x, pair, biases, half(16, inner), 4, gelu=gelu)
+    # No GPU is asked for more rows together in float32.
+    for count in (16, 256) if kind.itemsize == 2 else (16,):
+        products.product(half(count, hidden), Matrix(half(wide, hidden)), zeros(1 << 24), 4)
+        for biases, gelu in ((None, False), ((half(inner), half(inner)), True)):
+            pair = Matrix(half(inner, hidden)), Matrix(half(inner, hidden))
+            products.gated(half(count, hidden), pair, biases, half(count, inner), 4, gelu=gelu)
     norms.embed(rows.tokens, half(100, hidden), 1.0, stream)
     norms.add_norm(None, stream, gains, x, 1e-6, 4)
     norms.add_norm(zeros(4, 16, hidden), stream, gains, x, 1e-6, 4, bias_H=half(hidden), outer_H=gains, adds=False)
@@ -145,8 +147,11 @@ def launch_quantised(kind: Quantised) -> None:
         x, wide = (zeros(16, width, dtype=torch.bfloat16) for width in (hidden, inner))
         matrix, out = quantised_zeros(inner, hidden, kind), zeros(1 << 20)
         products.product(x, matrix, out, 4)
-        products.product(wide, quantised_zeros(hidden, inner, kind), out, 4)
-        products.gated(x, (matrix, matrix), None, wide, 4, gelu=False)
+        for rows in (16, 256):
+            x, wide = (zeros(rows, width, dtype=torch.bfloat16) for width in (hidden, inner))
+            products.product(wide, quantised_zeros(hidden, inner, kind), zeros(1 << 24), 4)
+            products.gated(x, (matrix, matrix), None, wide, 4, gelu=False)
+        x = x[:16]
         for ids in (None, torch.zeros(640, dtype=torch.int32)):
             scores.scores(x, matrix, ids, zeros(16, inner if ids is None else 640))
 

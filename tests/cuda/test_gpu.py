@@ -51,6 +51,11 @@ def test_rows_of_large_products_keep_their_bits(outputs: int, inputs: int, dtype
         x = torch.randn(48, inputs, generator=draw, device="cuda").to(dtype)
         x[place] = row
         found.append(product(x, Matrix(weight), memory, len(x))[:, place].clone())
+    # Some tiles at once, as of a prompt.
+    for count, places in ((64, range(0, 64, 9)), (256, range(0, 256, 31))):
+        x = torch.randn(count, inputs, generator=draw, device="cuda").to(dtype)
+        x[list(places)] = row
+        found += product(x, Matrix(weight), memory, count)[:, list(places)].clone().unbind(1)
     assert all(torch.equal(one, found[0]) for one in found)
     torch.testing.assert_close(found[0].sum(0), row.float() @ weight.float().T, rtol=1e-2, atol=1.0)
 
@@ -66,8 +71,8 @@ def test_rows_of_large_quantised_products(outputs: int, inputs: int, kind: Quant
     whole = product(x, matrix, memory, 48).clone()
     expected = x.double() @ dequantised(matrix, inputs).double().T
     torch.testing.assert_close(whole.sum(0).double(), expected, rtol=1e-3, atol=1e-3 * inputs**0.5)
-    for wanted in (1, 2, 8, 17):
-        part = torch.randn(48, inputs, generator=draw, device="cuda").bfloat16()
+    for rows, wanted in ((48, 1), (48, 2), (48, 8), (48, 17), (64, 48), (256, 48)):
+        part = torch.randn(rows, inputs, generator=draw, device="cuda").bfloat16()
         part[:wanted] = x[-wanted:]
         assert torch.equal(product(part, matrix, memory, wanted)[:, :wanted], whole[:, -wanted:])
 

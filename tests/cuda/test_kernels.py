@@ -14,8 +14,8 @@ from fastmtp.engines.cuda.kernels.likeliest import likeliest
 from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
 from fastmtp.engines.cuda.kernels.products import gated, product
 from fastmtp.engines.cuda.kernels.scores import BlockScores, argmax, block_scores, scores
-from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE, division
-from fastmtp.engines.cuda.matrices import Matrix
+from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE, division, tiles_together
+from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
 from tests.cuda.conftest import DEVICE
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -59,6 +59,24 @@ def test_a_rows_product_depends_on_the_row_alone(dtype: torch.dtype) -> None:
         x[place] = row
         found.append(product(x, Matrix(weight), memory(1 << 14), len(x))[:, place].clone())
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("kind", [None, *QUANTISED])
+def test_tiles_of_rows_together_are_those_alone(kind: Quantised | None) -> None:
+    """To the bit, of products and gated ones; the last tile has fewer rows than are wanted of the others."""
+    rows, wanted, inputs, outputs = 8 * TILE, 7 * TILE + 5, 300, 70
+    x = drawn(rows, inputs, dtype=torch.bfloat16)
+    first, second = (drawn(outputs, inputs, seed=seed).bfloat16() / inputs**0.5 for seed in (1, 2))
+    matrix, other = (Matrix(one) if kind is None else quantise(one.float(), kind) for one in (first, second))
+    assert tiles_together(rows, matrix.bits) > tiles_together(TILE, matrix.bits) == 1
+    whole, out = product(x, matrix, memory(1 << 15), wanted), torch.empty(rows, outputs, device=DEVICE)
+    gated(x, (matrix, other), None, out, wanted, gelu=False)
+    for start in range(0, wanted, TILE):
+        own, end = x[start : start + TILE], min(start + TILE, wanted)
+        alone, out_alone = product(own, matrix, memory(1 << 14), end - start), torch.empty_like(out[:TILE])
+        gated(own, (matrix, other), None, out_alone, end - start, gelu=False)
+        assert torch.equal(whole[:, start:end], alone[:, : end - start])
+        assert torch.equal(out[start:end], out_alone[: end - start])
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 # In files with tests for a GPU: those of one part, and those that all engines pass.
 _MARKS = ("mark.gpu", "engine: Engine")
-CONTEXT = 500
+CONTEXT, PROMPT = 500, 2048
 TOGETHER = (1, 2, 4, 8, 16)
 DRAFTED = (8192, 32768)
 STEPS = 3
@@ -164,6 +164,7 @@ class _Measuring:
 
     Attributes:
         ids: the text's tokens.
+        prompt: those of a longer one.
         turns: how often each figure is measured.
     """
 
@@ -171,6 +172,7 @@ class _Measuring:
         from fastmtp.engines.costs import some_ids
 
         self.ids = some_ids(engine.target.vocabulary_size, CONTEXT if not setting.tiny else 16)
+        self.prompt = some_ids(engine.target.vocabulary_size, PROMPT if not setting.tiny else 24)
         self._sequence = engine.new_sequence()
         self._answer, self.turns = (64, 3) if not setting.tiny else (3, 1)
         self._forwards = 5 if not setting.tiny else 1
@@ -192,6 +194,16 @@ class _Measuring:
 
         task = forward_task(self._sequence, self.ids, count, self._forwards)
         return 1e3 * min(task() for _ in range(self.turns))
+
+    def prefill_ms(self) -> float:
+        from fastmtp.engines.costs import timed
+
+        def once() -> float:
+            self._sequence.reset()
+            return 1e3 * timed(lambda: self._sequence.prefill(self.prompt))
+
+        once()
+        return min(once() for _ in range(self.turns))
 
 
 def _decode_whole(model: Path, setting: Setting, found: dict[str, Any]) -> None:
@@ -222,6 +234,9 @@ def _decode_whole(model: Path, setting: Setting, found: dict[str, Any]) -> None:
         found["forward_ms"][count] = measure.forward_ms(count)
         setting.report(found)
     found["flatness_8"] = found["forward_ms"][8] / found["forward_ms"][1]
+    found |= {"prompt": len(measure.prompt), "prefill_ms": measure.prefill_ms()}
+    found["prefill_tokens_per_second"] = 1e3 * found["prompt"] / found["prefill_ms"]
+    setting.report(found)
     head_directory = model.parent / "head"
     write_random_head(head_directory, engine.target, model)
     head = engine.load_head(head_directory)

@@ -1,8 +1,8 @@
 """Kernels that begin while the one before them ends (programmatic dependent launch, compute capability 9.0 on).
 
 A kernel calls `wait` before it reads what the one before it writes, and before it writes anything; then `release`,
-when the next one may begin: late in a product, whose memory the next kernel's programs would take. No kernel releases
-before it has waited, so what all others before wrote is there when a kernel begins, and may be read at once.
+when the next one may begin: late in a product, whose memory the next kernel's programs would take. No kernel
+releases before it has waited: what all others before wrote is there when a kernel begins, and may be read at once.
 """
 
 from __future__ import annotations

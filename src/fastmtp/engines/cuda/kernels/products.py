@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.shapes import TILE, block, blocks, division
-from fastmtp.engines.cuda.kernels.steps import add_step, scaled
+from fastmtp.engines.cuda.kernels.shapes import TILE, block, blocks, division, tiles_together
+from fastmtp.engines.cuda.kernels.steps import add_step, no_sums, scaled
 from fastmtp.engines.cuda.matrices import Matrix
 
 _WARPS, _STAGES, _GATED_STAGES = 4, 4, 3
@@ -29,24 +29,25 @@ def _product(
     K: tl.constexpr,
     KIND: tl.constexpr,
     DEPTH: tl.constexpr,
+    TILES: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * 16 + tl.arange(0, 16)
+    rows = tl.program_id(0) * TILES * 16 + tl.arange(0, 16)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
-    is_row, is_column = rows < M, columns < N
+    is_column = columns < N
     wait(OVERLAPS)
-    total = tl.full([16, BN], 0.0, tl.float32)
+    x, places = X + rows[:, None] * K, columns.to(tl.int64)
+    totals = no_sums(TILES, BN)
     for step in range(0, DEPTH, BK):
-        first = part * DEPTH + step
-        total = add_step(
-            X + rows[:, None] * K, W, SCALES, columns.to(tl.int64), is_row, is_column, first, total, K, KIND, BK
-        )
+        totals = add_step(x, W, SCALES, rows, places, M, is_column, part * DEPTH + step, totals, K, KIND, BK)
     release(OVERLAPS)
-    total = scaled(SCALES, columns, is_column, total, KIND)
-    tl.store(OUT + (part * R + rows[:, None]) * N + columns[None, :], total, mask=is_column[None, :])
+    for tile in tl.static_range(TILES):
+        total = scaled(SCALES, columns, is_column, totals[tile], KIND)
+        out = OUT + (part * R + tile * 16 + rows[:, None]) * N + columns[None, :]
+        tl.store(out, total, mask=is_column[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -65,33 +66,34 @@ def _gated(
     KIND: tl.constexpr,
     BIASED: tl.constexpr,
     GELU: tl.constexpr,
+    TILES: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * 16 + tl.arange(0, 16)
+    rows = tl.program_id(0) * TILES * 16 + tl.arange(0, 16)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    is_row, is_column = rows < M, columns < N
+    is_column = columns < N
     wait(OVERLAPS)
-    gate = tl.full([16, BN], 0.0, tl.float32)
-    up = tl.full([16, BN], 0.0, tl.float32)
-    x, place = X + rows[:, None] * K, columns.to(tl.int64)
+    x, places = X + rows[:, None] * K, columns.to(tl.int64)
+    gates, ups = no_sums(TILES, BN), no_sums(TILES, BN)
     for step in range(0, K, BK):
-        gate = add_step(x, GATE, GATE_SCALES, place, is_row, is_column, step, gate, K, KIND, BK)
-        up = add_step(x, UP, UP_SCALES, place, is_row, is_column, step, up, K, KIND, BK)
+        gates = add_step(x, GATE, GATE_SCALES, rows, places, M, is_column, step, gates, K, KIND, BK)
+        ups = add_step(x, UP, UP_SCALES, rows, places, M, is_column, step, ups, K, KIND, BK)
     release(OVERLAPS)
-    gate = scaled(GATE_SCALES, columns, is_column, gate, KIND)
-    up = scaled(UP_SCALES, columns, is_column, up, KIND)
-    if BIASED:
-        gate += tl.load(GATE_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(UP_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    inner = gate
-    if GELU:
-        # tanh(z) = 2 sigmoid(2 z) - 1, so (1 + tanh(z)) / 2 = sigmoid(2 z).
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    found = gate * tl.sigmoid(inner) * up
-    out = OUT + rows[:, None] * N + columns[None, :]
-    tl.store(out, found.to(OUT.dtype.element_ty), mask=is_column[None, :])
+    for tile in tl.static_range(TILES):
+        gate = scaled(GATE_SCALES, columns, is_column, gates[tile], KIND)
+        up = scaled(UP_SCALES, columns, is_column, ups[tile], KIND)
+        if BIASED:
+            gate += tl.load(GATE_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(UP_BIAS + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        inner = gate
+        if GELU:
+            # tanh(z) = 2 sigmoid(2 z) - 1, so (1 + tanh(z)) / 2 = sigmoid(2 z).
+            inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        found = gate * tl.sigmoid(inner) * up
+        out = OUT + (tile * 16 + rows[:, None]) * N + columns[None, :]
+        tl.store(out, found.to(OUT.dtype.element_ty), mask=is_column[None, :])
 
 
 def product(x_RK: Tensor, weight: Matrix, out: Tensor, wanted: int) -> Tensor:
@@ -101,9 +103,9 @@ def product(x_RK: Tensor, weight: Matrix, out: Tensor, wanted: int) -> Tensor:
         wanted: the first M rows; what the others have is not said.
     """
     (rows, inputs), outputs = x_RK.shape, weight.outputs
-    how = division(outputs, inputs, weight.bits)
+    how, tiles = division(outputs, inputs, weight.bits), tiles_together(rows, weight.bits)
     parts_PRN = out[: how.parts * rows * outputs].view(how.parts, rows, outputs)
-    grid = (rows // TILE, how.programs(outputs), how.parts)
+    grid = (rows // TILE // tiles, how.programs(outputs), how.parts)
     _product[grid](
         x_RK,
         weight.values,
@@ -115,11 +117,11 @@ def product(x_RK: Tensor, weight: Matrix, out: Tensor, wanted: int) -> Tensor:
         inputs,
         weight.kind,
         how.depth,
+        tiles,
         how.columns,
         how.step,
         **overlap(x_RK),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        **_resources(tiles, how.columns, _STAGES),
     )
     return parts_PRN
 
@@ -140,9 +142,9 @@ def gated(
     """
     (rows, inputs), outputs = x_RK.shape, out_RN.shape[1]
     gate, up = weights
-    columns, step = block(gate.bits)
+    (columns, step), tiles = block(gate.bits), tiles_together(rows, gate.bits, 2)
     gate_bias, up_bias = biases or (x_RK, x_RK)
-    _gated[(rows // TILE, blocks(outputs, columns))](
+    _gated[(rows // TILE // tiles, blocks(outputs, columns))](
         x_RK,
         gate.values,
         up.values,
@@ -157,9 +159,16 @@ def gated(
         gate.kind,
         biases is not None,
         gelu,
+        tiles,
         columns,
         step,
         **overlap(x_RK),
-        num_warps=_WARPS,
-        num_stages=_GATED_STAGES,
+        **_resources(tiles, columns, _GATED_STAGES),
     )
+
+
+def _resources(tiles: int, columns: int, stages: int) -> dict[str, int]:
+    """Several tiles need room for their rows, and a warp for each 8 outputs: so many a tensor core has."""
+    if tiles == 1:
+        return {"num_warps": _WARPS, "num_stages": stages}
+    return {"num_warps": columns // 8, "num_stages": 3}

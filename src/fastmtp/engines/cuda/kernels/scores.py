@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
 from fastmtp.engines.cuda.kernels.shapes import TILE
-from fastmtp.engines.cuda.kernels.steps import add_step, scaled
+from fastmtp.engines.cuda.kernels.steps import add_step, no_sums, scaled
 from fastmtp.engines.cuda.matrices import Matrix
 
 # Tokens of one program.
@@ -59,12 +59,14 @@ def _scores(
         is_token = tokens >= 0
         # Where a list has ended there is nothing to multiply.
         depth = tl.where(tl.max(tokens, 0) >= 0, H, 0)
-    places, is_row = tokens.to(tl.int64), tl.arange(0, 16) < M
-    total = tl.full([16, BN], 0.0, tl.float32)
+    places, of_tile = tokens.to(tl.int64), tl.arange(0, 16)
+    totals = no_sums(1, BN)
     for step in range(0, depth, BK):
-        total = add_step(STATES + rows[:, None] * H, W, SCALES, places, is_row, is_token, step, total, H, KIND, BK)
+        totals = add_step(
+            STATES + rows[:, None] * H, W, SCALES, of_tile, places, M, is_token, step, totals, H, KIND, BK
+        )
     release(OVERLAPS)
-    total = scaled(SCALES, places, is_token, total, KIND)
+    total = scaled(SCALES, places, is_token, totals[0], KIND)
     total = tl.where(is_token[None, :], total, float("-inf"))
     if PICKS:
         best = tl.max(total, 1)
@@ -73,7 +75,7 @@ def _scores(
         tl.store(BEST + of_row, best)
         tl.store(PLACES + of_row, places)
     if KEEPS:
-        is_kept = is_row[:, None] & (columns < N)[None, :]
+        is_kept = (of_tile < M)[:, None] & (columns < N)[None, :]
         tl.store(LOGITS + rows[:, None].to(tl.int64) * N + columns[None, :], total, mask=is_kept)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 
 # Rows of a tile: the fewest that a tensor core multiplies.
 TILE = 16
@@ -51,6 +52,16 @@ def block(bits: int) -> tuple[int, int]:
     The fewer bits a weight has, the more it counts what a program reads of the rows beside its weights.
     """
     return (32, 128) if bits > 8 else (64, 1024 // bits)
+
+
+def tiles_together(rows: int, bits: int, matrices: int = 1) -> int:
+    """Tiles of rows for which a program reads weights once, as many as registers hold; each keeps its order.
+
+    Args:
+        bits: of a weight; those with fewer are taken apart in registers.
+        matrices: that a program multiplies with.
+    """
+    return gcd(rows // TILE, min(8, bits // matrices))
 
 
 def blocks(size: int, block: int) -> int:

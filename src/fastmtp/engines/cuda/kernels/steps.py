@@ -75,54 +75,73 @@ def add_step(
     X,
     W,
     SCALES,
+    rows,
     columns,
-    is_row,
+    wanted,
     is_column,
     first,
-    total,
+    totals,
     K: tl.constexpr,
     KIND: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """total + x Wᵀ for the inputs of a step, but for the scales of 8 bits (`scaled`).
+    """totals + x Wᵀ of some tiles of rows for the inputs of a step, but for the scales of 8 bits (`scaled`).
 
     Args:
-        X: where the rows begin.
+        X: where the rows of the first tile begin.
+        rows: their numbers.
         columns: the outputs, as rows of W.
-        is_row: rows that are wanted; beside a quantised matrix the others are not read.
+        wanted: the first row that is not; beside a quantised matrix it is not read, nor those after it.
+        totals: of each tile.
         KIND: how the matrix is quantised; None is not at all.
     """
+    found = totals[:0]
     if KIND is None:
         inputs = first + tl.arange(0, BK)
         is_input = inputs < K
-        x = tl.load(X + inputs[None, :], mask=is_input[None, :], other=0.0)
+        xs = totals[:0]
+        for tile in tl.static_range(len(totals)):
+            xs += (tl.load(X + tile * 16 * K + inputs[None, :], mask=is_input[None, :], other=0.0),)
         w = tl.load(
             W + columns[:, None] * K + inputs[None, :], mask=is_column[:, None] & is_input[None, :], other=0.0
         )
-        total = multiply_add(x, tl.trans(w), total)
+        for tile in tl.static_range(len(totals)):
+            found += (multiply_add(xs[tile], tl.trans(w), totals[tile]),)
     elif KIND == "int4":
         groups: tl.constexpr = (K + _GROUP - 1) // _GROUP
         lanes = tl.arange(0, _HALF)
+        found = totals
         for number in tl.static_range(BK // _GROUP):
             group = first // _GROUP + number
             places, is_there = columns * groups + group, is_column & (tl.zeros_like(columns) + group < groups)
             w = tl.load(W + places[None, :] * _HALF + lanes[:, None], mask=is_there[None, :], other=0)
             scales = tl.load(SCALES + places, mask=is_there, other=0.0).to(tl.float32)
             inputs = group * _GROUP + lanes
-            low = tl.load(X + inputs[None, :], mask=is_row[:, None] & (inputs < K)[None, :], other=0.0)
-            inputs += _HALF
-            high = tl.load(X + inputs[None, :], mask=is_row[:, None] & (inputs < K)[None, :], other=0.0)
-            sums = multiply_add(low, nibbles(w, low, False), tl.zeros_like(total))
-            sums = multiply_add(high, nibbles(w, high, True), sums)
-            total += sums * scales[None, :]
+            more = totals[:0]
+            for tile in tl.static_range(len(totals)):
+                is_row, x = rows + tile * 16 < wanted, X + tile * 16 * K + inputs[None, :]
+                low = tl.load(x, mask=is_row[:, None] & (inputs < K)[None, :], other=0.0)
+                high = tl.load(x + _HALF, mask=is_row[:, None] & (inputs + _HALF < K)[None, :], other=0.0)
+                sums = multiply_add(low, nibbles(w, low, False), tl.zeros_like(found[tile]))
+                sums = multiply_add(high, nibbles(w, high, True), sums)
+                more += (found[tile] + sums * scales[None, :],)
+            found = more
     else:
         inputs = first + tl.arange(0, BK)
         is_input = inputs < K
-        x = tl.load(X + inputs[None, :], mask=is_row[:, None] & is_input[None, :], other=0.0)
         places = W + columns[None, :] * K + inputs[:, None]
         w = tl.load(places, mask=is_column[None, :] & is_input[:, None], other=0)
-        total = multiply_add(x, whole_bytes(w, x, KIND), total)
-    return total
+        for tile in tl.static_range(len(totals)):
+            is_row = rows + tile * 16 < wanted
+            x = tl.load(X + tile * 16 * K + inputs[None, :], mask=is_row[:, None] & is_input[None, :], other=0.0)
+            found += (multiply_add(x, whole_bytes(w, x, KIND), totals[tile]),)
+    return found
+
+
+@triton.jit
+def no_sums(TILES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of each tile of rows."""
+    return (tl.full([16, COLUMNS], 0.0, tl.float32),) * TILES
 
 
 @triton.jit
