@@ -14,7 +14,7 @@ from fastmtp.engines.cuda.kernels.shapes import TILE, block, blocks, division, t
 from fastmtp.engines.cuda.kernels.steps import add_step, no_sums, scaled
 from fastmtp.engines.cuda.matrices import Matrix
 
-_WARPS, _STAGES, _GATED_STAGES = 4, 4, 3
+_STAGES, _GATED_STAGES = 4, 3
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -168,7 +168,5 @@ def gated(
 
 
 def _resources(tiles: int, columns: int, stages: int) -> dict[str, int]:
-    """Several tiles need room for their rows, and a warp for each 8 outputs: so many a tensor core has."""
-    if tiles == 1:
-        return {"num_warps": _WARPS, "num_stages": stages}
-    return {"num_warps": columns // 8, "num_stages": 3}
+    """A warp for each 8 outputs, so many as a tensor core has. Rows of several tiles leave room for fewer stages."""
+    return {"num_warps": columns // 8, "num_stages": stages if tiles == 1 else 3}
