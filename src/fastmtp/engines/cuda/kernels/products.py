@@ -168,5 +168,5 @@ def gated(
 
 
 def _resources(tiles: int, columns: int, stages: int) -> dict[str, int]:
-    """A warp for each 8 outputs, so many as a tensor core has. Rows of several tiles leave room for fewer stages."""
+    """A warp for each 8 outputs, as many as a tensor core has. Rows of several tiles leave room for few stages."""
     return {"num_warps": columns // 8, "num_stages": stages if tiles == 1 else 3}
