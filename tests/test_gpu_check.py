@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 import pytest
 from tools import gpu_check
-from tools.gpu import parts
 from tools.gpu.bars import bars
-from tools.gpu.parts import LIMITS, PARTS, Setting
+from tools.gpu.decoding import TOGETHER
+from tools.gpu.parts import LIMITS, PARTS
+from tools.gpu.setting import ROOT, Setting
 
 GOOD = "import json, sys; json.dump({'figure': 1}, open(sys.argv[1], 'w'))"
 BROKEN = GOOD + "; raise SystemExit('no such kernel')"
@@ -80,14 +81,14 @@ def test_each_part_runs_on_a_tiny_model(name: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("tempfile.tempdir", None)
     reported: list[dict[str, Any]] = []
     found = PARTS[name](Setting("cpu", 1.0, True, lambda figures: reported.append(dict(figures))))
-    documented = (parts.ROOT / "docs" / "gpu-check.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs" / "gpu-check.md").read_text(encoding="utf-8")
     assert [key for key in found if f"`{key}`" not in documented] == []
     json.dumps(found)
     if name == "lossless":
         assert found["chain"]["tokens"] > 0
         assert found["chain"]["differing"] == found["tree"]["differing"] == 0
     elif name.startswith("decode"):
-        assert set(found["forward_ms"]) == set(parts.TOGETHER)
+        assert set(found["forward_ms"]) == set(TOGETHER)
         assert found["round_ms"] > 0
         assert reported[0]["plain_ms"] == found["plain_ms"]
     else:
@@ -153,7 +154,7 @@ def test_skipped():
 """
 PYTEST = """
 import json, sys, pytest
-from tools.gpu.parts import TestProgress
+from tools.gpu.tests import TestProgress
 progress = TestProgress(lambda figures: print("report", json.dumps(figures)))
 pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", sys.argv[1]], plugins=[progress])
 """
@@ -163,7 +164,7 @@ def test_what_passed_is_reported_after_each_test(tmp_path: Path) -> None:
     """Those of all engines last; a failure with its first line."""
     (tmp_path / "test_some.py").write_text(TESTS)
     done = subprocess.run(
-        [sys.executable, "-c", PYTEST, str(tmp_path)], capture_output=True, text=True, cwd=parts.ROOT, check=True
+        [sys.executable, "-c", PYTEST, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
     )
     lines = [line.partition("report ")[2] for line in done.stdout.splitlines() if "report " in line]
     reports = [json.loads(line) for line in lines]

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.gpu.bars import bars
-from tools.gpu.parts import LIMITS, PARTS, ROOT, Setting, machine
+from tools.gpu.parts import LIMITS, PARTS, machine
+from tools.gpu.setting import ROOT, Setting
 
 FORMAT = 1
 # What a bare machine lacks (`make gpu-bundle`).
