@@ -61,7 +61,7 @@ def tiles_together(rows: int, bits: int, matrices: int = 1) -> int:
         bits: of a weight; those with fewer are taken apart in registers.
         matrices: that a program multiplies with.
     """
-    return gcd(rows // TILE, min(8, bits // matrices))
+    return gcd(rows // TILE, min(4, bits // matrices))
 
 
 def blocks(size: int, block: int) -> int:
