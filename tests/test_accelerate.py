@@ -123,6 +123,8 @@ def test_a_short_budget_on_a_gpu_is_used(minutes: float) -> None:
     stages = plan("m", minutes, "transformers", OUT, facts, None, DATA)
     predicted = planning.predict(minutes, "transformers", stages, facts, is_gguf=False)
     assert predicted.tokens > 1e6 * minutes
+    few = replace(facts, many=5, slots=5)
+    assert planning.distill_config(planning.distill_minutes(minutes, few), few).slots in (0, 5)
     assert 0.85 * minutes < sum(predicted.minutes.values()) < 1.1 * minutes
 
 

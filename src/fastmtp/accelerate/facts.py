@@ -77,7 +77,7 @@ class Facts:
     def answered_per_second(self, slots: int) -> float:
         """Tokens a second of so many sequences together, whose steps take longer by as much for each one more.
 
-        Fewer than were timed are taken for as fast, and more.
+        Fewer than were timed are taken to be as fast as the fewest, and more as the most.
         """
         few = min(rates.FEW, self.many)
         slots = min(max(slots, few), self.many)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,8 @@ _PROMPT, _ANSWER, _READ = 96, 216, 136
 # What is under way in the end is finished: that takes at most this share of the time for answers.
 _LAST_ANSWERS = 0.25
 _FEWEST_SLOTS = 8
+# A prompt with its answer.
+_LONGEST = DistillConfig().max_prompt_tokens + DistillConfig().max_new_tokens
 # Passes over the answers that are aimed at; more than the most improve little.
 _EPOCHS, _MOST_EPOCHS = 2.0, 3.0
 # Measuring a token held out takes this share of training on it; over a long run that is a twentieth of training.
@@ -90,12 +95,14 @@ def default_engine(target: str) -> str:
 def distill_minutes(minutes: float, facts: Facts) -> float:
     """The time for answers, in as many slots as end in time: in what is left, training passes over them twice."""
     seconds = 60 * _working_minutes(minutes, facts)
+
+    def answering(slots: int) -> float:
+        return _answering_minutes(seconds, slots, facts)
+
     # With more slots there are more answers, which take less of the time.
-    for slots in _most_first(facts):
-        answering = _answering_minutes(seconds, slots, facts)
-        if _end_in_time(slots, answering, facts):
-            break
-    return round(answering, 2)
+    slots = _most_slots(lambda slots: _end_in_time(slots, answering(slots), facts), facts)
+    # Rounded up, so that the slots still end in it.
+    return math.ceil(100 * answering(slots)) / 100
 
 
 def _answering_minutes(seconds: float, slots: int, facts: Facts) -> float:
@@ -116,18 +123,19 @@ def distill_config(minutes: float, facts: Facts) -> DistillConfig:
 
 
 def _slots(minutes: float, facts: Facts) -> int:
-    return next((slots for slots in _most_first(facts) if _end_in_time(slots, minutes, facts)), _FEWEST_SLOTS)
+    return _most_slots(lambda slots: _end_in_time(slots, minutes, facts), facts)
 
 
-def _most_first(facts: Facts) -> range:
-    """Numbers of slots."""
-    return range(max(facts.slots, _FEWEST_SLOTS), _FEWEST_SLOTS - 1, -1)
+def _most_slots(is_in_time: Callable[[int], bool], facts: Facts) -> int:
+    """The largest number of slots for which that holds, as it does for all smaller ones; the fewest if for none."""
+    fewest = min(_FEWEST_SLOTS, facts.slots)
+    numbers = range(fewest + 1, facts.slots + 1)
+    return fewest + bisect_left(numbers, True, key=lambda slots: not is_in_time(slots))
 
 
 def _end_in_time(slots: int, minutes: float, facts: Facts) -> bool:
     """Whether what is under way after so many minutes takes no more than its share of them."""
-    longest = DistillConfig().max_prompt_tokens + DistillConfig().max_new_tokens
-    return slots * longest / facts.answered_per_second(slots) <= _LAST_ANSWERS * 60 * minutes
+    return slots * _LONGEST / facts.answered_per_second(slots) <= _LAST_ANSWERS * 60 * minutes
 
 
 def plan(
