@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def lossless(setting: Setting) -> dict[str, Any]:
                     if len(tokens) >= len(wanted):
                         break
                 # After the first difference the texts are different ones: the rest is not compared.
-                pairs = zip(tokens, wanted, strict=False)
+                pairs = zip_longest(tokens[: len(wanted)], wanted)
                 first = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
                 counts[way]["tokens"] += len(wanted) if first is None else first + 1
                 counts[way]["differing"] += first is not None
