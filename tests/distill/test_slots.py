@@ -423,6 +423,15 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_the_device_is_never_without_work(llama: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the host waits for what has ended, the next steps are begun already, while texts run."""
+    finished, begun = SlotMachine.finished, []
+    monkeypatch.setattr(SlotMachine, "finished", lambda self: begun.append(self.begun) or finished(self))
+    asked = requests([random_ids(size, size) for size in range(3, 9)], max_new_tokens=30, end_ids=frozenset())
+    assert len(completions(slots(SlotMachine(llama, 2, 64, 1, []), llama), asked, [])) == 6
+    assert len(begun) > 6 and set(begun[:-1]) == {2}
+
+
 @interpreted
 @pytest.mark.parametrize(
     "family", [pytest.param(one, marks=() if one in ("qwen3", "gemma3") else pytest.mark.slow) for one in FAMILIES]

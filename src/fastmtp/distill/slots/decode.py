@@ -34,7 +34,7 @@ def decode_slots(machine: SlotMachine, engine: Engine, queue: deque[Request]) ->
         if seconds := _seconds(done, queue):
             yield seconds
         # While there is something to do one advance is always under way.
-        ended = machine.finished() if machine.begun > bool(running) else []
+        ended = machine.finished() if machine.begun > (1 if running else 0) else []
         done = [(running.pop(own.slot), own) for own in ended]
         if unfit and not (queue or running or done):
             yield from ([completion] for completion in decode_batch(engine, unfit, _FEW))
