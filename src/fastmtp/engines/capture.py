@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 Step = Callable[[], None]
 _WARM_UPS = 3
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches kernels on the current device, wherever their memory is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capture(step: Step, device: torch.device, memory: Any = None) -> torch.cuda.CUDAGraph:

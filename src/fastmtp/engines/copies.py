@@ -19,7 +19,7 @@ class Sent:
         self._done: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> NDArray[Any]:
         """For this copy, not for what was launched after it."""

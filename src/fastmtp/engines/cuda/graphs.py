@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmtp.engines.capture import Step, capture
+from fastmtp.engines.capture import Step, capture, on_device
 from fastmtp.engines.copies import Sent
 from fastmtp.engines.cuda.kernels.shapes import TILE
 
@@ -67,8 +67,7 @@ class Graphs:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Around every use of what calls share; kernels are launched on the target's device."""
-        device = self._device
-        with self._lock, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with self._lock, on_device(self._device):
             yield
 
     def rows_for(self, count: int) -> int:

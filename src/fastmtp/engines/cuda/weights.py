@@ -5,7 +5,6 @@ Shapes: N outputs, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,6 @@ from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.torch_tensors import as_tensor
 from fastmtp.models.weights import Weights
-
-# A tensor by its name, as it is stored; None if there is none.
-Read = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtp.engines.capture import on_device
 from fastmtp.engines.torch.fused_layers import is_fusible
 from fastmtp.engines.torch.slot_attention import attend_biased
 from fastmtp.engines.torch.slot_parts import layer_parts
@@ -78,8 +79,9 @@ class SlotModel:
         A row may end with padding: what is appended at a position replaces what was there, and nothing attends to a
         later position.
         """
-        for begin in range(start, start + ids_RC.shape[1], CHUNK):
-            self._prefill_chunk(slots_R, ids_RC[:, begin - start :][:, :CHUNK], begin)
+        with on_device(self._target.device):
+            for begin in range(start, start + ids_RC.shape[1], CHUNK):
+                self._prefill_chunk(slots_R, ids_RC[:, begin - start :][:, :CHUNK], begin)
 
     def keep_beginning(self, slot: int, tokens: int) -> None:
         """Remember the keys and values of a slot's first tokens, for `begin_alike`."""

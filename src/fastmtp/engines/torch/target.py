@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from fastmtp.engines import forks
+from fastmtp.engines.capture import on_device
 from fastmtp.engines.torch.fused_layers import FusedLayers, is_fusible
 from fastmtp.engines.torch.kv_cache import KVCache
 from fastmtp.engines.torch.slot_parts import layer_parts
@@ -141,7 +142,8 @@ class Target(TargetInfo):
         layers, tokens = self.fused(), ids_BT.shape[1]
         rotation = self.rotations(torch.arange(tokens, device=self.device)[None], self.kinds)
         masks = causal_masks(self.config, 0, tokens, self.device)
-        found = read_texts(layers, self.embed(ids_BT), rotation, masks, layer_parts(self.device))
+        with on_device(self.device):
+            found = read_texts(layers, self.embed(ids_BT), rotation, masks, layer_parts(self.device))
         self.check_states(found[0])
         return found
 
