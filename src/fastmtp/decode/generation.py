@@ -95,7 +95,7 @@ class Generation:
         special = self._grammar is not None
         answer = Transcript(self._target, self._room, self._stop, self._target.end_ids, special=special)
         rounds: list[int] = []
-        verified, planned = 0, []
+        done: list[Round] = []
         started = first = time.perf_counter()
         grammar = None if self._grammar is None else open_grammar(self._target, self._grammar)
         drafter = None if self._new_drafter is None else self._new_drafter(self._prompt, self._sampling, grammar)
@@ -106,9 +106,7 @@ class Generation:
             else:
                 # The end of the answer cuts its last round: what lies beyond was verified for nothing.
                 rounds.append(used)
-                verified += 1 + settled.drafted
-                if settled.planned is not None:
-                    planned.append(settled.planned)
+                done.append(settled)
             if piece := answer.take():
                 yield piece
             if answer.stopped:
@@ -122,10 +120,10 @@ class Generation:
             stopped=self._full if answer.stopped in (None, "length") else answer.stopped,
             acceptance=Acceptance.of((settled - 1 for settled in rounds), drafter.depth if drafter else 0),
             rounds=rounds,
-            verified=verified,
+            verified=sum(1 + one.drafted for one in done),
             prefill_seconds=first - started,
             decode_seconds=ended - first,
-            plans=Plans.of(planned),
+            plans=Plans.of(planned for one in done if (planned := one.planned) is not None),
         )
 
     def run(self) -> Result:

@@ -22,16 +22,23 @@ from fastmtp.method.acceptance import follow
 class Round:
     """One target forward: the tokens that it settled, and how many were drafted for it.
 
-    All but the last of the tokens are accepted drafts. The prompt's own round plans nothing.
+    All but the last of the tokens are accepted drafts. The prompt's own round plans nothing: it has no tree.
     """
 
     tokens: list[int]
     drafted: int
-    planned: Planned | None = None
+    tree: Tree | None = None
+    path: Sequence[int] = ()
+    measured_ms: float = 0.0
 
     @property
     def accepted(self) -> int:
         return len(self.tokens) - 1
+
+    @property
+    def planned(self) -> Planned | None:
+        """Computed when it is asked for: after a forward, the processor's caches hold nothing that this needs."""
+        return None if self.tree is None else Planned.of(self.tree, self.path, self.measured_ms)
 
 
 def speculative(
@@ -64,7 +71,7 @@ def speculative(
         measured_ms = 1e3 * (time.perf_counter() - started)
         accepted = tree.tokens_of(path[1:])
         sampler.extend(accepted)
-        yield Round([*accepted, token], len(tree.verified) - 1, Planned.of(tree, path, measured_ms))
+        yield Round([*accepted, token], len(tree.verified) - 1, tree, path, measured_ms)
 
 
 def _drafted(
