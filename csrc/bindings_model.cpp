@@ -110,6 +110,15 @@ void forward(const Model& model, const std::vector<Cache*>& caches, const Number
   model.forward(segments, tokens.data(), to, inputs);
 }
 
+// `forward` of one sequence, and `argmax` of its states.
+Numbers verify(const Model& model, Cache& cache, int start, const Numbers& tokens, const Output& states,
+               const Numbers& parents) {
+  const Call call(model.runtime);
+  const int rows = int(tokens.size());
+  forward(model, {&cache}, {start}, {rows}, tokens, states, parents, {});
+  return model.runtime.argmax(model.lm_head, static_cast<const float*>(states.data()), rows, 0, nullptr);
+}
+
 Numbers argmax(const Model& model, const Input& states, const std::optional<Output>& logits) {
   const int rows = length_of(states), kept = logits ? length_of(*logits) : 0, stride = stride_of(model.lm_head);
   require(kept <= rows, "the logits of more rows than there are states");
@@ -139,7 +148,7 @@ void check_nodes(const Question& question) {
     require(parent >= 0 && parent < question.drafter->nodes(), "a parent is a node of an earlier call");
 }
 
-std::vector<std::vector<Candidates>> ask_head(const Head& head, const std::vector<Asked>& asked) {
+std::vector<Question> questions_of(const Head& head, const std::vector<Asked>& asked) {
   require(!asked.empty(), "nothing is asked");
   std::vector<Question> questions;
   for (const auto& [drafter, parents, tokens, start, before, parts, width] : asked) {
@@ -159,7 +168,29 @@ std::vector<std::vector<Candidates>> ask_head(const Head& head, const std::vecto
       check_nodes(questions.back());
     }
   }
-  return ask(head, questions);
+  return questions;
+}
+
+std::vector<std::vector<Candidates>> ask_head(const Head& head, const std::vector<Asked>& asked) {
+  return ask(head, questions_of(head, asked));
+}
+
+// Drafts after a question that begins a tree, and `verify` of its last token and them.
+std::pair<Numbers, Numbers> verify_chain(const Head& head, const Asked& asked, int steps, Cache& cache, int start,
+                                         const Output& states) {
+  const Model& model = head.model;
+  const Call call(model.runtime);
+  const Question question = questions_of(head, {asked})[0];
+  require(question.parents.empty(), "a chain begins a tree");
+  require(steps > 0, "a chain has at least one step");
+  check_tree_size(1 + size_t(steps));
+  check_segment(model.stack, &cache, start, 1 + size_t(steps));
+  float* to = states_of(states, "states", 1 + size_t(steps), model.stack);
+  const Numbers drafts = draft(head, question, steps);
+  Numbers tokens{question.tokens.back()};
+  tokens.insert(tokens.end(), drafts.begin(), drafts.end());
+  model.forward({{&cache, start, int(tokens.size())}}, tokens.data(), to);
+  return {drafts, model.runtime.argmax(model.lm_head, to, int(tokens.size()), 0, nullptr)};
 }
 
 }  // namespace
@@ -186,6 +217,8 @@ void bind_model(nb::module_& m) {
            })
       .def("forward", &forward, "caches"_a, "starts"_a, "counts"_a, "tokens"_a, "states"_a.noconvert(),
            "parents"_a = Numbers(), "last_inputs"_a.noconvert() = nb::none(), WithoutGil())
+      .def("verify", &verify, "cache"_a, "start"_a, "tokens"_a, "states"_a.noconvert(), "parents"_a = Numbers(),
+           WithoutGil())
       .def("logits", [](const Model& model, const Input& states,
                         const Output& out) { scores(model.runtime, model.lm_head, states, out); },
            "states"_a, "out"_a.noconvert(), WithoutGil())
@@ -196,7 +229,9 @@ void bind_model(nb::module_& m) {
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
       .def("new_cache", [](const Head& head) { return head.stack.new_cache(); })
       .def("forward", &head_forward, "cache"_a, "start"_a, "tokens"_a, "before"_a, "after"_a.noconvert(), WithoutGil())
-      .def("ask", &ask_head, "questions"_a, WithoutGil());
+      .def("ask", &ask_head, "questions"_a, WithoutGil())
+      .def("verify_chain", &verify_chain, "question"_a, "steps"_a, "cache"_a, "start"_a, "states"_a.noconvert(),
+           WithoutGil());
 
   nb::class_<Candidates>(m, "Candidates")
       .def_ro("tokens", &Candidates::tokens)

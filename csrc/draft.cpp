@@ -158,4 +158,17 @@ std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Que
   return found;
 }
 
+std::vector<int32_t> draft(const Head& head, Question question, int steps) {
+  std::vector<int32_t> drafts;
+  question.width = 1;
+  while (int(drafts.size()) < steps) {
+    const Candidates found = ask(head, {question})[0].back();
+    if (found.tokens.empty()) break;
+    drafts.push_back(found.tokens[0]);
+    question.parents = {question.drafter->nodes() - 1};
+    question.tokens = {drafts.back()};
+  }
+  return drafts;
+}
+
 }  // namespace fastmtp

@@ -60,4 +60,8 @@ class Drafter {
 // same bits whichever questions are asked together. Rows of one matrix are scored in one product.
 std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Question>& questions);
 
+// The likeliest token after a question's last node, the likeliest after that one, and so on: `steps` tokens, fewer only
+// where nothing is likely.
+std::vector<int32_t> draft(const Head& head, Question question, int steps);
+
 }  // namespace fastmtp

@@ -122,6 +122,10 @@ class Model:
             parents: of each token, among its own sequence's, if some are trees; -1 is the sequence.
             last_inputs: [M, H], filled with the inputs of the last layer.
         """
+    def verify(
+        self, cache: Cache, start: int, tokens: Sequence[int], states: _Floats, parents: Sequence[int] = ()
+    ) -> list[int]:
+        """`forward` of one sequence, and `argmax` of its states."""
     def logits(self, states: _Floats, out: _Floats) -> None:
         """Fill `out` [M, lm_head.stride]."""
     def argmax(self, states: _Floats, logits: _Floats | None = None) -> list[int]:
@@ -140,6 +144,17 @@ class Head:
         """Fill `after` [M, H] from the states before, [M, H], and the tokens that follow them."""
     def ask(self, questions: Sequence[Question]) -> list[list[Candidates]]:
         """The candidates that each question is about, by its new nodes, all from one forward."""
+    def verify_chain(
+        self, question: Question, steps: int, cache: Cache, start: int, states: _Floats
+    ) -> tuple[list[int], list[int]]:
+        """Begin a tree and draft the likeliest token, the likeliest after it, and so on; then the model's `verify`
+        of the question's last token and these.
+
+        Args:
+            states: [steps + 1, H]; fewer are filled where nothing was likely.
+        Returns:
+            the drafts, and the model's choice after the question's last token and after each of them.
+        """
 
 def scores(runtime: Runtime, matrix: Matrix, states: _Floats, out: _Floats) -> None:
     """Fill `out` [M, matrix.stride] with states [M, inputs] times a matrix."""

@@ -77,6 +77,16 @@ def extend(parts: Parts, **changed: Any) -> list[list[_native.Candidates]]:
     return begin(parts, **({"parents": [0], "tokens": [1], "before": None} | changed))
 
 
+def verify(parts: Parts, **changed: Any) -> list[int]:
+    given = {"cache": parts.cache, "start": 0, "tokens": [1, 2], "states": floats(2, HIDDEN)}
+    return parts.model.verify(**(given | changed))
+
+
+def verify_chain(parts: Parts, **changed: Any) -> tuple[list[int], list[int]]:
+    given = {"question": question(parts), "steps": 1, "cache": parts.cache, "start": 0, "states": floats(2, HIDDEN)}
+    return parts.head.verify_chain(**(given | changed))
+
+
 def logits(parts: Parts, **changed: Any) -> None:
     parts.model.logits(**({"states": floats(2, HIDDEN), "out": floats(2, matrix().stride)} | changed))
 
@@ -95,7 +105,9 @@ def commit(parts: Parts, **changed: Any) -> None:
     parts.cache.commit(**({"start": 0, "slots": [1]} | changed))
 
 
-@pytest.mark.parametrize("call", [forward, head_forward, begin, extend, logits, scores, argmax, commit])
+@pytest.mark.parametrize(
+    "call", [forward, head_forward, begin, extend, verify, verify_chain, logits, scores, argmax, commit]
+)
 def test_good_calls_are_taken(call: Callable[..., Any]) -> None:
     """The calls that the next test spoils one argument at a time."""
     call(make())
@@ -163,6 +175,20 @@ BAD: dict[Callable[..., Any], dict[str, list[Any]]] = {
         "rows": [*BAD_ROWS, *([(matrix(), ids)] for ids in BAD_IDS)],
         "width": [-1],
     },
+    verify: {
+        "cache": [None, "another"],
+        "start": [-1, 257, (1 << 31) - 1],
+        "tokens": BAD_TOKENS,
+        "states": [*BAD_STATES, read_only(2, HIDDEN)],
+        "parents": [[-1], [0, -1], [-2, 0], [-1, 1]],
+    },
+    verify_chain: {
+        "question": [None, question(make())],
+        "steps": [-1, 0, 2, 256, (1 << 31) - 1],
+        "cache": [None, "another"],
+        "start": [-1, 257, (1 << 31) - 1],
+        "states": [*BAD_STATES, read_only(2, HIDDEN)],
+    },
     logits: {"states": BAD_STATES, "out": BAD_OUT},
     scores: {"states": BAD_STATES, "out": BAD_OUT},
     argmax: {
@@ -205,6 +231,13 @@ def test_questions_that_cannot_be_asked_together_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parts.head.ask(questions)
+
+
+def test_a_chain_that_goes_on_with_a_tree_is_refused() -> None:
+    parts = make()
+    begin(parts)
+    with pytest.raises(ValueError, match="a chain begins a tree"):
+        verify_chain(parts, question=question(parts, parents=[0], tokens=[1], before=None))
 
 
 def test_the_message_says_what_would_be_right() -> None:

@@ -203,6 +203,15 @@ class TextSequence(Generic[States]):
         self._verified = tree, states_TH
         return states_TH
 
+    def _chain_of(self, token: int, drafts: Sequence[int], states_TH: States) -> Tree:
+        """Drafts after a token as a tree, where one call asked for them and verified them."""
+        tree = Tree.chain([token, *drafts])
+        tree.asked = list(range(len(drafts)))
+        # The head has run over all states.
+        self._drafted, self._waiting = len(self._tokens), []
+        self._verified = tree, states_TH
+        return tree
+
     def _last_verified(self) -> tuple[Tree, States]:
         assert self._verified is not None, "nothing was verified since the last commit"
         return self._verified

@@ -50,15 +50,9 @@ class CudaSequence(TextSequence[Tensor]):
         if not 0 < steps <= LONGEST:
             return None
         with self._alone:
-            tree = Tree(token)
-            found = self._runner.chain(self._question(Ask(tree, [0], 1)), steps, sampling)
-            for node, draft in enumerate(found.drafts):
-                tree.add(node, draft)
-                tree.asked.append(node)
-            tree.select(range(steps + 1))
-            # The head has run over all states.
-            self._drafted, self._waiting = len(self._tokens), []
-            self._verified, self._chain = (tree, found.states_TH), (tree, len(found.accepted))
+            found = self._runner.chain(self._question(Ask(Tree(token), [0], 1)), steps, sampling)
+            tree = self._chain_of(token, found.drafts, found.states_TH)
+            self._chain = tree, len(found.accepted)
             return tree, list(map(known, found.codes))
 
     def commit(self, path: Sequence[int]) -> None:

@@ -18,9 +18,10 @@ from fastmtp.engines import forks
 from fastmtp.engines.costs import costs_of
 from fastmtp.engines.native.batch import NativeBatch
 from fastmtp.engines.native.runner import NativeRunner, States, ask_many, forward, forward_many, parts, scored
+from fastmtp.engines.native.sequence import NativeSequence
 from fastmtp.engines.native.target import NativeHead, NativeTarget
 from fastmtp.engines.protocol import Ask, Candidates, Costs, EngineSequence, Floor, Head, Values, is_greedy
-from fastmtp.engines.sequence import TextSequence, ask_together, forward_together
+from fastmtp.engines.sequence import ask_together, forward_together
 from fastmtp.engines.tree import Tree
 from fastmtp.heads.format import read_head
 from fastmtp.progress import QUIET, Progress
@@ -59,7 +60,7 @@ class NativeEngine:
     def new_sequence(self, head: Head | None = None, lists: DraftLists | None = None) -> EngineSequence:
         vocabulary = draft_vocabulary(lists)
         runner = NativeRunner(self.target, head.weights if head else None, vocabulary)
-        return TextSequence(runner, self.target, vocabulary)
+        return NativeSequence(runner, self.target, vocabulary)
 
     def prepare_drafting(
         self, head: Head, lists: DraftLists | None, levels: int, widths: Sequence[int], progress: Progress = QUIET

@@ -58,6 +58,24 @@ class NativeRunner:
     def argmax(self, states_TH: States) -> list[int]:
         return self._target.model.argmax(states_TH)
 
+    def verify(self, start: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[States, list[int]]:
+        """`forward`, and the argmax of each row, in one call."""
+        states_TH = self._new_states(start, len(tokens))
+        return states_TH, self._target.model.verify(self.cache, start, tokens, states_TH, parents)
+
+    def verify_chain(
+        self, question: Question[States], steps: int, start: int
+    ) -> tuple[States, list[int], list[int]]:
+        """Drafts after a question, and `verify` of its last token and them, in one call: states, drafts, argmax."""
+        states_TH = self._new_states(start, steps + 1)
+        drafts, tokens = self.head.native.verify_chain(self.prepared(question), steps, self.cache, start, states_TH)
+        return states_TH[: len(tokens)], drafts, tokens
+
+    def _new_states(self, start: int, count: int) -> States:
+        """For tokens that there is room for in the cache."""
+        reserve(self.cache, start + count)
+        return np.empty((count, self._target.config.hidden_size), np.float32)
+
     def ask(self, question: Question[States]) -> list[Candidates]:
         return _candidates(self.head.native.ask([self.prepared(question)])[0])
 

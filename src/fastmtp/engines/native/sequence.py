@@ -1,0 +1,35 @@
+"""A sequence that is verified in one call, in which a greedy chain is drafted too.
+
+Between two calls every line of Python is slow: after a forward the processor's caches hold weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastmtp.config import SamplingConfig
+from fastmtp.engines.native.runner import NativeRunner, States
+from fastmtp.engines.protocol import Ask, is_greedy
+from fastmtp.engines.sequence import TextSequence
+from fastmtp.engines.tree import Tree
+
+
+class NativeSequence(TextSequence[States]):
+    _runner: NativeRunner
+
+    def verify_greedy(self, tree: Tree) -> list[int]:
+        with self._alone:
+            parents = () if tree.is_chain else tree.parents
+            states_TH, tokens = self._runner.verify(len(self._tokens), tree.tokens, parents)
+            self._verified = tree, states_TH
+            return tokens
+
+    def verify_chain(
+        self, token: int, steps: int, sampling: SamplingConfig
+    ) -> tuple[Tree, Sequence[int | None]] | None:
+        if not is_greedy(sampling):
+            return None
+        with self._alone:
+            question = self._question(Ask(Tree(token), [0], 1))
+            states_TH, drafts, tokens = self._runner.verify_chain(question, steps, len(self._tokens))
+            return self._chain_of(token, drafts, states_TH), tokens
