@@ -7,13 +7,20 @@ using namespace fastmtp;
 
 namespace {
 
-// By part, for each thread, seconds of work and of waiting.
-nb::dict part_seconds(Runtime& runtime) {
+// By part, for each thread, seconds of work and of waiting, of some owners.
+nb::dict part_seconds(Runtime& runtime, std::initializer_list<Owner> owners) {
   const std::vector<Laps> laps = runtime.laps();
   nb::dict found;
   for (int part = 0; part < kParts; part++) {
     nb::list threads;
-    for (const Laps& one : laps) threads.append(nb::make_tuple(one.work[part], one.waiting[part]));
+    for (const Laps& one : laps) {
+      double work = 0, waiting = 0;
+      for (const Owner owner : owners) {
+        work += one.work[int(owner)][part];
+        waiting += one.waiting[int(owner)][part];
+      }
+      threads.append(nb::make_tuple(work, waiting));
+    }
     found[kPartNames[part]] = threads;
   }
   return found;
@@ -32,7 +39,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<int>(), "threads"_a)
       .def_ro("threads", &Runtime::threads)
       .def("time_parts", &Runtime::time_parts, "on"_a)
-      .def_prop_ro("part_seconds", &part_seconds)
+      .def_prop_ro("part_seconds", [](Runtime& runtime) { return part_seconds(runtime, {Owner::target, Owner::head}); })
+      .def_prop_ro("head_seconds", [](Runtime& runtime) { return part_seconds(runtime, {Owner::head}); })
       .def_prop_ro("kernels", [](const Runtime& runtime) { return runtime.kernels.name; });
 
   bind_weights(m);

@@ -110,7 +110,7 @@ void score(Runtime& runtime, std::vector<Scored>& nodes) {
 
 std::vector<std::vector<Candidates>> ask(const Head& head, const std::vector<Question>& questions) {
   const size_t hidden = head.stack.hidden;
-  const Call call(head.model.runtime);
+  const Call call(head.model.runtime, Owner::head);
   std::vector<Segment> segments;
   std::list<Tree> trees;
   std::vector<int32_t> tokens;

@@ -14,7 +14,7 @@ Head::Head(const Model& model, const Stack& stack, const Projection& projection)
 void Head::forward(const std::vector<Segment>& segments, const std::vector<int32_t>& tokens,
                    const std::vector<const float*>& before, float* after) const {
   Runtime& runtime = model.runtime;
-  const Call call(runtime);
+  const Call call(runtime, Owner::head);
   const int hidden = stack.hidden;
   const Pass pass(runtime, stack, segments);
   runtime.reserve(runtime.stream, pass.rows(), 2 * hidden);

@@ -17,14 +17,22 @@ constexpr const char* kPartNames[] = {
 constexpr int kParts = sizeof kPartNames / sizeof *kPartNames;
 static_assert(kParts == int(Part::read) + 1);
 
-// One thread's seconds by part, on a cache line of its own.
+// Whose parts they are.
+enum class Owner { target, head };
+
+// One thread's seconds by owner and part, on a cache line of its own.
 struct alignas(64) Laps {
   using Clock = std::chrono::steady_clock;
 
-  double work[kParts] = {}, waiting[kParts] = {};
+  double work[2][kParts] = {}, waiting[2][kParts] = {};
+  Owner owner = Owner::target;
   Clock::time_point last;
 
-  // Adds the time since the last lap to one of them.
+  // Adds the time since the last lap to a part.
+  void worked(Part part) { lap(work[int(owner)][int(part)]); }
+  void waited(Part part) { lap(waiting[int(owner)][int(part)]); }
+
+ private:
   void lap(double& seconds) {
     const Clock::time_point now = Clock::now();
     seconds += std::chrono::duration<double>(now - last).count();

@@ -200,7 +200,11 @@ class Runtime {
   }
   // Of all threads.
   void lap(Part part) {
-    for (Laps& one : laps_) one.lap(one.work[int(part)]);
+    for (Laps& one : laps_) one.worked(part);
+  }
+  void own(Owner owner) {
+    owner_ = owner;
+    for (Laps& one : laps_) one.owner = owner;
   }
   template <class Work>
   double rate(Work work);
@@ -210,6 +214,7 @@ class Runtime {
 
   std::recursive_mutex busy_;
   int calls_ = 0;  // that hold it, one within the other
+  Owner owner_ = Owner::target;  // of the innermost
   std::vector<Laps> laps_;
   Barrier barrier_;
   const std::unique_ptr<Left[]> left_{new Left[threads]};
@@ -218,20 +223,25 @@ class Runtime {
   int row_size_ = 0, rows_stride_ = 0;
 };
 
-// Holds the runtime from a call's first reservation of memory to its end.
+// Holds the runtime from a call's first reservation of memory to its end. Calls within it may have other owners.
 class Call {
  public:
-  explicit Call(Runtime& runtime) : lock_(runtime.busy_), runtime_(runtime) {
-    if (runtime.calls_++ > 0) return;
-    for (Laps& one : runtime.laps_) one.last = Laps::Clock::now();
+  explicit Call(Runtime& runtime, Owner owner = Owner::target)
+      : lock_(runtime.busy_), runtime_(runtime), before_(runtime.owner_) {
+    if (runtime.calls_++ > 0) runtime.lap(Part::plan);
+    else for (Laps& one : runtime.laps_) one.last = Laps::Clock::now();
+    runtime.own(owner);
   }
   ~Call() {
-    if (--runtime_.calls_ == 0) runtime_.lap(Part::plan);
+    runtime_.lap(Part::plan);
+    runtime_.own(before_);
+    runtime_.calls_--;
   }
 
  private:
   const std::lock_guard<std::recursive_mutex> lock_;
   Runtime& runtime_;
+  const Owner before_;
 };
 
 // Floats from one row of outputs to the next: not a multiple of a page, so that rows do not share cache sets.

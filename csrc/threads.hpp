@@ -91,14 +91,14 @@ struct Team {
 
   // Since the last call this thread has worked on a part.
   void lap(Part part) const {
-    if (laps) laps->lap(laps->work[int(part)]);
+    if (laps) laps->worked(part);
   }
 
   // Waits for the others after a part.
   void wait(Part part) const {
     lap(part);
     barrier.wait(count);
-    if (laps) laps->lap(laps->waiting[int(part)]);
+    if (laps) laps->waited(part);
   }
 
   // Calls work(item) for this thread's share of the items of a part, and waits for the others.

@@ -32,6 +32,8 @@ class Runtime:
         """Begin to count seconds by part, from zero, or end it."""
     part_seconds: Final[dict[str, list[tuple[float, float]]]]
     """By part of csrc/parts.hpp, for each thread: of work, and of waiting for other threads after it."""
+    head_seconds: Final[dict[str, list[tuple[float, float]]]]
+    """Those of them in which a head ran."""
 
 class Matrix:
     def __init__(self, type: Type, outputs: int, inputs: int, bias: bool = False) -> None: ...

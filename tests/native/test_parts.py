@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
 from fastmtp import _native
+from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.drafter import chains
 from fastmtp.engines.native.engine import NativeEngine
 from fastmtp.engines.native.runner import forward, logits
+from fastmtp.engines.protocol import Ask
+from fastmtp.engines.tree import Tree
 from fastmtp.evaluate.limits import PRODUCTS, Amount, Speeds, amounts, key_value_bytes
 from fastmtp.evaluate.parts import REST, TOKENS_TOGETHER, measure_parts, timed_forward
 from fastmtp.evaluate.rounds import timed_rounds
@@ -133,8 +138,29 @@ def test_a_round_knows_what_the_head_took(kernels: str, steps: int) -> None:
     assert (found.asks, found.verified) == (steps, steps + 1)
     assert sum(found.parts_ms.values()) == pytest.approx(found.round_ms)
     assert {part for part, ms in found.parts_ms.items() if ms <= 0} == (
-        set() if steps else {"head_products", "head_rest"}
+        {"policy"} if steps else {"policy", "head_products", "head_rest"}
     )
+
+
+def test_all_of_a_question_is_the_heads(kernels: str) -> None:
+    """In a call of its own, and within one that verifies the drafts as well."""
+    target = native_of("llama", "int8", kernels, 2)
+    sequence = sequence_of(target, MTPHead(tiny_target("llama").model))
+    sequence.prefill(random_ids(CONTEXT))
+    target.runtime.time_parts(True)
+    sequence.ask(Ask(Tree(1), [0], 2))
+    every, head = target.runtime.part_seconds, target.runtime.head_seconds
+    assert every == head
+    target.runtime.time_parts(True)
+    sequence.verify_greedy(Tree(1))
+    assert not any(map(sum, chain(*target.runtime.head_seconds.values())))
+    sequence.commit([0])
+    sequence.verify_chain(2, 3, SamplingConfig())
+    every, head = target.runtime.part_seconds, target.runtime.head_seconds
+    target.runtime.time_parts(False)
+    for part in ("lm_head", "attention", "team"):
+        assert 0 < sum(map(sum, head[part])) < sum(map(sum, every[part]))
+    assert every["project"] == head["project"]
 
 
 def test_a_barrier_takes_time_on_any_number_of_threads() -> None:

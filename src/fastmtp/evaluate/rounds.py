@@ -11,7 +11,7 @@ from statistics import mean, median
 
 from fastmtp import _native
 from fastmtp.config import SamplingConfig
-from fastmtp.decode.drafting.drafter import ALONE, Drafter, Load, NewDrafter, Planning, chains
+from fastmtp.decode.drafting.drafter import ALONE, Chain, Drafter, Load, NewDrafter, Planning, chains
 from fastmtp.decode.drafting.open import Drafting, open_drafting
 from fastmtp.decode.drafting.options import DraftOptions
 from fastmtp.decode.speculative import Round, speculative
@@ -86,16 +86,17 @@ def timed_rounds(
 ) -> RoundTime:
     """Rounds that settle `answer` tokens after a prompt, at temperature 0."""
     sequence.reset()
-    drafter = _Metered(new_drafter(prompt, _GREEDY), runtime)
-    rounds = speculative(sequence, prompt, drafter, _GREEDY)
+    drafter = new_drafter(prompt, _GREEDY)
+    metered = _Metered(drafter)
+    # A chain decides nothing: drafting and verifying it may be one call.
+    rounds = speculative(sequence, prompt, drafter if isinstance(drafter, Chain) else metered, _GREEDY)
     next(rounds)
     done: list[Round] = []
     runtime.time_parts(True)
-    whole_seconds = timed(lambda: done.extend(until(rounds, answer))) - drafter.metering
-    every = _native_seconds(runtime)
+    whole_seconds = timed(lambda: done.extend(until(rounds, answer)))
+    every, head = (_seconds(seconds, runtime) for seconds in (runtime.part_seconds, runtime.head_seconds))
     runtime.time_parts(False)
-    head = drafter.head
-    target = {part: every[part] - head.get(part, 0.0) for part in every}
+    target = {part: every[part] - head[part] for part in every}
     head_products = _total(head, (*PRODUCTS, "project"))
     parts = {
         "products": _total(target, PRODUCTS),
@@ -104,13 +105,13 @@ def timed_rounds(
         "planning": _total(target, ("plan", "team")),
         "head_products": head_products,
         "head_rest": sum(head.values()) - head_products,
-        "policy": drafter.policy,
-        "python": whole_seconds - sum(every.values()) - drafter.policy,
+        "policy": metered.policy,
+        "python": whole_seconds - sum(every.values()) - metered.policy,
     }
     return RoundTime(
         settled=mean(len(one.tokens) for one in done),
         verified=1 + mean(one.drafted for one in done),
-        asks=drafter.asks / len(done),
+        asks=mean(one.planned.levels for one in done if one.planned),
         round_ms=1e3 * whole_seconds / len(done),
         parts_ms={part: 1e3 * parts[part] / len(done) for part in ROUND_PARTS},
     )
@@ -135,13 +136,10 @@ def until(rounds: Iterator[Round], tokens: int) -> Iterator[Round]:
 
 
 class _Metered:
-    """A drafter; seconds that it takes to decide, and by part those of the native engine when it asks the head."""
+    """A drafter, and the seconds that it takes to decide."""
 
-    def __init__(self, drafter: Drafter, runtime: _native.Runtime) -> None:
-        self.depth = drafter.depth
-        self._drafter, self._runtime = drafter, runtime
-        self.policy, self.metering, self.asks = 0.0, 0.0, 0
-        self.head: dict[str, float] = {}
+    def __init__(self, drafter: Drafter) -> None:
+        self.depth, self.policy, self._drafter = drafter.depth, 0.0, drafter
 
     def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         planning = self._drafter.propose(length, token, room, load)
@@ -152,29 +150,21 @@ class _Metered:
                 # None is what begins a generator.
                 ask = planning.send(found)  # type: ignore[arg-type]
             except StopIteration as done:
-                self.policy += time.perf_counter() - started
                 tree: Tree = done.value
                 return tree
-            self.policy += time.perf_counter() - started
-            before = self._read()
+            finally:
+                self.policy += time.perf_counter() - started
             found = yield ask
-            after = self._read()
-            self.asks += 1
-            self.head = {part: self.head.get(part, 0.0) + after[part] - before[part] for part in after}
 
     def learn(self, tree: Tree, path: Sequence[int]) -> None:
         self.policy += timed(partial(self._drafter.learn, tree, path))
 
-    def _read(self) -> dict[str, float]:
-        started = time.perf_counter()
-        found = _native_seconds(self._runtime)
-        self.metering += time.perf_counter() - started
-        return found
 
-
-def _native_seconds(runtime: _native.Runtime) -> dict[str, float]:
+def _seconds(
+    part_seconds: Mapping[str, Sequence[tuple[float, float]]], runtime: _native.Runtime
+) -> dict[str, float]:
     """By part, means of the threads, waiting included."""
-    return {part: sum(map(sum, of_threads)) / runtime.threads for part, of_threads in runtime.part_seconds.items()}
+    return {part: sum(map(sum, of_threads)) / runtime.threads for part, of_threads in part_seconds.items()}
 
 
 def _new_drafter(way: Drafting) -> NewDrafter:
