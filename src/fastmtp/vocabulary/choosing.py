@@ -58,12 +58,15 @@ class Choice:
         if not self._votes:
             self._votes.append(self._chooser.best(prompt))
 
-    def see(self, tokens: Sequence[int]) -> None:
-        """Take the tokens that follow."""
+    def see(self, tokens: Sequence[int]) -> bool:
+        """Take the tokens that follow; returns whether there was a vote."""
         self._pending += tokens
+        if len(self._pending) < CHUNK:
+            return False
         while len(self._pending) >= CHUNK:
             self._votes.append(self._chooser.best(self._pending[:CHUNK]))
             del self._pending[:CHUNK]
+        return True
 
 
 def _log_probabilities(

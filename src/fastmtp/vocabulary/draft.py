@@ -96,8 +96,8 @@ class DraftVocabulary:
         `ids_D` becomes another array if other lists fit now. If all slots are taken, the least recently seen token
         is replaced.
         """
-        self._choice.see(tokens)
-        self._use(self._choice.names)
+        if self._choice.see(tokens):
+            self._use(self._choice.names)
         return self._grow(tokens)
 
     def _use(self, names: tuple[str, ...]) -> None:
