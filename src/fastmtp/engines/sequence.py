@@ -224,17 +224,21 @@ class TextSequence(Generic[States]):
         self._tokens.extend(tokens)
 
     def _question(self, ask: Ask) -> Question[States]:
-        """What the head is to run over: at the root, all that it has not consumed yet besides."""
+        """What the head is to run over."""
         tokens = ask.tree.tokens_of(ask.nodes)
-        if ask.nodes[0]:
-            parents = [self._asked[ask.tree.nodes[node].parent] for node in ask.nodes]
-            return Question(tokens, ask.width, parents)
+        if not ask.nodes[0]:
+            return self._first_question(tokens[0], ask.width)
+        parents = [self._asked[ask.tree.nodes[node].parent] for node in ask.nodes]
+        return Question(tokens, ask.width, parents)
+
+    def _first_question(self, token: int, width: int) -> Question[States]:
+        """At the root of a tree: the head runs over all that it has not consumed yet besides."""
         assert self._waiting, "this sequence has no head"
         states_TH = self._runner.join(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        inputs = [*self._tokens[self._drafted + 1 :], *tokens]
+        inputs = [*self._tokens[self._drafted + 1 :], token]
         if self._vocabulary is not None:
             self._runner.fit_rows(self._vocabulary, self._vocabulary.see(inputs))
-        return Question(inputs, ask.width, (), self._drafted, states_TH)
+        return Question(inputs, width, (), self._drafted, states_TH)
 
     def _answered(self, ask: Ask) -> None:
         """The head has run over these nodes, and at the root over all states, which it does not need again."""

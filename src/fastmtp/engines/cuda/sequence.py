@@ -11,7 +11,6 @@ from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.rounds import LONGEST
 from fastmtp.engines.cuda.runner import CudaRunner
 from fastmtp.engines.cuda.scoring import GREEDY, known
-from fastmtp.engines.protocol import Ask
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.tree import Tree
 
@@ -50,7 +49,7 @@ class CudaSequence(TextSequence[Tensor]):
         if not 0 < steps <= LONGEST:
             return None
         with self._alone:
-            found = self._runner.chain(self._question(Ask(Tree(token), [0], 1)), steps, sampling)
+            found = self._runner.chain(self._first_question(token, 1), steps, sampling)
             tree = self._chain_of(token, found.drafts, found.states_TH)
             self._chain = tree, len(found.accepted)
             return tree, list(map(known, found.codes))

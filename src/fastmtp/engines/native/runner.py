@@ -84,12 +84,12 @@ class NativeRunner:
         start, tokens, states_TH = question.start, question.tokens, question.states_TH
         if states_TH is not None:
             reserve(self._draft_cache, start + len(tokens) + _native.PAGE_TOKENS)
-            many = max(0, len(tokens) - CHUNK)
-            for begin, end in _chunks(many):
-                after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
-                part = tokens[begin:end], states_TH[begin:end]
-                self.head.native.forward(self._draft_cache, start + begin, *part, after_TH)
-            start, tokens, states_TH = start + many, tokens[many:], states_TH[many:]
+            if (many := len(tokens) - CHUNK) > 0:
+                for begin, end in _chunks(many):
+                    after_TH = np.empty((end - begin, states_TH.shape[1]), np.float32)
+                    part = tokens[begin:end], states_TH[begin:end]
+                    self.head.native.forward(self._draft_cache, start + begin, *part, after_TH)
+                start, tokens, states_TH = start + many, tokens[many:], states_TH[many:]
         return self._drafter, question.parents, tokens, start, states_TH, self._draft_rows(), question.width
 
     def _draft_rows(self) -> list[tuple[_native.Matrix, NDArray[np.int32]]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fastmtp.config import SamplingConfig
 from fastmtp.engines.native.runner import NativeRunner, States
-from fastmtp.engines.protocol import Ask, is_greedy
+from fastmtp.engines.protocol import is_greedy
 from fastmtp.engines.sequence import TextSequence
 from fastmtp.engines.tree import Tree
 
@@ -30,6 +30,6 @@ class NativeSequence(TextSequence[States]):
         if not is_greedy(sampling):
             return None
         with self._alone:
-            question = self._question(Ask(Tree(token), [0], 1))
+            question = self._first_question(token, 1)
             states_TH, drafts, tokens = self._runner.verify_chain(question, steps, len(self._tokens))
             return self._chain_of(token, drafts, states_TH), tokens
