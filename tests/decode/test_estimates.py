@@ -26,29 +26,33 @@ from fastmtp.decode.drafting.estimates import (
 def test_a_source_is_believed_until_its_drafts_are_counted() -> None:
     """Its word weighs as much as PRIOR_DRAFTS drafts; other bins are not touched."""
     estimates = Estimates()
-    assert estimates.of_head(1, 0.5) == 0.5
+    assert estimates.of_head(head_bin(1, 0.5), 0.5) == 0.5
     for right in (True, False, False, False):
         estimates.learn(head_bin(1, 0.5), right)
     # Four drafts of about 0.55 promised 2.2 right ones, and one was: the head's word counts for less elsewhere too.
     kept = (TRUSTED + 1) / (TRUSTED + 2.2)
-    assert estimates.of_head(1, 0.5) == pytest.approx((kept * 0.5 * PRIOR_DRAFTS + 1) / (PRIOR_DRAFTS + 4))
-    assert estimates.of_head(2, 0.5) == pytest.approx(kept * 0.5)
-    assert estimates.of_head(1, 0.7) == pytest.approx(kept * 0.7)
-    assert estimates.of_text(1, 4) == TEXT_FIRST
-    assert estimates.of_text(2, 4) == TEXT_NEXT
+    assert estimates.of_head(head_bin(1, 0.5), 0.5) == pytest.approx(
+        (kept * 0.5 * PRIOR_DRAFTS + 1) / (PRIOR_DRAFTS + 4)
+    )
+    assert estimates.of_head(head_bin(2, 0.5), 0.5) == pytest.approx(kept * 0.5)
+    assert estimates.of_head(head_bin(1, 0.7), 0.7) == pytest.approx(kept * 0.7)
+    assert estimates.of_text(text_bin(1, 4)) == TEXT_FIRST
+    assert estimates.of_text(text_bin(2, 4)) == TEXT_NEXT
     for _ in range(5000):
         estimates.learn(text_bin(1, 4), True)
-    assert estimates.of_text(1, 4) > 0.99
-    assert estimates.of_text(1, 9) == TEXT_FIRST
+    assert estimates.of_text(text_bin(1, 4)) > 0.99
+    assert estimates.of_text(text_bin(1, 9)) == TEXT_FIRST
 
 
 def test_the_heads_word_changes_the_texts() -> None:
     """A token of the text that the head finds likely is likelier than either says, and the other way round."""
     estimates = Estimates()
-    assert estimates.of_both(2, 3, 0.9) > 0.95
-    assert estimates.of_both(2, 3, 0.0) < 0.05
+    assert estimates.of_both(both_bin(2, 3, 0.9), 0.9) > 0.95
+    assert estimates.of_both(both_bin(2, 3, 0.0), 0.0) < 0.05
     # A head that finds it as likely as tokens of the text are at first says nothing of it.
-    assert estimates.of_both(2, 3, TEXT_FIRST) == pytest.approx(estimates.of_text(2, 3))
+    assert estimates.of_both(both_bin(2, 3, TEXT_FIRST), TEXT_FIRST) == pytest.approx(
+        estimates.of_text(text_bin(2, 3))
+    )
 
 
 def test_a_head_that_keeps_more_than_it_promises_is_believed_as_it_is() -> None:
@@ -56,7 +60,7 @@ def test_a_head_that_keeps_more_than_it_promises_is_believed_as_it_is() -> None:
     estimates = Estimates()
     for _ in range(50):
         estimates.learn(head_bin(1, 0.3), True)
-    assert estimates.of_head(3, 0.6) == 0.6
+    assert estimates.of_head(head_bin(3, 0.6), 0.6) == 0.6
 
 
 def test_bins_have_the_edges_that_they_name() -> None:

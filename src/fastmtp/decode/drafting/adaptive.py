@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from fastmtp.config import SamplingConfig
 from fastmtp.decode.drafting.constrained import MOST_FORCED, add_forced, is_allowed, is_over, only_allowed
 from fastmtp.decode.drafting.drafter import ALONE, DRAWN_AMONG, Load, Planning
-from fastmtp.decode.drafting.estimates import both_bin, head_bin, text_bin
+from fastmtp.decode.drafting.estimates import DEEPEST, both_bin, head_bin, text_bin
 from fastmtp.decode.drafting.learned import MAX_DEPTH, MAX_NODES, PROBE, RAREST_PROBE, Learned
 from fastmtp.decode.drafting.lookup import Lookup
 from fastmtp.decode.grammar import Grammar
@@ -43,21 +43,22 @@ class Adaptive:
     ) -> None:
         self.depth = MAX_DEPTH if grammar is None else MAX_DEPTH + MOST_FORCED
         self._learned, self._sampling, self._grammar = learned, sampling, grammar
-        self._load, self._now = ALONE, learned.experience(sampling)
+        self._beside(ALONE)
         self._lookup = Lookup()
         self._lookup.extend(prompt)
 
     def propose(self, length: int, token: int, room: int, load: Load = ALONE) -> Planning:
         self._lookup.extend([token])
-        self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
-        self._ask_ms = self._learned.ask_ms(load.sequences)
+        if load is not self._load:
+            self._beside(load)
         tree = Tree(token)
         self._begin(tree, room)
         forward_ms = self._learned.forward_ms(length, load.tokens + load.prefill + tree.forced)
         agreement = self._look_up(tree)
         open_when_asked = yield from self._draft(tree, agreement, length + 1)
         chosen = self._worthwhile(tree, min(room, MAX_NODES + tree.forced), forward_ms)
-        self._learn_worth(tree, open_when_asked, chosen, forward_ms)
+        if tree.asked:
+            self._learn_worth(tree, open_when_asked, chosen, forward_ms)
         tree.select(chosen)
         # As if the others asked as often. Prompts and forced tokens are left out: the rate is that of decoding.
         decoding_ms = self._learned.forward_ms(length, load.tokens)[len(chosen) - tree.forced]
@@ -78,6 +79,11 @@ class Adaptive:
         plain_ms = self._learned.forward_ms(len(self._lookup.tokens), sequences - 1)[1]
         rate.value = max(rate.value, sequences / plain_ms)
 
+    def _beside(self, load: Load) -> None:
+        """Plan from now on for this load."""
+        self._load, self._now = load, self._learned.experience(self._sampling, load.sequences)
+        self._ask_ms = self._learned.ask_ms(load.sequences)
+
     def _begin(self, tree: Tree, room: int) -> None:
         """Add the tokens that a grammar forces after the root; they belong to the text already."""
         if self._grammar is not None:
@@ -87,6 +93,9 @@ class Adaptive:
     def _look_up(self, tree: Tree) -> int:
         """Add the nodes that the text gives, if they are allowed; returns how many tokens before them agree."""
         agreement, tokens = self._lookup.continuation(MAX_DEPTH)
+        # Deeper nodes share the last one.
+        bins = [text_bin(depth, agreement) for depth in range(1, min(len(tokens), DEEPEST) + 1)]
+        chances = [min(SUREST, self._now.estimates.of_text(bin_of)) for bin_of in bins]
         node = tree.forced
         for depth, token in enumerate(tokens, 1):
             if (forced := tree.nodes[node].children.get(token)) is not None:
@@ -94,8 +103,8 @@ class Adaptive:
                 continue
             if self._grammar is not None and not is_allowed(tree, node, token, self._grammar):
                 break
-            chance = min(SUREST, self._now.estimates.of_text(depth, agreement))
-            node = tree.add(node, token, chance, text_bin(depth, agreement), "text")
+            level = min(depth, len(bins)) - 1
+            node = tree.add(node, token, chances[level], bins[level], "text")
             self._follow(tree, node)
         return agreement
 
@@ -146,21 +155,24 @@ class Adaptive:
         left = 1.0
         for token, child in before.children.items():
             confidence = confidences[tokens.index(token)] if token in tokens else 0.0
-            chance = min(SUREST, estimates.of_both(depth, agreement, confidence))
+            bin_of = both_bin(depth, agreement, confidence)
+            chance = min(SUREST, estimates.of_both(bin_of, confidence))
             tree.scale(child, before.estimate * chance / tree.nodes[child].estimate)
-            tree.nodes[child].bins.append(both_bin(depth, agreement, confidence))
+            tree.nodes[child].bins.append(bin_of)
             # The head's other candidates share what the text leaves.
             left = min(1.5, (1 - chance) / (1 - min(0.97, confidence)))
         for token, confidence in zip(tokens[:WIDTH], confidences, strict=False):
             if before.estimate * confidence < LEAST:
                 break
             if token not in before.children:
-                chance = min(SUREST, left * estimates.of_head(depth, confidence))
-                self._follow(tree, tree.add(parent, token, chance, head_bin(depth, confidence)))
+                bin_of = head_bin(depth, confidence)
+                chance = min(SUREST, left * estimates.of_head(bin_of, confidence))
+                self._follow(tree, tree.add(parent, token, chance, bin_of))
 
     def _worthwhile(self, tree: Tree, room: int, forward_ms: Sequence[float]) -> list[int]:
         """The nodes to verify: of the likeliest 1, 2, 3, ... those that gain most."""
-        order = sorted(range(len(tree.nodes)), key=lambda node: -tree.nodes[node].estimate)[:room]
+        estimates = [-node.estimate for node in tree.nodes]
+        order = sorted(range(len(estimates)), key=estimates.__getitem__)[:room]
         gain, most, count = 0.0, 0.0, 1
         for size, node in enumerate(order[1 + tree.forced :], 2):
             gain += self._gain(tree, node, size, forward_ms)

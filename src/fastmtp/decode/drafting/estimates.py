@@ -63,34 +63,37 @@ class Estimates:
 
     counts: Counts = field(default_factory=dict)
 
-    def of_head(self, depth: int, confidence: float) -> float:
+    def of_head(self, bin_of: Bin, confidence: float) -> float:
         """The prior is the head's probability, lowered if its drafts are accepted less often than predicted."""
         accepted, predicted = self.counts.get(PREDICTED, (0.0, 0.0))
         trust = min(1.0, (TRUSTED + accepted) / (TRUSTED + predicted))
-        return self._mean(head_bin(depth, confidence), trust * confidence)
+        return self._mean(bin_of, trust * confidence)
 
-    def of_text(self, depth: int, agreement: int) -> float:
-        return self._mean(text_bin(depth, agreement), TEXT_FIRST if depth == 1 else TEXT_NEXT)
+    def of_text(self, bin_of: Bin) -> float:
+        return self._mean(bin_of, TEXT_FIRST if bin_of[1] == 1 else TEXT_NEXT)
 
-    def of_both(self, depth: int, agreement: int, confidence: float) -> float:
+    def of_both(self, bin_of: Bin, confidence: float) -> float:
         """The prior multiplies the odds of both, as if they were independent."""
-        text, head = (min(0.99, max(0.003, chance)) for chance in (self.of_text(depth, agreement), confidence))
+        _, depth, _, agreement = bin_of
+        of_text = self.of_text(("text", depth, 0, agreement))
+        text, head = (min(0.99, max(0.003, chance)) for chance in (of_text, confidence))
         odds = text / (1 - text) * head / (1 - head) * (1 - TEXT_FIRST) / TEXT_FIRST
-        return self._mean(both_bin(depth, agreement, confidence), odds / (1 + odds))
+        return self._mean(bin_of, odds / (1 + odds))
 
     def learn(self, bin_of: Bin, accepted: bool) -> None:
         """Count a draft whose parent was accepted."""
         source, _, confidence, _ = bin_of
-        counted = [(bin_of, 1.0)]
+        self._count(bin_of, accepted, 1.0)
         if source == "head":
-            counted.append((PREDICTED, _MIDDLES[confidence]))
-        for name, weight in counted:
-            counts = self.counts.setdefault(name, [0.0, 0.0])
-            counts[0] += accepted
-            counts[1] += weight
+            self._count(PREDICTED, accepted, _MIDDLES[confidence])
 
     def copy(self) -> Estimates:
         return Estimates({bin_of: list(counts) for bin_of, counts in self.counts.items()})
+
+    def _count(self, bin_of: Bin, accepted: bool, weight: float) -> None:
+        counts = self.counts.setdefault(bin_of, [0.0, 0.0])
+        counts[0] += accepted
+        counts[1] += weight
 
     def _mean(self, bin_of: Bin, prior: float) -> float:
         accepted, verified = self.counts.get(bin_of, (0.0, 0.0))

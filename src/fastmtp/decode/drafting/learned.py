@@ -91,12 +91,12 @@ class Learned:
         """Milliseconds of a forward, by its tokens from 0 on besides so many of other sequences."""
         step = round(context / CONTEXT_STEP)
         beside = beside if beside <= MAX_NODES else round(beside / BESIDE_STEP) * BESIDE_STEP
-        if (step, beside) not in self._forward_ms:
+        found = self._forward_ms.get((step, beside))
+        if found is None:
             counts = range(beside, beside + MAX_NODES + 1)
-            self._forward_ms[step, beside] = [
-                self._costs.forward(count, step * CONTEXT_STEP) if count else 0.0 for count in counts
-            ]
-        return self._forward_ms[step, beside]
+            found = [self._costs.forward(count, step * CONTEXT_STEP) if count else 0.0 for count in counts]
+            self._forward_ms[step, beside] = found
+        return found
 
 
 @lru_cache(MOST_EXPERIENCES)

@@ -22,9 +22,9 @@ class Lookup:
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             # The run that ends the text is not its own continuation: it is indexed once a token follows.
-            end = len(self.tokens)
-            for size in range(SHORTEST, min(LONGEST, end) + 1):
-                self._ends[tuple(self.tokens[end - size :])] = end
+            end, last = len(self.tokens), tuple(self.tokens[-LONGEST:])
+            for size in range(SHORTEST, len(last) + 1):
+                self._ends[last[-size:]] = end
             self.tokens.append(token)
 
     def continuation(self, limit: int) -> tuple[int, list[int]]:
