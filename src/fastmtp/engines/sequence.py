@@ -59,16 +59,18 @@ class Runner(Protocol[States]):
         """The target's states [T, H] of tokens, or of a tree given by its rows' parents, from `start` on."""
         ...
 
+    def forward_greedy(
+        self, start: int, tokens: Sequence[int], parents: Sequence[int] | None
+    ) -> tuple[States, list[int]]:
+        """`forward`, and the argmax of each row of logits; of equal ones the first."""
+        ...
+
     def commit(self, start: int, rows: Sequence[int]) -> None:
         """Make these rows of the last forward, which began at `start`, the tokens from there on."""
         ...
 
     def logits(self, states_TH: States) -> Logits:
         """[T, V]"""
-        ...
-
-    def argmax(self, states_TH: States) -> list[int]:
-        """Of each row of logits; of equal ones the first."""
         ...
 
     def ask(self, question: Question[States]) -> list[Candidates]:
@@ -163,7 +165,9 @@ class TextSequence(Generic[States]):
 
     def verify_greedy(self, tree: Tree) -> list[int]:
         with self._alone:
-            return self._runner.argmax(self._run(tree))
+            states_TH, tokens = self._runner.forward_greedy(*self._place(tree))
+            self._verified = tree, states_TH
+            return tokens
 
     def logits(self, node: int) -> Logits:
         with self._alone:
@@ -198,10 +202,13 @@ class TextSequence(Generic[States]):
         return None
 
     def _run(self, tree: Tree) -> States:
-        parents = None if tree.is_chain else tree.parents
-        states_TH = self._runner.forward(len(self._tokens), tree.tokens, parents)
+        states_TH = self._runner.forward(*self._place(tree))
         self._verified = tree, states_TH
         return states_TH
+
+    def _place(self, tree: Tree) -> tuple[int, list[int], list[int] | None]:
+        """Where a tree begins, its tokens, and their parents."""
+        return len(self._tokens), tree.tokens, None if tree.is_chain else tree.parents
 
     def _chain_of(self, token: int, drafts: Sequence[int], states_TH: States) -> Tree:
         """Drafts after a token as a tree, where one call asked for them and verified them."""

@@ -78,8 +78,11 @@ class CudaRunner:
     def logits(self, states_TH: Tensor) -> Logits:
         return self._machine.scoring.logits(states_TH)
 
-    def argmax(self, states_TH: Tensor) -> list[int]:
-        return self._machine.scoring.argmax(states_TH)
+    def forward_greedy(
+        self, start: int, tokens: Sequence[int], parents: Sequence[int] | None
+    ) -> tuple[Tensor, list[int]]:
+        states_TH = self.forward(start, tokens, parents)
+        return states_TH, self._machine.scoring.argmax(states_TH)
 
     def drawn(self, states_TH: Tensor, positions: Sequence[int], sampling: SamplingConfig) -> list[int | None]:
         return self._machine.scoring.drawn(states_TH, positions, [sampling] * len(positions))

@@ -49,24 +49,22 @@ class NativeRunner:
     def forward(self, start: int, tokens: Sequence[int], parents: Sequence[int] | None) -> States:
         return forward(self._target, [self.cache], [start], [tokens], parents or ())
 
+    def forward_greedy(
+        self, start: int, tokens: Sequence[int], parents: Sequence[int] | None
+    ) -> tuple[States, list[int]]:
+        states_TH = self._new_states(start, len(tokens))
+        return states_TH, self._target.model.verify(self.cache, start, tokens, states_TH, parents or ())
+
     def commit(self, start: int, rows: Sequence[int]) -> None:
         self.cache.commit(start, [start + row for row in rows])
 
     def logits(self, states_TH: States) -> Logits:
         return logits(self._target, states_TH)
 
-    def argmax(self, states_TH: States) -> list[int]:
-        return self._target.model.argmax(states_TH)
-
-    def verify(self, start: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[States, list[int]]:
-        """`forward`, and the argmax of each row, in one call."""
-        states_TH = self._new_states(start, len(tokens))
-        return states_TH, self._target.model.verify(self.cache, start, tokens, states_TH, parents)
-
     def verify_chain(
         self, question: Question[States], steps: int, start: int
     ) -> tuple[States, list[int], list[int]]:
-        """Drafts after a question, and `verify` of its last token and them, in one call: states, drafts, argmax."""
+        """Drafts after a question, and `forward_greedy` of its last token and them: states, drafts, argmax."""
         states_TH = self._new_states(start, steps + 1)
         drafts, tokens = self.head.native.verify_chain(self.prepared(question), steps, self.cache, start, states_TH)
         return states_TH[: len(tokens)], drafts, tokens

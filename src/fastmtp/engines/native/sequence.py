@@ -1,7 +1,4 @@
-"""A sequence that is verified in one call, in which a greedy chain is drafted too.
-
-Between two calls every line of Python is slow: after a forward the processor's caches hold weights.
-"""
+"""A sequence whose greedy chains are drafted and verified in one call, with no Python between the steps."""
 
 from __future__ import annotations
 
@@ -16,13 +13,6 @@ from fastmtp.engines.tree import Tree
 
 class NativeSequence(TextSequence[States]):
     _runner: NativeRunner
-
-    def verify_greedy(self, tree: Tree) -> list[int]:
-        with self._alone:
-            parents = () if tree.is_chain else tree.parents
-            states_TH, tokens = self._runner.verify(len(self._tokens), tree.tokens, parents)
-            self._verified = tree, states_TH
-            return tokens
 
     def verify_chain(
         self, token: int, steps: int, sampling: SamplingConfig

@@ -44,16 +44,19 @@ class TorchRunner:
         return self._target.forward(torch.tensor([list(tokens)], device=self._device), self._cache, parents)[0]
 
     @torch.inference_mode()
+    def forward_greedy(
+        self, start: int, tokens: Sequence[int], parents: Sequence[int] | None
+    ) -> tuple[Tensor, list[int]]:
+        states_TH = self.forward(start, tokens, parents)
+        return states_TH, _argmax(self._target.logits(states_TH))
+
+    @torch.inference_mode()
     def commit(self, start: int, rows: Sequence[int]) -> None:
         self._cache.commit(start, rows)
 
     @torch.inference_mode()
     def logits(self, states_TH: Tensor) -> Logits:
         return cast(Logits, self._target.logits(states_TH).float().cpu().numpy())
-
-    @torch.inference_mode()
-    def argmax(self, states_TH: Tensor) -> list[int]:
-        return _argmax(self._target.logits(states_TH))
 
     @torch.inference_mode()
     def ask(self, question: Question[Tensor]) -> list[Candidates]:
