@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import Exchange
+from fastmtp.engines.capture import on_device
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
@@ -155,7 +156,7 @@ class Trainer:
             self._evaluate(0, [], start)
         pending: list[tuple[int, int, Tensor]] = []
         while self.step < self.steps:
-            with steady_attention():
+            with steady_attention(), on_device(self.target.device):
                 losses_K, tokens = self._optimize()
             self.step += 1
             pending.append((self.step, tokens, losses_K))
@@ -174,7 +175,7 @@ class Trainer:
     def measure(self, *, trained: bool = False) -> Measured:
         """Acceptance on the answers of the held-out exchanges, or of equally many training exchanges."""
         parts, expected = [], []
-        with steady_attention(), autocast(self.target), self.clock("measuring"):
+        with steady_attention(), on_device(self.target.device), autocast(self.target), self.clock("measuring"):
             for group in self._references(trained):
                 texts, starts = zip(*group, strict=True)
                 draft_ids_D = self._objective.draft_ids_D
