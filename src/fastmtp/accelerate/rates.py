@@ -22,6 +22,7 @@ from fastmtp.decode.sampler import Sampler
 from fastmtp.distill.answers import open_decoder, runs_in_slots
 from fastmtp.distill.own_prompts import UserTurn
 from fastmtp.distill.slots.open import Slots
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.costs import forward_task, least_ms, some_ids, timed
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.engine import TorchEngine
@@ -37,7 +38,7 @@ from fastmtp.train.batches import make_batch
 from fastmtp.train.memory import CPU_BATCH, planned
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers
-from fastmtp.train.pace import GPU, pace_of, to_device
+from fastmtp.train.pace import GPU, pace_of
 from fastmtp.train.step import forward_backward
 
 # Sequences answered together: few, and as many as are quickly timed.

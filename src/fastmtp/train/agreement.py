@@ -15,11 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.acceptance import Acceptance
 from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion
-from fastmtp.train.pace import FORMULA_TENSORS, pace_of, to_device
+from fastmtp.train.pace import FORMULA_TENSORS, pace_of
 from fastmtp.train.states import padded, stacked
 
 # Positions whose logits are in memory together on a CPU.

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.train.batches import by_length
-from fastmtp.train.pace import pace_of, to_device
+from fastmtp.train.pace import pace_of
 from fastmtp.train.states import padded
 
 # About fifty positions for each unknown of a small model; more changes little.

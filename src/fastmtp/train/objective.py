@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.torch.target import Target
 from fastmtp.extras import has_triton
 from fastmtp.method.losses import CHUNK, DISTRIBUTION_LOSSES, log_probabilities, token_loss
 from fastmtp.train.alignment import chunks_of, rows_of
 from fastmtp.train.batches import Batch
-from fastmtp.train.pace import FORMULA_TENSORS, pace_of, to_device
+from fastmtp.train.pace import FORMULA_TENSORS, pace_of
 
 
 class Objective:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 # float32 tensors of the logits' size that a formula of method/losses.py, or a measurement, holds at once.
 FORMULA_TENSORS = 8
@@ -55,10 +54,3 @@ PACES = {"cpu": CPU, "cuda": GPU}
 
 def pace_of(device: torch.device) -> Pace:
     return PACES.get(device.type, CPU)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host there, without waiting for what the device still does."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.target import Target
 from fastmtp.errors import writing
@@ -29,7 +30,7 @@ from fastmtp.locking import locked
 from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
 from fastmtp.train.batches import by_length
-from fastmtp.train.pace import Pace, pace_of, to_device
+from fastmtp.train.pace import Pace, pace_of
 from fastmtp.train.processes import Processes
 
 SHARD_TEXTS = 256

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmtp.config import TrainConfig
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.torch.target import Target
 from fastmtp.method.head import MTPHead
 from fastmtp.method.losses import step_weights
@@ -20,7 +21,6 @@ from fastmtp.method.recursion import recursion
 from fastmtp.train.batches import Batch
 from fastmtp.train.fused_head import prepared
 from fastmtp.train.objective import Objective
-from fastmtp.train.pace import to_device
 
 
 def autocast(target: Target) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmtp.config import TrainConfig
 from fastmtp.distill.dataset import Exchange
 from fastmtp.engines.capture import on_device
+from fastmtp.engines.copies import to_device
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.target import Target
@@ -33,7 +34,7 @@ from fastmtp.train.initial import fit_input_projection
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
-from fastmtp.train.pace import pace_of, to_device
+from fastmtp.train.pace import pace_of
 from fastmtp.train.processes import Processes
 from fastmtp.train.read_ahead import ReadAhead
 from fastmtp.train.states import StateCache, padded_states, stacked, states_of
