@@ -51,7 +51,7 @@ def norm_epsilon(norm: nn.Module) -> float:
 
 
 def causal_mask(start: int, tokens: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which of the L = start + tokens keys each new token attends to, [1, 1, T, L] of bool.
+    """`keys_seen` as [1, 1, T, L].
 
     None where attention's default is the same: one token that attends to everything, or a causal prefill.
     """
@@ -59,12 +59,17 @@ def causal_mask(start: int, tokens: int, window: int | None, device: torch.devic
     inside_window = window is None or length <= window
     if inside_window and (tokens == 1 or start == 0):
         return None
-    queries = torch.arange(start, length, device=device)[:, None]
-    keys = torch.arange(length, device=device)[None, :]
-    mask = keys <= queries
+    return keys_seen(start, tokens, window, device)[None, None]
+
+
+def keys_seen(start: int, tokens: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of the L = start + tokens keys each new token attends to, [T, L] of bool."""
+    queries = torch.arange(start, start + tokens, device=device)[:, None]
+    keys = torch.arange(start + tokens, device=device)[None, :]
+    seen = keys <= queries
     if window is not None:
-        mask &= keys > queries - window
-    return mask[None, None]
+        seen &= keys > queries - window
+    return seen
 
 
 def causal_masks(config: Any, start: int, tokens: int, device: torch.device) -> Masks:

@@ -17,6 +17,7 @@ from fastmtp.engines.torch.fused_layers import is_fusible
 from fastmtp.engines.torch.slot_attention import attend_biased
 from fastmtp.engines.torch.slot_parts import layer_parts
 from fastmtp.engines.torch.target import Target
+from fastmtp.models.layers import keys_seen
 from fastmtp.models.tensors import windows
 
 # Tokens of a chunk, of which texts are read; the room of a slot is a multiple of it.
@@ -96,7 +97,7 @@ class SlotModel:
     def _prefill_chunk(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
         rows, tokens = ids_RC.shape
         end = start + tokens
-        biases = {kind: self._bias(start, end, window) for kind, window in self._windows.items()}
+        biases = {kind: self._bias(start, tokens, window) for kind, window in self._windows.items()}
         rotations = {kind: [part[start:end] for part in parts] for kind, parts in self._rotations.items()}
         every, heads_Q = slots_R[:, None], self._key_heads
 
@@ -116,13 +117,9 @@ class SlotModel:
         if start == 0:
             self._target.check_states(streams.last)
 
-    def _bias(self, start: int, end: int, window: int | None) -> Tensor:
-        """[C, end]: 0 for the keys that a token attends to, -inf for the others."""
-        device, aligned = self._target.device, -(-end // _ALIGNED) * _ALIGNED
-        positions_C1 = torch.arange(start, end, device=device)[:, None]
-        keys_L = torch.arange(aligned, device=device)
-        seen = keys_L <= positions_C1
-        if window is not None:
-            seen &= keys_L > positions_C1 - window
-        bias = torch.zeros(seen.shape, dtype=self._target.dtype, device=device).masked_fill_(~seen, float("-inf"))
-        return bias[:, :end]
+    def _bias(self, start: int, tokens: int, window: int | None) -> Tensor:
+        """[C, L]: 0 for the keys that a token attends to, -inf for the others."""
+        seen = keys_seen(start, tokens, window, self._target.device)
+        aligned = -(-seen.shape[1] // _ALIGNED) * _ALIGNED
+        bias = torch.zeros(tokens, aligned, dtype=self._target.dtype, device=seen.device)[:, : seen.shape[1]]
+        return bias.masked_fill_(~seen, float("-inf"))
