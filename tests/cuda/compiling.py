@@ -21,8 +21,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastmtp.engines.cuda.kernels import attention, chains, draws, likeliest, norms, overlap, products, race, scores
-from fastmtp.engines.cuda.kernels.attention import Rows
+from fastmtp.engines.cuda.kernels import (
+    attention,
+    chains,
+    draws,
+    likeliest,
+    norms,
+    overlap,
+    products,
+    prompts,
+    race,
+    rotation,
+    scores,
+)
+from fastmtp.engines.cuda.kernels.rows import Pages, Rows
 from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
@@ -88,9 +100,9 @@ def launch_all(kind: torch.dtype) -> None:
     # On the host memory that nobody reads is not there.
     lm_head = Matrix(half(vocabulary, hidden))
     rows, verified = Rows.empty(4, cpu), Rows.empty(4, cpu)
-    pages = attention.Pages(half(640, key_heads, size), half(640, key_heads, size), whole(10, 10))
+    pages = Pages(half(640, key_heads, size), half(640, key_heads, size), whole(10, 10))
     # No GPU is asked for more rows together in float32.
-    for count in (16, 256) if kind.itemsize == 2 else (16,):
+    for count in (16, 64, 256) if kind.itemsize == 2 else (16,):
         products.product(half(count, hidden), Matrix(half(wide, hidden)), zeros(1 << 24), 4)
         for biases, gelu in ((None, False), ((half(inner), half(inner)), True)):
             pair = Matrix(half(inner, hidden)), Matrix(half(inner, hidden))
@@ -101,10 +113,13 @@ def launch_all(kind: torch.dtype) -> None:
     norms.join(x, rows.tokens, half(100, hidden), (gains, gains), half(16, 2 * hidden), 1.0, 1e-6)
     queries, rope = half(16, heads, size), (zeros(100, size // 2), zeros(100, size // 2))
     for bias, own_gains in ((None, None), (half(wide), zeros(2, size))):
-        attention.rotate(zeros(4, 16, wide), bias, own_gains, rope, rows, pages, queries, 1e-6)
+        rotation.rotate(zeros(4, 16, wide), bias, own_gains, rope, rows, pages, queries, 1e-6)
     for window in (None, 512):
         memory = zeros(1 << 18), zeros(1 << 18)
         attention.attend(queries, rows, pages, half(16, heads * size), memory, 0.1, window, 16)
+        for count in (64, 1024):
+            many = half(count, heads, size), Rows.empty(count, cpu), pages, half(count, heads * size)
+            prompts.attend_in_order(*many, 0.1, window)
     for ids in (None, whole(640)):
         count, best = vocabulary if ids is None else 640, (zeros(1 << 12), whole(1 << 12))
         scores.scores(x, lm_head, ids, zeros(16, count))

@@ -273,7 +273,7 @@ def test_trees_of_more_than_a_tile(llama: Target) -> None:
     assert sequence.verify_drawn(tree, ALL) == wanted
 
 
-@pytest.mark.parametrize(("rows", "wanted"), [([[0], [], [2]], (1, 1)), ([[0], [3, 1], [2, 16]], (3, 2))])
+@pytest.mark.parametrize(("rows", "wanted"), [([[0], [], [2]], (1, 1)), ([[0], [3, 1], [2, 16]], (4, 2))])
 def test_sequences_are_drawn_together(llama: Target, rows: list[list[int]], wanted: tuple[int, int]) -> None:
     """Each by its own settings, greedy ones among them, at its own places; in one launch up to a tile of rows."""
     engine, many = cuda_engine(llama), max(map(max, filter(None, rows))) + 1

@@ -14,7 +14,11 @@ from fastmtp.decode.drafting.learned import Learned
 from fastmtp.decode.plain import plain
 from fastmtp.decode.sampling import choose
 from fastmtp.decode.speculative import speculative
+from fastmtp.engines.cuda.kernels.attention import attend
 from fastmtp.engines.cuda.kernels.products import product
+from fastmtp.engines.cuda.kernels.prompts import attend_in_order
+from fastmtp.engines.cuda.kernels.rows import NEVER, Pages, Rows
+from fastmtp.engines.cuda.kernels.shapes import PAGE, SPAN
 from fastmtp.engines.cuda.load import load_cuda_engine
 from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
 from fastmtp.engines.protocol import Costs
@@ -58,6 +62,36 @@ def test_rows_of_large_products_keep_their_bits(outputs: int, inputs: int, dtype
         found += product(x, Matrix(weight), memory, count)[:, list(places)].clone().unbind(1)
     assert all(torch.equal(one, found[0]) for one in found)
     torch.testing.assert_close(found[0].sum(0), row.float() @ weight.float().T, rtol=1e-2, atol=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(12, 2, 128), (9, 3, 64), (32, 8, 128), (8, 4, 256)])
+@pytest.mark.parametrize("window", [None, 500])
+def test_rows_of_a_prompt_attend_as_each_by_itself(
+    window: int | None, heads: int, key_heads: int, size: int, dtype: torch.dtype
+) -> None:
+    """To the bit, at the shapes of real models."""
+    draw, device, begin, length = torch.Generator("cuda").manual_seed(0), torch.device("cuda"), 1200, 2224
+    spans = length // SPAN + 1
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, device=device).to(dtype)
+
+    keys, values, queries = (
+        drawn(spans * PAGE, key_heads, size),
+        drawn(spans * PAGE, key_heads, size),
+        drawn(1024, heads, size),
+    )
+    tables = torch.randperm(spans, generator=draw, device=device).int()[None]
+    for count in (64, 256, 1024):
+        rows = Rows.empty(count, device)
+        rows.facts[1:3], rows.facts[3] = torch.arange(begin, begin + count, device=device), NEVER
+        how = Pages(keys, values, tables), torch.empty(count, heads * size, dtype=dtype, device=device)
+        memory = [torch.empty(count * heads * spans * one, device=device) for one in (size, 2)]
+        attend(queries[:count], rows, *how, (memory[0], memory[1]), size**-0.5, window, spans)
+        expected = how[1].clone()
+        attend_in_order(queries[:count], rows, *how, size**-0.5, window)
+        assert torch.equal(how[1], expected)
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

@@ -31,7 +31,7 @@ from tests.cuda.engine import Cuda, convert
 GREEDY, DRAWN = SamplingConfig(), SamplingConfig(temperature=1.0, seed=1)
 CUDA = Cuda()
 # As those of a card, but fewer, and a text has outgrown its graphs after 128 positions.
-SMALLER = Sizes((4, 16, 24), 1)
+SMALLER = Sizes((4, 16, 24), 1, (32, 48))
 # Forwards that cost the same up to 16 tokens, so that trees are large.
 COSTS = Costs({128: {1: 5.0, 16: 5.001}}, {1: 0.01})
 # Of trees, where a card's are deeper.
@@ -58,9 +58,21 @@ def test_the_first_function_is_the_one_that_is_called() -> None:
     assert (graphs.captured, graphs.launched) == (2, 3)
 
 
+def test_prompts_are_read_in_few_parts_with_few_rows_left_over() -> None:
+    sizes = Sizes()
+    for count in range(1, 4000):
+        parts, left = [], count
+        while left:
+            taken, rows = sizes.part_of_prompt(left)
+            parts, left = [*parts, rows], left - taken
+            assert 0 < taken <= rows and (rows <= 2 * taken or rows == sizes.prompt[0])
+        assert len(parts) <= count // sizes.prompt[-1] + 4
+    assert sizes.part_of_prompt(2048) == (1024, 1024)
+
+
 def test_rows_that_fill_a_graph_change_no_bit(llama: Target) -> None:
     """Of a prompt; nor do spans that no row reaches, nor what an earlier prompt has left in the memory."""
-    filled = CudaEngine(convert(llama, torch.float32), 1024, Sizes((16, 24), 2))
+    filled = CudaEngine(convert(llama, torch.float32), 1024, Sizes((16, 24), 2, (32,)))
     for count in (22, 17):
         ids = random_ids(count, seed=count)
         one, exact = filled.new_sequence(), CUDA.sequence(llama)

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
-from fastmtp.engines.cuda.kernels import attention
-from fastmtp.engines.cuda.kernels.attention import NEVER, Pages, Rows, attend, rotate
+from fastmtp.engines.cuda.kernels import attention, prompts
+from fastmtp.engines.cuda.kernels.attention import attend
 from fastmtp.engines.cuda.kernels.chains import accept, begin, follow, hand_on
 from fastmtp.engines.cuda.kernels.likeliest import likeliest
 from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
 from fastmtp.engines.cuda.kernels.products import gated, product
+from fastmtp.engines.cuda.kernels.rotation import rotate
+from fastmtp.engines.cuda.kernels.rows import NEVER, Pages, Rows
 from fastmtp.engines.cuda.kernels.scores import BlockScores, argmax, block_scores, scores
-from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE, division, tiles_together
+from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE, block, division
 from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
 from tests.cuda.conftest import DEVICE
 
@@ -62,14 +64,15 @@ def test_a_rows_product_depends_on_the_row_alone(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, *QUANTISED])
-def test_tiles_of_rows_together_are_those_alone(kind: Quantised | None) -> None:
+@pytest.mark.parametrize("tiles", [8, 16])
+def test_tiles_of_rows_together_are_those_alone(kind: Quantised | None, tiles: int) -> None:
     """To the bit, of products and gated ones; the last tile has fewer rows than are wanted of the others."""
-    rows, wanted, inputs, outputs = 8 * TILE, 7 * TILE + 5, 300, 70
+    rows, wanted, inputs, outputs = tiles * TILE, (tiles - 1) * TILE + 5, 300, 150
     x = drawn(rows, inputs, dtype=torch.bfloat16)
     first, second = (drawn(outputs, inputs, seed=seed).bfloat16() / inputs**0.5 for seed in (1, 2))
     matrix, other = (Matrix(one) if kind is None else quantise(one.float(), kind) for one in (first, second))
-    assert tiles_together(rows, matrix.bits) > tiles_together(TILE, matrix.bits) == 1
-    whole, out = product(x, matrix, memory(1 << 15), wanted), torch.empty(rows, outputs, device=DEVICE)
+    assert block(rows, matrix.bits).tiles > block(TILE, matrix.bits).tiles == 1
+    whole, out = product(x, matrix, memory(1 << 16), wanted), torch.empty(rows, outputs, device=DEVICE)
     gated(x, (matrix, other), None, out, wanted, gelu=False)
     for start in range(0, wanted, TILE):
         own, end = x[start : start + TILE], min(start + TILE, wanted)
@@ -182,6 +185,27 @@ def test_attention(window: int | None, together: int, monkeypatch: pytest.Monkey
     text.put(keys, values, list(range(length)))
     text.rows.facts[1] = text.rows.facts[2] = torch.tensor(positions)
     assert torch.equal(text.attend(queries, window), torch.stack(found))
+
+
+@pytest.mark.parametrize("window", [None, 5, PAGE + 3])
+@pytest.mark.parametrize("begin", [0, PAGE - 20])
+def test_rows_of_a_prompt_attend_as_each_by_itself(
+    begin: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, several tiles in a program or one, with rows left over in the last."""
+    count, whole = 3 * TILE - 5, 4 * TILE
+    keys, values = (drawn(begin + count, KEY_HEADS, SIZE, seed=seed) for seed in (1, 2))
+    queries = drawn(whole, HEADS, SIZE)
+    text = Text(whole, begin + count)
+    text.put(keys, values, list(range(begin + count)))
+    text.rows.facts[1, :count] = torch.arange(begin, begin + count)
+    text.rows.facts[1, count:] = text.rows.facts[4, count:] = 0
+    expected = text.attend(queries, window)
+    for enough in (1, 4):
+        monkeypatch.setattr(prompts, "_ENOUGH", enough)
+        out = memory(whole * HEADS * SIZE).view(whole, -1)
+        prompts.attend_in_order(queries, text.rows, text.pages, out, SIZE**-0.5, window)
+        assert torch.equal(out[:count], expected[:count])
 
 
 @pytest.mark.parametrize("window", [None, 4])

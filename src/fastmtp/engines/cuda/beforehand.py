@@ -35,11 +35,13 @@ def capture_drafts(
         ids_D: any tokens; None is all.
         levels, widths: as for `Engine.prepare_drafting`.
     """
-    target, rows, small = machine.target, machine.graphs.sizes.rows, machine.graphs.sizes.small
-    states_TH = torch.zeros(rows[-1], target.config.hidden_size, dtype=target.dtype, device=target.device)
+    target, small = machine.target, machine.graphs.sizes.small
     with machine.lent_room() as room:
-        for count in rows:
-            machine.head_forward(head, [Text(room, 0, [0] * count)], [states_TH[:count]])
+        every = machine.every_size(room)
+        most = max(len(text.tokens) for texts in every for text in texts)
+        states_TH = torch.zeros(most, target.config.hidden_size, dtype=target.dtype, device=target.device)
+        for texts in every:
+            machine.head_forward(head, texts, [states_TH[: len(text.tokens)] for text in texts])
         for width in widths:
             # With a verification come two or more.
             for number in range(1, max(2, min(levels, DEEPEST)) + 1):

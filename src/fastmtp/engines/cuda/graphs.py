@@ -17,8 +17,8 @@ from fastmtp.engines.capture import Step, capture, on_device
 from fastmtp.engines.copies import Sent
 from fastmtp.engines.cuda.kernels.shapes import TILE
 
-# Rows of the graphs: those of a round, and those of prompts.
-SMALL, LARGE = (1, 2, 4, 8, 16), (64, 256)
+# Rows of the graphs: those of a round, those of many sequences, and those of a prompt.
+SMALL, LARGE, PROMPT = (1, 2, 4, 8, 16), (64, 256), (64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,28 @@ class Sizes:
     Attributes:
         rows: numbers of rows that fewer are filled up to, a tile's among them; more are taken as they are.
         spans: the least number of spans of attention, of which the next is fourfold; None: those that are needed.
+        prompt: numbers of rows that prompts are read in, in whole tiles; a text of more than the first is one.
     """
 
     rows: tuple[int, ...] = (*SMALL, *LARGE)
     spans: int | None = 16
+    prompt: tuple[int, ...] = PROMPT
 
     @property
     def small(self) -> tuple[int, ...]:
         """Those of a round."""
         return tuple(count for count in self.rows if count <= TILE)
 
+    def part_of_prompt(self, left: int) -> tuple[int, int]:
+        """How many of the rows that are left are read next, and those of the graph: at most twice as many."""
+        most = next((size for size in self.prompt if size >= left), self.prompt[-1])
+        if most > 2 * left and most > self.prompt[0]:
+            most = max(size for size in self.prompt if size <= left)
+        return min(left, most), most
+
 
 # An interpreter takes its time for every row and span.
-EXACT = Sizes(SMALL, None)
+EXACT = Sizes(SMALL, None, tuple(range(TILE, PROMPT[-1] + 1, TILE)))
 
 
 class Graphs:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.config import SamplingConfig
-from fastmtp.engines.cuda.graphs import LARGE, Graphs, Sizes, upload
-from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
+from fastmtp.engines.cuda.graphs import LARGE, PROMPT, Graphs, Sizes, upload
+from fastmtp.engines.cuda.kernels.rows import NEVER, Rows
 from fastmtp.engines.cuda.kernels.shapes import PAGE, PATH, SPAN, TILE
 from fastmtp.engines.cuda.network import Network, Views
 from fastmtp.engines.cuda.pool import Pool, Room
@@ -43,6 +43,11 @@ class Text:
     parents: Sequence[int] | None = None
 
 
+# Computes some rows: their memory, the spans of attention (None: they are a prompt's), what is written, and which
+# rows they are of those that are read together.
+Run = Callable[[Rows, int | None, Views, int, int], None]
+
+
 class Machine:
     """A target on its device. Any thread may call; one call runs at a time.
 
@@ -62,15 +67,15 @@ class Machine:
         shape = config.num_hidden_layers + head_layers, config.num_key_value_heads, config.head_dim
         pages = _pages(target, shape, pool_tokens)
         self.pool = Pool(*shape, target.context_limit, pages, target.dtype, target.device)
-        self.network = Network(target, self.pool, LARGE[-1])
+        self.network = Network(target, self.pool, PROMPT[-1])
         self._rows: dict[int, Rows] = {}
         self.found = torch.zeros(LARGE[-1], dtype=torch.int32, device=target.device)
 
     def capture(self, room: Room) -> None:
         """All graphs of rows and what follows them, in a short text."""
-        for count in self.graphs.sizes.rows:
-            states_TH = self.forward([Text(room, 0, [0] * count)])[0]
-            self.scoring.argmax(states_TH)
+        for texts in self.every_size(room):
+            states_TH = torch.cat(self.forward(texts))
+            self.scoring.argmax(states_TH[-1:] if self._is_prompt(texts[0]) else states_TH)
         self.scoring.logits(states_TH[:1])
         self.scoring.drawn(states_TH[:1], [0], [DRAWN])
         for count in self.graphs.sizes.small:
@@ -78,6 +83,13 @@ class Machine:
             if count > 1:
                 for sampling in (GREEDY, DRAWN):
                     self.verify([Text(room, 0, [0] * count)], [sampling])
+
+    def every_size(self, room: Room) -> list[list[Text]]:
+        """Rows for every graph of forwards: those of many texts, and those of a prompt."""
+        sizes, limit = self.graphs.sizes, self.target.context_limit
+        lengths = [[*[TILE] * (count // TILE), *[count % TILE][: count % TILE]] for count in sizes.rows]
+        lengths += [[min(count, limit)] for count in (sizes.prompt[0] + 1, *sizes.prompt[1:])]
+        return [[Text(room, 0, [0] * length) for length in own] for own in lengths]
 
     @contextmanager
     def lent_room(self) -> Iterator[Room]:
@@ -96,18 +108,16 @@ class Machine:
         Raises:
             MemoryError: there are no pages left.
         """
-        with self.held():
-            facts, paths = self._facts(texts)
 
-            def run(rows: Rows, spans: int, views: Views, begin: int, end: int) -> None:
-                if last_inputs_TH is None:
-                    self.graphs.run(("forward", len(rows), spans), lambda: self.network.forward(rows, spans))
-                    return
-                inputs_RH = torch.empty_like(views.residual)
-                self.network.forward(rows, spans, inputs_RH)
-                last_inputs_TH[begin:end] = inputs_RH[: end - begin]
+        def run(rows: Rows, spans: int | None, views: Views, begin: int, end: int) -> None:
+            if last_inputs_TH is None:
+                self.graphs.run(("forward", len(rows), spans), lambda: self.network.forward(rows, spans))
+                return
+            inputs_RH = torch.empty_like(views.residual)
+            self.network.forward(rows, spans, inputs_RH)
+            last_inputs_TH[begin:end] = inputs_RH[: end - begin]
 
-            return _divided(self._in_parts(facts, paths, run), texts)
+        return self._each(texts, lambda _: run)
 
     def verify(
         self,
@@ -122,13 +132,12 @@ class Machine:
             accept: what else is done on the device, with the rows and their states; always the same.
         """
         with self.held():
-            facts, paths = self._facts(texts)
-            count = facts.shape[1]
+            count = sum(len(text.tokens) for text in texts)
             assert count <= TILE
             rows_of = [one for one, text in zip(samplings, texts, strict=True) for _ in text.tokens]
             drawn = self.scoring.draw_as([*rows_of, *rows_of[-1:] * (TILE - count)])
 
-            def run(rows: Rows, spans: int, views: Views, begin: int, end: int) -> None:
+            def run(rows: Rows, spans: int | None, views: Views, begin: int, end: int) -> None:
                 def steps() -> None:
                     self.network.forward(rows, spans)
                     found = self.found[: len(rows)]
@@ -138,7 +147,7 @@ class Machine:
 
                 self.graphs.run(("verify", len(rows), spans, drawn, accept is not None), steps)
 
-            return _divided(self._in_parts(facts, paths, run), texts)
+            return self._in_parts(texts, run)
 
     def verified(self, count: int) -> list[int]:
         """What the host is told of `found` of so many rows."""
@@ -147,16 +156,18 @@ class Machine:
 
     def head_forward(self, head: CudaHead, texts: Sequence[Text], states_TH: Sequence[Tensor]) -> list[Tensor]:
         """The head's states [T, H] of each text's rows, each from the state before it."""
-        with self.held():
-            facts, paths = self._facts(texts)
-            every_TH = states_TH[0] if len(states_TH) == 1 else torch.cat(list(states_TH))
 
-            def run(rows: Rows, spans: int, views: Views, begin: int, end: int) -> None:
+        def run_for(numbers: list[int]) -> Run:
+            every_TH = torch.cat([states_TH[number] for number in numbers])
+
+            def run(rows: Rows, spans: int | None, views: Views, begin: int, end: int) -> None:
                 views.given[: end - begin] = every_TH[begin:end]
                 key = ("head", id(head), len(rows), spans)
                 self.graphs.run(key, lambda: self.network.head(head, rows, spans))
 
-            return _divided(self._in_parts(facts, paths, run), texts)
+            return run
+
+        return self._each(texts, run_for)
 
     def spans_for(self, position: int) -> int:
         """Enough spans for a row at this position: graphs are made for few numbers of them."""
@@ -182,27 +193,48 @@ class Machine:
             [np.zeros((own.shape[1], PATH), np.int32) if paths is None else paths for own, paths in described]
         )
 
-    def _in_parts(
-        self,
-        facts: NDArray[np.int32],
-        paths: NDArray[np.int32] | None,
-        run: Callable[[Rows, int, Views, int, int], None],
-    ) -> Tensor:
-        """The states of all rows, which may be divided anywhere: earlier ones are in their places by then."""
-        total, found = facts.shape[1], []
-        spans = self.spans_for(int(facts[1].max()))
-        most = max(size for size in (TILE, *LARGE) if size == TILE or size * spans <= _ROWS_BY_SPANS)
-        for begin in range(0, total, most):
-            end = min(total, begin + most)
-            count = self.graphs.rows_for(end - begin)
+    def _each(self, texts: Sequence[Text], run_for: Callable[[list[int]], Run]) -> list[Tensor]:
+        """The states of each text: prompts are read one by one, all others together.
+
+        Args:
+            run_for: of the numbers of texts that are read together.
+        """
+        prompts = [[number] for number, text in enumerate(texts) if self._is_prompt(text)]
+        others = [number for number, text in enumerate(texts) if not self._is_prompt(text)]
+        found: dict[int, Tensor] = {}
+        with self.held():
+            for numbers in [*prompts, others] if others else prompts:
+                states = self._in_parts([texts[number] for number in numbers], run_for(numbers))
+                found.update(zip(numbers, states, strict=True))
+        return [found[number] for number in range(len(texts))]
+
+    def _is_prompt(self, text: Text) -> bool:
+        """Whether its rows, in order, are more than those of many sequences that are read together."""
+        return text.parents is None and len(text.tokens) > self.graphs.sizes.prompt[0]
+
+    def _in_parts(self, texts: Sequence[Text], run: Run) -> list[Tensor]:
+        """The states of one prompt or of some texts, whose rows may be divided anywhere: earlier ones are in their
+        places by then.
+        """
+        (facts, paths), sizes, is_prompt = self._facts(texts), self.graphs.sizes, self._is_prompt(texts[0])
+        total, begin, found = facts.shape[1], 0, []
+        spans = None if is_prompt else self.spans_for(int(facts[1].max()))
+        most = max(size for size in (TILE, *LARGE) if size == TILE or size * (spans or 0) <= _ROWS_BY_SPANS)
+        while begin < total:
+            if is_prompt:
+                taken, count = sizes.part_of_prompt(total - begin)
+            else:
+                taken = min(total - begin, most)
+                count = self.graphs.rows_for(taken)
             if count not in self._rows:
                 self._rows[count] = Rows.empty(count, self.target.device)
-            rows = self._rows[count]
+            rows, end = self._rows[count], begin + taken
             _fill(rows, facts[:, begin:end], None if paths is None else paths[begin:end])
             views = self.network.views(len(rows))
             run(rows, spans, views, begin, end)
-            found.append(views.states[: end - begin].clone())
-        return found[0] if len(found) == 1 else torch.cat(found)
+            found.append(views.states[:taken].clone())
+            begin = end
+        return _divided(found[0] if len(found) == 1 else torch.cat(found), texts)
 
 
 def _divided(states_TH: Tensor, texts: Sequence[Text]) -> list[Tensor]:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmtp.engines.cuda.kernels.attention import Pages, Rows, attend, rotate
+from fastmtp.engines.cuda.kernels.attention import attend
 from fastmtp.engines.cuda.kernels.norms import add_norm, embed, join
 from fastmtp.engines.cuda.kernels.products import gated, product
+from fastmtp.engines.cuda.kernels.prompts import attend_in_order
+from fastmtp.engines.cuda.kernels.rotation import rotate
+from fastmtp.engines.cuda.kernels.rows import Pages, Rows
 from fastmtp.engines.cuda.kernels.shapes import division, in_tiles
 from fastmtp.engines.cuda.pool import Pool
 from fastmtp.engines.cuda.target import CudaTarget
@@ -53,11 +56,11 @@ class Network:
         named = vars(self._views)
         return Views(**{name: own if name == "parts" else own[: in_tiles(rows)] for name, own in named.items()})
 
-    def forward(self, rows: Rows, spans: int, last_inputs_RH: Tensor | None = None) -> None:
+    def forward(self, rows: Rows, spans: int | None, last_inputs_RH: Tensor | None = None) -> None:
         """The target's states.
 
         Args:
-            spans: of attention, as for `attend`.
+            spans: of attention, as for `attend`; None: the rows are those of one text in order, in whole tiles.
             last_inputs_RH: filled with the inputs of the last layer.
         """
         target, views = self._target, self.views(len(rows))
@@ -65,7 +68,7 @@ class Network:
         stack = [(layer, self._pool.layer(index)) for index, layer in enumerate(target.layers)]
         self._layers(views, rows, spans, stack, target.final_gains, None, last_inputs_RH)
 
-    def head(self, head: CudaHead, rows: Rows, spans: int) -> None:
+    def head(self, head: CudaHead, rows: Rows, spans: int | None) -> None:
         """The head's states, from those given and the rows' tokens."""
         target, views = self._target, self.views(len(rows))
         scale, epsilon = target.embedding_scale, target.config.rms_norm_eps
@@ -77,7 +80,7 @@ class Network:
         self,
         views: Views,
         rows: Rows,
-        spans: int,
+        spans: int | None,
         stack: Sequence[tuple[Layer, Pages]],
         final_gains: Tensor,
         parts: Tensor | None,
@@ -92,7 +95,6 @@ class Network:
         epsilon = target.config.rms_norm_eps
         bias = outer = None
         adds = parts is None
-        memory = self._attention_memory(count, spans)
         for layer, pages in stack:
             residual, inputs = views.residual, views.inputs
             add_norm(
@@ -111,8 +113,7 @@ class Network:
                 views.queries,
                 epsilon,
             )
-            scale = target.attention_scale
-            attend(views.queries, rows, pages, views.attended, memory, scale, layer.window, spans)
+            self._attend(views, rows, pages, layer.window, spans)
             parts = product(views.attended, layer.out, views.parts, count)
             bias, outer = layer.out_bias, layer.attention_outer
             add_norm(parts, residual, layer.feed_gains, inputs, epsilon, count, bias_H=bias, outer_H=outer)
@@ -120,6 +121,13 @@ class Network:
             parts = product(views.gated, layer.down, views.parts, count)
             bias, outer, adds = layer.down_bias, layer.feed_outer, True
         add_norm(parts, views.residual, final_gains, views.states, epsilon, count, bias_H=bias, outer_H=outer)
+
+    def _attend(self, views: Views, rows: Rows, pages: Pages, window: int | None, spans: int | None) -> None:
+        queries, out, scale = views.queries, views.attended, self._target.attention_scale
+        if spans is None:
+            attend_in_order(queries, rows, pages, out, scale, window)
+        else:
+            attend(queries, rows, pages, out, self._attention_memory(len(rows), spans), scale, window, spans)
 
     def _attention_memory(self, rows: int, spans: int) -> tuple[Tensor, Tensor]:
         """Graphs keep the memory that they were captured with."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmtp.config import SamplingConfig
 from fastmtp.engines.copies import Sent
 from fastmtp.engines.cuda.graphs import upload
-from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
+from fastmtp.engines.cuda.kernels.rows import NEVER, Rows
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine
 from fastmtp.engines.cuda.pool import Room

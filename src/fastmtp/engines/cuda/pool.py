@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastmtp.engines.cuda.graphs import upload
-from fastmtp.engines.cuda.kernels.attention import Pages
+from fastmtp.engines.cuda.kernels.rows import Pages
 from fastmtp.engines.cuda.kernels.shapes import PAGE
 
 # Sequences that hold pages at a time.

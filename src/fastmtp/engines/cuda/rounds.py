@@ -19,8 +19,8 @@ from torch import Tensor
 from fastmtp.config import SamplingConfig
 from fastmtp.engines.copies import Sent
 from fastmtp.engines.cuda.graphs import upload
-from fastmtp.engines.cuda.kernels.attention import Rows
 from fastmtp.engines.cuda.kernels.chains import accept, begin, hand_on
+from fastmtp.engines.cuda.kernels.rows import Rows
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine, Text
 from fastmtp.engines.cuda.pool import Room

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtp.engines.cuda.kernels.attention import NEVER, Rows
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
+from fastmtp.engines.cuda.kernels.rows import NEVER, Rows
 from fastmtp.engines.cuda.kernels.shapes import PATH
 
 

@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmtp.engines.cuda.kernels.overlap import overlap, release, wait
-from fastmtp.engines.cuda.kernels.shapes import TILE, block, blocks, division, tiles_together
+from fastmtp.engines.cuda.kernels.shapes import TILE, block, blocks, division
 from fastmtp.engines.cuda.kernels.steps import add_step, no_sums, scaled
 from fastmtp.engines.cuda.matrices import Matrix
 
-_STAGES, _GATED_STAGES = 4, 3
+# Rows of several tiles, and two matrices, leave room for fewer.
+_STAGES, _FEWER_STAGES = 4, 3
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -103,9 +104,9 @@ def product(x_RK: Tensor, weight: Matrix, out: Tensor, wanted: int) -> Tensor:
         wanted: the first M rows; what the others have is not said.
     """
     (rows, inputs), outputs = x_RK.shape, weight.outputs
-    how, tiles = division(outputs, inputs, weight.bits), tiles_together(rows, weight.bits)
+    how, own = division(outputs, inputs, weight.bits), block(rows, weight.bits)
     parts_PRN = out[: how.parts * rows * outputs].view(how.parts, rows, outputs)
-    grid = (rows // TILE // tiles, how.programs(outputs), how.parts)
+    grid = (rows // TILE // own.tiles, blocks(outputs, own.columns), how.parts)
     _product[grid](
         x_RK,
         weight.values,
@@ -117,11 +118,12 @@ def product(x_RK: Tensor, weight: Matrix, out: Tensor, wanted: int) -> Tensor:
         inputs,
         weight.kind,
         how.depth,
-        tiles,
-        how.columns,
-        how.step,
+        own.tiles,
+        own.columns,
+        own.step,
         **overlap(x_RK),
-        **_resources(tiles, how.columns, _STAGES),
+        num_warps=4,
+        num_stages=_STAGES if own.tiles == 1 else _FEWER_STAGES,
     )
     return parts_PRN
 
@@ -142,9 +144,9 @@ def gated(
     """
     (rows, inputs), outputs = x_RK.shape, out_RN.shape[1]
     gate, up = weights
-    (columns, step), tiles = block(gate.bits), tiles_together(rows, gate.bits, 2)
+    own = block(rows, gate.bits, len(weights))
     gate_bias, up_bias = biases or (x_RK, x_RK)
-    _gated[(rows // TILE // tiles, blocks(outputs, columns))](
+    _gated[(rows // TILE // own.tiles, blocks(outputs, own.columns))](
         x_RK,
         gate.values,
         up.values,
@@ -159,14 +161,10 @@ def gated(
         gate.kind,
         biases is not None,
         gelu,
-        tiles,
-        columns,
-        step,
+        own.tiles,
+        own.columns,
+        own.step,
         **overlap(x_RK),
-        **_resources(tiles, columns, _GATED_STAGES),
+        num_warps=4,
+        num_stages=_FEWER_STAGES,
     )
-
-
-def _resources(tiles: int, columns: int, stages: int) -> dict[str, int]:
-    """A warp for each 8 outputs, as many as a tensor core has. Rows of several tiles leave room for few stages."""
-    return {"num_warps": columns // 8, "num_stages": stages if tiles == 1 else 3}

@@ -22,46 +22,50 @@ GROUP = 128
 _PROGRAMS = 264
 # Steps of a part, whose weights are then read at once.
 _LEAST_STEPS = 2
+# Rows that make enough programs of wide blocks.
+_MANY = 256
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a program multiplies: some tiles of rows with some outputs, so many inputs in a step."""
+
+    tiles: int
+    columns: int
+    step: int
+
+
+def block(rows: int, bits: int, matrices: int = 1) -> Block:
+    """The block of so many rows and of weights of so many bits. Its step, so the order of sums, is one for all.
+
+    Few rows read 8 KiB of weights of 16, 8 or 4 bits in a step: the fewer bits a weight has, the more it counts
+    what a program reads of the rows beside. Many rows take the tiles that registers have room for, and more
+    outputs; weights of fewer bits are taken apart in registers.
+
+    Args:
+        matrices: that a program multiplies with.
+    """
+    columns, step = (32, 128) if bits > 8 else (64, 1024 // bits)
+    if bits > 8 and rows % _MANY == 0:
+        columns = 128 // matrices
+    return Block(gcd(rows // TILE, min(4, bits // matrices)), columns, step)
 
 
 @dataclass(frozen=True)
 class Division:
-    """How a matrix is divided: `columns` outputs a program, `parts` of `depth` inputs, read `step` at a time."""
+    """The order in which an output is summed up: in `parts` of `depth` inputs each."""
 
-    columns: int
-    step: int
     depth: int
     parts: int
-
-    def programs(self, outputs: int) -> int:
-        return blocks(outputs, self.columns)
 
 
 @cache
 def division(outputs: int, inputs: int, bits: int) -> Division:
     """As many parts along the inputs as make enough programs of a narrow matrix of weights of so many bits."""
-    columns, step = block(bits)
-    parts = max(1, min(inputs // (_LEAST_STEPS * step), _PROGRAMS // blocks(outputs, columns)))
-    depth = blocks(blocks(inputs, parts), step) * step
-    return Division(columns, step, depth, blocks(inputs, depth))
-
-
-def block(bits: int) -> tuple[int, int]:
-    """A program's outputs, and the inputs of a step: 8 KiB of weights of 16, 8 or 4 bits.
-
-    The fewer bits a weight has, the more it counts what a program reads of the rows beside its weights.
-    """
-    return (32, 128) if bits > 8 else (64, 1024 // bits)
-
-
-def tiles_together(rows: int, bits: int, matrices: int = 1) -> int:
-    """Tiles of rows for which a program reads weights once, as many as registers hold; each keeps its order.
-
-    Args:
-        bits: of a weight; those with fewer are taken apart in registers.
-        matrices: that a program multiplies with.
-    """
-    return gcd(rows // TILE, min(4, bits // matrices))
+    few = block(TILE, bits)
+    parts = max(1, min(inputs // (_LEAST_STEPS * few.step), _PROGRAMS // blocks(outputs, few.columns)))
+    depth = blocks(blocks(inputs, parts), few.step) * few.step
+    return Division(depth, blocks(inputs, depth))
 
 
 def blocks(size: int, block: int) -> int:
