@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 from copy import deepcopy
 from dataclasses import replace
@@ -246,6 +247,15 @@ def test_batches_cover_the_data_once_an_epoch() -> None:
     for batch in order:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 100
     assert order == batch_order(lengths, 100, 2.5, seed=1) != batch_order(lengths, 100, 2.5, seed=2)
+
+
+@pytest.mark.parametrize("batch_tokens", [2048, 16384])
+def test_batches_of_texts_of_any_length_have_little_padding(batch_tokens: int) -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(40, 600) for _ in range(20_000)]
+    order = batch_order(lengths, batch_tokens, 1.0, seed=0)
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in order)
+    assert sum(lengths) > 0.95 * padded
 
 
 def test_batch_is_filled_on_the_right() -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# So many exchanges are sorted by length together, so that a batch has little padding.
-WINDOW = 512
+# The exchanges of so many batches are sorted by length together, so that a batch has little padding.
+_SORTED = 64
 
 
 def batch_order(lengths: Sequence[int], batch_tokens: int, epochs: float, seed: int) -> list[list[int]]:
     """Index lists of all batches of a run; each holds at most `batch_tokens` tokens with padding, or one text."""
-    wanted = round(epochs * len(lengths))
+    wanted, window = round(epochs * len(lengths)), max(1, _SORTED * batch_tokens * len(lengths) // sum(lengths))
     batches: list[list[int]] = []
     epoch = 0
     while wanted > 0:
@@ -27,9 +27,9 @@ def batch_order(lengths: Sequence[int], batch_tokens: int, epochs: float, seed: 
         order = order[:wanted]
         wanted -= len(order)
         of_epoch: list[list[int]] = []
-        for start in range(0, len(order), WINDOW):
-            window = sorted(order[start : start + WINDOW], key=lambda index: lengths[index])
-            of_epoch += _fill(window, lengths, batch_tokens)
+        for start in range(0, len(order), window):
+            alike = sorted(order[start : start + window], key=lambda index: lengths[index])
+            of_epoch += _fill(alike, lengths, batch_tokens)
         shuffler.shuffle(of_epoch)
         batches += of_epoch
         epoch += 1
@@ -69,10 +69,10 @@ def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return _fill(sorted(range(len(lengths)), key=lambda index: lengths[index]), lengths, batch_tokens)
 
 
-def _fill(window: list[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def _fill(ascending: list[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     batch: list[int] = []
-    for index in window:
+    for index in ascending:
         # Lengths increase, so the newest text sets the padded length of the batch.
         if batch and lengths[index] * (len(batch) + 1) > batch_tokens:
             batches.append(batch)
