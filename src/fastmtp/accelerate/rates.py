@@ -23,7 +23,7 @@ from fastmtp.distill.answers import open_decoder, runs_in_slots
 from fastmtp.distill.own_prompts import UserTurn
 from fastmtp.distill.slots.open import Slots
 from fastmtp.engines.copies import to_device
-from fastmtp.engines.costs import forward_task, least_ms, some_ids, timed
+from fastmtp.engines.costs import forwards_ms, some_ids, timed
 from fastmtp.engines.protocol import Engine
 from fastmtp.engines.torch.engine import TorchEngine
 from fastmtp.engines.torch.slots import is_supported
@@ -90,10 +90,10 @@ def prefill_per_second(engine: Engine, seconds: float) -> float:
 
 
 def forward_ms(engine: Engine, counts: Sequence[int]) -> dict[int, float]:
-    """The least milliseconds of forwards over so many tokens each, behind a short text."""
+    """The least milliseconds of rounds over so many tokens each, behind a short text."""
     ids = some_ids(engine.target.vocabulary_size, min(_FORWARD_CONTEXT, engine.target.context_limit // 2))
     sequence = engine.new_sequence()
-    return least_ms({count: forward_task(sequence, ids, count, 1) for count in counts}, _TURNS)
+    return forwards_ms(sequence, ids, counts, 1, _TURNS)
 
 
 def many_slots(few_per_second: float, plain_ms: float, seconds: float) -> int:

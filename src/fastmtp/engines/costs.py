@@ -1,5 +1,7 @@
 """What decoding costs on this machine: a forward of the target by its tokens, asking the head by the sequences.
 
+A token by itself is a step of plain decoding, which an engine may begin before the host has read the token before.
+
 Everything is timed several times in turn (A B C A B C), and the least time is taken: other work only adds to it.
 """
 
@@ -33,6 +35,8 @@ ASKED = (1, 2, 4, 8)
 # Tokens of context while they are timed. Attention takes longer in a long text, by about as much for every token.
 CONTEXT, LONG_CONTEXT, LONG_TOGETHER = 128, 1024, (1, 16)
 _REPEATS, _RUNS = 5, 3
+# Steps of plain decoding that are timed together, after some others.
+_BEFORE, _STEPS = 2, 4
 _MOST_MS = 1e7
 log = logging.getLogger("fastmtp")
 
@@ -71,7 +75,7 @@ def costs_of(engine: Engine, head: Head | None, lists: DraftLists | None, progre
         head: None: nobody is asked, at no cost.
     """
     sequence, target = engine.new_sequence(head, lists), engine.target
-    timed: list[Any] = [TOGETHER, ASKED, "followed", CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
+    timed: list[Any] = [TOGETHER, ASKED, "followed", "in a row", CONTEXT, LONG_TOGETHER, LONG_CONTEXT]
     model = [target.source, target.identity.tokenizer_sha256, sequence.draft_size if head else 0]
     facts = [importlib.metadata.version("fastmtp"), machine(), engine.name, *model, *timed]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -123,8 +127,7 @@ def _timed(engine: Engine, head: Head | None, lists: DraftLists | None) -> Costs
     by_context: dict[int, dict[int, float]] = {}
     for context, together in contexts.items():
         ids = some_ids(vocabulary_size, context)
-        tasks = {count: forward_task(sequence, ids, count, _RUNS) for count in together}
-        by_context[context] = least_ms(tasks, _REPEATS)
+        by_context[context] = forwards_ms(sequence, ids, together, _RUNS, _REPEATS)
     if head is None:
         return Costs(by_context, {})
     ids = some_ids(vocabulary_size, CONTEXT)
@@ -143,6 +146,36 @@ def least_ms(tasks: dict[int, Task], repeats: int) -> dict[int, float]:
     """The least milliseconds of each of several tasks, which take turns."""
     turns = [{number: task() for number, task in tasks.items()} for _ in range(repeats)]
     return {number: 1e3 * min(turn[number] for turn in turns) for number in tasks}
+
+
+def forwards_ms(
+    sequence: TokenSequence, context: Sequence[int], counts: Sequence[int], runs: int, repeats: int
+) -> dict[int, float]:
+    """Milliseconds of a round by the tokens verified, with one token of plain decoding."""
+    tasks = {count: forward_task(sequence, context, count, runs) for count in counts if count > 1}
+    return least_ms({1: step_task(sequence, context, runs)} | tasks, repeats)
+
+
+def step_task(sequence: TokenSequence, context: Sequence[int], runs: int = 5) -> Task:
+    """Seconds of a step of plain decoding among others; the median of some runs."""
+    token = context[0]
+
+    def steps(count: int) -> None:
+        nonlocal token
+        for _ in range(count):
+            (token,) = sequence.verify_greedy(Tree(token))
+            sequence.commit([0])
+
+    def run() -> float:
+        nonlocal token
+        sequence.prefill(context)
+        token = context[0]
+        # An engine sees from the first ones that others follow.
+        steps(_BEFORE)
+        return timed(lambda: steps(_STEPS)) / _STEPS
+
+    run()
+    return lambda: median(run() for _ in range(runs))
 
 
 def forward_task(sequence: TokenSequence, context: Sequence[int], count: int, runs: int = 5) -> Task:
