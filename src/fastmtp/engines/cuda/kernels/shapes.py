@@ -46,7 +46,7 @@ def block(rows: int, bits: int, matrices: int = 1) -> Block:
         matrices: that a program multiplies with.
     """
     columns, step = (32, 128) if bits > 8 else (64, 1024 // bits)
-    if bits > 8 and rows % _MANY == 0:
+    if bits == 16 and rows % _MANY == 0:
         columns = 128 // matrices
     return Block(gcd(rows // TILE, min(4, bits // matrices)), columns, step)
 
