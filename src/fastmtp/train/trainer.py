@@ -170,7 +170,7 @@ class Trainer:
             done = self._report(pending, held_out)
             pending = []
             if saves:
-                self._save()
+                self.save()
             yield from done
 
     def measure(self, *, trained: bool = False) -> Measured:
@@ -303,7 +303,8 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.write(step, figures)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint, which another run in this directory goes on from."""
         if not self._processes.first:
             return
         state = {
