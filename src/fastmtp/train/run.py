@@ -103,7 +103,8 @@ def train_head(
         # The target's distribution is as good after the tokens of a cut answer, but cross-entropy on these tokens
         # would teach the head that answers do not end.
         finished_only = config.objective == "cross_entropy"
-        exchanges = read_exchanges(data, target, finished_only=finished_only)
+        with shown.status("reading the exchanges"):
+            exchanges = read_exchanges(data, target, finished_only=finished_only)
         if data.skipped.count:
             shown.say(f"fastmtp: {data.skipped}")
         if lists is None:

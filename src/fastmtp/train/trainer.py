@@ -137,7 +137,7 @@ class Trainer:
         self.best_tau = self.start_tau = 0.0
         self.step = 0
         if not self._resume() and init is None:
-            with steady_attention(), self.clock("first weights"):
+            with steady_attention(), self.clock("first weights"), progress.status("fitting the first weights"):
                 fit_input_projection(self.head, target, self._texts, self._engine)
         if drop_layers and self._states is not None:
             for of_training in (False, True):
