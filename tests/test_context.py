@@ -91,5 +91,5 @@ def test_training_reads_no_further_than_the_context(tmp_path: Path, llama: Targe
     config = TrainConfig(max_length=4096, batch_tokens=CONTEXT, draft_vocabulary=0)
     trainer = Trainer(llama, data, None, config, tmp_path)
     assert {len(text) for text in trainer._texts} == {CONTEXT}
-    ((measured,),) = trainer._references(False)
+    ((measured,),) = trainer._held_out.read()
     assert len(measured[0].ids) == CONTEXT

@@ -81,7 +81,7 @@ def test_layers_that_are_dropped_change_nothing(tmp_path: Path, llama: Target) -
         directory = tmp_path / str(dropped)
         trainer = Trainer(target, data, None, CONFIG, directory, states=tmp_path / "states", drop_layers=dropped)
         assert len(target.model.model.layers) == (0 if dropped else len(llama.model.model.layers))
-        heads.append((losses(trainer, 6), trainer.measure(trained=True), trainer.head.state_dict()))
+        heads.append((losses(trainer, 6), trainer._trained.measure(trainer.head), trainer.head.state_dict()))
     (kept, same, before), (without, measured, after) = heads
     assert (kept, same) == (without, measured)
     assert all(torch.equal(before[name], after[name]) for name in before)

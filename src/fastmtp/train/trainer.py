@@ -27,18 +27,19 @@ from fastmtp.method.head import MTPHead
 from fastmtp.method.recursion import recursion, trained_starts
 from fastmtp.models.layers import steady_attention
 from fastmtp.progress import QUIET, Progress
-from fastmtp.train.agreement import Measured, Reference, agreements, replay
-from fastmtp.train.batches import Batch, batch_order, by_length, make_batch
+from fastmtp.train.agreement import Measured
+from fastmtp.train.batches import Batch, batch_order, make_batch
 from fastmtp.train.checkpoint import checkpointed, load_checkpoint, save_checkpoint
 from fastmtp.train.initial import fit_input_projection
+from fastmtp.train.measuring import MeasuredTexts
 from fastmtp.train.metrics import Metrics, Stopwatch
 from fastmtp.train.objective import Objective
 from fastmtp.train.optimizers import make_optimizers, rate_factor
 from fastmtp.train.pace import pace_of
 from fastmtp.train.processes import Processes
 from fastmtp.train.read_ahead import ReadAhead
-from fastmtp.train.states import StateCache, padded_states, stacked, states_of
-from fastmtp.train.step import autocast, forward_backward
+from fastmtp.train.states import StateCache, padded_states, stacked
+from fastmtp.train.step import forward_backward
 
 # What the checkpoints hold, to go on from and of the best head.
 _STATE = ("fingerprint", "step", "best_tau", "start_tau", "head", "optimizers")
@@ -95,7 +96,6 @@ class Trainer:
         assert config.batch_tokens != "auto", "memory.planned says how many"
         self.target = target
         self.config = config
-        self._measure_steps = measure_steps or config.draft_steps
         self._processes = processes or Processes()
         start: MTPHead = (
             MTPHead(target.model)
@@ -110,10 +110,10 @@ class Trainer:
         self.clock = Stopwatch(target.device)
         shuffled = random.Random(config.seed).sample(exchanges, len(exchanges))
         kept_aside = min(config.held_out, max(1, len(shuffled) // 10))
-        self._held_out, trained = shuffled[:kept_aside], shuffled[kept_aside:]
-        self._longest = min(config.max_length, target.context_limit)
-        self._texts = [exchange.ids[: self._longest] for exchange in trained]
-        self._masks = [exchange.answer_mask[: self._longest] for exchange in trained]
+        longest = min(config.max_length, target.context_limit)
+        cut = [(exchange.ids[:longest], exchange.answer_mask[:longest]) for exchange in shuffled]
+        held_out, trained = cut[:kept_aside], cut[kept_aside:]
+        self._texts, self._masks = [ids for ids, _ in trained], [mask for _, mask in trained]
         self._objective = Objective(config.objective, target, draft_ids)
         self._optimizers = make_optimizers(self.head, config)
         # Sizes differ from batch to batch, so the compiled code must not depend on them.
@@ -129,7 +129,12 @@ class Trainer:
             StateCache(states, target, self._engine, self._texts, self._processes, progress) if states else None
         )
         self._kept = ReadAhead(self._read_states, len(self._order))
-        self._texts_measured: dict[bool, list[list[tuple[Reference, int]]]] = {}
+        steps = measure_steps or config.draft_steps
+        # Acceptance on equally many training exchanges tells how much of it was learned by heart.
+        self._held_out, self._trained = (
+            MeasuredTexts(target, self._engine, texts, self._objective.draft_ids_D, steps)
+            for texts in (held_out, trained[:kept_aside])
+        )
         facts = [asdict(config), asdict(target.identity), len(exchanges), sum(map(len, self._texts))]
         if init is not None:
             facts.append(file_sha256(init / "model.safetensors"))
@@ -140,8 +145,8 @@ class Trainer:
             with steady_attention(), self.clock("first weights"), progress.status("fitting the first weights"):
                 fit_input_projection(self.head, target, self._texts, self._engine)
         if drop_layers and self._states is not None:
-            for of_training in (False, True):
-                self._references(of_training)
+            for texts in (self._held_out, self._trained):
+                texts.read()
             target.drop_layers()
 
     @property
@@ -173,37 +178,13 @@ class Trainer:
                 self.save()
             yield from done
 
-    def measure(self, *, trained: bool = False) -> Measured:
-        """Acceptance on the answers of the held-out exchanges, or of equally many training exchanges."""
-        parts, expected = [], []
-        with steady_attention(), on_device(self.target.device), autocast(self.target), self.clock("measuring"):
-            for group in self._references(trained):
-                texts, starts = zip(*group, strict=True)
-                draft_ids_D = self._objective.draft_ids_D
-                found = agreements(self.head, self.target, texts, draft_ids_D, self._measure_steps, starts)
-                for one, start in zip(found, starts, strict=True):
-                    parts.append(replay(one.same_TK, start))
-                    expected.append(one.expected(start))
-        shares = [sum(share) / len(expected) for share in zip(*expected, strict=True)]
-        return Measured(Acceptance.total(parts), shares)
+    def measure(self) -> Measured:
+        """Acceptance on the answers of the held-out exchanges."""
+        return self._measured(self._held_out)
 
-    def _references(self, trained: bool) -> list[list[tuple[Reference, int]]]:
-        """The texts for `measure`, in groups, each with its answer's start; the target reads them once."""
-        if trained not in self._texts_measured:
-            texts = [(exchange.ids[: self._longest], exchange.answer_mask) for exchange in self._held_out]
-            if trained:
-                texts = list(zip(self._texts, self._masks, strict=True))[: len(texts)]
-            texts = [(ids, mask) for ids, mask in texts if True in mask[: len(ids)]]
-            groups = by_length([len(ids) for ids, _ in texts], self._pace.tokens)
-            self._texts_measured[trained] = [self._referred([texts[index] for index in group]) for group in groups]
-        return self._texts_measured[trained]
-
-    def _referred(self, texts: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> list[tuple[Reference, int]]:
-        states = states_of(self._engine, [ids for ids, _ in texts], self.target)
-        return [
-            (Reference.of(self.target, ids, states_TH), mask.index(True))
-            for (ids, mask), states_TH in zip(texts, states, strict=True)
-        ]
+    def _measured(self, texts: MeasuredTexts) -> Measured:
+        with self.clock("measuring"):
+            return texts.measure(self.head)
 
     def best(self) -> tuple[MTPHead, Measured]:
         """The head with the highest held-out acceptance length so far, and its measurement."""
@@ -294,7 +275,7 @@ class Trainer:
         """Log a step, and save the head if it is the best so far."""
         figures: dict[str, float | list[float]] = {"losses": losses} if losses else {}
         if held_out is not None:
-            figures |= held_out.figures("") | self.measure(trained=True).figures("train_")
+            figures |= held_out.figures("") | self._measured(self._trained).figures("train_")
             if held_out.acceptance.tau > self.best_tau:
                 self.best_tau = held_out.acceptance.tau
                 if self._processes.first:
