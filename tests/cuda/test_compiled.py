@@ -51,3 +51,12 @@ def test_every_kernel_compiles(arguments: list[str], tmp_path: Path) -> None:
     kernels = launched()
     assert {name.split(".")[1] for name in kernels} == {"engines", "train"}
     assert set(found.stdout.split()) == kernels
+
+
+def test_a_start_knows_its_kernels_before_they_are_launched(tmp_path: Path) -> None:
+    """All of the engine's: they are compiled side by side, and what is launched at first is compiled already."""
+    command = [sys.executable, "-m", "tests.cuda.starting", "90"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    assert set(found.stdout.split()) == {name for name in launched() if ".engines.cuda." in name}

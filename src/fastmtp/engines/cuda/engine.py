@@ -6,7 +6,7 @@ Shapes: T tokens, H hidden.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastmtp.engines.cuda.ahead import Ahead
 from fastmtp.engines.cuda.bandwidth import copy_gb_s
 from fastmtp.engines.cuda.batch import CudaBatch
 from fastmtp.engines.cuda.beforehand import capture_drafts
+from fastmtp.engines.cuda.compiling import compile_for
 from fastmtp.engines.cuda.graphs import Sizes
 from fastmtp.engines.cuda.kernels.shapes import TILE
 from fastmtp.engines.cuda.machine import Machine, Text
@@ -74,10 +75,22 @@ class CudaEngine:
 
     def capture(self, progress: Progress = QUIET) -> None:
         """Compile all kernels, and capture the graphs of prompts and of plain decoding in a short text."""
-        with progress.status("compiling kernels and capturing graphs"), self.machine.lent_room() as room:
-            self.machine.capture(room)
-            for sampling in (GREEDY, DRAWN):
-                self._plain.launch(room, 0, 0, sampling)
+
+        def launch_all() -> None:
+            with self.machine.lent_room() as room:
+                self.machine.capture(room)
+                for sampling in (GREEDY, DRAWN):
+                    self._plain.launch(room, 0, 0, sampling)
+
+        self._compile(launch_all, progress)
+        with progress.status("capturing graphs"):
+            launch_all()
+
+    def _compile(self, function: Callable[[], None], progress: Progress) -> None:
+        """What a function launches; it captures nothing."""
+        if self.target.device.type == "cuda":
+            with progress.status("compiling kernels"), self.machine.graphs.uncaptured():
+                compile_for(self.target.device, function)
 
     def load_head(self, directory: Path) -> Head:
         stored = read_head(directory, self.target, head_shapes(self.target.config))
@@ -96,8 +109,13 @@ class CudaEngine:
         vocabulary, ids_D = draft_vocabulary(lists), None
         if vocabulary is not None:
             ids_D = torch.zeros(scored(vocabulary), dtype=torch.int32, device=self.target.device)
-        with progress.status("capturing the graphs of the head's drafts"):
+
+        def launch_all() -> None:
             capture_drafts(self.machine, self._ahead, self._rounds, head.weights, ids_D, levels, widths)
+
+        self._compile(launch_all, progress)
+        with progress.status("capturing the graphs of the head's drafts"):
+            launch_all()
 
     def prepare(self) -> bool:
         """Nothing: all memory is there."""

@@ -1,0 +1,65 @@
+"""Prints the kernels that a start and first drafts would compile, and compiles one, for a GPU that need not be there.
+
+python -m tests.cuda.starting CAPABILITY
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+# Against what tests/__init__.py sets where there is no GPU.
+os.environ["TRITON_INTERPRET"] = "0"
+
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastmtp.engines.cuda import engine as cuda
+from fastmtp.engines.cuda.compiling import compile_for, launched_by
+from fastmtp.engines.cuda.graphs import Sizes
+from fastmtp.engines.cuda.kernels.norms import embed
+from fastmtp.engines.protocol import Head
+from fastmtp.method.head import MTPHead
+from fastmtp.vocabulary.draft import DraftLists
+from fastmtp.vocabulary.lists import VocabularyLists
+from tests.conftest import tiny_target
+from tests.cuda.compiling import Absent, overlap
+from tests.cuda.engine import convert
+from tests.engines import TensorWeights
+
+
+class FoundError(Exception):
+    """What comes next would need the GPU."""
+
+
+def main() -> None:
+    driver.set_active(Absent())
+    overlap._options = lambda _: {"OVERLAPS": True, "launch_pdl": True}
+    target, kernels = tiny_target("llama"), set[JITFunction]()
+
+    def compile_beforehand(self: cuda.CudaEngine, function: Callable[[], None], _: object) -> None:
+        with self.machine.graphs.uncaptured():
+            kernels.update(kernel for kernel, _ in launched_by(function))
+        raise FoundError
+
+    cuda.CudaEngine._compile = compile_beforehand
+    engine = cuda.CudaEngine(convert(target, torch.bfloat16), 4096, Sizes())
+    head = engine.target.head(TensorWeights(MTPHead(target.model).state_dict()))
+    lists = DraftLists(VocabularyLists.of(range(128)), target.vocabulary_size, 8)
+    with suppress(FoundError):
+        engine.capture()
+    with suppress(FoundError):
+        engine.prepare_drafting(Head(head, VocabularyLists({}), 3), lists, 3, (4, 1))
+    print(*sorted(f"{kernel.module}.{kernel.__name__}" for kernel in kernels))
+
+    rows, table = torch.zeros(3, dtype=torch.int32), torch.zeros(9, 16)
+    compile_for(torch.device("cpu"), lambda: embed(rows, table, 1.0, torch.zeros(3, 16)))
+    (kernel,) = (kernel for kernel in kernels if kernel.__name__ == "_embed")
+    assert kernel.device_caches[0][0]
+
+
+if __name__ == "__main__":
+    main()
