@@ -1,4 +1,4 @@
-"""Prints the kernels that a start and first drafts would compile, and compiles one, for a GPU that need not be there.
+"""Prints the kernels that a start and first drafts would compile, and compiles one, for a GPU that is not there.
 
 python -m tests.cuda.starting CAPABILITY
 """
