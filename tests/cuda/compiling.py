@@ -36,6 +36,7 @@ from fastmtp.engines.cuda.kernels import (
 )
 from fastmtp.engines.cuda.kernels.rows import Pages, Rows
 from fastmtp.engines.cuda.matrices import QUANTISED, Matrix, Quantised, quantise
+from fastmtp.engines.torch.chunk_kernels import attend_chunks
 from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
 from fastmtp.engines.torch.text_kernels import rotate_texts
 from fastmtp.train import norm_kernels
@@ -142,6 +143,8 @@ def launch_all(kind: torch.dtype) -> None:
     chains.accept(state, found, found, verified, whole(7))
     slots, caches = zeros(4, dtype=torch.long), (half(4, key_heads, 128, size), half(4, key_heads, 128, size))
     attend_slots(half(4, heads, size), *caches, slots, 0.1, None)
+    for window in (None, 512):
+        attend_chunks(half(256, heads, size), *caches, slots, slots[0], 0.1, window)
     joint, table = half(4, heads + 2 * key_heads, size), half(128, size)
     head_norm, norm = (SimpleNamespace(gains=zeros(width), epsilon=1e-6) for width in (size, hidden))
     for own_norms in (None, (head_norm, head_norm)):

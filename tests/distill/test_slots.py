@@ -6,16 +6,19 @@ On the CPU the same steps run that a GPU captures as a graph.
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -24,20 +27,20 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode import sampling as one_by_one
-from fastmtp.decode.batch import Completion, Continuation, Request, decode_batch
+from fastmtp.decode.batch import LOOP_EVERY, Completion, Continuation, Request, decode_batch
 from fastmtp.distill import answers
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices
 from fastmtp.distill.slots import decode
 from fastmtp.distill.slots.decode import decode_slots
-from fastmtp.distill.slots.machine import SlotMachine
-from fastmtp.distill.slots.memory import MOST_SLOTS, fitting_slots, prefill_bytes, slot_bytes
+from fastmtp.distill.slots.machine import SlotMachine, chunks_to_read
+from fastmtp.distill.slots.memory import MOST_SLOTS, fitting_slots, slot_bytes
 from fastmtp.distill.speed import distillation_speed
 from fastmtp.engines.torch.draws import Sampling, choose, signed
 from fastmtp.engines.torch.engine import TorchEngine
-from fastmtp.engines.torch.slot_attention import attend_slots_by_mask
+from fastmtp.engines.torch.slot_attention import attend_chunks_by_mask, attend_slots_by_mask
 from fastmtp.engines.torch.slot_parts import PLAIN, LayerParts, Norm, add_norm, gate, place_by_index
-from fastmtp.engines.torch.slots import SlotModel
+from fastmtp.engines.torch.slots import CHUNK, SlotModel
 from fastmtp.engines.torch.target import Target
 from fastmtp.models.families import FAMILIES as SUPPORTED
 from tests.conftest import FAMILIES, VOCABULARY, random_ids, tiny_target
@@ -99,7 +102,8 @@ def test_logits_are_the_targets(target: Target) -> None:
     model = SlotModel(Target(deepcopy(target.model), target.tokenizer, target.source), 4, 128)
     padded = torch.tensor([[*text[:-2], *[0] * (100 - len(text))] for text in texts])
     with torch.inference_mode():
-        model.prefill(torch.tensor([2, 0, 3]), padded, 0)
+        model.prefill(torch.tensor([2, 0, 3]), padded[:, :60], torch.tensor(0))
+        model.prefill(torch.tensor([2, 0, 3]), padded[:, 60:], torch.tensor(60))
         for back in (2, 1):
             tokens = torch.tensor([texts[1][-back], 0, texts[0][-back], texts[2][-back]])
             logits = model.logits(tokens, torch.tensor([64 - back, 0, 100 - back, 3 - back]))
@@ -232,21 +236,67 @@ def test_the_context_is_the_limit() -> None:
 def test_a_common_beginning_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that only begin so, one that is hardly more than it, and one that begins otherwise."""
     target = tiny_target("llama")
-    common, lengths = random_ids(40), []
+    common, read = random_ids(40), []
     alike = [[*common, *random_ids(more, more)] for more in (30, 90, 1, 2)]
     # The slot of the one that begins otherwise is the next one's.
     asked = requests([*alike[:2], random_ids(41, 9), alike[3], alike[2]], max_new_tokens=20, end_ids=frozenset())
     expected = completions(batch(target), asked, [])
     prefill = SlotModel.prefill
 
-    def counted(self: SlotModel, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
-        lengths.append(ids_RC.numel())
-        prefill(self, slots_R, ids_RC, start)
+    def counted(self: SlotModel, slots_R: Tensor, ids_RC: Tensor, start: Tensor) -> Tensor:
+        read.append((int(start), ids_RC.shape[1]))
+        return prefill(self, slots_R, ids_RC, start)
 
     monkeypatch.setattr(SlotModel, "prefill", counted)
     # The first two are begun together.
     assert completions(slots(SlotMachine(target, 2, 192, 1, []), target), asked, []) == expected
-    assert sorted(lengths) == [40, 40, 2 * 89]
+    assert read == [(0, 40), (40, CHUNK), (104, CHUNK), (0, CHUNK), (40, CHUNK)]
+
+
+@given(
+    prompts=st.lists(st.tuples(st.sampled_from([0, 40]), st.integers(41, 448))),
+    together=st.integers(1, 5),
+    least=st.integers(1, 160),
+)
+def test_chunks_are_read_ahead_where_they_have_many_tokens(
+    prompts: list[tuple[int, int]], together: int, least: int
+) -> None:
+    """Each goes on where its prompts were read before, within the room, and leaves the last token of each."""
+    prompts.sort(key=itemgetter(1))
+    begins, lengths = (np.array([prompt[part] for prompt in prompts], np.int64) for part in (0, 1))
+    chunks, read = chunks_to_read(begins, lengths, together, least, 448)
+    at = begins.copy()
+    for found, start in chunks:
+        ends, own = np.minimum(lengths - 1, start + CHUNK), np.unique(found)
+        assert len(found) == together and start <= at[own].min() == at[own].max() < ends[own].min()
+        assert start + CHUNK <= 448 and (ends - at)[own].sum() >= least
+        at[own] = ends[own]
+    assert (at == read).all() and (read < lengths).all()
+    for begin, start in product({*begins.tolist()}, {*read.tolist()}):
+        left = (lengths - 1 - read)[(begins == begin) & (read == start)]
+        assert np.minimum(left, CHUNK)[-together:].sum() < least
+        assert (np.diff(read[begins == begin]) >= 0).all()
+
+
+def test_chunks_of_several_prompts_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beginnings that are alike and not, in slots that are filled again and again; nothing else comes out."""
+    monkeypatch.setattr("fastmtp.distill.slots.machine.CHUNK", 8)
+    target, shapes = tiny_target("gemma3"), []
+    prefill = SlotModel.prefill
+
+    def counted(self: SlotModel, slots_R: Tensor, ids_RC: Tensor, start: Tensor) -> Tensor:
+        shapes.append(tuple(ids_RC.shape))
+        return prefill(self, slots_R, ids_RC, start)
+
+    monkeypatch.setattr(SlotModel, "prefill", counted)
+    lengths = np.random.default_rng(0).integers(14, 60, 60).tolist()
+    alike = [[*random_ids(12), *random_ids(size, size)][:size] for size in lengths]
+    prompts = [random_ids(len(own), 7) if number % 5 == 4 else own for number, own in enumerate(alike)]
+    asked = requests([*alike[:16], *prompts[16:]], max_new_tokens=6, end_ids=frozenset())
+    expected = completions(batch(target), asked, [])
+    shapes.clear()
+    assert completions(slots(SlotMachine(target, 16, 128, 1, []), target), asked, []) == expected
+    assert {*shapes} == {(1, 8), (1, 4), (4, 8)} and shapes.count((4, 8)) > 40
 
 
 def test_what_fits_no_slot_is_decoded_without(llama: Target) -> None:
@@ -306,7 +356,7 @@ def test_slots_from_free_memory(llama: Target) -> None:
     held = sum(part.nbytes for pair in machine._model._caches for part in pair) + machine._tokens.nbytes
     assert held <= 8 * slot_bytes(config, 128, 20, 4) <= 10 * held
     each = slot_bytes(config, 128, 20, 4)
-    free = 300 * each + prefill_bytes(config, 4) + (1 << 30)
+    free = 300 * each + (1 << 30)
     assert fitting_slots(int(free / 0.95) + 1, config, 128, 20, 4) == 256
     with pytest.raises(ValueError, match="a smaller --max-new-tokens"):
         fitting_slots(1 << 30, config, 128, 20, 4)
@@ -370,6 +420,27 @@ def test_the_kernel_attends_as_pytorch_does(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size", "tokens", "start", "window"),
+    [(4, 2, 8, 64, 0, None), (9, 3, 64, 64, 40, None), (4, 4, 24, 70, 58, 70), (2, 1, 136, 33, 90, 1)],
+)
+def test_the_kernel_attends_of_chunks_as_pytorch_does(
+    heads: int, key_heads: int, size: int, tokens: int, start: int, window: int | None
+) -> None:
+    """In tiles that are not full and over windows; what lies behind a chunk is never read, nor other slots."""
+    from fastmtp.engines.torch.chunk_kernels import attend_chunks
+
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2 * tokens, heads + key_heads, size, generator=generator)[:, :heads]
+    held = [torch.randn(4, key_heads, 128, size, generator=generator) for _ in "kv"]
+    given = torch.tensor([3, 1]), torch.tensor(start), size**-0.5, window
+    expected = attend_chunks_by_mask(queries, *held, *given)
+    for part in held:
+        part[[0, 2]] = part[:, :, start + tokens :] = torch.nan
+    torch.testing.assert_close(attend_chunks(queries, *held, *given), expected, rtol=1e-5, atol=1e-5)
+
+
 def norm(kind: Any, size: int, generator: torch.Generator) -> Norm:
     module = kind(size, eps=1e-5)
     torch.nn.init.normal_(module.weight, generator=generator)
@@ -409,7 +480,10 @@ def test_the_kernels_normalize_and_gate_as_pytorch_does() -> None:
         torch.testing.assert_close(gate_slots(joint, gelu), gate(joint, gelu), rtol=1e-4, atol=1e-5)
 
 
-VIEWS = ("view", "split", "chunk", "slice", "select", "expand", "t", "transpose", "detach", "alias", "unsqueeze")
+VIEWS = (
+    *("view", "split", "chunk", "slice", "select", "expand", "t", "transpose", "detach", "alias", "unsqueeze"),
+    "unbind",
+)
 
 
 class Counted(TorchDispatchMode):
@@ -432,12 +506,42 @@ def test_the_device_is_never_without_work(llama: Target, monkeypatch: pytest.Mon
     assert len(begun) > 6 and set(begun[:-1]) == {2}
 
 
+def test_the_host_launches_as_little_for_many_layers_and_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the graph of each step a few operations, and two for each chunk of prompts."""
+    counted, ran = Counted(), Counter[str]()
+
+    def graph(step: Callable[[], None], device: torch.device, memory: None) -> Callable[[], None]:
+        def replay() -> None:
+            before = counted.count
+            step()
+            counted.count = before + 1
+            ran[step.__name__] += 1
+
+        return replay
+
+    monkeypatch.setattr("fastmtp.distill.slots.machine.captured", graph)
+    target, common = tiny_target("llama"), random_ids(30)
+    machine = SlotMachine(target, 128, 192, 1, [])
+    asked = requests([[*common, *random_ids(size, size)] for size in range(20, 84)], max_new_tokens=20)
+    # In the first run the common beginning is read, and given to all slots, which keep it.
+    for _ in range(2):
+        counted.count, machine.steps = 0, 0
+        ran.clear()
+        with counted:
+            assert len(completions(slots(machine, target), asked, [])) == len(asked)
+        monkeypatch.delattr(SlotModel, "begin_alike", raising=False)
+    advances = machine.steps // LOOP_EVERY
+    assert ran == {"_step": machine.steps, "_end_loops": advances, "_read_chunk": 17}
+    assert counted.count <= machine.steps + 10 * advances + 2 * 17
+
+
 @interpreted
 @pytest.mark.parametrize(
     "family", [pytest.param(one, marks=() if one in ("qwen3", "gemma3") else pytest.mark.slow) for one in FAMILIES]
 )
 def test_a_step_by_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model: the same logits by less than half of the operations, after a prefill by two thirds of them."""
+    from fastmtp.engines.torch.chunk_kernels import attend_chunks
     from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
     from fastmtp.engines.torch.text_kernels import rotate_texts
 
@@ -453,14 +557,15 @@ def test_a_step_by_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> 
 
         return run
 
-    kernels = LayerParts(*map(counting, (rotate_texts, place_slots, attend_slots, add_norm_slots, gate_slots)))
+    all_kernels = rotate_texts, place_slots, attend_slots, attend_chunks, add_norm_slots, gate_slots
+    kernels = LayerParts(*map(counting, all_kernels))
     own, found, counts = tiny_target(family), [], []
     for parts in (PLAIN, kernels):
         monkeypatch.setattr("fastmtp.engines.torch.slots.layer_parts", lambda device, parts=parts: parts)
         model = SlotModel(Target(deepcopy(own.model), own.tokenizer, own.source), 3, 64)
         with torch.inference_mode():
             with Counted() as counted:
-                model.prefill(torch.arange(3), torch.arange(30).view(3, 10), 0)
+                model.prefill(torch.arange(3), torch.arange(30).view(3, 10), torch.tensor(0))
             counts.append([counted.count])
             for step in range(3):
                 with Counted() as counted:

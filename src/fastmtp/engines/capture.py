@@ -17,6 +17,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def shared_memory(device: torch.device) -> Any:
+    """A pool for graphs of which one runs after the other; None where there are no graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 def capture(step: Step, device: torch.device, memory: Any = None) -> torch.cuda.CUDAGraph:
     """A graph of a step that was run before: libraries choose and compile their kernels outside of a capture.
 
@@ -30,10 +35,13 @@ def capture(step: Step, device: torch.device, memory: Any = None) -> torch.cuda.
     return graph
 
 
-def captured(step: Step, device: torch.device) -> Step:
+def captured(step: Step, device: torch.device, memory: Any = None) -> Step:
     """What runs the step: a CUDA graph's replay, elsewhere the step itself.
 
     To capture it the step is run some times first, in which it must change nothing that matters.
+
+    Args:
+        memory: see `capture`.
     """
     if device.type != "cuda":
         return step
@@ -44,4 +52,4 @@ def captured(step: Step, device: torch.device) -> Step:
             for _ in range(_WARM_UPS):
                 step()
         torch.cuda.current_stream().wait_stream(beside)
-    return capture(step, device).replay
+    return capture(step, device, memory).replay

@@ -4,7 +4,10 @@ A step appends a token to every slot: a known one, or one drawn from (seed, posi
 neither its slot nor its neighbours. When the first text of a slot has ended (a user's turn, say), known tokens and
 a second text (its answer) may follow without the host. Texts are told, and slots filled again, every few steps.
 
-Shapes: S slots, R slots that are filled, L room for tokens, V vocabulary.
+Prompts are read ahead in chunks of about as many tokens as a step has slots, where they fill half of one: it takes
+no more memory than a step, and about half of its time. The tokens that are left are fed by the steps.
+
+Shapes: S slots, R slots that are filled or of a chunk, C tokens of it, L room for tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,18 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.decode.batch import LOOP_EVERY, LOOP_TOKENS, Request
-from fastmtp.engines.capture import captured
+from fastmtp.engines.capture import captured, shared_memory
 from fastmtp.engines.copies import Sent, to_device
 from fastmtp.engines.torch.draws import Sampling, choose, signed
-from fastmtp.engines.torch.slots import CHUNK, PREFILL_KEYS, PREFILL_TOKENS, SlotModel
+from fastmtp.engines.torch.slots import CHUNK, SlotModel
 from fastmtp.engines.torch.target import Target
 
 RUNS, ENDED, CUT, IDLE = range(4)
 # Sets of end tokens that a run may have: those of user's turns and those of answers.
 _END_SETS = 4
 _SHORTEST_BEGINNING = 8
-# Tokens for which the host would take longer to launch a prefill than the device takes for as many steps more.
-_FEW = 16
+# Prompts of a chunk, at least: a GPU hardly takes longer for 256 tokens than for fewer.
+_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class SlotMachine:
         self.steps = 0
         # A text that reaches the model's context is cut there; one that would reach a smaller length does not fit.
         self._is_context = length == target.context_limit
-        self._model = SlotModel(target, slots, room(length))
+        self._target, self._model = target, SlotModel(target, slots, room(length))
         self._tokens = torch.zeros(slots, self._model.room, dtype=torch.long, device=device)
         # One row for each number that describes a slot, so that slots are filled by one copy.
         self._numbers = torch.zeros(15, slots, dtype=torch.long, device=device)
@@ -82,7 +85,13 @@ class SlotMachine:
         self._drawn = torch.zeros((), dtype=torch.long, device=device)
         self._beginning: list[int] | None = None
         self._state.fill_(IDLE)
-        self._run = captured(self._step, device)
+        # The slots of a chunk, and the position where it begins.
+        self._chunk = torch.zeros(max(_TOGETHER, slots // CHUNK) + 1, dtype=torch.long, device=device)
+        self._holds_beginning = np.zeros(slots, np.bool_)
+        memory = shared_memory(device)
+        self._run, self._cut, self._read = (
+            captured(part, device, memory) for part in (self._step, self._end_loops, self._read_chunk)
+        )
         # What the slots were after each of the last advances, and after which one each text may have ended.
         self._sent: deque[tuple[int, Sent]] = deque()
         self._since: dict[int, int] = {}
@@ -112,7 +121,7 @@ class SlotMachine:
             ids[row, : len(prompt)] = prompt
         slots_R, ids_RL = (to_device(torch.from_numpy(np.asarray(part)), self._device) for part in (slots, ids))
         self._tokens[slots_R, : ids_RL.shape[1]] = ids_RL
-        read = self._prefill(slots_R, ids_RL, lengths, prompts).tolist()
+        read = self._prefill(np.array(slots), lengths, prompts).tolist()
         described = [self._described(requests[slot], first) for slot, first in zip(slots, read, strict=True)]
         numbers_RN, factors_RF = (torch.tensor(part) for part in zip(*described, strict=True))
         self._numbers[:, slots_R] = to_device(numbers_RN, self._device).T
@@ -124,7 +133,7 @@ class SlotMachine:
         """As many steps as there are between two looks for loops; on a GPU they are only begun."""
         for _ in range(LOOP_EVERY):
             self._run()
-        self._end_loops()
+        self._cut()
         self._sent.append((self.steps, Sent(self._numbers)))
         self.steps += LOOP_EVERY
 
@@ -194,33 +203,45 @@ class SlotMachine:
         return self._known_sets[end_ids]
 
     def _prefill(
-        self, slots_R: Tensor, ids_RL: Tensor, lengths: NDArray[np.int64], prompts: list[list[int]]
+        self, slots: NDArray[np.int64], lengths: NDArray[np.int64], prompts: list[list[int]]
     ) -> NDArray[np.int64]:
-        """Read prompts, which ascend in length, several at a time; their common beginning only once in a run.
+        """Read prompts, which ascend in length, as far as they fill chunks; their common beginning once in a run.
 
         Returns:
-            how many tokens of each were read. Few that are left are known to the next steps.
+            how many tokens of each were read. The others are known to the next steps.
         """
         if self._beginning is None:
             self._beginning = _common(prompts)
-            if self._beginning:
-                self._model.prefill(slots_R[:1], ids_RL[:1, : len(self._beginning)], 0)
-                self._model.keep_beginning(int(slots_R[0]), len(self._beginning))
-        common = len(self._beginning)
-        begins = np.array([common if prompt[:common] == self._beginning else 0 for prompt in prompts])
-        read = begins.copy()
-        for start in {0, common}:
-            own = np.flatnonzero(begins == start)
-            if start and len(own):
-                self._model.begin_alike(slots_R[to_device(torch.from_numpy(own), self._device)])
-            own = own[lengths[own] - 1 > start + _FEW]
-            read[own] = lengths[own] - 1
-            while len(own):
-                rows = own[-max(1, min(PREFILL_TOKENS // CHUNK, PREFILL_KEYS // int(lengths[own[-1]]))) :]
-                own = own[: -len(rows)]
-                at = to_device(torch.from_numpy(rows), self._device)
-                self._model.prefill(slots_R[at], ids_RL[at, start : lengths[rows[-1]] - 1], start)
+            self._read_first(int(slots[-1]), self._beginning or prompts[-1][:CHUNK])
+        common = self._beginning
+        begins = np.array([len(common) if prompt[: len(common)] == common else 0 for prompt in prompts])
+        # No text writes where it begins.
+        lacking = slots[(begins > 0) & ~self._holds_beginning[slots]]
+        if len(lacking):
+            self._model.begin_alike(to_device(torch.from_numpy(lacking), self._device))
+        self._holds_beginning[slots] = begins > 0
+        together, least = len(self._chunk) - 1, self.slots // 2
+        chunks, read = chunks_to_read(begins, lengths, together, least, self._model.room)
+        if chunks:
+            described = np.array([[*slots[rows], start] for rows, start in chunks])
+            for chunk in to_device(torch.from_numpy(described), self._device):
+                self._chunk.copy_(chunk)
+                self._read()
         return read
+
+    def _read_first(self, slot: int, ids: list[int]) -> None:
+        """Read the first tokens of all, for slots that begin alike; no graph can look whether states are finite."""
+        for start in range(0, len(ids), CHUNK):
+            given = [slot], [ids[start : start + CHUNK]], start
+            states_NH = self._model.prefill(*(torch.tensor(part, device=self._device) for part in given))
+            self._target.check_states(states_NH)
+        self._model.keep_beginning(slot, len(ids))
+
+    def _read_chunk(self) -> None:
+        """Read the tokens of the slots that `_chunk` names, from the position there on."""
+        slots_R, start = self._chunk[:-1], self._chunk[-1]
+        cells_C = start + torch.arange(CHUNK, device=self._device)
+        self._model.prefill(slots_R, self._tokens[slots_R[:, None], cells_C], start)
 
     def _step(self) -> None:
         """Append a token to every text that runs; the others stay as they are."""
@@ -290,6 +311,35 @@ class SlotMachine:
 def room(length: int) -> int:
     """A slot's room for a text of so many tokens."""
     return -(-length // CHUNK) * CHUNK
+
+
+def chunks_to_read(
+    begins: NDArray[np.int64], lengths: NDArray[np.int64], together: int, least: int, room: int
+) -> tuple[list[tuple[NDArray[np.int64], int]], NDArray[np.int64]]:
+    """The chunks, in order, that are worth reading of prompts, which ascend in length.
+
+    Args:
+        begins: how many tokens of each are read already.
+        together: prompts of a chunk. Where they are fewer, some come more than once, which changes nothing.
+        least: tokens that a chunk reads.
+        room: where the last chunk ends; it may begin with tokens that are read already.
+    Returns:
+        Of each chunk the prompts and the position where it begins; and how many tokens of each prompt are read
+        then, never the last one, from which the first step goes on.
+    """
+    chunks, read = [], begins.copy()
+    for at in set(begins.tolist()):
+        own = np.flatnonzero(begins == at)
+        while len(own := own[lengths[own] - 1 > at]):
+            start, end = min(at, room - CHUNK), len(own)
+            ends = np.minimum(lengths - 1, start + CHUNK)
+            # The longest ones may go on in the chunks to come.
+            while end > 0 and (ends[group := own[max(0, end - together) : end]] - at).sum() >= least:
+                chunks.append((np.resize(group, together), start))
+                end -= together
+            own = own[max(0, end) :]
+            read[own], at = ends[own], start + CHUNK
+    return chunks, read
 
 
 def _is_looping(tails_ST: Tensor) -> Tensor:

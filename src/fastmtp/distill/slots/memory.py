@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtp.distill.slots.machine import room
-from fastmtp.engines.torch.slots import PREFILL_KEYS, PREFILL_TOKENS
 from fastmtp.models.info import head_size
 
 # Beyond this a step is bound by arithmetic, and only takes longer.
@@ -39,31 +38,21 @@ def slot_bytes(config: Any, length: int, most: int, element: int) -> int:
     return cache + 8 * rows + _row_bytes(config, element) + draw + _LOOP_BYTES
 
 
-def prefill_bytes(config: Any, element: int) -> int:
-    """Bytes of the largest forward of a prefill: its activations, and keys and values for every query head.
-
-    8192 * element * (6 * H + 4 * (Q + 2 * K) * D + 4 * I) + 65536 * 2 * Q * D * element
-    """
-    held = PREFILL_KEYS * 2 * int(config.num_attention_heads) * head_size(config) * element
-    return PREFILL_TOKENS * _row_bytes(config, element) + held
-
-
 def fitting_slots(free: int, config: Any, length: int, most: int, element: int) -> int:
     """How many slots `free` bytes have room for, at most MOST_SLOTS; a multiple of 64 if there are so many.
 
-        (0.95 * free - 1 GiB - prefill_bytes) / slot_bytes
+        (0.95 * free - 1 GiB) / slot_bytes
 
     Raises:
         ValueError: not one.
     """
     each = slot_bytes(config, length, most, element)
-    fixed = prefill_bytes(config, element) + _RESERVED
-    slots = min(MOST_SLOTS, (int(_SHARE * free) - fixed) // each)
+    slots = min(MOST_SLOTS, (int(_SHARE * free) - _RESERVED) // each)
     if slots < 1:
         raise ValueError(
             f"the GPU has {free / 2**30:.1f} GiB free; a text of {length} tokens needs {each / 2**30:.2f} GiB, and "
-            f"all together {fixed / 2**30:.1f} GiB more: give a smaller --max-new-tokens, shorter prompts, or a "
-            "GPU with more memory"
+            f"all together {_RESERVED / 2**30:.1f} GiB more: give a smaller --max-new-tokens, shorter prompts, or "
+            "a GPU with more memory"
         )
     return slots if slots < _TILE else slots // _TILE * _TILE
 

@@ -1,7 +1,7 @@
 """Attention of many texts of different lengths over static caches.
 
-Shapes: S slots, R slots of a prefill, C tokens of a chunk, L room for tokens, Q query heads, K key/value heads,
-D size of a head.
+Shapes: S slots, R slots of a prefill, C tokens of a chunk, N = R C rows, L room for tokens, Q query heads,
+K key/value heads, D size of a head.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastmtp.models.layers import steady_attention
+from fastmtp.models.layers import keys_seen, steady_attention
 
 
 class StepAttention(Protocol):
@@ -23,6 +23,24 @@ class StepAttention(Protocol):
         keys_SKLD: Tensor,
         values_SKLD: Tensor,
         positions_S: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor: ...
+
+
+class ChunkAttention(Protocol):
+    """The queries of a chunk of some slots, R C = N of them, attend as those of steps from `start` on would.
+
+    The chunk's own keys and values are in the caches already.
+    """
+
+    def __call__(
+        self,
+        queries_NQD: Tensor,
+        keys_SKLD: Tensor,
+        values_SKLD: Tensor,
+        slots_R: Tensor,
+        start: Tensor,
         scale: float,
         window: int | None,
     ) -> Tensor: ...
@@ -43,17 +61,36 @@ def attend_slots_by_mask(
         mask_SL &= keys_L > newest_S1 - window
     group = queries_SQD.shape[1] // keys_SKLD.shape[1]
     keys, values = (part.repeat_interleave(group, 1) for part in (keys_SKLD, values_SKLD))
-    return attend_biased(queries_SQD[:, :, None], keys, values, mask_SL[:, None, None], scale)[:, :, 0]
+    return _attend(queries_SQD[:, :, None], keys, values, mask_SL[:, None, None], scale)[:, :, 0]
 
 
-def attend_biased(
-    queries_RQCD: Tensor, keys_RQLD: Tensor, values_RQLD: Tensor, bias: Tensor, scale: float
+def attend_chunks_by_mask(
+    queries_NQD: Tensor,
+    keys_SKLD: Tensor,
+    values_SKLD: Tensor,
+    slots_R: Tensor,
+    start: Tensor,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """Attention [R, Q, C, D], with what broadcasts to [R, Q, C, L]: a bias of the scores, or which keys are seen.
+    """`ChunkAttention` in plain PyTorch: copies the keys of the slots."""
+    (rows, heads, size), begin = queries_NQD.shape, int(start)
+    tokens = rows // len(slots_R)
+    seen_CL = keys_seen(begin, tokens, window, start.device)
+    keys, values = (
+        part[slots_R, :, : begin + tokens].repeat_interleave(heads // part.shape[1], 1)
+        for part in (keys_SKLD, values_SKLD)
+    )
+    queries_RQCD = queries_NQD.reshape(len(slots_R), tokens, heads, size).transpose(1, 2)
+    return _attend(queries_RQCD, keys, values, seen_CL, scale).transpose(1, 2).flatten(0, 1)
 
-    With one of them the fast kernels take as many key heads as query heads.
+
+def _attend(queries_RQCD: Tensor, keys_RQLD: Tensor, values_RQLD: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention [R, Q, C, D]; which keys are seen broadcasts to [R, Q, C, L].
+
+    With a mask the fast kernels take as many key heads as query heads.
     """
     with steady_attention():
         return nn.functional.scaled_dot_product_attention(
-            queries_RQCD, keys_RQLD, values_RQLD, attn_mask=bias, scale=scale
+            queries_RQCD, keys_RQLD, values_RQLD, attn_mask=seen, scale=scale
         )

@@ -13,7 +13,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from fastmtp.engines.torch.slot_attention import StepAttention, attend_slots_by_mask
+from fastmtp.engines.torch.slot_attention import (
+    ChunkAttention,
+    StepAttention,
+    attend_chunks_by_mask,
+    attend_slots_by_mask,
+)
 from fastmtp.models.layers import norm_epsilon, norm_offset
 
 
@@ -86,6 +91,7 @@ class LayerParts:
     rotate: TextRotation
     place: StepPlacement
     attend: StepAttention
+    attend_chunks: ChunkAttention
     add_norm: Callable[[Tensor, Tensor, Norm | None, Norm], tuple[Tensor, Tensor]]
     gate: Callable[[Tensor, bool], Tensor]
 
@@ -93,10 +99,11 @@ class LayerParts:
 def layer_parts(device: torch.device) -> LayerParts:
     """Those for a device."""
     if device.type != "cpu":
+        from fastmtp.engines.torch.chunk_kernels import attend_chunks
         from fastmtp.engines.torch.slot_kernels import add_norm_slots, attend_slots, gate_slots, place_slots
         from fastmtp.engines.torch.text_kernels import rotate_texts
 
-        return LayerParts(rotate_texts, place_slots, attend_slots, add_norm_slots, gate_slots)
+        return LayerParts(rotate_texts, place_slots, attend_slots, attend_chunks, add_norm_slots, gate_slots)
     return PLAIN
 
 
@@ -150,4 +157,4 @@ def gate(joint_NG: Tensor, gelu: bool) -> Tensor:
     return (nn.functional.gelu(own, approximate="tanh") if gelu else nn.functional.silu(own)) * up
 
 
-PLAIN = LayerParts(rotate_by_repeating, place_by_index, attend_slots_by_mask, add_norm, gate)
+PLAIN = LayerParts(rotate_by_repeating, place_by_index, attend_slots_by_mask, attend_chunks_by_mask, add_norm, gate)

@@ -1,10 +1,10 @@
-"""A target's forward over fixed slots: static tensors, so that a step can be captured as one CUDA graph.
+"""A target's forward over fixed slots: static tensors, so that it can be captured as one CUDA graph.
 
-Each slot holds one text. A step appends one token to every slot, each at its own position; a prefill appends chunks
-to some slots. Nothing is allocated or resized between steps.
+Each slot holds one text. A step appends one token to every slot, each at its own position; a prefill appends
+several to some slots, to all from the same position on.
 
-Shapes: S slots, R slots of a prefill, C tokens of a chunk, N rows (S, or R * C), L room for tokens, Q query heads,
-K key/value heads, D size of a head, H hidden, V vocabulary.
+Shapes: S slots, R slots of a prefill, C tokens of each, N = R C rows, Q query heads, K key/value heads, D size of a
+head, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,18 +14,12 @@ from torch import Tensor
 
 from fastmtp.engines.capture import on_device
 from fastmtp.engines.torch.fused_layers import is_fusible
-from fastmtp.engines.torch.slot_attention import attend_biased
 from fastmtp.engines.torch.slot_parts import layer_parts
 from fastmtp.engines.torch.target import Target
-from fastmtp.models.layers import keys_seen
 from fastmtp.models.tensors import windows
 
-# Tokens of a chunk, of which texts are read; the room of a slot is a multiple of it.
+# Tokens of a chunk, of which prompts are read; the room of a slot is a multiple of it.
 CHUNK = 64
-# Tokens, padding included, and keys and values of one forward of a prefill, which bound its memory.
-PREFILL_TOKENS, PREFILL_KEYS = 8192, 65536
-# Attention would copy biases whose rows begin at other multiples.
-_ALIGNED = 16
 
 
 def is_supported(target: Target) -> bool:
@@ -58,9 +52,6 @@ class SlotModel:
         self._caches = [(cache(), cache()) for _ in self._layers]
         self._beginning: list[tuple[Tensor, ...]] = []
         self._parts = layer_parts(device)
-        # The key head of each query head.
-        heads = torch.arange(self._fused.key_heads, device=device)
-        self._key_heads = heads.repeat_interleave(target.config.num_attention_heads // self._fused.key_heads)
 
     def logits(self, ids_S: Tensor, positions_S: Tensor) -> Tensor:
         """Append a token to every slot, at its position; logits [S, V] of what follows it."""
@@ -74,15 +65,26 @@ class SlotModel:
         streams = self._fused(self._target.embed(ids_S), attend, self._parts)
         return self._target.logits(streams.normed)
 
-    def prefill(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
-        """Append tokens to some slots from position `start` on.
+    def prefill(self, slots_R: Tensor, ids_RC: Tensor, start: Tensor) -> Tensor:
+        """Append tokens to some slots from a position on; the residual stream [N, H] after the last layer.
 
-        A row may end with padding: what is appended at a position replaces what was there, and nothing attends to a
-        later position.
+        What is appended at a position replaces what was there, and nothing attends to a later position.
         """
+        rows, tokens = ids_RC.shape
+        cells_C = start + torch.arange(tokens, device=start.device)
+        rotations = {kind: [part[cells_C] for part in parts] for kind, parts in self._rotations.items()}
+
+        def attend(layer: int, joint: Tensor) -> Tensor:
+            own, held = self._layers[layer], self._caches[layer]
+            queries_NQD, *fresh = self._parts.rotate(
+                joint, own.head_norms, self._fused.key_heads, *rotations[own.kind]
+            )
+            for part, new_NKD in zip(held, fresh, strict=True):
+                part[slots_R[:, None], :, cells_C] = new_NKD.view(rows, tokens, *new_NKD.shape[1:])
+            return self._parts.attend_chunks(queries_NQD, *held, slots_R, start, own.scale, self._windows[own.kind])
+
         with on_device(self._target.device):
-            for begin in range(start, start + ids_RC.shape[1], CHUNK):
-                self._prefill_chunk(slots_R, ids_RC[:, begin - start :][:, :CHUNK], begin)
+            return self._fused(self._target.embed(ids_RC).flatten(0, 1), attend, self._parts).last
 
     def keep_beginning(self, slot: int, tokens: int) -> None:
         """Remember the keys and values of a slot's first tokens, for `begin_alike`."""
@@ -93,33 +95,3 @@ class SlotModel:
         for held, kept in zip(self._caches, self._beginning, strict=True):
             for part, own in zip(held, kept, strict=True):
                 part[slots_R, :, : own.shape[1]] = own
-
-    def _prefill_chunk(self, slots_R: Tensor, ids_RC: Tensor, start: int) -> None:
-        rows, tokens = ids_RC.shape
-        end = start + tokens
-        biases = {kind: self._bias(start, tokens, window) for kind, window in self._windows.items()}
-        rotations = {kind: [part[start:end] for part in parts] for kind, parts in self._rotations.items()}
-        every, heads_Q = slots_R[:, None], self._key_heads
-
-        def by_head(part: Tensor) -> Tensor:
-            return part.reshape(rows, tokens, *part.shape[1:]).transpose(1, 2)
-
-        def attend(layer: int, joint: Tensor) -> Tensor:
-            own, (held_keys, held_values) = self._layers[layer], self._caches[layer]
-            turned = self._parts.rotate(joint, own.head_norms, self._fused.key_heads, *rotations[own.kind])
-            queries_RQCD, keys, values = map(by_head, turned)
-            held_keys[slots_R, :, start:end], held_values[slots_R, :, start:end] = keys, values
-            held = held_keys[:, :, :end][every, heads_Q], held_values[:, :, :end][every, heads_Q]
-            found_RQCD = attend_biased(queries_RQCD, *held, biases[own.kind], own.scale)
-            return found_RQCD.transpose(1, 2).flatten(0, 1)
-
-        streams = self._fused(self._target.embed(ids_RC).flatten(0, 1), attend, self._parts)
-        if start == 0:
-            self._target.check_states(streams.last)
-
-    def _bias(self, start: int, tokens: int, window: int | None) -> Tensor:
-        """[C, L]: 0 for the keys that a token attends to, -inf for the others."""
-        seen = keys_seen(start, tokens, window, self._target.device)
-        aligned = -(-seen.shape[1] // _ALIGNED) * _ALIGNED
-        bias = torch.zeros(tokens, aligned, dtype=self._target.dtype, device=seen.device)[:, : seen.shape[1]]
-        return bias.masked_fill_(~seen, float("-inf"))
