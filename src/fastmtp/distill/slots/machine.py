@@ -35,6 +35,8 @@ _END_SETS = 4
 _SHORTEST_BEGINNING = 8
 # Prompts of a chunk, at least: a GPU hardly takes longer for 256 tokens than for fewer.
 _TOGETHER = 4
+# After every step.
+_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class SlotMachine:
         )
         # What the slots were after each of the last advances, and after which one each text may have ended.
         self._sent: deque[tuple[int, Sent]] = deque()
-        self._since: dict[int, int] = {}
+        self._since = np.full(slots, _NEVER)
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def fits(self, request: Request) -> bool:
@@ -126,7 +128,7 @@ class SlotMachine:
         numbers_RN, factors_RF = (torch.tensor(part) for part in zip(*described, strict=True))
         self._numbers[:, slots_R] = to_device(numbers_RN, self._device).T
         self._factors[:, slots_R] = to_device(factors_RF, self._device).T
-        self._since.update(dict.fromkeys(slots, self.steps))
+        self._since[slots] = self.steps
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -149,31 +151,30 @@ class SlotMachine:
         Waits for that advance alone.
         """
         step, sent = self._sent.popleft()
-        numbers = sent.wait()
-        state, newest, _, part, _ = numbers[:5].tolist()
-        first, second = numbers[5:7].tolist()
+        numbers = sent.wait()[:7]
         # A slot that was filled after this advance still shows the text before, which has been told.
-        ended = [slot for slot, since in self._since.items() if since <= step and state[slot] in (ENDED, CUT)]
-        if not ended:
+        ended = np.flatnonzero((self._since <= step) & np.isin(numbers[0], (ENDED, CUT)))
+        if not len(ended):
             return []
-        ended.sort()
-        found = []
-        for slot, ids in zip(ended, self._texts(ended), strict=True):
-            del self._since[slot]
-            start = second[slot] if part[slot] else first[slot]
-            last = Text(ids[start : newest[slot] + 1].tolist(), state[slot] == ENDED)
-            if not part[slot]:
-                found.append(Finished(slot, last, [], None))
-                continue
-            end = second[slot] - len(self._between) + 1
-            whole = Text(ids[first[slot] : end].tolist(), True)
-            found.append(Finished(slot, whole, ids[: second[slot]].tolist(), last))
+        self._since[ended] = _NEVER
+        found, between = [], len(self._between)
+        for slot, described, tokens in zip(
+            ended.tolist(), numbers[:, ended].T.tolist(), self._texts(ended), strict=True
+        ):
+            state, newest, _, part, _, first, second = described
+            ids = tokens[: newest + 1].tolist()
+            is_ended = state == ENDED
+            if part:
+                whole = Text(ids[first : second - between + 1], True)
+                found.append(Finished(slot, whole, ids[:second], Text(ids[second:], is_ended)))
+            else:
+                found.append(Finished(slot, Text(ids[first:], is_ended), [], None))
         return found
 
-    def _texts(self, ended: list[int]) -> NDArray[np.int64]:
+    def _texts(self, ended: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens of slots whose texts have ended: no step changes them, so nothing under way is waited for."""
         with torch.cuda.stream(self._beside) if self._beside is not None else nullcontext():
-            return self._tokens[to_device(torch.tensor(ended), self._device)].cpu().numpy()
+            return self._tokens[to_device(torch.from_numpy(ended), self._device)].cpu().numpy()
 
     def drawn(self) -> int:
         """How many tokens were drawn so far, those of texts that were given up included. Waits for the device."""
@@ -181,19 +182,18 @@ class SlotMachine:
 
     def _described(self, request: Request, read: int) -> tuple[list[int], list[float]]:
         """The numbers and factors of a slot that begins a request, of whose prompt so many tokens were read."""
-        length, then = len(request.prompt), request.then
-        # A second text begins where the first ends.
-        parts = [request, request if then is None else then]
+        length, then = len(request.prompt), request.then or request
+        first, second = request.sampling, then.sampling
         numbers = [
-            *(RUNS, read, length, 0, int(then is not None)),
+            *(RUNS, read, length, 0, request.then is not None),
+            # A second text begins where the first ends.
             *(length, 0),
-            *(part.max_new_tokens for part in parts),
-            *(signed(part.sampling.seed) for part in parts),
-            *(part.sampling.top_k for part in parts),
-            *(self._end_set(part.end_ids) for part in parts),
+            *(request.max_new_tokens, then.max_new_tokens),
+            *(signed(first.seed), signed(second.seed)),
+            *(first.top_k, second.top_k),
+            *(self._end_set(request.end_ids), self._end_set(then.end_ids)),
         ]
-        factors = [part.sampling.temperature for part in parts] + [part.sampling.top_p for part in parts]
-        return numbers, factors
+        return numbers, [first.temperature, second.temperature, first.top_p, second.top_p]
 
     def _end_set(self, end_ids: frozenset[int]) -> int:
         if end_ids not in self._known_sets:
