@@ -85,6 +85,11 @@ def test_the_embedded_tokenizer_is_transformers_own(theirs: Any) -> None:
             assert ids == theirs.encode(text)
         for skip in (False, True):
             assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    encoded = ours.encode_many(TEXTS)
+    assert encoded == [ours.encode(text, add_special_tokens=False) for text in TEXTS]
+    for skip in (False, True):
+        expected = [ours.decode(ids, skip_special_tokens=skip) for ids in encoded]
+        assert ours.decode_many(encoded, skip_special_tokens=skip) == expected
     for reply in (False, True):
         assert ours.apply_chat_template(CHAT, add_generation_prompt=reply) == theirs.apply_chat_template(
             CHAT, tokenize=False, add_generation_prompt=reply

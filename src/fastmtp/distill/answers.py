@@ -262,14 +262,15 @@ class Asking:
         if not self._queue:
             return
         for group in decode(self._queue, len(self._queue)):
-            written = self._written(group)
-            for completion in group:
+            texts = self.target.decode_many([completion.tokens for completion in group])
+            written = self._written(group, texts)
+            for completion, text in zip(group, texts, strict=True):
                 request = completion.request
                 if not completion.tokens:
                     pass  # Refused: it is not written to disk, so the next run asks again.
                 elif isinstance(request.key, Prompt):
-                    made = (completion.tokens, completion.finished)
-                    yield exchange_of(self.target, request.key, request.prompt, *made)
+                    made = (text, completion.tokens, completion.finished)
+                    yield exchange_of(request.key, request.prompt, *made)
                 else:
                     self._take_prompt(request, written.get(request.key))
                 yield from self._refill()
@@ -286,19 +287,20 @@ class Asking:
                 if item.answer_ids is None:
                     self._queue.append(answer_request(self.target, self.config, item, ids))
                 else:
-                    yield exchange_of(self.target, item, ids, item.answer_ids, item.finished)
+                    answer = self.target.decode(item.answer_ids)
+                    yield exchange_of(item, ids, answer, item.answer_ids, item.finished)
             except RowError as error:
                 self.skipped.add(error)
 
-    def _written(self, group: Sequence[Completion]) -> dict[Opening, tuple[Prompt, list[int] | Exception]]:
+    def _written(
+        self, group: Sequence[Completion], texts: Sequence[str]
+    ) -> dict[Opening, tuple[Prompt, list[int] | Exception]]:
         """The prompts of the target's own that have come to their end, with their token ids as they are asked."""
         prompts: dict[Opening, Prompt] = {}
-        for completion in group:
+        for completion, text in zip(group, texts, strict=True):
             task = completion.request.key
-            if isinstance(task, Opening) and completion.finished:
-                text = (task.words + self.target.decode(completion.tokens)).strip()
-                if text:
-                    prompts[task] = Prompt(task.index, task.kind, user(text))
+            if isinstance(task, Opening) and completion.finished and (whole := (task.words + text).strip()):
+                prompts[task] = Prompt(task.index, task.kind, user(whole))
         ids = self.target.encode_chats([prompt.messages for prompt in prompts.values()])
         return {task: (prompt, own) for (task, prompt), own in zip(prompts.items(), ids, strict=True)}
 

@@ -87,9 +87,7 @@ def _continuation(target: TargetInfo, config: DistillConfig, index: int, most: i
     )
 
 
-def exchange_of(
-    target: TargetInfo, prompt: Prompt, ids: list[int], answer_ids: list[int], finished: bool
-) -> Exchange:
+def exchange_of(prompt: Prompt, ids: list[int], answer: str, answer_ids: list[int], finished: bool) -> Exchange:
     """
     Args:
         ids: the prompt's.
@@ -98,7 +96,7 @@ def exchange_of(
         index=prompt.index,
         kind=prompt.kind,
         prompt=prompt.messages[-1]["content"],
-        answer=target.decode(answer_ids),
+        answer=answer,
         finished=finished,
         ids=ids + answer_ids,
         answer_mask=[False] * len(ids) + [True] * len(answer_ids),
