@@ -273,7 +273,7 @@ class Asking:
                     yield exchange_of(request.key, request.prompt, *made)
                 else:
                     self._take_prompt(request, written.get(request.key))
-                yield from self._refill()
+            yield from self._refill()
 
     def _refill(self) -> Iterator[Exchange]:
         """Fill the queue; prompts that have an answer already come out at once."""
