@@ -109,3 +109,10 @@ def test_a_word_in_place_of_a_number(tmp_path: Path) -> None:
     path.write_text("size = 'many'")
     with pytest.raises(ValueError, match="size must be of type int or auto, not 'many'"):
         load_config(VocabularyConfig, path, {})
+
+
+def test_another_seed_changes_nothing_else() -> None:
+    """Neither the settings that it is of nor, with the same seed, what they are equal to."""
+    own = SamplingConfig(temperature=0.7, top_k=5, top_p=0.9, seed=1, logit_bias=((3, 1.0),))
+    assert own.seeded(2) == dataclasses.replace(own, seed=2) != own == own.seeded(2).seeded(1)
+    assert hash(own.seeded(1)) == hash(own)

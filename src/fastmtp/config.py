@@ -11,6 +11,7 @@ import random
 import tomllib
 import typing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -89,6 +90,12 @@ class SamplingConfig:
                 "of token ids, from -100 to 100",
             )
 
+    def seeded(self, seed: int) -> SamplingConfig:
+        """The same with another seed from 0 to 2^64 - 1; nothing else is checked again."""
+        own = object.__new__(SamplingConfig)
+        vars(own).update(vars(self), seed=seed)
+        return own
+
     @property
     def adjusts(self) -> bool:
         """Whether the logits are changed before a token is drawn: by a penalty or a bias."""
@@ -151,17 +158,18 @@ class DistillConfig:
 
     def answer_sampling(self, index: int) -> SamplingConfig:
         """How exchange number `index` is answered: greedily for a share of them, drawn from (seed, index)."""
-        if random.Random(f"{self.seed}/{index}/greedy").random() < self.greedy_share:
+        if self.greedy_share and random.Random(f"{self.seed}/{index}/greedy").random() < self.greedy_share:
             return SamplingConfig(seed=self.seed)
-        return SamplingConfig(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        return _sampling(self.temperature, self.top_k, self.top_p, self.seed)
 
     def prompt_sampling(self) -> SamplingConfig:
-        return SamplingConfig(
-            temperature=self.prompt_temperature,
-            top_k=self.prompt_top_k,
-            top_p=self.prompt_top_p,
-            seed=self.seed,
-        )
+        return _sampling(self.prompt_temperature, self.prompt_top_k, self.prompt_top_p, self.seed)
+
+
+@lru_cache
+def _sampling(temperature: float, top_k: int, top_p: float, seed: int) -> SamplingConfig:
+    """Made and checked once, not for each request."""
+    return SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

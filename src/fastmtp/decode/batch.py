@@ -47,7 +47,7 @@ class Request:
 
     def again(self) -> Request:
         """The same with another seed."""
-        return replace(self, sampling=replace(self.sampling, seed=derived_seed(self.sampling.seed, 1)))
+        return replace(self, sampling=self.sampling.seeded(derived_seed(self.sampling.seed, 1)))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fastmtp.distill.requests import (
     answer_request,
     checked_ids,
     exchange_of,
+    how_to_answer,
     prompt_ids,
     prompt_request,
 )
@@ -285,7 +286,8 @@ class Asking:
             try:
                 ids = prompt_ids(self.target, item)
                 if item.answer_ids is None:
-                    self._queue.append(answer_request(self.target, self.config, item, ids))
+                    how = how_to_answer(self.target, self.config, item.index)
+                    self._queue.append(answer_request(self.target, item, ids, how))
                 else:
                     answer = self.target.decode(item.answer_ids)
                     yield exchange_of(item, ids, answer, item.answer_ids, item.finished)
@@ -311,7 +313,8 @@ class Asking:
             with suppress(RowError):
                 prompt, found = written
                 ids = checked_ids(self.target, prompt, found)
-                self._queue.appendleft(answer_request(self.target, self.config, prompt, ids))
+                how = request.then or how_to_answer(self.target, self.config, prompt.index)
+                self._queue.appendleft(answer_request(self.target, prompt, ids, how))
                 self.endings.ended()
                 return
         if (again := self.endings.again(request)) is not None:

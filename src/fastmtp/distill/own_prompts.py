@@ -124,6 +124,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
+_DEFAULT_MIX = {name: kind.weight for name, kind in KINDS.items() if kind.weight}
+
+
 @dataclass(frozen=True)
 class Opening:
     """How a prompt begins that the target writes itself. With an empty system message the template has its own."""
@@ -147,7 +150,7 @@ def opening(seed: int, index: int, mix: Mapping[str, float]) -> Opening:
     Only with a mix that was asked for are there system messages; the default leaves the template as it is.
     """
     chooser = random.Random(f"{seed}/{index}")
-    weights = mix or {name: kind.weight for name, kind in KINDS.items() if kind.weight}
+    weights = mix or _DEFAULT_MIX
     name = chooser.choices(list(weights), list(weights.values()))[0]
     return Opening(index, name, chooser.choice(KINDS[name].openings), KINDS[name].system if mix else "")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 from fastmtp.config import DistillConfig, SamplingConfig
 from fastmtp.decode.batch import Continuation, Request
@@ -68,20 +67,20 @@ def prompt_request(target: TargetInfo, config: DistillConfig, turn: UserTurn, ta
         sampling=_seeded(config.prompt_sampling(), 2 * task.index),
         end_ids=turn.end_ids,
         # The answer is given without the system message.
-        then=None if task.system else _continuation(target, config, task.index, config.max_new_tokens),
+        then=None if task.system else how_to_answer(target, config, task.index),
     )
 
 
-def answer_request(target: TargetInfo, config: DistillConfig, prompt: Prompt, ids: list[int]) -> Request:
+def answer_request(target: TargetInfo, prompt: Prompt, ids: list[int], how: Continuation) -> Request:
     """Let the target answer a prompt of these token ids."""
-    room = target.room(len(ids), config.max_new_tokens)
-    return Request(key=prompt, prompt=ids, **vars(_continuation(target, config, prompt.index, room)))
+    room = target.room(len(ids), how.max_new_tokens)
+    return Request(key=prompt, prompt=ids, **{**vars(how), "max_new_tokens": room})
 
 
-def _continuation(target: TargetInfo, config: DistillConfig, index: int, most: int) -> Continuation:
-    """How prompt number `index` is answered, in at most so many tokens."""
+def how_to_answer(target: TargetInfo, config: DistillConfig, index: int) -> Continuation:
+    """How prompt number `index` is answered."""
     return Continuation(
-        max_new_tokens=most,
+        max_new_tokens=config.max_new_tokens,
         sampling=_seeded(config.answer_sampling(index), 2 * index + 1),
         end_ids=target.end_ids,
     )
@@ -155,4 +154,4 @@ class Endings:
 
 def _seeded(sampling: SamplingConfig, stream: int) -> SamplingConfig:
     """A seed for each request, so that a resumed run draws what an uninterrupted one would have drawn."""
-    return replace(sampling, seed=derived_seed(sampling.seed, stream))
+    return sampling.seeded(derived_seed(sampling.seed, stream))
