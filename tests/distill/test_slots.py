@@ -32,8 +32,9 @@ from fastmtp.distill import answers
 from fastmtp.distill.answers import distill
 from fastmtp.distill.dataset import Exchange, finished_indices
 from fastmtp.distill.slots import decode
+from fastmtp.distill.slots.chunks import chunks_to_read
 from fastmtp.distill.slots.decode import decode_slots
-from fastmtp.distill.slots.machine import SlotMachine, chunks_to_read
+from fastmtp.distill.slots.machine import SlotMachine
 from fastmtp.distill.slots.memory import MOST_SLOTS, fitting_slots, slot_bytes
 from fastmtp.distill.speed import distillation_speed
 from fastmtp.engines.torch.draws import Sampling, choose, signed
@@ -280,7 +281,8 @@ def test_chunks_are_read_ahead_where_they_have_many_tokens(
 
 def test_chunks_of_several_prompts_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beginnings that are alike and not, in slots that are filled again and again; nothing else comes out."""
-    monkeypatch.setattr("fastmtp.distill.slots.machine.CHUNK", 8)
+    for module in ("machine", "chunks"):
+        monkeypatch.setattr(f"fastmtp.distill.slots.{module}.CHUNK", 8)
     target, shapes = tiny_target("gemma3"), []
     prefill = SlotModel.prefill
 

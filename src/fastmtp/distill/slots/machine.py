@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmtp.decode.batch import LOOP_EVERY, LOOP_TOKENS, Request
+from fastmtp.distill.slots.chunks import chunks_to_read, common_beginning
 from fastmtp.engines.capture import captured, shared_memory
 from fastmtp.engines.copies import Sent, to_device
 from fastmtp.engines.torch.draws import Sampling, choose, signed
@@ -32,7 +33,6 @@ from fastmtp.engines.torch.target import Target
 RUNS, ENDED, CUT, IDLE = range(4)
 # Sets of end tokens that a run may have: those of user's turns and those of answers.
 _END_SETS = 4
-_SHORTEST_BEGINNING = 8
 # Prompts of a chunk, at least: a GPU hardly takes longer for 256 tokens than for fewer.
 _TOGETHER = 4
 # After every step.
@@ -211,7 +211,7 @@ class SlotMachine:
             how many tokens of each were read. The others are known to the next steps.
         """
         if self._beginning is None:
-            self._beginning = _common(prompts)
+            self._beginning = common_beginning(prompts)
             self._read_first(int(slots[-1]), self._beginning or prompts[-1][:CHUNK])
         common = self._beginning
         begins = np.array([len(common) if prompt[: len(common)] == common else 0 for prompt in prompts])
@@ -313,47 +313,9 @@ def room(length: int) -> int:
     return -(-length // CHUNK) * CHUNK
 
 
-def chunks_to_read(
-    begins: NDArray[np.int64], lengths: NDArray[np.int64], together: int, least: int, room: int
-) -> tuple[list[tuple[NDArray[np.int64], int]], NDArray[np.int64]]:
-    """The chunks, in order, that are worth reading of prompts, which ascend in length.
-
-    Args:
-        begins: how many tokens of each are read already.
-        together: prompts of a chunk. Where they are fewer, some come more than once, which changes nothing.
-        least: tokens that a chunk reads.
-        room: where the last chunk ends; it may begin with tokens that are read already.
-    Returns:
-        Of each chunk the prompts and the position where it begins; and how many tokens of each prompt are read
-        then, never the last one, from which the first step goes on.
-    """
-    chunks, read = [], begins.copy()
-    for at in set(begins.tolist()):
-        own = np.flatnonzero(begins == at)
-        while len(own := own[lengths[own] - 1 > at]):
-            start, end = min(at, room - CHUNK), len(own)
-            ends = np.minimum(lengths - 1, start + CHUNK)
-            # The longest ones may go on in the chunks to come.
-            while end > 0 and (ends[group := own[max(0, end - together) : end]] - at).sum() >= least:
-                chunks.append((np.resize(group, together), start))
-                end -= together
-            own = own[max(0, end) :]
-            read[own], at = ends[own], start + CHUNK
-    return chunks, read
-
-
 def _is_looping(tails_ST: Tensor) -> Tensor:
     """`is_looping` of decode/batch.py for many texts."""
     place_T = torch.arange(LOOP_TOKENS, device=tails_ST.device)
     earlier_PT = place_T - torch.arange(1, LOOP_TOKENS // 2 + 1, device=tails_ST.device)[:, None]
     before_SPT = tails_ST[:, earlier_PT.clamp(min=0)]
     return ((tails_ST[:, None] == before_SPT) | (earlier_PT < 0)).all(-1).any(-1)
-
-
-def _common(prompts: Sequence[list[int]]) -> list[int]:
-    """The tokens with which several prompts begin; none if they are few. Some token of each prompt follows them."""
-    first, last = min(prompts), max(prompts)
-    same = 0
-    while same < min(map(len, prompts)) - 1 and first[same] == last[same]:
-        same += 1
-    return list(first[:same]) if len(prompts) > 1 and same >= _SHORTEST_BEGINNING else []
