@@ -21,6 +21,7 @@ from fastmtp.engines.cuda import engine as cuda
 from fastmtp.engines.cuda.compiling import compile_for, launched_by
 from fastmtp.engines.cuda.graphs import Sizes
 from fastmtp.engines.cuda.kernels.norms import embed
+from fastmtp.engines.cuda.matrices import QUANTISED
 from fastmtp.engines.protocol import Head
 from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.draft import DraftLists
@@ -46,13 +47,14 @@ def main() -> None:
         raise FoundError
 
     cuda.CudaEngine._compile = compile_beforehand
-    engine = cuda.CudaEngine(convert(target, torch.bfloat16), 4096, Sizes())
-    head = engine.target.head(TensorWeights(MTPHead(target.model).state_dict()))
     lists = DraftLists(VocabularyLists.of(range(128)), target.vocabulary_size, 8)
-    with suppress(FoundError):
-        engine.capture()
-    with suppress(FoundError):
-        engine.prepare_drafting(Head(head, VocabularyLists({}), 3), lists, 3, (4, 1))
+    for kind in (None, *QUANTISED):
+        engine = cuda.CudaEngine(convert(target, torch.bfloat16, kind), 4096, Sizes())
+        head = engine.target.head(TensorWeights(MTPHead(target.model).state_dict()))
+        with suppress(FoundError):
+            engine.capture()
+        with suppress(FoundError):
+            engine.prepare_drafting(Head(head, VocabularyLists({}), 3), lists, 3, (4, 1))
     print(*sorted(f"{kernel.module}.{kernel.__name__}" for kernel in kernels))
 
     rows, table = torch.zeros(3, dtype=torch.int32), torch.zeros(9, 16)

@@ -192,7 +192,7 @@ def test_rows_of_a_prompt_attend_as_each_by_itself(
     begin: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, several tiles in a program or one, with rows left over in the last."""
-    count, whole = 3 * TILE - 5, 4 * TILE
+    count, whole = 5 * TILE - 5, 5 * TILE
     keys, values = (drawn(begin + count, KEY_HEADS, SIZE, seed=seed) for seed in (1, 2))
     queries = drawn(whole, HEADS, SIZE)
     text = Text(whole, begin + count)
@@ -200,7 +200,7 @@ def test_rows_of_a_prompt_attend_as_each_by_itself(
     text.rows.facts[1, :count] = torch.arange(begin, begin + count)
     text.rows.facts[1, count:] = text.rows.facts[4, count:] = 0
     expected = text.attend(queries, window)
-    for enough in (1, 4):
+    for enough in (1, 2, 5):
         monkeypatch.setattr(prompts, "_ENOUGH", enough)
         out = memory(whole * HEADS * SIZE).view(whole, -1)
         prompts.attend_in_order(queries, text.rows, text.pages, out, SIZE**-0.5, window)

@@ -138,13 +138,13 @@ def train_head(
         stops = put_off(shown.say) if processes.count == 1 else nullcontext(lambda: False)
         with shown.bar("train", trainer.steps, trainer.step) as bar, stops as is_stopped:
             for done in trainer.train():
+                if is_stopped():
+                    trainer.save()
+                    raise KeyboardInterrupt
                 tokens += done.tokens
                 bar.advance(1, done.tokens, "loss " + " ".join(f"{loss:.3f}" for loss in done.losses))
                 if done.held_out is not None:
                     shown.say(_measured(done.step, done.held_out))
-                if is_stopped():
-                    trainer.save()
-                    raise KeyboardInterrupt
         seconds = time.monotonic() - started
         processes.wait()
         head, measured = trainer.best()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,7 +25,9 @@ def put_off(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     def remember(number: int, frame: FrameType | None) -> None:
         restore()
         came.append(number)
-        say("fastmtp: stopping after this step; once more stops at once")
+        # Ctrl-C ends what reads the output, too.
+        with suppress(Exception, SystemExit):
+            say("fastmtp: stopping after this step; once more stops at once")
 
     def restore() -> None:
         for one in kept:

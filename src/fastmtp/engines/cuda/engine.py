@@ -89,7 +89,7 @@ class CudaEngine:
     def _compile(self, function: Callable[[], None], progress: Progress) -> None:
         """What a function launches; it captures nothing."""
         if self.target.device.type == "cuda":
-            with progress.status("compiling kernels"), self.machine.graphs.uncaptured():
+            with progress.status("compiling kernels"), self.machine.held(), self.machine.graphs.uncaptured():
                 compile_for(self.target.device, function)
 
     def load_head(self, directory: Path) -> Head:

@@ -86,7 +86,7 @@ class Machine:
 
     def every_size(self, room: Room) -> list[list[Text]]:
         """Rows for every graph of forwards: those of many texts, and those of a prompt."""
-        sizes, limit = self.graphs.sizes, self.target.context_limit
+        sizes, limit = self.graphs.sizes, min(self.target.context_limit, self.pool.tokens)
         lengths = [[*[TILE] * (count // TILE), *[count % TILE][: count % TILE]] for count in sizes.rows]
         lengths += [[min(count, limit)] for count in (sizes.prompt[0] + 1, *sizes.prompt[1:])]
         return [[Text(room, 0, [0] * length) for length in own] for own in lengths]

@@ -44,6 +44,11 @@ class Matrix:
         return len(self.values)
 
     @property
+    def code(self) -> str | None:
+        """The kind as kernels are told it: Triton takes "int8" for a dtype where it reads arguments back."""
+        return None if self.kind is None else self.kind.upper()
+
+    @property
     def bits(self) -> int:
         return weight_bits(self.values.dtype, self.kind)
 

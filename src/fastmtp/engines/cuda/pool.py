@@ -48,7 +48,8 @@ class Pool:
         self._tables = torch.zeros(_TABLES, -(-(context + BEYOND) // PAGE), dtype=torch.int32, device=device)
         # Appending and popping are safe from any thread, a finalizer's too.
         self._free_pages, self._free_tables = list(range(pages, 0, -1)), list(range(_TABLES - 1, 0, -1))
-        self._pages = pages
+        # Of all sequences together.
+        self.tokens = pages * PAGE
 
     @property
     def page_bytes(self) -> int:
@@ -85,7 +86,7 @@ class Pool:
         except IndexError:
             self._free_pages.extend(taken)
             raise MemoryError(
-                f"a context of {tokens} tokens does not fit: all sequences together hold {self._pages * PAGE}"
+                f"a context of {tokens} tokens does not fit: all sequences together hold {self.tokens}"
             ) from None
         room.pages += taken
         upload(np.array(room.pages, np.int32), self._tables[room.table, : len(room.pages)])

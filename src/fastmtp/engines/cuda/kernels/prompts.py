@@ -101,8 +101,9 @@ def attend_in_order(
     """
     assert PAGE == SPAN and len(rows) % TILE == 0
     _, heads, size = queries_RAD.shape
-    tiles = gcd(max(1, _MOST // padded(size)), max(1, len(rows) // TILE // _ENOUGH))
-    _attend_in_order[(len(rows) // TILE // tiles, heads)](
+    every = len(rows) // TILE
+    tiles = gcd(every, max(1, _MOST // padded(size)), max(1, every // _ENOUGH))
+    _attend_in_order[(every // tiles, heads)](
         queries_RAD,
         pages.keys,
         pages.values,

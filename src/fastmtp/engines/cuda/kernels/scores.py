@@ -169,6 +169,6 @@ def _launch_scores(
     each = listed and ids.ndim == 2
     step = 8 * (_STEP_BYTES if weight.kind is None else _QUANTISED_STEP_BYTES) // weight.bits
     _scores[(rows // TILE, triton.cdiv(count, BLOCK))](
-        states_RH, weight.values, weight.scales, ids, logits, *memory, count, wanted, hidden, weight.kind,
+        states_RH, weight.values, weight.scales, ids, logits, *memory, count, wanted, hidden, weight.code,
         listed, keeps, picks, each, BLOCK, step, **overlap(states_RH), num_warps=4, num_stages=4,
     )  # fmt: skip

@@ -93,7 +93,7 @@ def add_step(
         columns: the outputs, as rows of W.
         wanted: the first row that is not; beside a quantised matrix it is not read, nor those after it.
         totals: of each tile.
-        KIND: how the matrix is quantised; None is not at all.
+        KIND: `Matrix.code`.
     """
     found = totals[:0]
     if KIND is None:
@@ -107,7 +107,7 @@ def add_step(
         )
         for tile in tl.static_range(len(totals)):
             found += (multiply_add(xs[tile], tl.trans(w), totals[tile]),)
-    elif KIND == "int4":
+    elif KIND == "INT4":
         groups: tl.constexpr = (K + _GROUP - 1) // _GROUP
         lanes = tl.arange(0, _HALF)
         found = totals
@@ -147,7 +147,7 @@ def no_sums(TILES: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def scaled(SCALES, columns, is_column, total, KIND: tl.constexpr):
     """A sum with the scales of 8 bits."""
-    if KIND == "int8" or KIND == "fp8":
+    if KIND == "INT8" or KIND == "FP8":
         total *= tl.load(SCALES + columns, mask=is_column, other=0.0)[None, :]
     return total
 
@@ -164,8 +164,8 @@ def nibbles(w, like, IS_HIGH: tl.constexpr):
 def whole_bytes(w, like, KIND: tl.constexpr):
     """The values of bytes in the type of `like`."""
     if _INTERPRETED or like.dtype != tl.bfloat16:
-        return w.to(tl.int8 if KIND == "int8" else tl.float8e4nv, bitcast=True).to(tl.float32).to(like.dtype)
-    return _assembled(w, _INT8 if KIND == "int8" else _FP8)
+        return w.to(tl.int8 if KIND == "INT8" else tl.float8e4nv, bitcast=True).to(tl.float32).to(like.dtype)
+    return _assembled(w, _INT8 if KIND == "INT8" else _FP8)
 
 
 @triton.jit
