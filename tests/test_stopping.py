@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from fastmtp.__main__ import main
 from fastmtp.cli.main import commands
+from fastmtp.train.stopping import put_off
 from fastmtp.train.trainer import Trainer
 from tests.conftest import tiny_target
 
@@ -150,6 +151,21 @@ def test_training_stops_after_a_step_and_loses_none(
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
+
+
+def test_a_signal_counts_if_nobody_can_be_told() -> None:
+    """Ctrl-C ends what reads the output, too."""
+
+    def say(_: str) -> None:
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with put_off(say) as is_stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert is_stopped()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_stopped_distillation_and_training(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
