@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tensor cores multiply tiles of at least 16 x 16.
-_TILE = 16
-# A tile of queries or of keys: so many, or as many bytes, and so many tiles under way, for the shared memory of a
-# small GPU.
-_ROWS, _ROW_BYTES, _STAGES = 64, 1 << 14, 2
+from fastmtp.engines.torch.running_softmax import add_keys, block_of
+
+# Blocks of keys under way: queries take as much of a small GPU's shared memory as one.
+_STAGES = 2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -55,18 +54,8 @@ def _attention(  # type: ignore[no-untyped-def]
         at = block + tl.arange(0, ROWS)
         cells = base + at[:, None] * D + columns
         is_held = (at[:, None] < end) & (columns < D)
-        key = tl.load(keys + cells, mask=is_held, other=0.0)
         seen = (at[None, :] <= positions) & (at[None, :] > positions - window)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(seen, scores, -1e30)
-        # What a token adds up before it sees a key, the first score that it sees shrinks to nothing.
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(most - higher)
-        value = tl.load(values + cells, mask=is_held, other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        most = higher
+        most, total, sums = add_keys(query, keys, values, cells, is_held, seen, scale, most, total, sums)
     place = output + row * K * GROUP * D + head * D + columns
     tl.store(place, (sums / total[:, None]).to(output.dtype.element_ty), mask=is_own)
 
@@ -86,8 +75,7 @@ def attend_chunks(
     assert queries_NQD.stride()[1:] == (size, 1) and slots_R.is_contiguous()
     assert keys_SKLD.is_contiguous() and values_SKLD.is_contiguous()
     tokens = rows // len(slots_R)
-    columns = max(_TILE, triton.next_power_of_2(size))
-    tile = max(_TILE, min(_ROWS, _ROW_BYTES // (columns * keys_SKLD.element_size())))
+    columns, tile = block_of(keys_SKLD)
     output_NQD = torch.empty(queries_NQD.shape, dtype=queries_NQD.dtype, device=queries_NQD.device)
     _attention[(len(slots_R), heads, triton.cdiv(tokens, tile))](
         queries_NQD,

@@ -14,14 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmtp.engines.torch.running_softmax import TILE, add_keys, block_of
 from fastmtp.engines.torch.slot_parts import HeadNorms, Norm
 
-# Tensor cores multiply tiles of at least 16 x 16.
-_TILE = 16
 # Columns of one program of the gate.
 _COLUMNS = 1024
-# A block of keys: so many, or as many bytes, for the pipeline of a small GPU's shared memory.
-_KEYS, _KEY_BYTES = 64, 1 << 14
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,16 +57,7 @@ def _attention(  # type: ignore[no-untyped-def]
         seen = (at >= first) & (at < end)
         cells = base + at[:, None] * D + columns[None, :]
         is_held = seen[:, None] & (columns[None, :] < D)
-        key = tl.load(keys + cells, mask=is_held, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, -1e30)
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(most - higher)
-        value = tl.load(values + cells, mask=is_held, other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        most = higher
+        most, total, sums = add_keys(query, keys, values, cells, is_held, seen[None, :], scale, most, total, sums)
     tl.store(output + program * GROUP * D + own, (sums / total[:, None]).to(output.dtype.element_ty), mask=is_own)
 
 
@@ -253,8 +241,7 @@ def attend_slots(
     group = queries_SQD.shape[1] // key_heads
     # The heads of a slot lie together; keys that were computed with them may lie between slots.
     assert queries_SQD.stride()[1:] == (size, 1)
-    columns = max(_TILE, triton.next_power_of_2(size))
-    block = max(_TILE, min(_KEYS, _KEY_BYTES // (columns * keys_SKLD.element_size())))
+    columns, block = block_of(keys_SKLD)
     output_SQD = torch.empty(queries_SQD.shape, dtype=queries_SQD.dtype, device=queries_SQD.device)
     _attention[(slots * key_heads,)](
         queries_SQD,
@@ -268,7 +255,7 @@ def attend_slots(
         queries_SQD.stride(0),
         key_heads,
         group,
-        max(_TILE, triton.next_power_of_2(group)),
+        max(TILE, triton.next_power_of_2(group)),
         size,
         columns,
         block,
