@@ -62,11 +62,16 @@ class Absent:
         return 0
 
 
-def compile_only(*, once: bool) -> set[str]:
-    """From now on a launch compiles its kernel and does nothing else; the names of the kernels compiled."""
+def be_absent() -> None:
+    """From now on kernels are for a GPU of the capability that was given, which need not be there."""
     driver.set_active(Absent())
     if int(sys.argv[1]) >= 90:
         overlap._options = lambda _: {"OVERLAPS": True, "launch_pdl": True}
+
+
+def compile_only(*, once: bool) -> set[str]:
+    """From now on a launch compiles its kernel and does nothing else; the names of the kernels compiled."""
+    be_absent()
     run, names, seen = JITFunction.run, set[str](), set[tuple[str, ...]]()
 
     def compiled(self: Any, *arguments: Any, grid: Any, **named: Any) -> None:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 
 # Against what tests/__init__.py sets where there is no GPU.
 os.environ["TRITON_INTERPRET"] = "0"
 
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastmtp.engines.cuda import engine as cuda
@@ -27,34 +25,27 @@ from fastmtp.method.head import MTPHead
 from fastmtp.vocabulary.draft import DraftLists
 from fastmtp.vocabulary.lists import VocabularyLists
 from tests.conftest import tiny_target
-from tests.cuda.compiling import Absent, overlap
+from tests.cuda.compiling import be_absent
 from tests.cuda.engine import convert
 from tests.engines import TensorWeights
 
 
-class FoundError(Exception):
-    """What comes next would need the GPU."""
-
-
 def main() -> None:
-    driver.set_active(Absent())
-    overlap._options = lambda _: {"OVERLAPS": True, "launch_pdl": True}
+    be_absent()
     target, kernels = tiny_target("llama"), set[JITFunction]()
 
-    def compile_beforehand(self: cuda.CudaEngine, function: Callable[[], None], _: object) -> None:
+    def begin(self: cuda.CudaEngine, launch_all: Callable[[], None], *_: object) -> None:
+        # What comes next would need the GPU.
         with self.machine.graphs.uncaptured():
-            kernels.update(kernel for kernel, _ in launched_by(function))
-        raise FoundError
+            kernels.update(kernel for kernel, _ in launched_by(launch_all))
 
-    cuda.CudaEngine._compile = compile_beforehand
+    cuda.CudaEngine._begin = begin
     lists = DraftLists(VocabularyLists.of(range(128)), target.vocabulary_size, 8)
     for kind in (None, *QUANTISED):
         engine = cuda.CudaEngine(convert(target, torch.bfloat16, kind), 4096, Sizes())
         head = engine.target.head(TensorWeights(MTPHead(target.model).state_dict()))
-        with suppress(FoundError):
-            engine.capture()
-        with suppress(FoundError):
-            engine.prepare_drafting(Head(head, VocabularyLists({}), 3), lists, 3, (4, 1))
+        engine.capture()
+        engine.prepare_drafting(Head(head, VocabularyLists({}), 3), lists, 3, (4, 1))
     print(*sorted(f"{kernel.module}.{kernel.__name__}" for kernel in kernels))
 
     rows, table = torch.zeros(3, dtype=torch.int32), torch.zeros(9, 16)

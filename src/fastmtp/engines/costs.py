@@ -158,21 +158,18 @@ def forwards_ms(
 
 def step_task(sequence: TokenSequence, context: Sequence[int], runs: int = 5) -> Task:
     """Seconds of a step of plain decoding among others; the median of some runs."""
-    token = context[0]
 
-    def steps(count: int) -> None:
-        nonlocal token
+    def steps(token: int, count: int) -> int:
         for _ in range(count):
             (token,) = sequence.verify_greedy(Tree(token))
             sequence.commit([0])
+        return token
 
     def run() -> float:
-        nonlocal token
         sequence.prefill(context)
-        token = context[0]
         # An engine sees from the first ones that others follow.
-        steps(_BEFORE)
-        return timed(lambda: steps(_STEPS)) / _STEPS
+        token = steps(context[0], _BEFORE)
+        return timed(lambda: steps(token, _STEPS)) / _STEPS
 
     run()
     return lambda: median(run() for _ in range(runs))

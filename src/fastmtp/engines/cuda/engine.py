@@ -82,15 +82,15 @@ class CudaEngine:
                 for sampling in (GREEDY, DRAWN):
                     self._plain.launch(room, 0, 0, sampling)
 
-        self._compile(launch_all, progress)
-        with progress.status("capturing graphs"):
-            launch_all()
+        self._begin(launch_all, "capturing graphs", progress)
 
-    def _compile(self, function: Callable[[], None], progress: Progress) -> None:
-        """What a function launches; it captures nothing."""
+    def _begin(self, launch_all: Callable[[], None], said: str, progress: Progress) -> None:
+        """Compile what a function launches, before it captures graphs."""
         if self.target.device.type == "cuda":
             with progress.status("compiling kernels"), self.machine.held(), self.machine.graphs.uncaptured():
-                compile_for(self.target.device, function)
+                compile_for(self.target.device, launch_all)
+        with progress.status(said):
+            launch_all()
 
     def load_head(self, directory: Path) -> Head:
         stored = read_head(directory, self.target, head_shapes(self.target.config))
@@ -113,9 +113,7 @@ class CudaEngine:
         def launch_all() -> None:
             capture_drafts(self.machine, self._ahead, self._rounds, head.weights, ids_D, levels, widths)
 
-        self._compile(launch_all, progress)
-        with progress.status("capturing the graphs of the head's drafts"):
-            launch_all()
+        self._begin(launch_all, "capturing the graphs of the head's drafts", progress)
 
     def prepare(self) -> bool:
         """Nothing: all memory is there."""

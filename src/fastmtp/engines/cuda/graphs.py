@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastmtp.engines.capture import Step, capture, on_device
+from fastmtp.engines.capture import Step, capture, on_device, shared_memory
 from fastmtp.engines.copies import Sent
 from fastmtp.engines.cuda.kernels.shapes import TILE
 
@@ -70,7 +70,7 @@ class Graphs:
         self.sizes = sizes or (Sizes() if device.type == "cuda" else EXACT)
         # The replay of each graph, and its function, which keeps the memory that the graph knows.
         self._captured: dict[Hashable, tuple[Step, Step]] = {}
-        self._memory = self._new_memory()
+        self._memory = shared_memory(self._device)
         self.launched = self.copied = 0
         self._captures = True
 
@@ -120,10 +120,7 @@ class Graphs:
         with self._lock:
             self._captured.clear()
             # PyTorch does not take a pool again that no graph uses.
-            self._memory = self._new_memory()
-
-    def _new_memory(self) -> Any:
-        return torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+            self._memory = shared_memory(self._device)
 
     def arrived(self, sent: Sent) -> NDArray[Any]:
         """Waits for a copy."""

@@ -87,7 +87,7 @@ class Machine:
     def every_size(self, room: Room) -> list[list[Text]]:
         """Rows for every graph of forwards: those of many texts, and those of a prompt."""
         sizes, limit = self.graphs.sizes, min(self.target.context_limit, self.pool.tokens)
-        lengths = [[*[TILE] * (count // TILE), *[count % TILE][: count % TILE]] for count in sizes.rows]
+        lengths = [[min(TILE, count - begin) for begin in range(0, count, TILE)] for count in sizes.rows]
         lengths += [[min(count, limit)] for count in (sizes.prompt[0] + 1, *sizes.prompt[1:])]
         return [[Text(room, 0, [0] * length) for length in own] for own in lengths]
 
@@ -216,16 +216,11 @@ class Machine:
         """The states of one prompt or of some texts, whose rows may be divided anywhere: earlier ones are in their
         places by then.
         """
-        (facts, paths), sizes, is_prompt = self._facts(texts), self.graphs.sizes, self._is_prompt(texts[0])
+        facts, paths = self._facts(texts)
         total, begin, found = facts.shape[1], 0, []
-        spans = None if is_prompt else self.spans_for(int(facts[1].max()))
-        most = max(size for size in (TILE, *LARGE) if size == TILE or size * (spans or 0) <= _ROWS_BY_SPANS)
+        spans = None if self._is_prompt(texts[0]) else self.spans_for(int(facts[1].max()))
         while begin < total:
-            if is_prompt:
-                taken, count = sizes.part_of_prompt(total - begin)
-            else:
-                taken = min(total - begin, most)
-                count = self.graphs.rows_for(taken)
+            taken, count = self._part(total - begin, spans)
             if count not in self._rows:
                 self._rows[count] = Rows.empty(count, self.target.device)
             rows, end = self._rows[count], begin + taken
@@ -235,6 +230,14 @@ class Machine:
             found.append(views.states[:taken].clone())
             begin = end
         return _divided(found[0] if len(found) == 1 else torch.cat(found), texts)
+
+    def _part(self, left: int, spans: int | None) -> tuple[int, int]:
+        """How many of the rows that are left are computed next, and those of the graph."""
+        if spans is None:
+            return self.graphs.sizes.part_of_prompt(left)
+        most = max(size for size in (TILE, *LARGE) if size == TILE or size * spans <= _ROWS_BY_SPANS)
+        taken = min(left, most)
+        return taken, self.graphs.rows_for(taken)
 
 
 def _divided(states_TH: Tensor, texts: Sequence[Text]) -> list[Tensor]:
