@@ -33,7 +33,6 @@ NB_MODULE(_native, m) {
   // An application that holds a model when Python ends would read of leaks.
   nb::set_leak_warnings(false);
   m.attr("PAGE_TOKENS") = kPageTokens;
-  m.attr("HAS_OPENMP") = kHasOpenMp;
 
   nb::class_<Runtime>(m, "Runtime")
       .def(nb::init<int>(), "threads"_a)
@@ -50,7 +49,7 @@ NB_MODULE(_native, m) {
   m.def("read_seconds", &Runtime::read_seconds, "runtime"_a, "bytes"_a, "repeats"_a, WithoutGil());
   m.def("product_peak", &Runtime::product_peak, "runtime"_a, "type"_a, WithoutGil());
   m.def("attention_peak", &Runtime::attention_peak, "runtime"_a, WithoutGil());
-  m.def("barrier_seconds", &Runtime::barrier_seconds, "runtime"_a, WithoutGil());
+  m.def("phase_seconds", &Runtime::phase_seconds, "runtime"_a, WithoutGil());
   m.def("small_numbers",
         [](uint64_t key, int size, uint64_t limit) {
           Numbers found(std::max(size, 0));

@@ -94,7 +94,7 @@ void score(Runtime& runtime, std::vector<Scored>& nodes) {
   const Matrix& any = *products[0].part.matrix;
   float* logits = runtime.logits.reserve(nodes.size() * stride);
   runtime.reserve(runtime.stream, int(nodes.size()), any.inputs());
-  runtime.run([&](Team team) {
+  runtime.run([&](Team& team) {
     runtime.convert_all(team, any, int(nodes.size()), [&](int m) { return nodes[m].state; });
     for (const auto& [part, first, rows, column] : products)
       runtime.matmul(team, Part::lm_head, *part.matrix, part.count, first, rows,

@@ -18,7 +18,7 @@ void Head::forward(const std::vector<Segment>& segments, const std::vector<int32
   const int hidden = stack.hidden;
   const Pass pass(runtime, stack, segments);
   runtime.reserve(runtime.stream, pass.rows(), 2 * hidden);
-  runtime.run([&](Team team) {
+  runtime.run([&](Team& team) {
     team.each(Part::convert, pass.rows(), [&](int m) {
       float* joined = runtime.own_row(team);
       model.embed(tokens[m], joined);

@@ -85,7 +85,7 @@ void Pass::add_branch(Team& team, Run run, const Gains& out_norm, const Gains& g
   team.each_group(Part::norm, rows(), matrix.groups(), [&](int m, int group) { add(team, m, group); });
 }
 
-void Pass::norm_branch(const Team& team, const Gains& gains) const {
+void Pass::norm_branch(Team& team, const Gains& gains) const {
   if (gains.empty()) return;
   team.each(Part::norm, rows(), [&](int m) { runtime_.norm(branch(m), gains, stack_.epsilon, branch(m)); });
 }
@@ -102,7 +102,7 @@ void Model::forward(const std::vector<Segment>& segments, const int32_t* tokens,
                     float* last_inputs) const {
   const Call call(runtime);
   const Pass pass(runtime, stack, segments);
-  runtime.run([&](Team team) {
+  runtime.run([&](Team& team) {
     team.each(Part::embed, pass.rows(), [&](int m) { embed(tokens[m], pass.branch(m)); });
     pass.run(team, states, last_inputs);
   });

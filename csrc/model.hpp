@@ -51,7 +51,7 @@ class Pass {
   template <class Run>
   void add_branch(Team& team, Run run, const Gains& out_norm, const Gains& gains, const Matrix& matrix) const;
   // A norm of what is added next.
-  void norm_branch(const Team& team, const Gains& gains) const;
+  void norm_branch(Team& team, const Gains& gains) const;
   // What is left of a norm of the stream with these gains.
   Norm left_of(const Gains& gains) const { return gains.empty() ? Norm{} : Norm{stack_.hidden, stack_.epsilon}; }
 

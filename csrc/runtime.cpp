@@ -25,8 +25,9 @@ double least_seconds(int repeats, Work work) {
 void Runtime::matmul(Team& team, Part part, Inputs& operand, const Matrix& matrix, int rows, float* out, int stride,
                      Norm norm, const Then* then) {
   Operand from = operand.of(matrix);
-  from.factors = set_factors(team, matrix, rows, norm);
   const auto multiply = [&](int begin, int end) {
+    // With items to do, so before the squares change.
+    if (!from.factors) from.factors = set_factors(team, matrix, rows, norm);
     kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
   };
   if (then && then->outputs % kLanes == 0)
@@ -43,8 +44,8 @@ void Runtime::matmul(Team& team, Part part, Inputs& operand, const Matrix& matri
 void Runtime::matmul(Team& team, Part part, const Matrix& matrix, int outputs, int first, int rows, float* out,
                      int stride) {
   Operand from = stream.of(matrix).from(matrix.type(), first);
-  from.factors = set_factors(team, matrix, rows, {});
   team.split(part, round_up(outputs, kLanes) / kLanes, kBlocksTogether, [&](int begin, int end) {
+    if (!from.factors) from.factors = set_factors(team, matrix, rows, {});
     kernels.matmul(matrix.view(), from, rows, begin, end, out, stride);
   });
 }
@@ -68,7 +69,7 @@ void Runtime::product(Team& team, const Matrix& matrix, const float* states, int
 void Runtime::scores(const Matrix& matrix, const float* states, int rows, float* out, int stride) {
   const Call call(*this);
   reserve(stream, rows, matrix.inputs());
-  run([&](Team team) { product(team, matrix, states, rows, out, stride); });
+  run([&](Team& team) { product(team, matrix, states, rows, out, stride); });
 }
 
 std::vector<int32_t> Runtime::argmax(const Matrix& matrix, const float* states, int rows, int kept, float* out) {
@@ -77,7 +78,7 @@ std::vector<int32_t> Runtime::argmax(const Matrix& matrix, const float* states, 
   const float* scores = logits.reserve(size_t(rows) * stride);
   reserve(stream, rows, matrix.inputs());
   std::vector<int32_t> best(rows - kept);
-  run([&](Team team) {
+  run([&](Team& team) {
     product(team, matrix, states, rows, logits.get(), stride);
     team.each(Part::argmax, rows, [&](int m) {
       const float* row = scores + size_t(m) * stride;
@@ -99,7 +100,7 @@ double Runtime::read_seconds(size_t bytes, int repeats) {
   for (size_t i = 0; i < count; i++) memory[i] = float(i % 1021);
   std::vector<float> sums(threads);
   return least_seconds(repeats, [&] {
-    run([&](Team team) {
+    run([&](Team& team) {
       team.split(Part::read, int(count / kPart), [&](int begin, int end) {
         sums[team.id] = kernels.read(memory.get() + begin * kPart, (end - begin) * kPart);
       });
@@ -114,7 +115,7 @@ double Runtime::rate(Work work) {
   const Call call(*this);
   std::vector<double> done(threads);
   double seconds = 0;
-  run([&](Team team) {
+  run([&](Team& team) {
     const double least = least_seconds(kRepeats, [&] {
       team.each(Part::read, threads, [&](int thread) { done[thread] = work(thread); });
     });
@@ -133,17 +134,24 @@ double Runtime::attention_peak() {
   return rate([&](int thread) { return kernels.attention_peak(memory.get() + thread * kPeakBytes); });
 }
 
-double Runtime::barrier_seconds() {
-  constexpr int kWaits = 50, kRepeats = 20;
+double Runtime::phase_seconds() {
+  constexpr int kPhases = 50, kRepeats = 20;
   const Call call(*this);
   double seconds = 0;
-  run([&](Team team) {
+  std::atomic<int> there{0};
+  run([&](Team& team) {
+    int expected = 0;
     const double least = least_seconds(kRepeats, [&] {
-      for (int wait = 0; wait < kWaits; wait++) team.wait(Part::read);
+      for (int phase = 0; phase < kPhases; phase++) {
+        expected += threads;
+        team.each(Part::read, threads, [&](int) {
+          for (there++; there < expected;) pause();
+        });
+      }
     });
     if (team.id == 0) seconds = least;
   });
-  return seconds / kWaits;
+  return seconds / kPhases;
 }
 
 double Runtime::product_seconds(const Matrix& matrix, int rows) {

@@ -6,23 +6,12 @@
 #include <stdexcept>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "kernels/kernels.hpp"
 #include "matrix.hpp"
 #include "memory.hpp"
 #include "threads.hpp"
 
 namespace fastmtp {
-
-// Without it all runs on the caller's thread, however many are asked for.
-#ifdef _OPENMP
-constexpr bool kHasOpenMp = true;
-#else
-constexpr bool kHasOpenMp = false;
-#endif
 
 // Memory that grows to the largest size asked for; growing loses the contents. Throws std::bad_alloc.
 template <class T>
@@ -96,9 +85,7 @@ class Inputs {
 
 class Runtime {
  public:
-  explicit Runtime(int threads) : threads(threads) {
-    if (threads < 1) throw std::invalid_argument("threads must be 1 or more");
-  }
+  explicit Runtime(int threads) : threads(threads), shared_(at_least_one(threads)), threads_(threads) {}
 
   const int threads;
   const Kernels& kernels = fastmtp::kernels();
@@ -109,16 +96,16 @@ class Runtime {
   // converted to the other while some threads still read the first.
   Inputs stream, inner;
 
-  // Calls work(team) on every thread.
+  // Calls work(team) on all threads that come before it is done.
   template <class Work>
   void run(Work work) {
     lap(Part::plan);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    run_one(work, omp_get_thread_num(), omp_get_num_threads());
-#else
-    run_one(work, 0, 1);
-#endif
+    shared_.reset();
+    threads_.run([&](int id) {
+      Team team(id, shared_, laps_.empty() ? nullptr : &laps_[id]);
+      team.lap(Part::team);
+      work(team);
+    });
     lap(Part::team);
   }
 
@@ -134,8 +121,7 @@ class Runtime {
   }
   // For products that something follows, in as many groups.
   void reserve_groups(int groups) {
-    if (groups <= int(done_.size())) return;
-    done_ = std::vector<std::atomic<int>>(groups);
+    if (groups > int(shared_.of_group.size())) shared_.of_group = std::vector<std::atomic<int>>(groups);
   }
   // Each thread's memory for one row of as many numbers as were reserved.
   float* own_row(const Team& team) { return rows_.get() + size_t(team.id) * row_size_; }
@@ -152,7 +138,7 @@ class Runtime {
   }
   // Sets all rows of the stream, by the whole team; row(m) is where row m's numbers are.
   template <class Row>
-  void convert_all(const Team& team, const Matrix& matrix, int rows, Row row) {
+  void convert_all(Team& team, const Matrix& matrix, int rows, Row row) {
     team.each_group(Part::convert, rows, matrix.groups(),
                     [&](int m, int group) { convert(stream, matrix, row(m) + group * kGroup, m, group); });
   }
@@ -180,8 +166,8 @@ class Runtime {
   // Multiply-adds a second of all threads, if memory cost nothing: of products with weights of a type, and of attention.
   double product_peak(Type type);
   double attention_peak();
-  // Seconds that all threads take to wait for each other, when none is late; the least of some repeats.
-  double barrier_seconds();
+  // Seconds of a phase in which all threads meet, when none is late; the least of some repeats.
+  double phase_seconds();
   // Seconds of a product that each thread computes alone, again and again; for a matrix that stays in its cache.
   double product_seconds(const Matrix& matrix, int rows);
 
@@ -191,13 +177,11 @@ class Runtime {
   std::vector<Laps> laps();
 
  private:
-  const float* set_factors(const Team& team, const Matrix& matrix, int rows, Norm norm);
-  template <class Work>
-  void run_one(Work work, int id, int count) {
-    const Team team{id, count, barrier_, left_.get(), done_.data(), laps_.empty() ? nullptr : &laps_[id]};
-    team.lap(Part::team);
-    work(team);
+  static int at_least_one(int threads) {
+    if (threads < 1) throw std::invalid_argument("threads must be 1 or more");
+    return threads;
   }
+  const float* set_factors(const Team& team, const Matrix& matrix, int rows, Norm norm);
   // Of all threads.
   void lap(Part part) {
     for (Laps& one : laps_) one.worked(part);
@@ -216,11 +200,10 @@ class Runtime {
   int calls_ = 0;  // that hold it, one within the other
   Owner owner_ = Owner::target;  // of the innermost
   std::vector<Laps> laps_;
-  Barrier barrier_;
-  const std::unique_ptr<Left[]> left_{new Left[threads]};
-  std::vector<std::atomic<int>> done_;
+  Shared shared_;
   Scratch<float> rows_, squares_, factors_;
   int row_size_ = 0, rows_stride_ = 0;
+  Threads threads_;
 };
 
 // Holds the runtime from a call's first reservation of memory to its end. Calls within it may have other owners.

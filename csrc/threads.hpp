@@ -1,11 +1,21 @@
-// A team of threads that goes through a forward pass together, phase by phase.
+// Threads that go through a forward pass together, phase by phase, and never wait for one that is not there.
+//
+// A phase is a number of items. Each thread takes those of its share, then others' that are left, and the next phase
+// begins when all items are done, whoever did them: another process may have the core of a thread.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
+#include <thread>
+#include <vector>
+
+#ifndef _WIN32
+#include <unistd.h>
+#endif
 
 #include "parts.hpp"
 
@@ -19,124 +29,149 @@ inline void pause() {
 #endif
 }
 
-// All threads of a team wait for the last one. A forward pass has some hundred waits, so a wait spins first. If another
-// process has taken the core of a thread, the others should not use theirs for spinning, so a wait then sleeps.
-class Barrier {
+// A wait for something that other threads do: it spins first, then it sleeps, since a thread that is late may need the
+// core. What is waited for is read, and done by others, sequentially consistently: so either `tell` sees who is about to
+// sleep, or that one sees what was done.
+class Waiting {
  public:
-  void wait(int count) {
-    const unsigned round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_seq_cst);
-      if (sleeping_.load(std::memory_order_seq_cst) > 0) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        wake_.notify_all();
-      }
-      return;
-    }
-    for (int spin = 0; spin < kSpins; spin++) {
-      if (round_.load(std::memory_order_acquire) != round) return;
+  static constexpr int kSpins = 4000;  // about 50 microseconds
+
+  template <class Holds>
+  void until(Holds holds, int spins = kSpins) {
+    for (int spin = 0; spin < spins; spin++) {
+      if (holds()) return;
       pause();
     }
     std::unique_lock<std::mutex> lock(mutex_);
-    sleeping_.fetch_add(1, std::memory_order_seq_cst);
-    wake_.wait(lock, [&] { return round_.load(std::memory_order_seq_cst) != round; });
-    sleeping_.fetch_sub(1, std::memory_order_relaxed);
+    sleeping_++;
+    wake_.wait(lock, holds);
+    sleeping_--;
+  }
+
+  // To be called after what may end a wait.
+  void tell() {
+    if (sleeping_ == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
   }
 
  private:
-  static constexpr int kSpins = 4000;  // about 50 microseconds
-
-  std::atomic<int> arrived_{0}, sleeping_{0};
-  std::atomic<unsigned> round_{0};
+  std::atomic<int> sleeping_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
 
-// What is left of a thread's consecutive items, on a cache line of its own. Its thread takes them from the front; one
-// that has nothing left takes some from the back, since cores are not equally fast, nor always there.
+struct Items {
+  int begin, end;
+
+  bool empty() const { return begin == end; }
+};
+
+// What is left of a thread's share of a phase, on a cache line of its own. Its thread takes from the front, others from
+// the back.
 class alignas(64) Left {
  public:
-  struct Items {
-    int begin, end;
-  };
+  void reset() { packed_.store(0, std::memory_order_relaxed); }
 
-  void set(Items items) { packed_.store(pack(items), std::memory_order_relaxed); }
-
-  // Takes up to `count` items; none where begin and end are the same.
-  Items take(int count, bool front) {
+  // Takes some items of a phase: of so many that are left, count(left). share() is the thread's share of the phase.
+  template <class Share, class Count>
+  Items take(uint64_t phase, Share share, Count count, bool front) {
     uint64_t seen = packed_.load(std::memory_order_relaxed);
     while (true) {
-      const Items all{int(seen >> 32), int(seen & 0xffffffff)};
-      const int taken = std::min(count, all.end - all.begin);
+      const uint64_t its = seen >> 2 * kBits;
+      if (its > phase) return {0, 0};  // the phase is over
+      const Items all = its == phase ? Items{int(seen >> kBits & kMask), int(seen & kMask)} : share();
+      if (all.empty()) return all;
+      const int taken = std::min(count(all.end - all.begin), all.end - all.begin);
       const Items rest = front ? Items{all.begin + taken, all.end} : Items{all.begin, all.end - taken};
-      if (taken == 0 || packed_.compare_exchange_weak(seen, pack(rest), std::memory_order_relaxed))
-        return front ? Items{all.begin, all.begin + taken} : Items{all.end - taken, all.end};
+      const uint64_t packed = phase << 2 * kBits | uint64_t(rest.begin) << kBits | uint64_t(rest.end);
+      if (packed_.compare_exchange_weak(seen, packed, std::memory_order_relaxed))
+        return front ? Items{all.begin, rest.begin} : Items{rest.end, all.end};
     }
   }
 
  private:
-  static uint64_t pack(Items items) { return uint64_t(items.begin) << 32 | uint32_t(items.end); }
+  static constexpr int kBits = 24;  // of an item's number; the rest is the phase's
+  static constexpr uint64_t kMask = (1 << kBits) - 1;
 
   std::atomic<uint64_t> packed_{0};
 };
 
-// One thread's view of its team.
-struct Team {
-  int id, count;
-  Barrier& barrier;
-  Left* left;               // by thread
-  std::atomic<int>* done;   // items by group, of groups that more than one thread works on; zero between parts
-  Laps* laps;  // null while nobody asks where the time goes
+// What the threads of a run share; all zero when it begins.
+struct Shared {
+  explicit Shared(int count) : count(count), left(new Left[count]) {}
+
+  void reset() {
+    done.store(0, std::memory_order_relaxed);
+    for (int id = 0; id < count; id++) left[id].reset();
+  }
+
+  const int count;
+  const std::unique_ptr<Left[]> left;  // by thread
+  alignas(64) std::atomic<int64_t> done{0};  // items of all phases
+  Waiting waiting;                           // for them
+  std::vector<std::atomic<int>> of_group;    // items by group, of groups that more than one thread works on
+};
+
+// One thread's way through a run. All threads go the same way, so each knows when a phase is over. What a thread does
+// between phases must do no harm if they are long over.
+class Team {
+ public:
+  Team(int id, Shared& shared, Laps* laps) : id(id), count(shared.count), shared_(shared), laps_(laps) {}
+
+  const int id, count;
 
   // Since the last call this thread has worked on a part.
   void lap(Part part) const {
-    if (laps) laps->worked(part);
+    if (laps_) laps_->worked(part);
   }
 
-  // Waits for the others after a part.
-  void wait(Part part) const {
-    lap(part);
-    barrier.wait(count);
-    if (laps) laps->waited(part);
-  }
-
-  // Calls work(item) for this thread's share of the items of a part, and waits for the others.
+  // Calls work(item) for all items of a part.
   template <class Work>
-  void each(Part part, int items, Work work) const {
-    for (int item = id; item < items; item += count) work(item);
-    wait(part);
+  void each(Part part, int items, Work work) {
+    split(part, items, [&](int begin, int end) {
+      for (int item = begin; item < end; item++) work(item);
+    });
   }
 
-  // Calls work(m, group) for this thread's share of the groups of all rows: neighbouring groups, which come from one
-  // thread and go to one, so that few numbers change cores.
+  // Calls work(m, group) for all groups of all rows: neighbouring groups, which come from one thread and go to one, so
+  // that few numbers change cores.
   template <class Work>
-  void each_group(Part part, int rows, int groups, Work work) const {
+  void each_group(Part part, int rows, int groups, Work work) {
     split(part, rows * groups, [&](int begin, int end) {
       for (int item = begin; item < end; item++) work(item % rows, item / rows);
     });
   }
 
-  // Calls work(begin, end) for this thread's contiguous share.
+  // Calls work(begin, end) for all items: once for each thread, if none is late.
   template <class Work>
-  void split(Part part, int items, Work work) const {
-    const Left::Items own = share(items);
-    if (own.begin < own.end) work(own.begin, own.end);
-    wait(part);
+  void split(Part part, int items, Work work) {
+    shares(part, items, [&](int thread) { return share(items, thread); }, work);
+  }
+
+  // The same; share_of(thread) is a thread's share.
+  template <class Share, class Work>
+  void shares(Part part, int items, Share share_of, Work work) {
+    begin(items);
+    int did = own(share_of, items, work);
+    finish(part, did, [&](int other) { return others(other, share_of, 0, work); });
   }
 
   // The same in steps of at most 2 * `step` items; who is done helps the others.
   template <class Work>
-  void split(Part part, int items, int step, Work work) const {
-    steps(items, step, work);
-    wait(part);
+  void split(Part part, int items, int step, Work work) {
+    begin(items);
+    const auto share_of = [&](int thread) { return share(items, thread); };
+    int did = own(share_of, 2 * step, work);
+    for (int other = 1; other < count; other++) did += others(other, share_of, step, work);
+    finish(part, did, [&](int other) { return others(other, share_of, step, work); });
   }
 
   // The same, and then(group), which is of another part, for each `size` items: by the thread that does the last of
   // them, as soon as they are done.
   template <class Work, class Then>
-  void split(Part part, int items, int step, Work work, int size, Part after, Then then) const {
-    steps(items, step, [&](int begin, int end) {
+  void split(Part part, int items, int step, Work work, int size, Part after, Then then) {
+    split(part, items, step, [&](int begin, int end) {
       work(begin, end);
       lap(part);
       for (int group = begin / size; group * size < end; group++) {
@@ -145,30 +180,181 @@ struct Team {
       }
       lap(after);
     });
-    wait(part);
   }
 
-  Left::Items share(long long items) const { return {int(items * id / count), int(items * (id + 1) / count)}; }
+  Items share(long long items, int thread) const {
+    return {int((items * thread + count - 1) / count), int((items * (thread + 1) + count - 1) / count)};
+  }
 
  private:
-  template <class Work>
-  void steps(int items, int step, Work work) const {
-    left[id].set(share(items));
-    for (int other = 0; other < count; other++)
-      while (true) {
-        const auto [begin, end] = left[(id + other) % count].take(other ? step : 2 * step, other == 0);
-        if (begin == end) break;
-        work(begin, end);
+  // Spins after which a thread looks for work that is another's: about a microsecond, since most are not late.
+  static constexpr int kPatience = 64;
+
+  void begin(int items) {
+    phase_++;
+    end_ += items;
+  }
+
+  template <class Share, class Work>
+  int own(Share share_of, int step, Work work) {
+    int did = 0;
+    while (true) {
+      const Items some = shared_.left[id].take(
+          phase_, [&] { return share_of(id); }, [&](int) { return step; }, true);
+      if (some.empty()) return did;
+      work(some.begin, some.end);
+      did += some.end - some.begin;
+    }
+  }
+
+  // Does what is left to the thread `other` threads further; in steps, or by half of it at a time.
+  template <class Share, class Work>
+  int others(int other, Share share_of, int step, Work work) {
+    const int thread = (id + other) % count;
+    int did = 0;
+    while (true) {
+      const Items some = shared_.left[thread].take(
+          phase_, [&] { return share_of(thread); }, [&](int left) { return step ? step : (left + 1) / 2; }, false);
+      if (some.empty()) return did;
+      work(some.begin, some.end);
+      did += some.end - some.begin;
+    }
+  }
+
+  bool is_over() const { return shared_.done >= end_; }
+
+  // Counts what this thread did, and waits for the rest or does it: help(other) returns how many items.
+  template <class Help>
+  void finish(Part part, int did, Help help) {
+    lap(part);
+    count_done(did);
+    for (int turn = 0; turn < Waiting::kSpins / kPatience; turn++) {
+      for (int spin = 0; spin < kPatience; spin++) {
+        if (is_over()) return waited(part);
+        pause();
       }
+      for (int other = 1; other < count; other++) {
+        did = help(other);
+        if (did == 0) continue;
+        if (laps_) laps_->worked(part);
+        count_done(did);
+      }
+    }
+    // What is not done is under way.
+    shared_.waiting.until([&] { return is_over(); }, 0);
+    waited(part);
+  }
+
+  void count_done(int did) {
+    if (did == 0) return;
+    shared_.done += did;
+    shared_.waiting.tell();
+  }
+
+  void waited(Part part) const {
+    if (laps_) laps_->waited(part);
   }
 
   // Counts `did` items of a group of `size`; whether that was the last of them.
   bool completes(int group, int did, int size) const {
     if (did == size) return true;
-    if (done[group].fetch_add(did, std::memory_order_acq_rel) + did < size) return false;
-    done[group].store(0, std::memory_order_relaxed);
+    std::atomic<int>& done = shared_.of_group[group];
+    if (done.fetch_add(did, std::memory_order_acq_rel) + did < size) return false;
+    done.store(0, std::memory_order_relaxed);
     return true;
   }
+
+  Shared& shared_;
+  Laps* const laps_;  // null while nobody asks where the time goes
+  uint64_t phase_ = 0;
+  int64_t end_ = 0;  // items until the end of the phase
+};
+
+// The threads of a run: the caller's, and others that are started at the first one.
+class Threads {
+ public:
+  explicit Threads(int count) : crew_(new Crew(count)) {}
+  Threads(const Threads&) = delete;
+
+  ~Threads() {
+    // A forked process has none of the other threads, and must not touch what they wait for.
+    if (crew_->is_here()) crew_->end();
+    else crew_.release();
+  }
+
+  // Calls work(id) on the caller's thread and on each other one that comes before that returns; waits for those that
+  // came. Throws std::system_error if the system has no more threads.
+  template <class Work>
+  void run(const Work& work) {
+    if (crew_->count == 1) return work(0);
+    // A process that was forked before the first run has threads of its own.
+    if (crew_->others.empty() && !crew_->is_here()) crew_.reset(new Crew(crew_->count));
+    crew_->run(&work, [](const void* own, int id) { (*static_cast<const Work*>(own))(id); });
+  }
+
+ private:
+  struct Crew {
+    explicit Crew(int count) : count(count) {}
+
+    const int count;
+    std::vector<std::thread> others;
+    // Of the last run: its number, whether threads may still come, and how many are there.
+    std::atomic<uint64_t> state{0};
+    uint64_t number = 0;
+    const void* work = nullptr;
+    void (*call)(const void*, int) = nullptr;
+    Waiting begun, ended;
+#ifndef _WIN32
+    const pid_t process = getpid();
+    bool is_here() const { return process == getpid(); }
+#else
+    bool is_here() const { return true; }
+#endif
+
+    void run(const void* its_work, void (*its_call)(const void*, int)) {
+      while (int(others.size()) < count - 1) {
+        const int id = int(others.size()) + 1;
+        others.emplace_back([this, id] { serve(id); });
+      }
+      work = its_work;
+      call = its_call;
+      number += kNumber;
+      state = number | kOpen;
+      begun.tell();
+      call(work, 0);
+      state &= ~kOpen;
+      ended.until([&] { return state == number; });
+    }
+
+    void serve(int id) {
+      uint64_t last = 0, seen = 0;
+      const auto is_new = [&] {
+        seen = state;
+        return seen == kEnd || ((seen & kOpen) && seen / kNumber != last);
+      };
+      while (true) {
+        begun.until(is_new, kIdleSpins);
+        if (seen == kEnd) return;
+        if (!state.compare_exchange_strong(seen, seen + 1)) continue;
+        last = seen / kNumber;
+        call(work, id);
+        state--;
+        ended.tell();
+      }
+    }
+
+    void end() {
+      state = kEnd;
+      begun.tell();
+      for (std::thread& other : others) other.join();
+    }
+  };
+
+  // While the caller is likely to come back with another run.
+  static constexpr int kIdleSpins = 3 * Waiting::kSpins;
+  static constexpr uint64_t kNumber = uint64_t(1) << 32, kOpen = kNumber >> 1, kEnd = ~uint64_t(0);
+
+  std::unique_ptr<Crew> crew_;
 };
 
 }  // namespace fastmtp

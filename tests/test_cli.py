@@ -196,7 +196,7 @@ def test_bench_engine_by_part(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for parts in found["parts"].values():
         assert {part for part, times in parts.items() if "floor_ms" in times} == found["amounts"]["1"].keys()
         assert all(times["work_ms"] > 0 for times in parts.values())
-    assert found["barrier_us"] > 0
+    assert found["phase_us"] > 0
     assert found["rounds"] == {}
 
 
@@ -214,7 +214,7 @@ def test_bench_engine_by_part_of_rounds(model: Path, head: Path, monkeypatch: py
     options = ["--target", str(model), "--head", str(head), "--parts", "--context", "40"]
     shown = CliRunner().invoke(commands, ["bench-engine", *options])
     assert shown.exit_code == 0, shown.output
-    for text in ("waiting after products", "ms a forward, 8 tokens", "drafting policy", "a barrier of the threads"):
+    for text in ("waiting after products", "ms a forward, 8 tokens", "drafting policy", "a phase in which"):
         assert text in shown.stdout
 
 

@@ -60,7 +60,7 @@ struct Operand {
   // Without the rows before one.
   Operand from(Type type, int row) const {
     uint8_t* first = type == Type::bf16 ? reinterpret_cast<uint8_t*>(bf16_row(row)) : values + size_t(row) * groups * kGroup;
-    return {first, scales + row, sums + row, factors + row, groups, stride};
+    return {first, scales + row, sums + row, factors ? factors + row : nullptr, groups, stride};
   }
 };
 

@@ -172,19 +172,22 @@ class AttentionPass : public Mixer::Pass {
     const auto keys = [&](const Item& item, int page) {
       return states_[tiles_[item.first_tile].segment]->keys(page, item.key_head);
     };
-    const int end = first_item(team.id + 1, team.count);
-    for (int index = first_item(team.id, team.count); index < end; index++) {
-      const Item& item = items_[index];
-      const Item* following = index + 1 < end ? &items_[index + 1] : nullptr;
-      for (int page = item.first_page; page <= item.last_page; page++) {
-        const void* next = page < item.last_page ? keys(item, page + 1)
-                           : following           ? keys(*following, following->first_page)
-                                                 : weights;
-        for (int t = item.first_tile; t <= item.last_tile; t++, next = keys(item, page))
-          attend_tile(team, tiles_[t], item, page, next);
+    const auto share = [&](int thread) {
+      return Items{first_item(thread, team.count), first_item(thread + 1, team.count)};
+    };
+    team.shares(Part::attention, int(items_.size()), share, [&](int begin, int end) {
+      for (int index = begin; index < end; index++) {
+        const Item& item = items_[index];
+        const Item* following = index + 1 < end ? &items_[index + 1] : nullptr;
+        for (int page = item.first_page; page <= item.last_page; page++) {
+          const void* next = page < item.last_page ? keys(item, page + 1)
+                             : following           ? keys(*following, following->first_page)
+                                                   : weights;
+          for (int t = item.first_tile; t <= item.last_tile; t++, next = keys(item, page))
+            attend_tile(team, tiles_[t], item, page, next);
+        }
       }
-    }
-    team.wait(Part::attention);
+    });
   }
 
   void attend_tile(const Team& team, const Tile& tile, const Item& item, int page, const void* next) const {

@@ -16,7 +16,6 @@ _Integers = NDArray[np.int32]
 _Rows = Sequence[tuple["Matrix", _Integers]]
 
 PAGE_TOKENS: int
-HAS_OPENMP: bool
 """Without it a runtime has one thread."""
 
 class Type(Enum):
@@ -182,7 +181,7 @@ def product_peak(runtime: Runtime, type: Type) -> float:
 def attention_peak(runtime: Runtime) -> float:
     """The same in attention."""
 
-def barrier_seconds(runtime: Runtime) -> float:
+def phase_seconds(runtime: Runtime) -> float:
     """Seconds that the threads take to wait for each other, when none is late."""
 
 def product_seconds(runtime: Runtime, matrix: Matrix, rows: int) -> float:

@@ -163,9 +163,9 @@ def test_all_of_a_question_is_the_heads(kernels: str) -> None:
     assert every["project"] == head["project"]
 
 
-def test_a_barrier_takes_time_on_any_number_of_threads() -> None:
+def test_a_phase_takes_time_on_any_number_of_threads() -> None:
     """How much is for the benchmark to say."""
-    assert all(_native.barrier_seconds(_native.Runtime(threads)) > 0 for threads in (1, 2))
+    assert all(_native.phase_seconds(_native.Runtime(threads)) > 0 for threads in (1, 2))
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

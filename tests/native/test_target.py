@@ -266,19 +266,3 @@ def test_threads_beyond_the_processors_are_left_out_and_said(
     caplog.clear()
     assert load_native_target(str(tmp_path), threads=1).runtime.threads == 1
     assert caplog.text == ""
-
-
-def test_a_build_without_openmp_says_that_it_uses_one_thread(
-    tmp_path: Path, llama: Target, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Once, where the machine has more processors, and not to whoever asked for one thread."""
-    llama.model.save_pretrained(tmp_path)
-    llama.tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr("fastmtp._native.HAS_OPENMP", False)
-    monkeypatch.setattr("fastmtp.engines.native.load._processors", lambda: 4)
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert load_native_target(str(tmp_path)).runtime.threads == 1
-    assert load_native_target(str(tmp_path), threads=1).runtime.threads == 1
-    (message,) = caplog.messages
-    assert "one of 4 processors" in message
-    assert "brew install libomp" in message

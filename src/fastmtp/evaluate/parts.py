@@ -60,7 +60,7 @@ class PartsReport:
     forward_ms: dict[int, float]  # whole calls
     parts: dict[int, dict[str, PartTime]]
     cached_ms: dict[int, float]  # of all products, if weights came from the first-level cache
-    barrier_us: float  # microseconds that all threads take to wait for each other
+    phase_us: float  # microseconds of a phase in which all threads meet
     rounds: dict[str, RoundTime]  # by way of drafting; empty without a head
 
     def floor_ms(self, part: str, together: int) -> float:
@@ -122,7 +122,7 @@ def measure_parts(
         for turn in turns(_MOST_TURNS, _SECONDS):
             for name, task in speeds.items():
                 rates[name].append(task())
-            rates["barrier"].append(_native.barrier_seconds(runtime))
+            rates["phase"].append(_native.phase_seconds(runtime))
             for count in TOKENS_TOGETHER:
                 for kind in kinds:
                     rates[f"small {kind.name} {count}"].append(_native.product_seconds(runtime, small[kind], count))
@@ -155,7 +155,7 @@ def measure_parts(
             for count in TOKENS_TOGETHER
         },
         cached_ms={count: sum(cached_ms(part, count) for part in PRODUCTS) for count in TOKENS_TOGETHER},
-        barrier_us=1e6 * medians["barrier"],
+        phase_us=1e6 * medians["phase"],
         rounds={} if head is None else measure_rounds(engine, head, context, progress),
     )
 

@@ -1,7 +1,7 @@
 """Another engine in a child process: one JSON line in, one out.
 
-It does not run in our process because the OpenMP runtime spins less at its barriers as soon as a process has two
-teams of threads, which costs llama.cpp a third of its speed, and ours too.
+It does not run in our process because a runtime of OpenMP spins less at its barriers as soon as a process has two
+teams of threads, PyTorch's among them, which costs llama.cpp a third of its speed.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def parts_report(report: PartsReport) -> Iterator[Grid | str]:
         f"{report.model}, {report.engine}, {report.machine}\n"
         f"reads {speeds.bandwidth_gb_s:.1f} GB/s; 10^9 multiply-adds a second with data in the first-level cache: "
         f"{layers:.0f} in the layers' products, {lm_head:.0f} in the LM head, {attention:.0f} in attention\n"
-        f"medians of {report.turns} turns, forwards after {report.context} tokens; a barrier of the threads takes "
-        f"{report.barrier_us:.2f} us"
+        f"medians of {report.turns} turns, forwards after {report.context} tokens; a phase in which all threads "
+        f"meet takes {report.phase_us:.2f} us"
     )
 
     def row(name: str, ms: Callable[[int], float], digits: int = 3) -> list[str]:

@@ -24,8 +24,7 @@ def load_native_target(
 
     Args:
         weight_type: as for `NativeTarget`.
-        threads: default one for each physical core that this process may use; no more than there are processors,
-            and one in a build without OpenMP.
+        threads: default one for each physical core that this process may use; no more than there are processors.
     Raises:
         FileNotFoundError: no such file or directory, or a hub id that cannot be downloaded.
         ValueError: an unsupported architecture, a damaged file, or a tokenizer that does not fit.
@@ -67,13 +66,6 @@ def default_threads() -> int:
 def _at_most(threads: int) -> int:
     """Threads without a processor of their own would only wait for one another."""
     usable = _processors()
-    if threads > 1 and usable > 1 and not _native.HAS_OPENMP:
-        log.warning(
-            "this build of the native engine runs on one of %d processors: its compiler had no OpenMP; install it "
-            "(with Apple's clang: brew install libomp) and then fastmtp anew, see docs/native-engine.md",
-            usable,
-        )
-        return 1
     if threads > usable:
         log.warning(
             "%d threads are more than the %d processors that this process may use; running on %d",
