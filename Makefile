@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-web chromium fuzz soak check check-kernels check-arm check-portable sanitize docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
+.PHONY: demo test test-web chromium fuzz soak check check-kernels check-arm check-portable sanitize sanitize-threads docs prove-vllm gpu-check gpu-bundle gpu-pieces clean
 
 demo: .venv/core
 	$(BIN)/fastmtp demo
@@ -60,7 +60,7 @@ check-portable: .venv-portable/installed
 # The engine's tests under the compiler's sanitizers, in an environment of their own (Linux, GCC). The tests left out limit
 # the address space, theirs or that of a child which renders a template; the sanitizers need terabytes of it.
 sanitize: .venv-sanitize/installed
-	cmake -S . -B build/check-sanitized -DFASTMTP_KERNEL_CHECK=ON -DFASTMTP_SANITIZE=ON
+	cmake -S . -B build/check-sanitized -DFASTMTP_KERNEL_CHECK=ON -DFASTMTP_SANITIZE=address,undefined
 	cmake --build build/check-sanitized --parallel
 	build/check-sanitized/kernel_check 100 $(SEED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
@@ -68,10 +68,17 @@ sanitize: .venv-sanitize/installed
 		--deselect tests/native/test_target.py::test_refused_memory_is_an_error_not_a_crash \
 		--deselect tests/native/test_target.py::test_directory_gives_the_model
 
-.venv-sanitize/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
-	$(PYTHON) -m venv .venv-sanitize
-	.venv-sanitize/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
-		--config-settings=cmake.define.FASTMTP_SANITIZE=ON --config-settings=build-dir=build/sanitized
+# What threads do at the same time, under the compiler's sanitizer of threads: forwards of every kind.
+sanitize-threads: .venv-sanitize-threads/installed
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" .venv-sanitize-threads/bin/pytest \
+		tests/native/test_forward.py tests/native/test_trees.py tests/native/test_together.py tests/native/test_chains.py
+
+.venv-sanitize/installed: SANITIZERS = address,undefined
+.venv-sanitize-threads/installed: SANITIZERS = thread
+.venv-sanitize/installed .venv-sanitize-threads/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--config-settings=cmake.define.FASTMTP_SANITIZE=$(SANITIZERS) --config-settings=build-dir=build/$(@D)
 	touch $@
 
 check: .venv/installed
@@ -129,4 +136,4 @@ gpu-pieces: gpu-bundle
 	tar -C build -cz gpu | split --bytes $(GPU_PIECE) --numeric-suffixes - build/gpu.tar.gz.
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sanitize .venv-portable build
+	rm -rf .venv .venv-vllm .venv-sanitize .venv-sanitize-threads .venv-portable build
