@@ -30,8 +30,8 @@ inline void pause() {
 }
 
 // A wait for something that other threads do: it spins first, then it sleeps, since a thread that is late may need the
-// core. What is waited for is read, and done by others, sequentially consistently: so either `tell` sees who is about to
-// sleep, or that one sees what was done.
+// core. Others do it, and it is read, sequentially consistently: so either `tell` sees who is about to sleep, or that one
+// sees what was done.
 class Waiting {
  public:
   static constexpr int kSpins = 4000;  // about 50 microseconds
@@ -146,25 +146,13 @@ class Team {
   // Calls work(begin, end) for all items: once for each thread, if none is late.
   template <class Work>
   void split(Part part, int items, Work work) {
-    shares(part, items, [&](int thread) { return share(items, thread); }, work);
+    split(part, items, 0, work);
   }
 
-  // The same; share_of(thread) is a thread's share.
-  template <class Share, class Work>
-  void shares(Part part, int items, Share share_of, Work work) {
-    begin(items);
-    int did = own(share_of, items, work);
-    finish(part, did, [&](int other) { return others(other, share_of, 0, work); });
-  }
-
-  // The same in steps of at most 2 * `step` items; who is done helps the others.
+  // The same in steps of at most 2 * `step` items; who is done helps the others. Without steps (0), only if they are late.
   template <class Work>
   void split(Part part, int items, int step, Work work) {
-    begin(items);
-    const auto share_of = [&](int thread) { return share(items, thread); };
-    int did = own(share_of, 2 * step, work);
-    for (int other = 1; other < count; other++) did += others(other, share_of, step, work);
-    finish(part, did, [&](int other) { return others(other, share_of, step, work); });
+    phase(part, items, step, [&](int thread) { return share(items, thread); }, work);
   }
 
   // The same, and then(group), which is of another part, for each `size` items: by the thread that does the last of
@@ -182,67 +170,52 @@ class Team {
     });
   }
 
+  // The same for shares that the caller knows: share_of(thread).
+  template <class Share, class Work>
+  void phase(Part part, int items, int step, Share share_of, Work work) {
+    phase_++;
+    end_ += items;
+    count_done(take_from(0, step, share_of, work));
+    for (int other = 1; step && other < count; other++) count_done(take_from(other, step, share_of, work));
+    lap(part);
+    for (int spin = 1; spin <= Waiting::kSpins; spin++) {
+      if (is_over()) return waited(part);
+      pause();
+      for (int other = 1; spin % kPatience == 0 && other < count; other++)
+        if (const int did = take_from(other, step, share_of, work)) {
+          count_done(did);
+          lap(part);
+        }
+    }
+    // What is not done is under way.
+    shared_.waiting.until([&] { return is_over(); }, 0);
+    waited(part);
+  }
+
   Items share(long long items, int thread) const {
     return {int((items * thread + count - 1) / count), int((items * (thread + 1) + count - 1) / count)};
   }
 
  private:
-  // Spins after which a thread looks for work that is another's: about a microsecond, since most are not late.
+  // Spins after which a thread looks for what another has not begun: about a microsecond, since most are not late.
   static constexpr int kPatience = 64;
 
-  void begin(int items) {
-    phase_++;
-    end_ += items;
-  }
-
+  // Does what is left to the thread `other` threads further, and returns how much that was. Without steps it takes all of
+  // its own, and of another's half at a time.
   template <class Share, class Work>
-  int own(Share share_of, int step, Work work) {
-    int did = 0;
-    while (true) {
-      const Items some = shared_.left[id].take(
-          phase_, [&] { return share_of(id); }, [&](int) { return step; }, true);
-      if (some.empty()) return did;
-      work(some.begin, some.end);
-      did += some.end - some.begin;
-    }
-  }
-
-  // Does what is left to the thread `other` threads further; in steps, or by half of it at a time.
-  template <class Share, class Work>
-  int others(int other, Share share_of, int step, Work work) {
+  int take_from(int other, int step, Share share_of, Work work) {
     const int thread = (id + other) % count;
+    const auto count_of = [&](int left) {
+      if (other == 0) return step ? 2 * step : left;
+      return step ? step : (left + 1) / 2;
+    };
     int did = 0;
     while (true) {
-      const Items some = shared_.left[thread].take(
-          phase_, [&] { return share_of(thread); }, [&](int left) { return step ? step : (left + 1) / 2; }, false);
+      const Items some = shared_.left[thread].take(phase_, [&] { return share_of(thread); }, count_of, other == 0);
       if (some.empty()) return did;
       work(some.begin, some.end);
       did += some.end - some.begin;
     }
-  }
-
-  bool is_over() const { return shared_.done >= end_; }
-
-  // Counts what this thread did, and waits for the rest or does it: help(other) returns how many items.
-  template <class Help>
-  void finish(Part part, int did, Help help) {
-    lap(part);
-    count_done(did);
-    for (int turn = 0; turn < Waiting::kSpins / kPatience; turn++) {
-      for (int spin = 0; spin < kPatience; spin++) {
-        if (is_over()) return waited(part);
-        pause();
-      }
-      for (int other = 1; other < count; other++) {
-        did = help(other);
-        if (did == 0) continue;
-        if (laps_) laps_->worked(part);
-        count_done(did);
-      }
-    }
-    // What is not done is under way.
-    shared_.waiting.until([&] { return is_over(); }, 0);
-    waited(part);
   }
 
   void count_done(int did) {
@@ -250,6 +223,8 @@ class Team {
     shared_.done += did;
     shared_.waiting.tell();
   }
+
+  bool is_over() const { return shared_.done >= end_; }
 
   void waited(Part part) const {
     if (laps_) laps_->waited(part);

@@ -175,7 +175,7 @@ class AttentionPass : public Mixer::Pass {
     const auto share = [&](int thread) {
       return Items{first_item(thread, team.count), first_item(thread + 1, team.count)};
     };
-    team.shares(Part::attention, int(items_.size()), share, [&](int begin, int end) {
+    team.phase(Part::attention, int(items_.size()), 0, share, [&](int begin, int end) {
       for (int index = begin; index < end; index++) {
         const Item& item = items_[index];
         const Item* following = index + 1 < end ? &items_[index + 1] : nullptr;
