@@ -30,8 +30,8 @@ inline void pause() {
 }
 
 // A wait for something that other threads do: it spins first, then it sleeps, since a thread that is late may need the
-// core. Others do it, and it is read, sequentially consistently: so either `tell` sees who is about to sleep, or that one
-// sees what was done.
+// core. Others do it, and it is read, sequentially consistently: so either `tell` sees who is about to sleep, or that
+// one sees what was done.
 class Waiting {
  public:
   static constexpr int kSpins = 4000;  // about 50 microseconds
@@ -149,7 +149,7 @@ class Team {
     split(part, items, 0, work);
   }
 
-  // The same in steps of at most 2 * `step` items; who is done helps the others. Without steps (0), only if they are late.
+  // The same in steps of at most 2 * `step` items; who is done helps the others, without steps (0) only late ones.
   template <class Work>
   void split(Part part, int items, int step, Work work) {
     phase(part, items, step, [&](int thread) { return share(items, thread); }, work);
@@ -200,8 +200,8 @@ class Team {
   // Spins after which a thread looks for what another has not begun: about a microsecond, since most are not late.
   static constexpr int kPatience = 64;
 
-  // Does what is left to the thread `other` threads further, and returns how much that was. Without steps it takes all of
-  // its own, and of another's half at a time.
+  // Does what is left to the thread `other` threads further, and returns how much that was. Without steps it takes all
+  // of its own, and of another's half at a time.
   template <class Share, class Work>
   int take_from(int other, int step, Share share_of, Work work) {
     const int thread = (id + other) % count;
