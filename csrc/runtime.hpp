@@ -9,7 +9,7 @@
 #include "kernels/kernels.hpp"
 #include "matrix.hpp"
 #include "memory.hpp"
-#include "threads.hpp"
+#include "team.hpp"
 
 namespace fastmtp {
 
