@@ -72,8 +72,12 @@ class Threads {
   template <class Work>
   void run(const Work& work) {
     if (crew_->count == 1) return work(0);
-    // A process that was forked before the first run has threads of its own.
-    if (crew_->others.empty() && !crew_->is_here()) crew_.reset(new Crew(crew_->count));
+    if (!crew_->is_here()) {
+      // A process that was forked before the first run starts threads of its own. After it, it has the caller's alone,
+      // and to wake the others could take for ever.
+      if (!crew_->others.empty()) return work(0);
+      crew_.reset(new Crew(crew_->count));
+    }
     crew_->run(&work, [](const void* own, int id) { (*static_cast<const Work*>(own))(id); });
   }
 
