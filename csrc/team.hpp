@@ -124,7 +124,7 @@ class Team {
     });
   }
 
-  // The same for shares that the caller knows: share_of(thread).
+  // What `split` does in steps, where share_of(thread) is a thread's share.
   template <class Share, class Work>
   void phase(Part part, int items, int step, Share share_of, Work work) {
     phase_++;
@@ -146,13 +146,13 @@ class Team {
     waited(part);
   }
 
-  Items share(long long items, int thread) const {
-    return {int((items * thread + count - 1) / count), int((items * (thread + 1) + count - 1) / count)};
-  }
-
  private:
   // Spins after which a thread looks for what another has not begun: about a microsecond, since most are not late.
   static constexpr int kPatience = 64;
+
+  Items share(long long items, int thread) const {
+    return {int((items * thread + count - 1) / count), int((items * (thread + 1) + count - 1) / count)};
+  }
 
   // Does what is left to the thread `other` threads further, and returns how much that was. Without steps it takes all
   // of its own, and of another's half at a time.
