@@ -6,7 +6,8 @@
 namespace fastmtp {
 namespace {
 
-using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ReadOnlyBytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 constexpr uintptr_t kAlignment = 64;  // of weights
 
 Attention& attention_of(Layer& layer) { return dynamic_cast<Attention&>(*layer.mixer); }
@@ -28,7 +29,15 @@ void def_gains(nb::class_<Owner>& owner, const char* name, bool optional, Member
       });
 }
 
+Bytes zeros(size_t count) {
+  auto memory = std::make_unique<Buffer<uint8_t>>(allocate<uint8_t>(count));
+  uint8_t* first = memory->get();
+  const nb::capsule owner(memory.release(), [](void* one) noexcept { delete static_cast<Buffer<uint8_t>*>(one); });
+  return Bytes(first, {count}, owner);
+}
+
 void bind_matrix(nb::module_& m) {
+  m.def("zeros", &zeros, "count"_a);
   nb::enum_<Type>(m, "Type").value("bf16", Type::bf16).value("int8", Type::int8).value("int4", Type::int4);
   nb::class_<Matrix>(m, "Matrix")
       .def(nb::init<Type, int, int, bool>(), "type"_a, "outputs"_a, "inputs"_a, "bias"_a = false)
@@ -38,7 +47,7 @@ void bind_matrix(nb::module_& m) {
       .def_prop_ro("bytes", &Matrix::bytes)
       .def_prop_ro("stride", [](const Matrix& matrix) { return stride_of(matrix); })
       .def_prop_ro("memory",
-                   [](const Matrix& matrix) { return Bytes(matrix.memory(), {matrix.memory_bytes()}); },
+                   [](const Matrix& matrix) { return ReadOnlyBytes(matrix.memory(), {matrix.memory_bytes()}); },
                    nb::rv_policy::reference_internal)
       .def("use",
            [](Matrix& matrix, const Bytes& memory) {

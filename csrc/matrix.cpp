@@ -103,15 +103,11 @@ Matrix::Matrix(Type type, int outputs, int inputs, bool with_bias)
   bias_ = with_bias ? reinterpret_cast<float*>(data_ + bytes()) : nullptr;
 }
 
-void Matrix::use(const uint8_t* memory, std::shared_ptr<void> owner) {
-  data_ = const_cast<uint8_t*>(memory);
+void Matrix::use(uint8_t* memory, std::shared_ptr<void> owner) {
+  data_ = memory;
   if (bias_) bias_ = reinterpret_cast<float*>(data_ + bytes());
   owner_ = std::move(owner);
   own_ = nullptr;
-}
-
-void Matrix::check_own() const {
-  if (owner_) throw std::invalid_argument("a matrix that uses the memory of others cannot be changed");
 }
 
 void Matrix::check_outputs(const int32_t* outputs, int count) const {
@@ -122,13 +118,11 @@ void Matrix::check_outputs(const int32_t* outputs, int count) const {
 }
 
 void Matrix::pack(const int32_t* outputs, const float* rows, int count) {
-  check_own();
   check_outputs(outputs, count);
   for (int i = 0; i < count; i++) pack_row(outputs[i], rows + size_t(i) * inputs_);
 }
 
 void Matrix::set_bias(const int32_t* outputs, const float* values, int count) {
-  check_own();
   check_outputs(outputs, count);
   if (!bias_) throw std::invalid_argument("this matrix was made without a bias");
   for (int i = 0; i < count; i++) bias_[outputs[i]] = values[i];
@@ -179,7 +173,6 @@ void Matrix::pack_int4(int output, int start, const uint8_t* numbers, uint16_t s
 
 void Matrix::pack_grid(const int32_t* outputs, const uint8_t* numbers, const float* steps, const float* least,
                        int count) {
-  check_own();
   check_outputs(outputs, count);
   if (type_ != Type::int4 || inputs_ % kHalf)
     throw std::invalid_argument("a grid fits only an int4 matrix whose width is a multiple of 32");
@@ -212,7 +205,6 @@ void Matrix::unpack(int output, float* row) const {
 void Matrix::copy(const int32_t* outputs, const Matrix& source, const int32_t* source_outputs, int count) {
   if (source.type_ != type_ || source.inputs_ != inputs_)
     throw std::invalid_argument("rows are copied between matrices of one type and width only");
-  check_own();
   check_outputs(outputs, count);
   source.check_outputs(source_outputs, count);
   // A part of a block is lines of sixteen words of 4 bytes, then lines of sixteen scales of 2 bytes. int4 has a part

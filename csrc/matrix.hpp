@@ -36,8 +36,8 @@ class Matrix {
   // All that is stored: the blocks, then the bias.
   const uint8_t* memory() const { return data_; }
   size_t memory_bytes() const { return bytes() + (bias_ ? blocks() * kLanes * sizeof(float) : 0); }
-  // Reads the weights from `memory`, as another matrix stored them, in place of its own; it cannot be changed then.
-  void use(const uint8_t* memory, std::shared_ptr<void> owner);
+  // Has its weights in `memory` in place of its own: what another matrix stored there, or zeros.
+  void use(uint8_t* memory, std::shared_ptr<void> owner);
 
   // Rounds `count` rows of inputs and stores them as these outputs. Several threads may pack rows of one matrix.
   // Throws std::invalid_argument.
@@ -53,7 +53,6 @@ class Matrix {
 
  private:
   void check_outputs(const int32_t* outputs, int count) const;
-  void check_own() const;
   void pack_row(int output, const float* row);
   void pack_int4(int output, int start, const uint8_t* numbers, uint16_t step, uint16_t least);
   uint8_t* block(int output) const;

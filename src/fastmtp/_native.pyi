@@ -43,12 +43,15 @@ class Matrix:
     stride: Final[int]
     memory: Final[NDArray[np.uint8]]
     def use(self, memory: NDArray[np.uint8]) -> None:
-        """Read the weights from an aligned array, a copy of another matrix's `memory`; then none can be packed."""
+        """Have the weights in an aligned array: another matrix's `memory`, or zeros."""
     def pack(self, outputs: _Integers, rows: _Floats) -> None: ...
     def pack_grid(self, outputs: _Integers, numbers: NDArray[np.uint8], steps: _Floats, least: _Floats) -> None: ...
     def set_bias(self, outputs: _Integers, values: _Floats) -> None: ...
     def unpack(self, output: int, row: _Floats) -> None: ...
     def copy(self, outputs: _Integers, source: Matrix, source_outputs: _Integers) -> None: ...
+
+def zeros(count: int) -> NDArray[np.uint8]:
+    """Aligned memory, in large pages if there are two megabytes of it and the system has such pages."""
 
 class Layer:
     query_key_value: Final[Matrix]

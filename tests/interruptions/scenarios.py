@@ -186,12 +186,14 @@ class _Packed:
     @staticmethod
     def run(place: Path) -> None:
         with patch.object(packed, "LEAST_BYTES", 0):
-            if not packed.read(place / "x.weights", 1):
+            if _Packed.result(place) is None:
                 packed.write(place / "x.weights", _Packed.matrices, 1)
 
     @staticmethod
     def result(place: Path) -> object:
-        found = packed.read(place / "x.weights", 1)
+        found = {name: np.zeros_like(memory) for name, memory in _Packed.matrices.items()}
+        if not packed.read(place / "x.weights", found, 1):
+            return None
         return {name: memory.tolist() for name, memory in found.items()}
 
 

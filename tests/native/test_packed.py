@@ -1,12 +1,13 @@
-"""Packed weights that are kept on disk and mapped: bit for bit those that were converted, and never others."""
+"""Packed weights that are kept on disk and read again: bit for bit those that were converted, and never others."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from fastmtp import _native
 from fastmtp.engines.native import packed
 from fastmtp.engines.native import target as native_target
 from fastmtp.engines.native.load import load_native_target
+from fastmtp.engines.native.packing import place
 from fastmtp.engines.native.runner import forward, logits
 from fastmtp.engines.native.target import NativeTarget, WeightType
 from fastmtp.engines.torch.target import Target
 from tests.conftest import random_ids
 
 IDS = random_ids(40)
+KINDS = (_native.Type.int8, _native.Type.int4, _native.Type.bf16)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def states(target: NativeTarget) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("weight_type", ["int8", "int4", "bfloat16"])
-def test_the_second_start_maps_what_the_first_converted(
+def test_the_second_start_reads_what_the_first_converted(
     weight_type: WeightType, target: Target, tmp_path: Path, conversions: list[object]
 ) -> None:
     """For every family: biases, an LM head of its own and tied ones."""
@@ -71,8 +74,6 @@ def test_the_second_start_maps_what_the_first_converted(
     assert np.array_equal(
         first.lm_head_rows(np.array([3], np.int32)).memory, second.lm_head_rows(np.array([3], np.int32)).memory
     )
-    with pytest.raises(ValueError, match="cannot be changed"):
-        second.embedding.pack(np.zeros(1, np.int32), np.zeros((1, 32), np.float32))
 
 
 def test_another_file_is_not_mistaken_for_the_one_before(
@@ -120,6 +121,20 @@ def test_damage_is_noticed_and_mended(
         assert "converted again" in caplog.text
         assert path.read_bytes() == whole
     assert len(conversions) == 8
+
+
+def test_a_damaged_file_leaves_zeros(tmp_path: Path) -> None:
+    """Not what was read until the damage was found: a conversion does not write the padding of outputs."""
+    path, memories = tmp_path / "x.weights", {"a": np.ones(600_000, np.uint8), "b": np.ones(3, np.uint8)}
+    packed.write(path, memories, 1)
+    found = {name: np.zeros_like(memory) for name, memory in memories.items()}
+    assert packed.read(path, found, 1)
+    assert all(np.array_equal(found[name], memory) for name, memory in memories.items())
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert not packed.read(path, found, 1)
+    assert not any(memory.any() for memory in found.values())
 
 
 def test_the_least_recently_used_files_make_room(
@@ -175,28 +190,43 @@ def test_the_layout_has_its_number(kind: _native.Type, expected: str) -> None:
     assert packed.LAYOUT == 1
 
 
-def test_a_file_is_written_by_whole_large_pages(tmp_path: Path) -> None:
-    """So a file system that has large pages keeps it in them, and the engine reads it with fewer table walks."""
-    sizes: list[int] = []
+def test_matrices_share_a_block_in_large_pages() -> None:
+    """Small ones too. What they store there is what they would store elsewhere."""
+    matrices = [
+        _native.Matrix(kind, outputs, 700, True) for kind, outputs in zip(KINDS, (900, 33, 4000), strict=True)
+    ]
+    memories = place(matrices)
+    for matrix, memory, kind in zip(matrices, memories, KINDS, strict=True):
+        alone = _native.Matrix(kind, matrix.outputs, matrix.inputs, True)
+        values = np.random.default_rng(1).standard_normal((matrix.outputs, matrix.inputs)).astype(np.float32)
+        for one in (matrix, alone):
+            one.pack(np.arange(matrix.outputs, dtype=np.int32), values)
+            one.set_bias(np.arange(matrix.outputs, dtype=np.int32), values[:, 0].copy())
+        assert np.array_equal(memory, alone.memory)
+    starts = [memory.ctypes.data for memory in memories]
+    gaps = [
+        after - start - memory.nbytes for start, memory, after in zip(starts, memories, starts[1:], strict=False)
+    ]
+    assert starts[0] % (1 << 21) == 0
+    assert all(0 <= gap < 64 for gap in gaps)
 
-    class Raw(io.FileIO):
-        def write(self, content: Any) -> int:
-            sizes.append(len(content))
-            return super().write(content)
 
-    generator = np.random.default_rng(0)
-    matrices = {
-        str(size): generator.integers(256, size=size, dtype=np.uint8) for size in (5_000_000, 4096, 2_100_001)
-    }
-    path = tmp_path / "x.weights"
-    with io.BufferedWriter(Raw(path, "w"), 1 << 21) as stream:
-        packed._write(stream, matrices, packed._checksums(matrices, 1))
-    assert set(sizes[:-1]) == {1 << 21}
-    found = packed.read(path, 1)
-    assert all(np.array_equal(found[name], memory) for name, memory in matrices.items())
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists() or not Path("/proc/self/smaps").exists(),
+    reason="the system has no large pages, or does not tell who asked for them",
+)
+def test_large_pages_are_asked_for() -> None:
+    memory = _native.zeros(5_000_000)
+    assert not memory.any()
+    (flags,) = (flags for begin, end, flags in regions() if begin <= memory.ctypes.data + (1 << 21) < end)
+    assert "hg" in flags
 
 
-def test_the_first_start_uses_what_it_wrote(llama: Target, tmp_path: Path) -> None:
-    first = load_native_target(save(llama, tmp_path / "model"))
-    with pytest.raises(ValueError, match="cannot be changed"):
-        first.embedding.pack(np.zeros(1, np.int32), np.zeros((1, 32), np.float32))
+def regions() -> Iterator[tuple[int, int, list[str]]]:
+    """The process's memory: from where to where, and the kernel's flags."""
+    begin = end = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(bound, 16) for bound in bounds.groups())
+        elif line.startswith("VmFlags:"):
+            yield begin, end, line.split()[1:]

@@ -1,4 +1,4 @@
-"""Packed weights on disk: a model's matrices as the engine reads them, which the next start maps.
+"""Packed weights on disk: a model's matrices as the engine has them in memory, which the next start reads.
 
 A file is the length of a header in 8 bytes, the header (JSON: of each matrix where it begins, its size and its
 CRC-32), and the memory of each matrix, aligned. It is made again where it is missing, damaged or out of date.
@@ -10,20 +10,17 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import mmap
 import os
 import platform
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fastmtp.engines.native.packing import Memory
 from fastmtp.errors import PARSING
 from fastmtp.files import cache_directory, clear_leftovers, file_identity, recover, replacing
 from fastmtp.locking import locked
@@ -35,10 +32,8 @@ LAYOUT = 1
 LEAST_BYTES = 1 << 25
 MOST_BYTES = 32 << 30
 _ALIGNMENT = 4096
-# A file system keeps what is written or read in such pieces in large pages, if it can: fewer table walks.
-_LARGE_PAGE = 1 << 21
+_PART = 1 << 18
 
-Memory = NDArray[np.uint8]
 log = logging.getLogger("fastmtp")
 
 
@@ -69,94 +64,84 @@ def alone(path: Path, progress: Progress) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-def read(path: Path, threads: int) -> dict[str, Memory]:
-    """Views of the mapped file, by name; empty if there is no whole file."""
+def read(path: Path, memories: Mapping[str, Memory], threads: int) -> bool:
+    """Fill the memory of matrices from a file; False if there is none that fits, and all of it is zeros."""
     recover(path)
     if not path.is_file():
-        return {}
+        return False
     try:
-        found = _map(path, threads)
+        _read(path, memories, threads)
     except (OSError, *PARSING) as error:
         log.warning("%s: damaged (%s); the model is converted again", path, error)
-        return {}
+        for memory in memories.values():
+            memory[:] = 0
+        return False
     with suppress(OSError):
         os.utime(path)
-    return found
+    return True
 
 
-def _map(path: Path, threads: int) -> dict[str, Memory]:
+def _read(path: Path, memories: Mapping[str, Memory], threads: int) -> None:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("it has no header")
         places: dict[str, list[int]] = json.loads(stream.read(length))
-        data = _mapped(stream.fileno())
-    views = {name: data[start : start + size] for name, (start, size, _) in places.items()}
-    for (name, (_, _, expected)), found in zip(places.items(), _checksums(views, threads), strict=True):
-        if found != expected:
+    sizes = {name: memory.nbytes for name, memory in memories.items()}
+    if {name: size for name, (_, size, _) in places.items()} != sizes:
+        raise ValueError("it has other matrices than the model")
+
+    def fill(name: str) -> None:
+        start, _, expected = places[name]
+        with path.open("rb", buffering=0) as own:
+            own.seek(start)
+            checksum = 0
+            for part in _parts(memories[name]):
+                if own.readinto(part) != len(part):
+                    raise ValueError("it is too short")
+                checksum = zlib.crc32(part, checksum)
+        if checksum != expected:
             raise ValueError(f"{name} has another checksum")
-    return views
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, memories))
 
 
-def _mapped(file: int) -> Memory:
-    view = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # A kernel without large pages does not know the advice.
-        with suppress(OSError):
-            view.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(view, np.uint8)
+def _parts(memory: Memory) -> Iterator[memoryview]:
+    """A part at a time, which stays in the cache from its reading to its checksum."""
+    return (memory.data[start : start + _PART] for start in range(0, memory.nbytes, _PART))
 
 
-def fits(path: Path, found: Mapping[str, Memory], matrices: Mapping[str, Any]) -> bool:
-    """Whether what was read from a file is the memory of each matrix."""
-    sizes = {name: memory.nbytes for name, memory in found.items()}
-    if sizes == {name: matrix.memory.nbytes for name, matrix in matrices.items()}:
-        return True
-    log.warning("%s: damaged (other matrices than the model's); the model is converted again", path)
-    return False
-
-
-def keep(path: Path, matrices: Mapping[str, Any], threads: int) -> dict[str, Memory]:
-    """Views of matrices in a mapped file that has just been written; empty if they cannot be kept."""
-    memories = {name: matrix.memory for name, matrix in matrices.items()}
-    return read(path, threads) if write(path, memories, threads) else {}
-
-
-def write(path: Path, matrices: Mapping[str, Memory], threads: int) -> bool:
+def write(path: Path, memories: Mapping[str, Memory], threads: int) -> None:
     """Keep matrices, if they can be kept.
 
     The least recently used files go where the directory would grow beyond its bounds.
     """
-    sizes = [memory.nbytes for memory in matrices.values()]
-    if sum(sizes) < LEAST_BYTES:
-        return False
+    size = sum(memory.nbytes for memory in memories.values())
+    if size < LEAST_BYTES:
+        return
     try:
-        if not _make_room(path.parent, sum(sizes)):
-            log.warning("%s: no room to keep %.1f GB of converted weights", path.parent, sum(sizes) / 1e9)
-            return False
-        with replacing(path) as temporary, temporary.open("wb", buffering=_LARGE_PAGE) as stream:
-            _write(stream, matrices, _checksums(matrices, threads))
+        if not _make_room(path.parent, size):
+            log.warning("%s: no room to keep %.1f GB of converted weights", path.parent, size / 1e9)
+            return
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            _write(stream, memories, _checksums(memories, threads))
     except OSError as error:
         log.warning("%s: the converted weights cannot be kept: %s", path, error)
-        return False
-    return True
 
 
-def _write(stream: Any, matrices: Mapping[str, Memory], checksums: list[int]) -> None:
+def _write(stream: BinaryIO, memories: Mapping[str, Memory], checksums: list[int]) -> None:
     # The header's size depends on the digits of the places in it: they begin after the most that it may need.
-    start = _aligned(8 + sum(len(name) + 64 for name in matrices))
+    start = _aligned(8 + sum(len(name) + 64 for name in memories))
     places = {}
-    for (name, memory), checksum in zip(matrices.items(), checksums, strict=True):
+    for (name, memory), checksum in zip(memories.items(), checksums, strict=True):
         places[name] = (start, memory.nbytes, checksum)
         start = _aligned(start + memory.nbytes)
     header = json.dumps(places).encode()
     stream.write(len(header).to_bytes(8, "little") + header)
-    for (begin, _, _), memory in zip(places.values(), matrices.values(), strict=True):
+    for (begin, _, _), memory in zip(places.values(), memories.values(), strict=True):
         stream.write(bytes(begin - stream.tell()))
-        # Up to the end of each large page, so that the stream's buffer is always written when it is full.
-        first = -begin % _LARGE_PAGE
-        for part in np.split(memory, range(first, memory.nbytes, _LARGE_PAGE)):
-            stream.write(part)
+        stream.write(memory.data)
 
 
 def _make_room(folder: Path, size: int) -> bool:
@@ -175,9 +160,9 @@ def _make_room(folder: Path, size: int) -> bool:
     return True
 
 
-def _checksums(matrices: Mapping[str, Memory], threads: int) -> list[int]:
+def _checksums(memories: Mapping[str, Memory], threads: int) -> list[int]:
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(zlib.crc32, matrices.values()))
+        return list(pool.map(zlib.crc32, memories.values()))
 
 
 def _aligned(place: int) -> int:

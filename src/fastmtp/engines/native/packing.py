@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastmtp import _native
 from fastmtp.models.mapping import release_mapped
@@ -15,8 +16,12 @@ from fastmtp.models.weights import Floats, Weights, chunks, whole
 from fastmtp.progress import Bar
 
 _LANES = 16
+# Where a matrix may begin.
+_ALIGNMENT = 64
 # Weights after which the file's pages that were read are given back.
 _RELEASED = 1 << 25
+
+Memory = NDArray[np.uint8]
 
 # From the rows of a checkpoint's matrix to the outputs of the packed one.
 Outputs = Callable[["np.ndarray[Any, np.dtype[np.int64]]"], "np.ndarray[Any, np.dtype[np.int64]]"]
@@ -41,6 +46,20 @@ class Module:
     name: str
     matrix: _native.Matrix
     outputs: Outputs = IN_ORDER
+
+
+def place(matrices: Sequence[_native.Matrix]) -> list[Memory]:
+    """Move matrices of zeros into one block of memory, in large pages if the system has them; returns their parts.
+
+    A file that is mapped instead may lie in small pages all over the memory, which takes longer to read.
+    """
+    sizes = [matrix.memory.nbytes for matrix in matrices]
+    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
+    block = _native.zeros(starts[-1])
+    memories = [block[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    for matrix, memory in zip(matrices, memories, strict=True):
+        matrix.use(memory)
+    return memories
 
 
 def pack(modules: Sequence[Module], weights: Weights, threads: int, bar: Bar | None = None) -> None:

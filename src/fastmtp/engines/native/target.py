@@ -17,7 +17,7 @@ from fastmtp import _native
 from fastmtp.engines import forks
 from fastmtp.engines.memory import check_memory, weight_bytes
 from fastmtp.engines.native import packed
-from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, gains, interleaved, pack, rows_from
+from fastmtp.engines.native.packing import IN_ORDER, Module, Outputs, gains, interleaved, pack, place, rows_from
 from fastmtp.models import tensors
 from fastmtp.models.config import FULL, ModelConfig
 from fastmtp.models.info import GATHERED, TargetInfo
@@ -63,7 +63,7 @@ class NativeTarget(TargetInfo):
         kept: Path | None = None,
         progress: Progress = QUIET,
     ) -> None:
-        """Map the packed weights of an earlier start, or convert a model's weights, a part at a time.
+        """Read the packed weights of an earlier start, or convert a model's weights, a part at a time.
 
         Args:
             end_ids: as for `TargetInfo`.
@@ -73,7 +73,7 @@ class NativeTarget(TargetInfo):
             kept: the file of the packed weights, which is made if it is not there; None keeps nothing.
         Raises:
             ValueError: the rotary embeddings are not supported.
-            MemoryError: the converted weights would not fit; nothing was converted.
+            MemoryError: the weights would not fit; nothing was read.
             RuntimeError: this process was forked from one that runs a model.
         """
         forks.enter()
@@ -86,17 +86,14 @@ class NativeTarget(TargetInfo):
         self._rope_factors = weights.rope_factors
         self.embedding_scale = tensors.embedding_scale(config)
         with packed.alone(kept, progress) if kept else nullcontext():
-            found = packed.read(kept, runtime.threads) if kept else {}
-            if not found:
-                self._check_memory()
+            self._check_memory()
             self._build(weights)
             matrices = self._matrices()
-            if not kept or not found or not packed.fits(kept, found, matrices):
+            memories = dict(zip(matrices, place([*matrices.values()]), strict=True))
+            if not kept or not packed.read(kept, memories, runtime.threads):
                 self._convert(weights, progress)
-                # What is mapped may be in larger pages than what was allocated, and goes when memory is short.
-                found = packed.keep(kept, matrices, runtime.threads) if kept else {}
-            for name, memory in found.items():
-                matrices[name].use(memory)
+                if kept:
+                    packed.write(kept, memories, runtime.threads)
         self._model = _native.Model(self.runtime, self.stack, self.embedding, self.lm_head, self.embedding_scale)
 
     @property
@@ -237,6 +234,7 @@ class NativeHead:
         self.stack = target.new_stack()
         # The layer always attends to the full context (models/head.py).
         modules += target.add_layer(self.stack, target.outer_type, FULL, None, weights, "layer.")
+        place([self.projection.matrix, *_layer_matrices(self.stack.layers[0]).values()])
         pack(modules, weights, target.runtime.threads)
         self.stack.final_norm = gains(weights, "final_norm", offset)
         self._native = _native.Head(target.model, self.stack, self.projection)
