@@ -27,8 +27,9 @@ class Mixer {
   virtual std::unique_ptr<State> new_state() const = 0;
   // Whether `new_state` could have made a state.
   virtual bool fits(const State& state) const = 0;
-  // Plans a pass of the layer with this index in the caches, all of which fit. Throws std::bad_alloc.
-  virtual std::unique_ptr<Pass> plan(const Batch& batch, int layer) const = 0;
+  // Plans a pass of the layer with this index in the caches, all of which fit. `before` is that of the layer before, if
+  // there is one: much of a plan may be the same. Throws std::bad_alloc.
+  virtual std::unique_ptr<Pass> plan(const Batch& batch, int layer, const Pass* before) const = 0;
 };
 
 // The part of a layer that processes each token alone.

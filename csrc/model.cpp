@@ -26,7 +26,7 @@ Pass::Pass(Runtime& runtime, const Stack& stack, const std::vector<Segment>& seg
   runtime.x.reserve(size_t(rows()) * stack.hidden);
   runtime.branch.reserve(size_t(rows()) * stride());
   for (const Layer& layer : stack.layers) {
-    mixers_.push_back(layer.mixer->plan(batch_, int(mixers_.size())));
+    mixers_.push_back(layer.mixer->plan(batch_, int(mixers_.size()), mixers_.empty() ? nullptr : mixers_.back().get()));
     layer.network->reserve(runtime, rows());
   }
 }

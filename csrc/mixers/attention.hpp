@@ -23,7 +23,7 @@ class Attention : public Mixer {
   const Matrix& input() const override { return query_key_value; }
   std::unique_ptr<State> new_state() const override;
   bool fits(const State& state) const override;
-  std::unique_ptr<Pass> plan(const Batch& batch, int layer) const override;
+  std::unique_ptr<Pass> plan(const Batch& batch, int layer, const Pass* before) const override;
 
   Matrix query_key_value;  // outputs: the query heads, the key heads, the value heads
   Matrix out;
