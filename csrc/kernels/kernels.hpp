@@ -65,7 +65,7 @@ struct Operand {
 };
 
 // A partial result of softmax attention over some keys, in memory: the largest score, the sum of
-// exp(score - largest), then the sum of the values weighted by that, D numbers.
+// 2^(score - largest), then the sum of the values weighted by that, D numbers. Queries are scaled by log2(e) for it.
 constexpr int kPartialHeader = 2;
 
 // One head's keys and values in a page. From slot `tree` on, which may be before or after the page, tokens are in the

@@ -8,6 +8,8 @@
 namespace fastmtp {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;  // the kernels' softmax is of powers of two
+
 // Pages start at fixed positions, each gives a partial result, and a query's partial results are merged in the order
 // of pages. So a query's result does not depend on the tokens beside it, nor on which thread computes which page.
 class AttentionPass : public Mixer::Pass {
@@ -31,7 +33,7 @@ class AttentionPass : public Mixer::Pass {
   void run(Team& team, Norm norm, float* out, int stride, const Then* then) const override {
     const auto turn = [&](const Team& own, int m, int head) {
       const float* numbers = wide(m) + head * shape_.head_size;
-      head < shape_.heads ? rotate(own, numbers, attention_.query_norm, m, shape_.scale, query(m, head))
+      head < shape_.heads ? rotate(own, numbers, attention_.query_norm, m, shape_.scale * kLog2E, query(m, head))
                           : store(own, numbers, m, head - shape_.heads);
     };
     const Then turned(Part::rope, shape_.head_size, turn);
