@@ -124,6 +124,12 @@ class Team {
     });
   }
 
+  // Whether this thread does an item of a split phase, if none is late.
+  bool has(int item, int items) const {
+    const Items own = share(items, id);
+    return own.begin <= item && item < own.end;
+  }
+
   // What `split` does in steps, where share_of(thread) is a thread's share.
   template <class Share, class Work>
   void phase(Part part, int items, int step, Share share_of, Work work) {

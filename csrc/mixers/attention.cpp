@@ -37,6 +37,7 @@ class AttentionPass : public Mixer::Pass {
                           : store(own, numbers, m, head - shape_.heads);
     };
     const Then turned(Part::rope, shape_.head_size, turn);
+    fetch_places(team);
     fetch_first(team);
     runtime_.matmul(team, Part::query_key_value, runtime_.stream, attention_.query_key_value, batch_.rows, wide(0),
                     wide_stride_, norm, &turned);
@@ -105,14 +106,39 @@ class AttentionPass : public Mixer::Pass {
     return view;
   }
 
+  // Begins to fetch the memory that this thread will write keys and values to; with many rows others are in the way.
+  void fetch_places(const Team& team) const {
+    const int size = shape_.head_size;
+    for (int index = 0; work_->by_page && index < 2 * shape_.key_heads; index++) {
+      const int last_block = ((shape_.heads + index + 1) * size - 1) / kLanes;
+      if (!team.has(last_block, attention_.query_key_value.blocks())) continue;
+      for (int m = 0; m < batch_.rows; m++) {
+        const auto [segment, slot] = batch_.places[m];
+        const int page = slot / kPageTokens, in_page = slot % kPageTokens;
+        const bool is_first = m == 0 || batch_.places[m - 1].segment != segment;
+        if (index < shape_.key_heads && (is_first || slot % kLanes == 0)) {
+          const int block = in_page / kLanes * kLanes;
+          fetch(state_of(segment).keys(page, index), key_offset(block, size), key_offset(block + kLanes, size));
+        } else if (index >= shape_.key_heads && (is_first || slot % 2 == 0)) {
+          const int pair = in_page / 2 * 2;
+          const uint16_t* values = state_of(segment).values(page, index - shape_.key_heads);
+          fetch(values, value_offset(pair, size), value_offset(pair + 2, size));
+        }
+      }
+    }
+  }
+
   // Begins to fetch the keys and values that this thread reads first.
   void fetch_first(const Team& team) const {
     const Items share = work_->share(team.id, team.count);
     if (share.empty()) return;
     const AttentionItem& item = work_->items[share.begin];
-    const uint16_t* keys = keys_of(item, item.first_page);
-    for (size_t number = 0; number < 2 * head_numbers(shape_.head_size); number += 32)
-      __builtin_prefetch(keys + number, 0, 2);
+    fetch(keys_of(item, item.first_page), 0, 2 * head_numbers(shape_.head_size));
+  }
+
+  static void fetch(const uint16_t* numbers, size_t begin, size_t end) {
+    for (; begin < end; begin += 32) __builtin_prefetch(numbers + begin, 0, 2);
+    asm volatile("");  // without it GCC sees no effect, and leaves out the call
   }
 
   // Partial results of all queries.
