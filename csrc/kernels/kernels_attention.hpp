@@ -162,7 +162,7 @@ inline void softmax(const Query* queries, int count, int first, int last, const 
 template <int Count>
 void attend_tile(const Query* queries, const PageView& page, int size, const uint8_t* next) {
   // Enough chains of additions to hide their latency.
-  constexpr int kTogether = kSums >= 4 * Count ? 2 : 1;
+  constexpr int kTogether = kSums >= 2 * Count ? 2 : 1;
   float scores[Count][kPageTokens];
   Factor weights[Count][kPageTokens];
   const Range seen = seen_by(queries, Count, page);
@@ -214,10 +214,14 @@ void attend(const Query* queries, int count, const PageView& page, int size, con
 #ifdef __AMX_BF16__
   if (size % kChunk == 0) return amx_attend(queries, count, page, size, static_cast<const uint8_t*>(next));
 #endif
-  for (int first = 0; first < count; first += kQueries)
-    with_constant<kQueries>(count - first < kQueries ? count - first : kQueries, [&](auto tile) {
+  // As even as can be: a pass over the page takes some time for any number of queries.
+  const int passes = (count - 1) / kQueries + 1;
+  for (int pass = 0; pass < passes; pass++) {
+    const int first = count * pass / passes, last = count * (pass + 1) / passes;
+    with_constant<kQueries>(last - first, [&](auto tile) {
       attend_tile<tile.value>(queries + first, page, size, static_cast<const uint8_t*>(next));
     });
+  }
 }
 
 void merge(float* total, const float* part, int size) {
