@@ -46,7 +46,7 @@ def test_a_drafter(engine: Engine) -> None:
     """It drafts where the text repeats itself, and the output is plain decoding's."""
     target, prompt = tiny_target("llama"), random_ids(12) * 3
     drafter = example("A drafter")["Repeats"](prompt, GREEDY)
-    rounds = list(islice(speculative(engine.sequence(target), prompt, drafter, GREEDY), 60))
+    rounds = list(islice(speculative(engine.sequence(target), prompt, drafter, GREEDY), 150))
     tokens = [token for one in rounds for token in one.tokens]
     assert tokens == list(islice(plain(engine.sequence(target), prompt, GREEDY), len(tokens)))
     assert sum(one.drafted for one in rounds) > 0
