@@ -128,13 +128,12 @@ inline void softmax(const Query* queries, int count, int first, int last, const 
                     Factor (*weights)[kPageTokens]) {
   for (int i = 0; i < count; i++) {
     const int begin = queries[i].begin, end = queries[i].end;
-    const auto clamp = [&](int block) { return block < first ? first : block > last ? last : block; };
+    const auto clamp = [](int x, int least, int most) { return x < least ? least : x > most ? most : x; };
     // Blocks of which the query sees everything.
-    const int from = clamp((begin + kLanes - 1) / kLanes), until = end / kLanes > from ? clamp(end / kLanes) : from;
+    const int from = clamp((begin + kLanes - 1) / kLanes, first, last), until = clamp(end / kLanes, from, last);
     const auto masked = [&](Floats x, int block, float other) {
-      const auto within = [&](int token) { return token < 0 ? 0 : token > kLanes ? kLanes : token; };
-      const int low = within(begin - block * kLanes), high = within(end - block * kLanes);
-      return keep(x, low, high < low ? low : high, other);
+      const int low = clamp(begin - block * kLanes, 0, kLanes);
+      return keep(x, low, clamp(end - block * kLanes, low, kLanes), other);
     };
     const auto whole = [](Floats x, int, float) { return x; };
     const auto over_blocks = [&](auto work) {
