@@ -16,8 +16,6 @@ from fastmtp.models.weights import Floats, Weights, chunks, whole
 from fastmtp.progress import Bar
 
 _LANES = 16
-# Where a matrix may begin.
-_ALIGNMENT = 64
 # Weights after which the file's pages that were read are given back.
 _RELEASED = 1 << 25
 
@@ -53,10 +51,9 @@ def place(matrices: Sequence[_native.Matrix]) -> list[Memory]:
 
     A file that is mapped instead may lie in small pages all over the memory, which takes longer to read.
     """
-    sizes = [matrix.memory.nbytes for matrix in matrices]
-    starts = np.cumsum([0, *(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]).tolist()
-    block = _native.zeros(starts[-1])
-    memories = [block[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    ends = np.cumsum([matrix.memory.nbytes for matrix in matrices]).tolist()
+    # A matrix takes whole lines, so all of them are aligned as the block is.
+    memories = np.split(_native.zeros(ends[-1]), ends[:-1])
     for matrix, memory in zip(matrices, memories, strict=True):
         matrix.use(memory)
     return memories
